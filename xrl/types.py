@@ -1,0 +1,111 @@
+"""The data that flows through one GRPO step. No behaviour, no torch import at run time.
+
+    Prompt -> Completion -> Rollout -> Group -> Sample -> Microbatch -> LossOutput
+    weights: WeightBucket, one decoder layer at a time, from the actor to the rollout engines
+
+Shapes: L tokens of one sequence, T tokens of one micro-batch, R response tokens (the rows that
+have a log-prob) of one micro-batch, G samples of one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from xrl.metrics.mean import Mean
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One question, tokenised through the model's chat template."""
+
+    id: int  # row number in the dataset file, unique within it
+    token_ids: list[int]  # [L] the chat template's output, generation prompt included
+    text: str  # the same, as text
+    ground_truth: str  # what the judge compares with
+    data_source: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)  # the row's extra_info, for user judges
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn. Log-probs are always those of the distribution drawn from."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps every token
+    top_p: float = 1.0  # 1 keeps every token
+    max_new_tokens: int = 1024
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """One prompt and how many answers to draw for it."""
+
+    id: str  # unique among the requests in flight
+    token_ids: Sequence[int]  # [L] prompt
+    num_samples: int
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled answer. The stop token, where there is one, is its last token."""
+
+    token_ids: list[int]  # [L] response only
+    logprobs: list[float]  # [L] of the distribution sampled from, at the sampling temperature
+    finish_reason: FinishReason
+    weights_version: int  # version of the weights that sampled it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """A completion and what its judge said."""
+
+    prompt: Prompt
+    completion: Completion
+    response: str  # the completion as text, special tokens removed
+    reward: float
+    judge_failed: bool = False  # the judge raised or ran out of time; reward is then 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """All answers to one prompt: what group-relative advantages compare."""
+
+    rollouts: tuple[Rollout, ...]  # [G]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One answer, ready to train on."""
+
+    prompt_ids: list[int]  # [P] shared by every sample with the same group_id
+    response_ids: list[int]  # [L] the engine's own tokens
+    rollout_logprobs: list[float]  # [L] from the rollout engine
+    advantage: float  # one value an answer, broadcast over its tokens by the loss
+    group_id: int  # samples with equal ids have equal prompt_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightBucket:
+    """Whole (unsharded) Hugging Face tensors of one decoder layer, or of what is outside the layers."""
+
+    version: int
+    layer: str  # "layers.3" or "embeddings", "final"; names the bucket in errors
+    tensors: Mapping[str, Tensor]  # Hugging Face name -> tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """A loss and what is worth reporting about it."""
+
+    loss: Tensor  # [] already divided by the batch-wide denominator
+    metrics: Mapping[str, Mean]  # sums and counts; merged across ranks, divided once
