@@ -1,0 +1,5 @@
+"""The one error for anything a user can mend: one sentence, exit code 2."""
+
+
+class SettingsError(ValueError):
+    """Bad input. The message is one sentence: what, where, what was found, what is needed."""

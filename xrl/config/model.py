@@ -1,0 +1,33 @@
+"""Which model, and how its layers are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from xrl.config.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The Hugging Face checkpoint and the numerics of its layers."""
+
+    model: Path
+    """Hugging Face folder to start from (config.json, tokenizer, safetensors)."""
+
+    bf16: bool | None = None
+    """Train in bf16 with fp32 main weights; left out: yes on CUDA, no (fp32) on CPU."""
+
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layers: transformer-engine's, or our own (local); auto takes transformer-engine on CUDA when installed."""
+
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in the backward pass: whole layers (full) or core attention only (selective)."""
+
+    recompute_num_layers: int = 1
+    """With full recompute: layers between two kept activations."""
+
+    def __post_init__(self) -> None:
+        if self.recompute_num_layers < 1:
+            raise SettingsError(f"--recompute-num-layers must be >= 1, got {self.recompute_num_layers}")

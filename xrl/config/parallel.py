@@ -1,0 +1,49 @@
+"""How the model is spread over ranks. Names are Megatron's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xrl.config.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Tensor x pipeline x data parallel layout; the data-parallel size is what the world size leaves."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices."""
+
+    pipeline_model_parallel_size: int = 1
+    """Ranks that each hold a run of consecutive layers."""
+
+    context_parallel_size: int = 1
+    """Ranks that share each sequence (only 1 so far)."""
+
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence over the tensor-parallel ranks."""
+
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks."""
+
+    distributed_backend: str = "auto"
+    """torch.distributed backend: nccl or gloo; auto is nccl on CUDA, gloo on CPU."""
+
+    distributed_timeout_minutes: float = 10.0
+    """A collective that waits longer than this ends the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
+        if self.context_parallel_size > 1:
+            raise SettingsError(
+                f"--context-parallel-size must be 1 (context parallelism is not supported yet), "
+                f"got {self.context_parallel_size}"
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise SettingsError("--sequence-parallel needs --tensor-model-parallel-size > 1, got 1")
+        if self.distributed_backend not in ("auto", "nccl", "gloo"):
+            raise SettingsError(f"--distributed-backend must be auto, nccl or gloo, got {self.distributed_backend!r}")
+        if self.distributed_timeout_minutes <= 0:
+            raise SettingsError(f"--distributed-timeout-minutes must be > 0, got {self.distributed_timeout_minutes:g}")

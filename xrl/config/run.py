@@ -1,0 +1,65 @@
+"""The run itself: where it writes, how often, and how it is evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from xrl.config.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Output, intervals and the seed."""
+
+    work_dir: Path = Path("work_dir")
+    """Each run writes a folder of its own, named by its start time, below this one."""
+
+    seed: int = 1234
+    """Seeds data order and sampling."""
+
+    log_interval: int = 1
+    """Rollouts between console lines."""
+
+    save_interval: int | None = None
+    """Rollouts between Hugging Face checkpoints (hf-<step>); left out: only hf-final."""
+
+    save_keep: int | None = None
+    """How many of the newest hf-<step> folders to keep; left out: all."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_interval", "save_interval", "save_keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Pass rates on held-out prompts: before, during and after training."""
+
+    eval_data: Path | None = None
+    """JSONL or parquet file of evaluation prompts; left out: no evaluation."""
+
+    eval_interval: int | None = None
+    """Rollouts between evaluations; left out: only before and after."""
+
+    eval_samples_per_prompt: int = 4
+    """Sampled answers a prompt: pass@1 is their mean, pass@k counts prompts with one right among k."""
+
+    eval_temperature: float = 1.0
+    """Temperature of the sampled answers; greedy answers are always scored too."""
+
+    eval_max_prompts: int | None = None
+    """Evaluate on the first so many prompts only."""
+
+    def __post_init__(self) -> None:
+        for name in ("eval_interval", "eval_samples_per_prompt", "eval_max_prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+        if self.eval_temperature <= 0:
+            raise SettingsError(f"--eval-temperature must be > 0, got {self.eval_temperature:g}")

@@ -1,0 +1,45 @@
+"""All sections together, and the checks that cross them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from xrl.config.algorithm import AlgorithmConfig
+from xrl.config.data import DataConfig
+from xrl.config.errors import SettingsError
+from xrl.config.model import ModelConfig
+from xrl.config.optimizer import OptimizerConfig
+from xrl.config.parallel import ParallelConfig
+from xrl.config.rewards import RewardConfig
+from xrl.config.rollout import RolloutConfig
+from xrl.config.run import EvaluationConfig, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything a run is told, checked."""
+
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        longest = self.data.max_prompt_length + self.rollout.max_response_length
+        if self.data.micro_batch_size is None and self.data.max_tokens_per_microbatch < longest:
+            raise SettingsError(
+                f"--max-tokens-per-microbatch {self.data.max_tokens_per_microbatch} is less than --max-prompt-length + "
+                f"--max-response-length = {longest}: one sample must fit into a micro-batch"
+            )
+        if self.algorithm.updates_per_rollout > self.data.rollout_batch_size:
+            raise SettingsError(
+                f"--updates-per-rollout {self.algorithm.updates_per_rollout} must not exceed --rollout-batch-size "
+                f"{self.data.rollout_batch_size}: each update needs a group of its own"
+            )
+        if self.evaluation.eval_interval is not None and self.evaluation.eval_data is None:
+            raise SettingsError("--eval-interval needs --eval-data")
