@@ -104,6 +104,19 @@ class WeightBucket:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """Everything a loss may look at, for the R response tokens of one micro-batch, all fp32 [R]."""
+
+    logprobs: Tensor  # of the model being trained, at the sampling temperature; carries the gradient
+    entropy: Tensor  # of its next-token distribution, in nats
+    old_logprobs: Tensor  # denominator of the ratio
+    rollout_logprobs: Tensor  # from the rollout engine
+    reference_logprobs: Tensor | None  # of the frozen starting model; None where no KL is asked for
+    advantages: Tensor
+    weights: Tensor  # share of each token in the loss; they sum to 1 over the whole update, all ranks together
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossOutput:
     """A loss and what is worth reporting about it."""
 
