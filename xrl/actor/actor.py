@@ -1,0 +1,210 @@
+"""The policy: built from a Hugging Face checkpoint, spread over ranks, scored and updated."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from xrl.actor.microbatch import Microbatch, MicrobatchMaker
+from xrl.actor.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from xrl.actor.pipeline import Pipeline
+from xrl.config import Settings
+from xrl.kernels.logprob import LogprobOutput, vocab_parallel_logprob
+from xrl.metrics.mean import Mean, merge
+from xrl.models.build import build_model, padded_vocab_size, train_dtype, transformer_config, uses_transformer_engine
+from xrl.models.head import ResponseRows
+from xrl.models.shape import read_model_shape
+from xrl.parallel.groups import ParallelGroups
+from xrl.types import LossInputs, LossOutput, Sample, WeightBucket
+from xrl.weights.export import export_weights
+from xrl.weights.load import load_weights
+
+Loss = Callable[[LossInputs], LossOutput]
+TokenWeights = Callable[[Sequence[int]], Sequence[float]]
+WhichWeights = Literal["actor", "reference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateReport:
+    """What one optimizer update did; the same on every rank."""
+
+    metrics: Mapping[str, Mean]
+    grad_norm: float
+    lr: float
+    num_tokens: int  # prompt and response tokens of the update's samples, each sample's prompt counted
+    computed_tokens: int  # tokens that went through the model, all replicas together
+
+
+class Actor:
+    """The model being trained, this rank's share of it."""
+
+    def __init__(self, settings: Settings, groups: ParallelGroups, *, num_updates: int) -> None:
+        self.settings = settings
+        self.groups = groups
+        self.shape = read_model_shape(settings.model.model)
+        self.dtype = train_dtype(settings.model)
+        transformer_engine = uses_transformer_engine(settings.model)
+        config = transformer_config(self.shape, settings.model, settings.parallel)
+        self.model = build_model(self.shape, config, groups, transformer_engine=transformer_engine)
+        load_weights(self.model, self.shape, groups, settings.model.model)
+        # The frozen starting point, for the KL; no second model, only a second set of weights.
+        self.reference = (
+            {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+            if settings.algorithm.kl_coef
+            else None
+        )
+        head = ResponseRows(sequence_parallel=settings.parallel.sequence_parallel, tensor_group=groups.tensor)
+        if groups.is_last_stage:
+            head.attach(self.model.output_layer)
+        self.ddp = wrap_data_parallel(self.model, settings.parallel)
+        self.optimizer = build_optimizer(self.ddp, settings.optimizer, settings.parallel, dtype=self.dtype)
+        self.schedule = build_schedule(self.optimizer, settings.optimizer, num_updates=num_updates)
+        self.pipeline = Pipeline(self.ddp, head, data_parallel_size=groups.layout.data_size)
+        self.microbatches = MicrobatchMaker(
+            data=settings.data,
+            shape=self.shape,
+            groups=groups,
+            dtype=self.dtype,
+            transformer_engine=transformer_engine,
+            sequence_parallel=settings.parallel.sequence_parallel,
+        )
+        self.seconds: dict[str, float] = {}
+
+    def update(self, samples: Sequence[Sample], loss: Loss, token_weights: TokenWeights) -> list[UpdateReport]:
+        """Learn from one rollout: `updates_per_rollout` optimizer updates, each on its own share of the groups.
+
+        Collective.
+
+        Args:
+            samples: the whole rollout, the same on every rank.
+            loss: from the log-probs of a micro-batch to its share of the loss.
+            token_weights: from the response lengths of an update's samples to the share of each sample's tokens.
+        """
+        algorithm = self.settings.algorithm
+        parts = split_groups(samples, algorithm.updates_per_rollout)
+        weights = [token_weights([len(sample.response_ids) for sample in part]) for part in parts]
+        updates = [self.microbatches.make(part, share) for part, share in zip(parts, weights, strict=True)]
+
+        start = time.perf_counter()
+        # With a single update the first forward pass gives the old log-probs itself.
+        needs_old = algorithm.old_logprobs == "actor" and len(updates) > 1
+        old = [self.logprobs(update) if needs_old else [] for update in updates]
+        reference = [self.logprobs(update, weights="reference") if self.reference else [] for update in updates]
+        middle = time.perf_counter()
+        reports = [
+            self._one_update(part, update, loss, old_logprobs, reference_logprobs)
+            for part, update, old_logprobs, reference_logprobs in zip(parts, updates, old, reference, strict=True)
+        ]
+        self.seconds = {"logprobs": middle - start, "update": time.perf_counter() - middle}
+        return reports
+
+    def logprobs(self, microbatches: Sequence[Microbatch], *, weights: WhichWeights = "actor") -> list[Tensor]:
+        """Log-probs [R] of each micro-batch's response tokens; on the last stage, empty on the others. Collective."""
+        with self._weights_of(weights):
+            return self.pipeline.forward(microbatches, lambda logits, microbatch: self._score(logits, microbatch).logprob)
+
+    def weights(self, *, version: int) -> Iterator[WeightBucket]:
+        """The current weights as Hugging Face tensors, layer by layer, on rank 0. Collective: run it to its end."""
+        return export_weights(dict(self.model.named_parameters()), self.shape, self.groups, version=version)
+
+    def _one_update(
+        self,
+        samples: Sequence[Sample],
+        microbatches: Sequence[Microbatch],
+        loss: Loss,
+        old: Sequence[Tensor],
+        reference: Sequence[Tensor],
+    ) -> UpdateReport:
+        use_rollout = self.settings.algorithm.old_logprobs == "rollout"
+
+        def microbatch_loss(logits: Tensor, number: int) -> LossOutput:
+            microbatch = microbatches[number]
+            scored = self._score(logits, microbatch)
+            current = scored.logprob.detach()
+            old_logprobs = microbatch.rollout_logprobs if use_rollout else old[number] if old else current
+            return loss(
+                LossInputs(
+                    logprobs=scored.logprob,
+                    entropy=scored.entropy,
+                    old_logprobs=old_logprobs,
+                    rollout_logprobs=microbatch.rollout_logprobs,
+                    reference_logprobs=reference[number] if reference else None,
+                    advantages=microbatch.advantages,
+                    weights=microbatch.weights,
+                )
+            )
+
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self.pipeline.forward_backward(microbatches, microbatch_loss)
+        lr = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step()
+        self.schedule.step(increment=1)
+        metrics: dict[str, Mean] = {}
+        if self.groups.reports_losses:
+            for output in outputs:
+                metrics = merge(metrics, output.metrics)
+        computed = sum(microbatch.num_tokens for microbatch in microbatches) if self.groups.reports_losses else 0
+        metrics = self._merge_over_ranks({**metrics, "computed_tokens": Mean(computed, 1)})
+        return UpdateReport(
+            num_tokens=sum(len(sample.prompt_ids) + len(sample.response_ids) for sample in samples),
+            computed_tokens=int(metrics.pop("computed_tokens").total),
+            metrics=metrics,
+            grad_norm=float(grad_norm),
+            lr=lr,
+        )
+
+    def _score(self, logits: Tensor, microbatch: Microbatch) -> LogprobOutput:
+        """Log-probs of the response tokens at the sampling temperature, from this rank's columns of the logits."""
+        columns = padded_vocab_size(self.shape, self.groups.layout.tensor_size) // self.groups.layout.tensor_size
+        first = columns * self.groups.tensor_rank
+        return vocab_parallel_logprob(
+            logits,
+            microbatch.response_ids,
+            temperature=self.settings.rollout.temperature,
+            group=self.groups.tensor if self.groups.layout.tensor_size > 1 else None,
+            vocab_start=first,
+            num_columns=min(columns, max(0, self.shape.vocab_size - first)),
+        )
+
+    @contextlib.contextmanager
+    def _weights_of(self, which: WhichWeights) -> Iterator[None]:
+        """Let the model compute with another set of weights for a while."""
+        if which == "actor":
+            yield
+            return
+        assert self.reference is not None
+        own = {name: parameter.data for name, parameter in self.model.named_parameters()}
+        try:
+            for name, parameter in self.model.named_parameters():
+                parameter.data = self.reference[name]
+            yield
+        finally:
+            for name, parameter in self.model.named_parameters():
+                parameter.data = own[name]
+
+    def _merge_over_ranks(self, metrics: Mapping[str, Mean]) -> dict[str, Mean]:
+        mine = {name: (float(mean.total), float(mean.count)) for name, mean in metrics.items()}
+        everyone: list[dict[str, tuple[float, float]]] = [{}] * self.groups.layout.world_size
+        dist.all_gather_object(everyone, mine, group=self.groups.control)
+        merged: dict[str, Mean] = {}
+        for part in everyone:
+            merged = merge(merged, {name: Mean(total, count) for name, (total, count) in part.items()})
+        return merged
+
+
+def split_groups(samples: Sequence[Sample], num_parts: int) -> list[list[Sample]]:
+    """Deal whole groups to the updates of a rollout, in turn; parts that would be empty are left out."""
+    group_ids = list(dict.fromkeys(sample.group_id for sample in samples))
+    part_of = {group_id: place % num_parts for place, group_id in enumerate(group_ids)}
+    parts: list[list[Sample]] = [[] for _ in range(num_parts)]
+    for sample in samples:
+        parts[part_of[sample.group_id]].append(sample)
+    return [part for part in parts if part]

@@ -1,0 +1,73 @@
+"""megatron-core's optimizer and learning-rate schedule, from our settings."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from xrl.config import OptimizerConfig, ParallelConfig
+from xrl.parallel.cpu import cuda_type_names
+
+
+def wrap_data_parallel(model: GPTModel, parallel: ParallelConfig) -> DistributedDataParallel:
+    """Gradient buffers, and their reduction over the data-parallel ranks."""
+    wrapped = DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            grad_reduce_in_fp32=True,
+        ),
+        module=model,
+    )
+    # Sums the gradients that data parallelism does not know of: tied embeddings, norms under sequence parallelism.
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def build_optimizer(
+    model: DistributedDataParallel, config: OptimizerConfig, parallel: ParallelConfig, *, dtype: torch.dtype
+) -> MegatronOptimizer:
+    """AdamW on fp32 main weights, clipped by the global gradient norm."""
+    with cuda_type_names():
+        optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                min_lr=config.min_lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.adam_beta1,
+                adam_beta2=config.adam_beta2,
+                adam_eps=config.adam_eps,
+                clip_grad=config.clip_grad,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=parallel.use_distributed_optimizer,
+            ),
+            [model],
+        )
+    model.config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, *, num_updates: int) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then constant, linear or cosine down to `min_lr` (Megatron's own schedule)."""
+    decay_steps = config.lr_decay_iters or max(1, num_updates)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=min(config.lr_warmup_iters, decay_steps - 1),
+        lr_decay_steps=decay_steps,
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=num_updates,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

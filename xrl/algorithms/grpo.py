@@ -1,0 +1,125 @@
+"""GRPO: group-relative advantages, a clipped surrogate, KL and entropy terms (arXiv:2402.03300)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from xrl.algorithms.advantages import group_advantages
+from xrl.algorithms.clipped import ClippedSurrogate, clipped_surrogate
+from xrl.algorithms.importance import ImportanceWeights, importance_weights, mismatch, mismatch_kl
+from xrl.algorithms.kl import KL_ESTIMATORS, k3
+from xrl.algorithms.scored import Scored
+from xrl.algorithms.scoring import score_groups
+from xrl.config import AlgorithmConfig
+from xrl.metrics.mean import Mean
+from xrl.types import Group, LossInputs, LossOutput
+
+
+class GRPO:
+    """Group Relative Policy Optimization and its common variants, by switch (see AlgorithmConfig)."""
+
+    def __init__(self, config: AlgorithmConfig) -> None:
+        self.config = config
+
+    def score(self, groups: Sequence[Group]) -> Scored:
+        """Fill in advantages; leave out what cannot be learned from, and count it."""
+        return score_groups(
+            groups,
+            lambda rewards: group_advantages(rewards, normalize=self.config.normalize_advantages),
+            filter_zero_variance=self.config.filter_zero_variance,
+        )
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """One micro-batch's share of the loss.
+
+            loss = sum_t w_t * (i_t * clipped_t + kl_coef * kl_t - entropy_coef * entropy_t)
+
+        w are the shares of `aggregation.token_weights`, so losses of micro-batches and ranks are summed, never
+        averaged. i are the importance weights. R = 0 gives a zero that still carries a gradient: every rank must
+        take part in the backward pass.
+
+        Raises:
+            ValueError: the inputs are not all [R], or the KL is in the loss and there are no reference log-probs.
+        """
+        config = self.config
+        _check(inputs)
+        surrogate = clipped_surrogate(
+            inputs.logprobs,
+            inputs.old_logprobs,
+            inputs.advantages,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+        )
+        # With the engine's log-probs as denominator the actor's at sampling time are unknown; the current stand in.
+        actor_logprobs = (inputs.old_logprobs if config.old_logprobs == "actor" else inputs.logprobs).detach()
+        importance = importance_weights(
+            actor_logprobs, inputs.rollout_logprobs, kind=config.importance_correction, bound=config.importance_bound
+        )
+        per_token = importance.weights * surrogate.loss
+        metrics = {
+            **_policy_metrics(inputs, surrogate),
+            **_mismatch_metrics(actor_logprobs, inputs.rollout_logprobs),
+        }
+        if config.importance_correction != "off":
+            metrics |= _importance_metrics(importance)
+        if inputs.reference_logprobs is not None:
+            kl = KL_ESTIMATORS[config.kl_type](inputs.logprobs, inputs.reference_logprobs.detach())
+            metrics["kl"] = token_mean(kl)
+            # Skipped, not multiplied by 0, here and below: a term that is off must cost no backward pass.
+            if config.kl_coef:
+                per_token = per_token + config.kl_coef * kl
+        elif config.kl_coef:
+            raise ValueError(f"kl_coef is {config.kl_coef:g}, which needs reference_logprobs, got None")
+        if config.entropy_coef:
+            per_token = per_token - config.entropy_coef * inputs.entropy
+        loss = (inputs.weights * per_token).sum()
+        # The shares sum to 1 over an update: merged over micro-batches, ranks and updates, this is the mean loss.
+        metrics["loss"] = Mean(loss.detach(), inputs.weights.detach().sum())
+        return LossOutput(loss=loss, metrics=metrics)
+
+
+def token_mean(values: Tensor) -> Mean:
+    """The mean of [R] values over tokens, not divided yet; 0-d tensors on the values' device."""
+    values = values.detach().float()
+    return Mean(values.sum(), values.new_full((), values.numel()))
+
+
+def _policy_metrics(inputs: LossInputs, surrogate: ClippedSurrogate) -> dict[str, Mean]:
+    clipped = surrogate.clipped_low | surrogate.clipped_high | surrogate.clipped_dual
+    return {
+        "entropy": token_mean(inputs.entropy),
+        "ratio": token_mean(surrogate.ratio),
+        "policy_kl": token_mean(k3(inputs.old_logprobs.detach(), inputs.logprobs.detach())),
+        "clip_fraction": token_mean(clipped),
+        "clip_fraction_low": token_mean(surrogate.clipped_low),
+        "clip_fraction_high": token_mean(surrogate.clipped_high),
+        "clip_fraction_dual": token_mean(surrogate.clipped_dual),
+    }
+
+
+def _mismatch_metrics(actor_logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, Mean]:
+    return {
+        "mismatch": token_mean(mismatch(actor_logprobs, rollout_logprobs)),
+        "mismatch_kl": token_mean(mismatch_kl(actor_logprobs, rollout_logprobs)),
+    }
+
+
+def _importance_metrics(importance: ImportanceWeights) -> dict[str, Mean]:
+    return {
+        "importance/mean": token_mean(importance.raw),
+        "importance/bounded_fraction": token_mean(importance.bounded),
+    }
+
+
+def _check(inputs: LossInputs) -> None:
+    """A [1] or [R, 1] tensor would broadcast to a wrong loss without a word."""
+    shape = inputs.logprobs.shape
+    if inputs.logprobs.ndim != 1:
+        raise ValueError(f"logprobs must be [R], got {list(shape)}")
+    for name in ("entropy", "old_logprobs", "rollout_logprobs", "reference_logprobs", "advantages", "weights"):
+        tensor = getattr(inputs, name)
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be [R] = {list(shape)} like logprobs, got {list(tensor.shape)}")

@@ -1,0 +1,109 @@
+"""Judged groups -> samples with advantages: what cannot be learned from is left out, and counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from xrl.algorithms.advantages import has_zero_variance
+from xrl.algorithms.scored import Scored
+from xrl.metrics.pass_rate import passes
+from xrl.types import Group, Rollout, Sample
+
+
+def score_groups(
+    groups: Sequence[Group],
+    advantages_of: Callable[[Sequence[float]], list[float]],
+    *,
+    filter_zero_variance: bool,
+) -> Scored:
+    """Give each answer its advantage within its group.
+
+    Answers that failed (aborted, in error, empty, or with a reward that is not a number) are left out first, for
+    their reward says nothing about the policy; a group left with fewer than two answers is left out whole.
+
+    Args:
+        groups: judged answers; the index of a group becomes the `group_id` of its samples.
+        advantages_of: [G] rewards -> [G] advantages, G >= 2.
+        filter_zero_variance: leave out groups whose rewards are all equal.
+
+    Returns:
+        Samples in the order of the groups, and metrics over all answers that did not fail.
+    """
+    samples: list[Sample] = []
+    advantages: list[list[float | None]] = []
+    num_filtered = num_too_small = 0
+    for group_id, group in enumerate(groups):
+        row: list[float | None] = [None] * len(group.rollouts)
+        advantages.append(row)
+        usable = [index for index, rollout in enumerate(group.rollouts) if is_usable(rollout)]
+        rewards = [group.rollouts[index].reward for index in usable]
+        if len(rewards) < 2:
+            num_too_small += 1
+            continue
+        if filter_zero_variance and has_zero_variance(rewards):
+            num_filtered += 1
+            continue
+        for index, advantage in zip(usable, advantages_of(rewards), strict=True):
+            row[index] = advantage
+            samples.append(_sample(group.rollouts[index], advantage, group_id))
+    metrics = {
+        **answer_metrics([rollout for group in groups for rollout in group.rollouts]),
+        "groups/total": float(len(groups)),
+        "groups/zero_variance": float(num_filtered),
+        "groups/too_small": float(num_too_small),
+        "samples/trained": float(len(samples)),
+    }
+    return Scored(samples=samples, advantages=advantages, metrics=metrics)
+
+
+def is_usable(rollout: Rollout) -> bool:
+    """Whether there is an answer, finished or cut at the length limit, with a reward that is a number."""
+    finished = rollout.completion.finish_reason in ("stop", "length")
+    return finished and bool(rollout.completion.token_ids) and math.isfinite(rollout.reward)
+
+
+def answer_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Rewards and lengths of the answers that did not fail, and how many did; NaN means where none is left."""
+    usable = [rollout for rollout in rollouts if is_usable(rollout)]
+    rewards = [rollout.reward for rollout in usable]
+    lengths = [float(len(rollout.completion.token_ids)) for rollout in usable]
+    return {
+        "reward/mean": _mean(rewards),
+        "reward/std": _std(rewards),
+        "pass_fraction": _mean([float(passes(reward)) for reward in rewards]),
+        "response_length/mean": _mean(lengths),
+        "response_length/max": max(lengths, default=math.nan),
+        "response_length/min": min(lengths, default=math.nan),
+        "truncated_fraction": _mean([float(rollout.completion.finish_reason == "length") for rollout in usable]),
+        "samples/failed": float(len(rollouts) - len(usable)),
+        "samples/judge_failed": float(sum(rollout.judge_failed for rollout in rollouts)),
+    }
+
+
+def _sample(rollout: Rollout, advantage: float, group_id: int) -> Sample:
+    completion = rollout.completion
+    if len(completion.logprobs) != len(completion.token_ids):
+        raise ValueError(
+            f"answer to prompt {rollout.prompt.id} has {len(completion.token_ids)} tokens and "
+            f"{len(completion.logprobs)} log-probs, the rollout engine must return one for each"
+        )
+    return Sample(
+        prompt_ids=rollout.prompt.token_ids,
+        response_ids=completion.token_ids,
+        rollout_logprobs=completion.logprobs,
+        advantage=advantage,
+        group_id=group_id,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _std(values: Sequence[float]) -> float:
+    """Population standard deviation: of these answers, not an estimate for others."""
+    if not values:
+        return math.nan
+    mean = _mean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))

@@ -1,0 +1,97 @@
+"""Where a run writes: one folder a run, named by its start time, and the names inside it."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+
+from xrl.config import SettingsError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run. `create` makes the folder on rank 0; other ranks are told its path."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, work_dir: Path) -> RunFolder:
+        """Make `work_dir/<YYYYmmddHHMMSS>/`, with `-2`, `-3`, ... where runs start in the same second.
+
+        Raises:
+            SettingsError: nothing can be written below work_dir.
+        """
+        check_writable(work_dir)
+        stamp = datetime.now().strftime("%Y%m%d%H%M%S")
+        for attempt in count(1):
+            path = work_dir / (stamp if attempt == 1 else f"{stamp}-{attempt}")
+            try:
+                path.mkdir()  # the file system decides who is first
+            except FileExistsError:
+                continue
+            break
+        folder = cls(path)
+        folder.logs.mkdir()
+        return folder
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings; `--config` takes them again."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, devices and the command line."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per line, one line per step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard events."""
+        return self.path / "tensorboard"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the processes' logs."""
+        return self.path / "logs"
+
+    @property
+    def reward_curve(self) -> Path:
+        """Plot of the reward over the run."""
+        return self.path / "reward_curve.png"
+
+    def trajectory(self, rollout_id: int) -> Path:
+        """Every answer of one rollout, one JSON object per line."""
+        return self.path / f"rollout_idx_{rollout_id}_trajectory.jsonl"
+
+    def checkpoint(self, step: int) -> Path:
+        """Hugging Face folder written during the run."""
+        return self.path / f"hf-{step}"
+
+    @property
+    def final_checkpoint(self) -> Path:
+        """Hugging Face folder written at the end."""
+        return self.path / "hf-final"
+
+
+def check_writable(work_dir: Path) -> None:
+    """Make work_dir where it is missing, and try to write into it: permissions alone do not tell on every file system.
+
+    Raises:
+        SettingsError: nothing can be written there.
+    """
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=work_dir):
+            pass
+    except OSError as error:
+        raise SettingsError(
+            f"--work-dir {work_dir} must be a folder that can be written to: {error.strerror or error}"
+        ) from error

@@ -1,0 +1,105 @@
+"""Every answer of a rollout, in a file a person or a program can read back: one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xrl.types import FinishReason, Group, Rollout
+
+STATUS: Mapping[FinishReason, str] = {"stop": "completed", "length": "completed", "abort": "aborted", "error": "failed"}
+
+
+def write_trajectory(
+    path: Path,
+    groups: Sequence[Group],
+    *,
+    rollout_id: int,
+    advantages: Sequence[Sequence[float | None]] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    task_name: str = "train",
+) -> None:
+    """Write a summary line, then a line per answer. The file appears whole or not at all.
+
+    Args:
+        path: where to; an existing file is replaced.
+        groups: judged answers; their index is the `group_id`.
+        rollout_id: number of the rollout.
+        advantages: [groups][answers], None for an answer that is not trained on.
+        metrics: what else the summary line shall say, such as the rewards' mean.
+        task_name: what the answers were for: "train", "eval", ...
+    """
+    rows = [
+        _summary(groups, rollout_id, task_name, metrics or {}),
+        *_samples(groups, rollout_id, task_name, advantages),
+    ]
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        # A lone surrogate in a response cannot be encoded; backslashreplace writes it as \udXXX, JSON's own escape.
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_trajectory(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The summary and the answers of a trajectory file."""
+    with path.open(encoding="utf-8") as file:
+        summary, *samples = [json.loads(line) for line in file]
+    return summary, samples
+
+
+def _summary(groups: Sequence[Group], rollout_id: int, task_name: str, metrics: Mapping[str, float]) -> dict[str, Any]:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return {
+        "rollout_id": rollout_id,
+        "task_name": task_name,
+        "num_groups": len(groups),
+        "num_samples": len(rollouts),
+        "num_tokens": sum(len(rollout.completion.token_ids) for rollout in rollouts),
+        "weights_versions": sorted({rollout.completion.weights_version for rollout in rollouts}),
+        **{name: _finite(value) for name, value in metrics.items()},
+    }
+
+
+def _samples(
+    groups: Sequence[Group], rollout_id: int, task_name: str, advantages: Sequence[Sequence[float | None]] | None
+) -> Iterator[dict[str, Any]]:
+    for group_id, group in enumerate(groups):
+        for index, rollout in enumerate(group.rollouts):
+            yield {
+                "rollout_id": rollout_id,
+                "group_id": group_id,
+                "task_name": task_name,
+                **_answer(rollout),
+                "advantage": None if advantages is None else advantages[group_id][index],
+            }
+
+
+def _answer(rollout: Rollout) -> dict[str, Any]:
+    prompt, completion = rollout.prompt, rollout.completion
+    return {
+        "prompt_id": prompt.id,
+        "data_source": prompt.data_source,
+        "status": STATUS[completion.finish_reason],
+        "finish_reason": completion.finish_reason,
+        "error_msg": "the judge raised or ran out of time" if rollout.judge_failed else "",
+        "prompt": prompt.text,
+        "label": prompt.ground_truth,
+        "response": rollout.response,
+        "reward": _finite(rollout.reward),
+        "prompt_len": len(prompt.token_ids),
+        "response_len": len(completion.token_ids),
+        "weights_version": completion.weights_version,
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None

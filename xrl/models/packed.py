@@ -1,0 +1,122 @@
+"""What our own attention is told about a micro-batch, as tensors: positions and padding indices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from xrl.data.packing import Pack, PackedCluster
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rectangle:
+    """Where the t tokens of N sequences stand in an N x Q rectangle."""
+
+    num_tokens: int  # t
+    index: Tensor | None  # [N * Q] token at each place, any token where there is padding; None: nothing is padded
+    inverse: Tensor | None  # [t] place of each token
+    shape: tuple[int, int]  # (N, Q)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A PackedCluster, ready for attention."""
+
+    roots: Rectangle
+    branches: Rectangle | None
+    parents: Tensor | None  # [branches] root each continues
+    mask: Tensor | None  # [branches, 1, Q, P + Q] additive: what a branch may see of its prompt and of itself
+
+
+@dataclass
+class AttentionInputs(PackedSeqParams):
+    """Travels to the attention in megatron-core's `packed_seq_params` argument."""
+
+    cos: Tensor | None = None  # packed [T, 1, d]; padded [S, 1, 1, d]
+    sin: Tensor | None = None
+    clusters: tuple[Cluster, ...] | None = None  # None: padded rows
+
+
+def attention_inputs(pack: Pack, *, head_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> AttentionInputs:
+    """Positions and borders of a micro-batch for our own attention."""
+    if pack.padded_shape is not None:
+        positions = torch.arange(pack.padded_shape[1])
+        cos, sin = _rotary(positions, head_dim, rope_base)
+        shape = (-1, 1, 1, head_dim)
+        return AttentionInputs(
+            qkv_format="sbhd",
+            cos=cos.view(shape).to(device, dtype),
+            sin=sin.view(shape).to(device, dtype),
+        )
+    cos, sin = _rotary(torch.tensor(pack.position_ids), head_dim, rope_base)
+    return AttentionInputs(
+        qkv_format="thd",
+        cos=cos.view(-1, 1, head_dim).to(device, dtype),
+        sin=sin.view(-1, 1, head_dim).to(device, dtype),
+        clusters=tuple(_cluster(cluster, dtype, device) for cluster in pack.clusters),
+    )
+
+
+def flash_inputs(pack: Pack, *, device: torch.device) -> PackedSeqParams | None:
+    """The same for transformer-engine's attention: plain sequence borders; None for padded rows."""
+    if pack.padded_shape is not None:
+        return None
+    lengths = torch.tensor([length for cluster in pack.clusters for length in cluster.root_lengths])
+    borders = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(device, torch.int32)
+    longest = int(lengths.max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def _rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [L, d] of each position's angles, computed in fp32 as Hugging Face does."""
+    frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def _cluster(cluster: PackedCluster, dtype: torch.dtype, device: torch.device) -> Cluster:
+    roots = _rectangle(cluster.root_lengths, device)
+    if not cluster.branch_lengths:
+        return Cluster(roots=roots, branches=None, parents=None, mask=None)
+    branches = _rectangle(cluster.branch_lengths, device)
+    parents = torch.tensor(cluster.parents)
+    prompt_lengths = torch.tensor(cluster.root_lengths)[parents]
+    seen_prompt = torch.arange(roots.shape[1]) < prompt_lengths[:, None]  # [N, P]
+    width = branches.shape[1]
+    seen_answer = torch.ones(width, width, dtype=torch.bool).tril()  # [Q, Q]: padding stands at the end
+    seen = torch.cat(
+        [
+            seen_prompt[:, None, :].expand(-1, width, -1),
+            seen_answer[None].expand(len(parents), -1, -1),
+        ],
+        dim=-1,
+    )
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+    return Cluster(roots=roots, branches=branches, parents=parents.to(device), mask=mask[:, None].to(device))
+
+
+def _rectangle(lengths: tuple[int, ...], device: torch.device) -> Rectangle:
+    width, total = max(lengths), sum(lengths)
+    shape = (len(lengths), width)
+    if all(length == width for length in lengths):
+        return Rectangle(num_tokens=total, index=None, inverse=None, shape=shape)
+    sizes = torch.tensor(lengths)
+    starts = sizes.cumsum(0) - sizes
+    places = torch.arange(width)
+    inside = places < sizes[:, None]  # [N, Q]
+    index = torch.where(inside, starts[:, None] + places, starts[:, None])
+    return Rectangle(
+        num_tokens=total,
+        index=index.flatten().to(device),
+        inverse=inside.flatten().nonzero()[:, 0].to(device),
+        shape=shape,
+    )

@@ -1,0 +1,81 @@
+"""Start torch.distributed and megatron-core; the only room that touches megatron-core's global groups."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from xrl.config import ParallelConfig, SettingsError
+from xrl.parallel.cpu import prepare_megatron_for_cpu
+from xrl.parallel.groups import ParallelGroups
+from xrl.parallel.layout import Layout
+
+
+def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
+    """Join the world torchrun describes (or be a world of one) and lay the model-parallel groups over it."""
+    device = _device(config)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    backend = config.distributed_backend
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+
+    prepare_megatron_for_cpu()
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    assert control is not None
+    return ParallelGroups(
+        layout=Layout.of_world(
+            world_size,
+            tensor_size=config.tensor_model_parallel_size,
+            pipeline_size=config.pipeline_model_parallel_size,
+        ),
+        device=device,
+        rank=rank,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        control=control,
+    )
+
+
+def shutdown() -> None:
+    """Leave the groups; safe to call when they were never made."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _device(config: ParallelConfig) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if config.distributed_backend == "gloo":
+        raise SettingsError(
+            "--distributed-backend gloo trains on the CPU, but CUDA devices are visible: hide them with CUDA_VISIBLE_DEVICES="
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,63 @@
+"""Sampling: engines behind one contract, the worker processes that host them, and the pool that feeds those.
+
+    engine.py     the contract
+    embedded/     a fast batched decoder for CPU and CUDA
+
+An engine is one row of the table below: its factory, imported only when it is chosen, so that listing the
+names costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from xrl.config import SettingsError
+
+if TYPE_CHECKING:
+    from xrl.rollout.engine import Engine
+
+ENGINES: Mapping[str, str] = MappingProxyType(
+    {
+        "embedded": "xrl.rollout.embedded.engine:EmbeddedEngine",
+    }
+)
+
+
+def create_engine(
+    name: str,
+    *,
+    model_dir: Path,
+    dtype: str,
+    device: str,
+    max_batch_size: int,
+    num_threads: int,
+    max_model_len: int,
+) -> Engine:
+    """Build the engine called `name`, without weights.
+
+    Args:
+        model_dir: Hugging Face folder; only its config.json is needed.
+        dtype: "float32" or "bfloat16", of weights and KV cache.
+        device: a torch device, "cpu" or "cuda:0" say.
+        max_batch_size: sequences decoded at once; more wait their turn.
+        num_threads: CPU threads of the engine.
+        max_model_len: longest prompt + response in tokens.
+
+    Raises:
+        SettingsError: unknown name, or a model the engine cannot run.
+    """
+    if name not in ENGINES:
+        raise SettingsError(f"--engine must be one of {', '.join(sorted(ENGINES))}, got {name!r}")
+    module, _, factory = ENGINES[name].partition(":")
+    return getattr(import_module(module), factory)(
+        model_dir=model_dir,
+        dtype=dtype,
+        device=device,
+        max_batch_size=max_batch_size,
+        num_threads=num_threads,
+        max_model_len=max_model_len,
+    )

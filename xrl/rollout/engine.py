@@ -1,0 +1,71 @@
+"""What every rollout engine can do, whoever hosts it. Imports no torch."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Protocol
+
+from xrl.types import Completion, GenerateRequest, WeightBucket
+
+
+class EngineError(RuntimeError):
+    """An engine could not do what it was asked."""
+
+
+class EngineNotReady(EngineError):
+    """Generation was asked of an engine that has no complete weights, is asleep or is being updated."""
+
+
+class Engine(Protocol):
+    """Samples completions, and takes new weights one decoder layer at a time.
+
+    One update: `load_layer` once for each bucket, in any order, then `finish_update`. An engine starts without
+    weights, so the first update comes before the first request. All methods may be called from any thread.
+    """
+
+    weights_version: int  # of the weights that sample from here on; -1 before the first update
+
+    def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
+        """Queue a request; the future holds its num_samples completions, in order.
+
+        Raises:
+            ValueError: the request can never run (empty prompt, prompt + max_new_tokens over max_model_len, ...).
+            EngineNotReady: there are no complete weights, the engine sleeps or an update is under way.
+        """
+        ...
+
+    def abort(self, request_id: str | None = None) -> None:
+        """End a request, or all (None): unfinished completions come back as they are, with finish_reason "abort"."""
+        ...
+
+    def sleep(self) -> None:
+        """Free the KV cache (and weights where that pays).
+
+        Raises:
+            EngineError: requests are in flight.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Take requests again after `sleep`."""
+        ...
+
+    def load_layer(self, bucket: WeightBucket) -> None:
+        """Take the whole tensors of one decoder layer, of the embeddings or of the final norm and head.
+
+        Raises:
+            EngineError: requests are in flight, or a tensor is unknown or of the wrong shape.
+        """
+        ...
+
+    def finish_update(self, version: int) -> None:
+        """All layers are loaded: completions sampled from here on carry this version.
+
+        Raises:
+            EngineError: tensors are missing; the message names them.
+        """
+        ...
+
+    def close(self) -> None:
+        """Abort what is in flight and free everything; the engine cannot be used again."""
+        ...

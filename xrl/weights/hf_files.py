@@ -1,0 +1,139 @@
+"""Hugging Face checkpoint folders: read tensors by slices, write whole folders atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xrl.config import SettingsError
+from xrl.types import WeightBucket
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+# Weights of the source checkpoint, in any format: never copied into an export.
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+
+
+class HuggingFaceReader:
+    """Reads slices of a checkpoint's tensors; only the bytes asked for are read from disk."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
+        index = model_dir / INDEX_FILE
+        if index.exists():
+            self._files: dict[str, str] | None = json.loads(index.read_text())["weight_map"]
+        else:
+            self._files = None
+        self._open: dict[str, Any] = {}
+
+    def __enter__(self) -> HuggingFaceReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.clear()
+
+    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) along `dim` of a tensor.
+
+        Raises:
+            SettingsError: no such tensor in the checkpoint.
+        """
+        file = SINGLE_FILE if self._files is None else self._files.get(name)
+        if file is None:
+            raise SettingsError(f"{self.model_dir / INDEX_FILE} names no tensor {name}, which the model needs")
+        if file not in self._open:
+            self._open[file] = safe_open(self.model_dir / file, framework="pt")
+        handle = self._open[file]
+        if self._files is None and name not in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+            raise SettingsError(f"{self.model_dir / file} holds no tensor {name}, which the model needs")
+        view = handle.get_slice(name)
+        return view[start:stop] if dim == 0 else view[:, start:stop]
+
+
+def write_hf_folder(
+    target: Path,
+    buckets: Iterable[WeightBucket],
+    *,
+    source: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int = 4 * 2**30,
+) -> None:
+    """Write a folder that `from_pretrained` loads: weights as they stream in, the rest copied from `source`.
+
+    The folder appears under its name when it is whole, or not at all; one that stands there already is an error.
+
+    Raises:
+        FileExistsError: `target` exists.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists already")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write_weights(partial, buckets, dtype, max_shard_bytes)
+    _copy_other_files(source, partial, dtype)
+    for file in partial.iterdir():
+        _flush(file)
+    os.rename(partial, target)
+    _flush(target.parent)
+
+
+def _write_weights(folder: Path, buckets: Iterable[WeightBucket], dtype: torch.dtype, max_shard_bytes: int) -> None:
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    pending_bytes = total_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes
+        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending, pending_bytes = {}, 0
+
+    for bucket in buckets:
+        for name, tensor in bucket.tensors.items():
+            num_bytes = tensor.numel() * dtype.itemsize
+            if pending and pending_bytes + num_bytes > max_shard_bytes:
+                flush()
+            # A copy: the stream may reuse its buffers for the next layer.
+            pending[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+            pending_bytes += num_bytes
+            total_bytes += num_bytes
+    flush()
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _copy_other_files(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Configuration, tokenizer, chat template, licence: everything that is not weights."""
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and not file.name.startswith("."):
+            shutil.copyfile(file, target / file.name)
+    config = json.loads((source / "config.json").read_text())
+    # transformers 5 says "dtype", older checkpoints "torch_dtype".
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
