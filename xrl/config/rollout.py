@@ -47,6 +47,9 @@ class RolloutConfig:
     max_response_length: int = 1024
     """Longest answer in tokens."""
 
+    ignore_eos: bool = False
+    """Let every answer run to --max-response-length (for benchmarks)."""
+
     def __post_init__(self) -> None:
         for name in ("rollout_num_workers", "rollout_max_batch_size", "max_response_length"):
             if getattr(self, name) < 1:
@@ -69,3 +72,8 @@ class RolloutConfig:
                 f"--top-k {self.top_k} --top-p {self.top_p:g} sample from a filtered distribution that the actor does not "
                 f"score, so every ratio would be biased: use --top-k 0 --top-p 1, or say --allow-biased-sampling"
             )
+
+    @property
+    def longest_wait_s(self) -> float:
+        """How long a rollout may take when every try of a prompt runs into the time-out."""
+        return self.rollout_timeout_s * (self.rollout_max_retries + 1)

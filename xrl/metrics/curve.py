@@ -55,7 +55,7 @@ def save_curve(
     if eval_key is not None:
         eval_steps, eval_values = curve_points(rows, eval_key)
         axes.plot(eval_steps, eval_values, color="C1", marker="o", label=eval_key)
-    axes.set_xlabel("rollout")
+    axes.set_xlabel("step")
     axes.set_ylabel(key)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -82,7 +82,7 @@ def terminal_curve(
     figure.plot_size(width, height)
     figure.draw(figure.signal(steps, running_mean(values, window)).lines())
     figure.title(f"{key} (mean of {window})")
-    figure.label("rollout", 0)
+    figure.label("step", 0)
     text = str(figure.build().string(colorless=True))
     figure.clear()
-    return text
+    return "\n".join(line.rstrip() for line in text.rstrip().split("\n"))

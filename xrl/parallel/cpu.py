@@ -16,6 +16,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -181,7 +182,9 @@ def prepare_megatron_for_cpu() -> None:
         return
     importer = _MegatronImporter(_TorchOnCpu())
     sys.meta_path.insert(0, importer)
-    with _without_compile():
+    with _without_compile(), warnings.catch_warnings():
+        # It warns of each CUDA package that is missing, which is the point here.
+        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
         for name in _MODULES:
             importlib.import_module(name)
     importer.rebind([module for name, module in list(sys.modules.items()) if name.startswith("megatron.core")])

@@ -14,8 +14,12 @@ from xrl.parallel.groups import ParallelGroups
 from xrl.parallel.layout import Layout
 
 
-def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
-    """Join the world torchrun describes (or be a world of one) and lay the model-parallel groups over it."""
+def initialize(config: ParallelConfig, *, seed: int, longest_rollout_s: float = 0.0) -> ParallelGroups:
+    """Join the world torchrun describes (or be a world of one) and lay the model-parallel groups over it.
+
+    Args:
+        longest_rollout_s: ranks wait this long for rank 0's samples before the control group gives up.
+    """
     device = _device(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -39,8 +43,7 @@ def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
         distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-    assert control is not None
+    control = dist.new_group(backend="gloo", timeout=timeout + timedelta(seconds=longest_rollout_s))
     return ParallelGroups(
         layout=Layout.of_world(
             world_size,

@@ -137,3 +137,10 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def prune_hf_folders(folder: Path, *, keep: int) -> None:
+    """Remove the oldest `hf-<step>` folders below `folder` but for the newest `keep`; `hf-final` stays."""
+    steps = sorted(int(path.name[3:]) for path in folder.glob("hf-*") if path.name[3:].isdigit())
+    for step in steps[: max(0, len(steps) - keep)]:
+        shutil.rmtree(folder / f"hf-{step}")

@@ -1,0 +1,105 @@
+"""Judged groups become samples."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from xrl.algorithms.advantages import group_advantages
+from xrl.algorithms.scoring import score_groups
+from xrl.types import Completion, Group, Prompt, Rollout
+
+
+def rollout(reward, *, length=3, finish_reason="stop", prompt_id=0, judge_failed=False, num_logprobs=None):
+    prompt = Prompt(id=prompt_id, token_ids=[1, 2], text="1+1?", ground_truth="2")
+    logprobs = [-0.5] * (length if num_logprobs is None else num_logprobs)
+    completion = Completion(
+        token_ids=list(range(length)), logprobs=logprobs, finish_reason=finish_reason, weights_version=0
+    )
+    return Rollout(prompt=prompt, completion=completion, response="2", reward=reward, judge_failed=judge_failed)
+
+
+def group(*rewards, **kwargs):
+    return Group(rollouts=tuple(rollout(reward, **kwargs) for reward in rewards))
+
+
+def score(groups, *, filter_zero_variance=True):
+    return score_groups(
+        groups,
+        lambda rewards: group_advantages(rewards, normalize=False),
+        filter_zero_variance=filter_zero_variance,
+    )
+
+
+def test_samples_carry_tokens_log_probs_advantage_and_the_index_of_their_group():
+    scored = score([group(1.0, 0.0), group(0.0, 0.0, 1.0, 0.0, prompt_id=7)])
+    assert [sample.group_id for sample in scored.samples] == [0, 0, 1, 1, 1, 1]
+    assert [sample.advantage for sample in scored.samples] == [0.5, -0.5, -0.25, -0.25, 0.75, -0.25]
+    first = scored.samples[0]
+    assert (first.prompt_ids, first.response_ids, first.rollout_logprobs) == ([1, 2], [0, 1, 2], [-0.5] * 3)
+    assert scored.advantages == [[0.5, -0.5], [-0.25, -0.25, 0.75, -0.25]]
+
+
+def test_groups_of_equal_rewards_are_left_out_and_counted():
+    scored = score([group(1.0, 1.0), group(1.0, 0.0), group(0.0, 0.0)])
+    assert {sample.group_id for sample in scored.samples} == {1}
+    assert scored.metrics["groups/zero_variance"] == 2
+    assert scored.metrics["groups/total"] == 3
+    assert scored.metrics["samples/trained"] == 2
+    assert scored.advantages == [[None, None], [0.5, -0.5], [None, None]]
+
+
+def test_groups_of_equal_rewards_are_kept_without_the_filter():
+    scored = score([group(1.0, 1.0)], filter_zero_variance=False)
+    assert [sample.advantage for sample in scored.samples] == [0.0, 0.0]
+    assert scored.metrics["groups/zero_variance"] == 0
+
+
+@pytest.mark.parametrize(
+    "failed",
+    [
+        rollout(0.0, finish_reason="abort"),
+        rollout(0.0, finish_reason="error"),
+        rollout(0.0, length=0),
+        rollout(math.nan),
+    ],
+)
+def test_a_failed_answer_is_left_out_and_does_not_move_its_siblings(failed):
+    mixed = Group(rollouts=(rollout(1.0), failed, rollout(0.0)))
+    scored = score([mixed])
+    assert scored.advantages == [[0.5, None, -0.5]]
+    assert len(scored.samples) == 2
+    assert scored.metrics["samples/failed"] == 1
+    assert scored.metrics["reward/mean"] == 0.5
+
+
+def test_a_group_left_with_one_answer_is_left_out_whole():
+    scored = score([Group(rollouts=(rollout(1.0), rollout(0.0, finish_reason="error")))])
+    assert scored.samples == []
+    assert scored.metrics["groups/too_small"] == 1
+
+
+def test_metrics_describe_all_answers_also_of_groups_left_out():
+    long = rollout(0.0, length=9, finish_reason="length", judge_failed=True)
+    scored = score([group(1.0, 1.0), Group(rollouts=(rollout(1.0, length=1), long))])
+    metrics = scored.metrics
+    assert metrics["reward/mean"] == 0.75
+    assert metrics["reward/std"] == pytest.approx(math.sqrt(3) / 4)
+    assert metrics["pass_fraction"] == 0.75
+    assert metrics["response_length/mean"] == 4.0
+    assert (metrics["response_length/min"], metrics["response_length/max"]) == (1.0, 9.0)
+    assert metrics["truncated_fraction"] == 0.25
+    assert metrics["samples/judge_failed"] == 1
+
+
+def test_no_groups_give_no_samples_and_no_numbers():
+    scored = score([])
+    assert scored.samples == []
+    assert math.isnan(scored.metrics["reward/mean"])
+    assert scored.metrics["groups/total"] == 0
+
+
+def test_an_engine_that_returns_too_few_log_probs_is_named():
+    with pytest.raises(ValueError, match="prompt 5 has 3 tokens and 2 log-probs"):
+        score([group(1.0, 0.0, prompt_id=5, num_logprobs=2)])

@@ -1,0 +1,25 @@
+"""Start a script on several gloo ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_ranks(script: Path, num_ranks: int, *arguments: object, timeout_s: float = 300.0) -> None:
+    """Run `script` under torchrun on the CPU; a failure shows what the ranks printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    if num_ranks == 1:
+        command = [sys.executable]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(
+        [*command, str(script), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert finished.returncode == 0, f"{script.name} {arguments}:\n{finished.stdout[-2000:]}\n{finished.stderr[-6000:]}"

@@ -1,0 +1,156 @@
+"""One rank of the parity test: the same batch and weights at whatever layout torchrun starts this with.
+
+Rank 0 writes what it saw to --out: loss, whole gradients, gradient norm, weights after three updates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+from pathlib import Path
+
+import torch
+
+from xrl.actor.actor import Actor
+from xrl.algorithms.aggregation import token_weights
+from xrl.algorithms.grpo import GRPO
+from xrl.config import (
+    AlgorithmConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    Settings,
+)
+from xrl.parallel.groups import ParallelGroups
+from xrl.parallel.megatron import initialize, shutdown
+from xrl.types import Sample
+from xrl.weights.export import export_weights
+
+NUM_UPDATES = 3
+PACKINGS = ("shared", "packed", "padded")
+MICROBATCHES = (1, 4)  # on each replica
+
+
+def make_samples(vocab_size: int) -> list[Sample]:
+    """16 groups of 4 answers with uneven lengths, answers of one token among them."""
+    rng = random.Random(0)
+    samples = []
+    for group_id in range(16):
+        prompt = [rng.randrange(vocab_size) for _ in range(rng.randint(3, 12))]
+        for _ in range(4):
+            response = [rng.randrange(vocab_size) for _ in range(rng.choice((1, 5, 9, 16)))]
+            samples.append(
+                Sample(
+                    prompt_ids=prompt,
+                    response_ids=response,
+                    rollout_logprobs=[-4.5 - 0.3 * rng.random() for _ in response],
+                    advantage=rng.gauss(0, 1),
+                    group_id=group_id,
+                )
+            )
+    return samples
+
+
+def data_config(packing: str, num_microbatches: int, num_replicas: int, samples: list[Sample]) -> DataConfig:
+    """Settings that give every replica `num_microbatches` micro-batches of these samples."""
+    from xrl.data.packing import plan_microbatches
+
+    data = DataConfig(data=Path("unused"), share_prompt_prefix=packing == "shared")
+    if packing == "padded":
+        return dataclasses.replace(data, micro_batch_size=len(samples) // (num_microbatches * num_replicas))
+    for budget in range(4000, 20, -4):
+        plan = plan_microbatches(
+            samples, num_replicas=num_replicas, max_tokens=budget, share_prompts=packing == "shared"
+        )
+        if len(plan[0]) == num_microbatches:
+            return dataclasses.replace(data, max_tokens_per_microbatch=budget)
+    raise AssertionError(f"no token budget gives {num_microbatches} micro-batches")
+
+
+def make_settings(arguments: argparse.Namespace, data: DataConfig) -> Settings:
+    return Settings(
+        model=ModelConfig(model=arguments.model, bf16=False, recompute_granularity=arguments.recompute),
+        data=data,
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=arguments.tp,
+            pipeline_model_parallel_size=arguments.pp,
+            sequence_parallel=arguments.sp,
+            use_distributed_optimizer=arguments.distributed_optimizer,
+        ),
+        optimizer=OptimizerConfig(lr=1e-3, adam_eps=1e-6, weight_decay=0.01, clip_grad=0.05),
+        algorithm=AlgorithmConfig(old_logprobs="rollout", kl_coef=0.05, entropy_coef=0.01),
+        rollout=dataclasses.replace(RolloutConfig(), max_response_length=16, temperature=0.7),
+    )
+
+
+def run_case(arguments: argparse.Namespace, groups: ParallelGroups, packing: str, num_microbatches: int) -> dict:
+    vocab_size = arguments.vocab_size
+    samples = make_samples(vocab_size)
+    data = data_config(packing, num_microbatches, groups.layout.data_size, samples)
+    settings = make_settings(arguments, dataclasses.replace(data, max_prompt_length=12))
+    actor = Actor(settings, groups, num_updates=NUM_UPDATES)
+    algorithm = GRPO(settings.algorithm)
+    seen: dict[str, list] = {"loss": [], "grad_norm": [], "kl": []}
+    gradients: dict[str, torch.Tensor] = {}
+    has_run = False
+
+    step = actor.optimizer.step
+
+    def step_and_keep_gradients():
+        nonlocal has_run
+        # After the reduction, before clipping: what every layout must agree on.
+        if not has_run:
+            has_run = True
+            for bucket in export_weights(whole_gradients(actor), actor.shape, groups, version=0):
+                gradients.update({name: tensor.clone() for name, tensor in bucket.tensors.items()})
+        return step()
+
+    actor.optimizer.step = step_and_keep_gradients
+    for _ in range(NUM_UPDATES):
+        (report,) = actor.update(samples, algorithm.loss, lambda lengths: token_weights(lengths, "token-mean"))
+        seen["loss"].append(report.metrics["loss"].value)
+        seen["kl"].append(report.metrics["kl"].value)
+        seen["grad_norm"].append(report.grad_norm)
+    weights = {
+        name: tensor.clone() for bucket in actor.weights(version=1) for name, tensor in bucket.tensors.items()
+    }
+    return {**seen, "gradients": gradients, "weights": weights}
+
+
+def whole_gradients(actor: Actor) -> dict[str, torch.Tensor]:
+    """Each parameter's reduced gradient; the distributed optimizer leaves only a share of it on each replica."""
+    if actor.settings.parallel.use_distributed_optimizer:
+        for buffer in actor.ddp.buffers:
+            for bucket in buffer.buckets:
+                share = bucket.grad_data.view(actor.groups.layout.data_size, -1)[actor.groups.data_rank].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, share, group=actor.groups.data)
+    return {name: parameter.main_grad for name, parameter in actor.model.named_parameters()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--vocab-size", type=int)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--sp", action="store_true")
+    parser.add_argument("--distributed-optimizer", action="store_true")
+    parser.add_argument("--recompute", default=None)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    parallel = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)
+    groups = initialize(parallel, seed=1)
+    results = {
+        (packing, count): run_case(arguments, groups, packing, count) for packing in PACKINGS for count in MICROBATCHES
+    }
+    if groups.rank == 0:
+        torch.save(results, arguments.out)
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()

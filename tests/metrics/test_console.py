@@ -1,0 +1,67 @@
+"""The run's logger."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+from tqdm import tqdm
+
+from xrl.metrics.console import LOGGER_NAME, setup_logging
+
+
+@pytest.fixture(autouse=True)
+def logger_as_before():
+    logger = logging.getLogger(LOGGER_NAME)
+    handlers, propagate, level = list(logger.handlers), logger.propagate, logger.level
+    yield
+    for handler in logger.handlers:
+        handler.close()
+    logger.handlers, logger.propagate = handlers, propagate
+    logger.setLevel(level)
+
+
+def test_rank_0_speaks_on_stderr_with_the_time(capsys):
+    setup_logging().info("hello")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO hello\n", err)
+
+
+def test_other_ranks_show_only_errors_with_their_rank(capsys):
+    logger = setup_logging(rank=3)
+    logger.info("hello")
+    logger.error("lost")
+    err = capsys.readouterr().err
+    assert "hello" not in err
+    assert err.startswith("[rank 3] ")
+    assert "lost" in err
+
+
+def test_log_file_gets_everything_of_its_rank(tmp_path, capsys):
+    logger = setup_logging(rank=3, log_file=tmp_path / "rank3.log")
+    logger.info("hello")
+    assert "hello" in (tmp_path / "rank3.log").read_text()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_second_set_up_does_not_double_the_lines(capsys):
+    setup_logging()
+    setup_logging().info("once")
+    assert capsys.readouterr().err.count("once") == 1
+
+
+def test_a_child_logger_speaks_through_the_same_handler(capsys):
+    setup_logging()
+    logging.getLogger("xrl.rollout").info("from below")
+    assert "from below" in capsys.readouterr().err
+
+
+def test_lines_stand_above_a_progress_bar(capsys):
+    logger = setup_logging()
+    with tqdm(total=3, desc="rollout", ascii=True) as bar:
+        bar.update()
+        logger.info("between")
+    lines = re.split(r"[\r\n]+", capsys.readouterr().err)
+    assert any(re.fullmatch(r"\S+ \S+ INFO between", line) for line in lines)

@@ -1,0 +1,95 @@
+"""Metrics on disk."""
+
+from __future__ import annotations
+
+import math
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from xrl.metrics.run_folder import RunFolder
+from xrl.metrics.sinks import JsonLinesSink, MetricsLog, TensorBoardSink, read_rows
+
+
+def scalars(folder):
+    """(step, name, value) of every scalar in a folder of TensorBoard events."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in folder.glob("events.out.tfevents.*"):
+        data, start = path.read_bytes(), 0
+        while start < len(data):
+            (length,) = struct.unpack_from("<Q", data, start)  # length, its checksum, the event, its checksum
+            event = Event.FromString(data[start + 12 : start + 12 + length])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            start += length + 16
+    return found
+
+
+def test_each_line_can_be_read_while_the_file_is_open(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLinesSink(path)
+    sink.write(1, {"loss": 0.5})
+    assert read_rows(path) == [{"step": 1, "loss": 0.5}]
+    sink.write(2, {"loss": 0.25})
+    assert len(read_rows(path)) == 2
+    sink.close()
+
+
+def test_what_json_does_not_have_becomes_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLinesSink(path)
+    sink.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.0})
+    sink.close()
+    assert path.read_text() == '{"step": 1, "a": null, "b": null, "c": null, "d": 0.0}\n'
+
+
+def test_a_second_sink_goes_on_after_the_last_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        sink = JsonLinesSink(path)
+        sink.write(step, {})
+        sink.close()
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
+
+
+def test_a_last_line_cut_short_by_a_crash_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_rows(path) == [{"step": 1}]
+
+
+def test_a_broken_line_elsewhere_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\noops\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        read_rows(path)
+
+
+def test_tensorboard_gets_every_finite_scalar(tmp_path):
+    sink = TensorBoardSink(tmp_path)
+    sink.write(3, {"reward/mean": 0.5, "kl": math.nan})
+    sink.write(4, {"reward/mean": 0.75})
+    assert scalars(tmp_path) == [(3, "reward/mean", 0.5), (4, "reward/mean", 0.75)]  # before it is closed
+    sink.close()
+
+
+def test_a_run_writes_to_all_its_sinks(tmp_path):
+    folder = RunFolder(tmp_path)
+    with MetricsLog(folder) as log:
+        log.write(1, {"loss": 0.5})
+    assert read_rows(folder.metrics) == [{"step": 1, "loss": 0.5}]
+    assert scalars(folder.tensorboard) == [(1, "loss", 0.5)]
+
+
+def test_tensorboard_can_be_switched_off_and_is_then_not_imported(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from xrl.metrics.run_folder import RunFolder; "
+        "from xrl.metrics.sinks import MetricsLog; "
+        "log = MetricsLog(RunFolder(Path(sys.argv[1])), tensorboard=False); log.write(1, {'loss': 0.5}); log.close(); "
+        "sys.exit('tensorboardX' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,1 @@
+"""Prompts in: conversion, reading, tokenising and packing."""

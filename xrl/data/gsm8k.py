@@ -1,0 +1,143 @@
+"""GSM8K (Cobbe et al., arXiv:2110.14168) into prompt rows with checkable answers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from xrl.config import SettingsError
+from xrl.data.rows import numbered_lines, parse_json_object
+
+SPLITS = ("train", "test")
+INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
+MAX_REPORTED_ROWS = 5
+
+
+def convert(input_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[str, int]:
+    """Write `train.jsonl` and `test.jsonl` below out_dir; each is whole or not there.
+
+    Args:
+        input_dir: the hub's layout (parquet files, in `main/` or directly) or the original one (`train.jsonl`,
+            `test.jsonl`); one split is enough.
+        overwrite: replace output files with other content than what would be written.
+
+    Returns:
+        rows written of each split found
+
+    Raises:
+        SettingsError: no input, bad rows (the first five are named; nothing is written), or an output in the way.
+    """
+    files = {split: found for split in SPLITS if (found := _find_split(input_dir, split))}
+    if not files:
+        raise SettingsError(
+            f"--input-dir {input_dir} holds no GSM8K: needs main/train-*.parquet, train-*.parquet or train.jsonl "
+            f"(and the same for test)"
+        )
+    contents = _convert_splits(files)
+    for split, rows in contents.items():
+        _check_output(out_dir / f"{split}.jsonl", _as_bytes(rows), overwrite=overwrite)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for split, rows in contents.items():
+        _write_atomically(out_dir / f"{split}.jsonl", _as_bytes(rows))
+    return {split: len(rows) for split, rows in contents.items()}
+
+
+def convert_row(question: str, answer: str, *, split: str, index: int) -> dict[str, Any]:
+    """One prompt row.
+
+    Raises:
+        ValueError: the answer does not end in `#### <number>`.
+    """
+    _, marker, final = answer.rpartition("####")
+    ground_truth = final.strip().replace(",", "")
+    if not marker or not ground_truth:
+        raise ValueError("a row whose `answer` does not end in `#### <number>`")
+    return {
+        "data_source": "openai/gsm8k",
+        "prompt": [{"role": "user", "content": f"{question} {INSTRUCTION}"}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": ground_truth},
+        "extra_info": {"split": split, "index": index, "answer": answer, "question": question},
+    }
+
+
+def _find_split(input_dir: Path, split: str) -> list[Path]:
+    for folder, pattern in (("main", f"{split}-*.parquet"), (".", f"{split}-*.parquet"), (".", f"{split}.jsonl")):
+        if found := sorted((input_dir / folder).glob(pattern)):
+            return found
+    return []
+
+
+def _convert_splits(files: dict[str, list[Path]]) -> dict[str, list[str]]:
+    """Each split's rows as JSON."""
+    contents: dict[str, list[str]] = {}
+    problems: list[str] = []
+    for split, paths in files.items():
+        rows: list[str] = []
+        for place, source in tqdm(list(_read_sources(paths)), desc=f"converting {split}", unit="row"):
+            try:
+                question, answer = _question_and_answer(source)
+                row = convert_row(question, answer, split=split, index=len(rows))
+            except ValueError as error:
+                problems.append(f"{place} is {error}")
+                continue
+            rows.append(json.dumps(row, ensure_ascii=False))
+        contents[split] = rows
+    if problems:
+        more = f"; and {len(problems) - MAX_REPORTED_ROWS} more" if len(problems) > MAX_REPORTED_ROWS else ""
+        raise SettingsError(f"nothing was written: {'; '.join(problems[:MAX_REPORTED_ROWS])}{more}")
+    empty = [str(path) for split, rows in contents.items() if not rows for path in files[split]]
+    if empty:
+        raise SettingsError(f"{', '.join(empty)} is empty: needs rows with `question` and `answer`")
+    return contents
+
+
+def _read_sources(paths: list[Path]) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
+    """Rows with the place that names them: JSON lines unparsed, parquet rows as dictionaries."""
+    for path in paths:
+        if path.suffix == ".jsonl":
+            for number, line in numbered_lines(path):
+                yield f"{path}, line {number}", line
+            continue
+        # Imported here: the original layout does not need it.
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise SettingsError(f"{path} is not a parquet file: {error}") from error
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}, row {number}", row
+
+
+def _question_and_answer(source: bytes | dict[str, Any]) -> tuple[str, str]:
+    row = parse_json_object(source) if isinstance(source, bytes) else source
+    for name in ("question", "answer"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise ValueError(f"a row without `{name}`")
+    return row["question"], row["answer"]
+
+
+def _as_bytes(rows: list[str]) -> bytes:
+    return "".join(f"{row}\n" for row in rows).encode()
+
+
+def _check_output(path: Path, content: bytes, *, overwrite: bool) -> None:
+    if path.exists() and not overwrite and path.read_bytes() != content:
+        raise SettingsError(f"{path} exists with other content: give another --out-dir, or --overwrite to replace it")
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    # In the same folder, because a rename is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,80 @@
+"""Everything a run tells the user: console lines, metrics, trajectories. Rank 0 only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from xrl.metrics.console import LOGGER_NAME
+from xrl.metrics.curve import save_curve
+from xrl.metrics.report import (
+    evaluation_line,
+    evaluation_table,
+    prepared_line,
+    rollout_finished_line,
+    update_line,
+)
+from xrl.metrics.run_folder import RunFolder
+from xrl.metrics.sinks import MetricsLog, read_rows
+from xrl.metrics.trajectory import write_trajectory
+from xrl.types import Group
+
+logger = logging.getLogger(LOGGER_NAME)
+
+
+class Journal:
+    """Keeps the run folder and the console up to date."""
+
+    def __init__(self, folder: RunFolder, *, tensorboard: bool, log_interval: int, num_rollouts: int) -> None:
+        self.folder = folder
+        self.log_interval = log_interval
+        self.num_rollouts = num_rollouts
+        self._metrics = MetricsLog(folder, tensorboard=tensorboard)
+        self._first_evaluation: Mapping[str, float] | None = None
+
+    def say(self, line: str) -> None:
+        """One line on the console."""
+        logger.info(line)
+
+    def rollout(
+        self,
+        index: int,
+        groups: Sequence[Group],
+        advantages: Sequence[Sequence[float | None]],
+        num_samples: int,
+        metrics: Mapping[str, float],
+    ) -> None:
+        """A rollout is sampled and judged: write every answer down."""
+        path = self.folder.trajectory(index)
+        write_trajectory(path, groups, rollout_id=index, advantages=advantages, metrics=metrics)
+        if self._speaks(index):
+            self.say(rollout_finished_line(index, path))
+            self.say(prepared_line(num_samples, metrics))
+
+    def step(self, index: int, metrics: Mapping[str, float]) -> None:
+        """A rollout is learned from and the new weights are out."""
+        self._metrics.write(index, metrics)
+        if self._speaks(index):
+            self.say(update_line(index, metrics, num_rollouts=self.num_rollouts))
+
+    def evaluation(self, index: int, metrics: Mapping[str, float]) -> None:
+        """Pass rates on held-out prompts."""
+        self._metrics.write(index, metrics)
+        self.say(evaluation_line(index, metrics))
+        if self._first_evaluation is None:
+            self._first_evaluation = metrics
+        elif index == self.num_rollouts:
+            self.say("\n" + evaluation_table(self._first_evaluation, metrics))
+
+    def finish(self) -> None:
+        """Draw the reward curve and close the files."""
+        self._metrics.close()
+        rows = read_rows(self.folder.metrics)
+        if any("reward/mean" in row for row in rows):
+            save_curve(rows, self.folder.reward_curve)
+
+    def close(self) -> None:
+        self._metrics.close()
+
+    def _speaks(self, index: int) -> bool:
+        return index % self.log_interval == 0 or index == self.num_rollouts

@@ -1,0 +1,60 @@
+"""Judges: who gives an answer its reward. A judge is a file, a row of this table and a test."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from xrl.config import RewardConfig, SettingsError
+from xrl.rewards.judge import InlineJudge, Judge, JudgePool, Verdict
+from xrl.rewards.load import load_judge
+from xrl.rewards.processes import ProcessJudges
+
+__all__ = ["JUDGES", "Judge", "JudgePool", "Verdict", "check_judge", "create_judge"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeEntry:
+    """Where a judge is, and how it may be asked."""
+
+    reference: str  # package.module:function
+    inline: bool = False  # it always ends soon and cannot crash: no process needed
+    package: str | None = None  # that it needs installed
+
+
+JUDGES = {
+    "gsm8k": JudgeEntry(reference="xrl.rewards.gsm8k:judge", inline=True),
+    "gsm8k-exact": JudgeEntry(reference="xrl.rewards.gsm8k_exact:judge", inline=True),
+    "math-verify": JudgeEntry(reference="xrl.rewards.math_verify:judge", package="math_verify"),
+}
+
+
+def check_judge(name: str) -> None:
+    """Find the judge before anything slow starts; a user's own is imported.
+
+    Raises:
+        SettingsError: no such judge, file or function, or it cannot be imported.
+    """
+    entry = JUDGES.get(name)
+    if entry is None:
+        if ":" not in name:
+            raise SettingsError(
+                f"--judge {name} is unknown: take one of {', '.join(JUDGES)}, or a function of your own as "
+                f"package.module:function or path/file.py:function"
+            )
+        load_judge(name)
+    elif entry.package and importlib.util.find_spec(entry.package) is None:
+        raise SettingsError(f"--judge {name} needs the package {entry.package.replace('_', '-')}: pip install it")
+
+
+def create_judge(config: RewardConfig) -> JudgePool:
+    """The judge the settings name, behind its bounds. Close it in the end.
+
+    Raises:
+        SettingsError: as `check_judge` does.
+    """
+    check_judge(config.judge)
+    entry = JUDGES.get(config.judge) or JudgeEntry(reference=config.judge)
+    if entry.inline:
+        return InlineJudge(load_judge(entry.reference))
+    return ProcessJudges(entry.reference, timeout_s=config.judge_timeout_s, num_workers=config.judge_num_workers)

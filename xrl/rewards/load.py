@@ -1,0 +1,65 @@
+"""From a name on the command line to a judge's function."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from xrl.config import SettingsError
+from xrl.rewards.judge import Judge
+
+
+def load_judge(reference: str) -> Judge:
+    """Import a judge.
+
+    Args:
+        reference: `package.module:function` or `path/to/file.py:function`; modules next to the file, and those in
+            the current folder, can be imported too.
+
+    Raises:
+        SettingsError: the module or file is missing or cannot be imported, or has no such function.
+    """
+    source, _, name = reference.rpartition(":")
+    if not source or not name:
+        raise SettingsError(f"--judge {reference} must be package.module:function or path/file.py:function")
+    # Running user code: any exception at import is the user's to mend, and only its message is worth showing.
+    try:
+        module = _import_file(Path(source).expanduser()) if source.endswith(".py") else _import_module(source)
+    except SettingsError:
+        raise
+    except Exception as error:
+        raise SettingsError(f"--judge {reference}: cannot import {source}: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        raise SettingsError(f"--judge {reference}: {source} has no function {name!r}")
+    judge: Judge = getattr(module, name)
+    if not callable(judge):
+        raise SettingsError(f"--judge {reference}: {name} in {source} is a {type(judge).__name__}, not a function")
+    return judge
+
+
+def _import_module(name: str) -> ModuleType:
+    # Started as a console script, Python does not look in the current folder by itself.
+    _look_in(Path.cwd())
+    return importlib.import_module(name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise SettingsError(f"--judge: no file {path}")
+    _look_in(path.resolve().parent)
+    spec = importlib.util.spec_from_file_location(f"xrl_judge_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
+    module = importlib.util.module_from_spec(spec)
+    # Registered before it runs, as dataclasses and pickle look modules up there.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _look_in(folder: Path) -> None:
+    # At the end: a user's file must not hide an installed package.
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))

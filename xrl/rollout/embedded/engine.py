@@ -1,0 +1,206 @@
+"""The embedded engine: the engine contract over a decoder in this process, stepped by one background thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+import torch
+
+from xrl.config import SettingsError
+from xrl.models.shape import ModelShape, read_model_shape
+from xrl.rollout.embedded.batch import Job
+from xrl.rollout.embedded.cache import KVCache
+from xrl.rollout.embedded.model import Decoder
+from xrl.rollout.embedded.scheduler import Scheduler
+from xrl.rollout.embedded.weights import DecoderWeights
+from xrl.rollout.engine import EngineError, EngineNotReady
+from xrl.types import Completion, GenerateRequest, WeightBucket
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class EmbeddedEngine:
+    """See `xrl.rollout.engine.Engine` for the contract and `xrl.rollout.create_engine` for the arguments."""
+
+    def __init__(
+        self,
+        *,
+        model_dir: Path,
+        dtype: str,
+        device: str,
+        max_batch_size: int,
+        num_threads: int,
+        max_model_len: int,
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise SettingsError(f"the embedded engine runs in {' or '.join(_DTYPES)}, got {dtype!r}")
+        self._shape = read_model_shape(model_dir)
+        _check(self._shape, model_dir, max_model_len)
+        self.weights_version = -1
+        self._max_model_len, self._max_batch_size, self._num_threads = max_model_len, max_batch_size, num_threads
+        self._weights = DecoderWeights(self._shape, _DTYPES[dtype], torch.device(device))
+        self._decoder = Decoder(self._shape, self._weights, max_model_len)
+        self._scheduler = self._new_scheduler()
+
+        # Guards what follows. The scheduler belongs to the loop thread while jobs are in flight, to others only
+        # when none is, and jobs leave self._in_flight only after the step that ended them.
+        self._changed = threading.Condition()
+        self._inbox: list[Job] = []
+        self._in_flight: dict[str, Job] = {}
+        self._abort_requested = False
+        self._not_ready: str | None = "it has no weights yet"
+        self._is_asleep = False
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="embedded-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
+        self._check_request(request)
+        job = Job(request=request, future=Future())
+        job.future.set_running_or_notify_cancel()  # from here on only `abort` ends it
+        with self._changed:
+            self._check_ready()
+            if request.id in self._in_flight:
+                raise ValueError(f"request id {request.id!r} is already in flight")
+            self._in_flight[request.id] = job
+            self._inbox.append(job)
+            self._changed.notify()
+        return job.future
+
+    def abort(self, request_id: str | None = None) -> None:
+        with self._changed:
+            for job in self._in_flight.values():
+                if request_id in (None, job.request.id):
+                    job.aborted = self._abort_requested = True
+
+    def sleep(self) -> None:
+        with self._changed:
+            self._check_idle("sleep")
+            self._is_asleep = True
+            self._scheduler = self._new_scheduler()  # with an empty cache
+            self._weights.offload()
+
+    def wake(self) -> None:
+        with self._changed:
+            self._weights.restore()
+            self._is_asleep = False
+
+    def load_layer(self, bucket: WeightBucket) -> None:
+        with self._changed, torch.inference_mode():
+            self._check_idle("take weights")
+            self._not_ready = f"the update to weights version {bucket.version} is not finished"
+            self._weights.load(bucket.tensors, version=bucket.version, source=bucket.layer)
+
+    def finish_update(self, version: int) -> None:
+        with self._changed:
+            self._check_idle("take weights")
+            self._weights.finish()
+            self.weights_version = version
+            self._not_ready = None
+
+    def close(self) -> None:
+        self.abort()
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+        self._scheduler = self._new_scheduler()
+        self._weights.clear()
+
+    def _run(self) -> None:
+        """The loop thread: step while there is work."""
+        torch.set_num_threads(self._num_threads)  # OpenMP counts threads for each thread that starts them
+        with torch.inference_mode():
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._in_flight or self._is_closed)
+                    if not self._in_flight:
+                        return
+                    inbox, self._inbox = self._inbox, []
+                    aborting, self._abort_requested = self._abort_requested, False
+                try:
+                    done = self._step(inbox, aborting)
+                except Exception as error:
+                    logger.exception("the embedded engine failed; its requests are lost")
+                    self._fail_all(error)
+                else:
+                    self._resolve(done)
+
+    def _step(self, inbox: list[Job], aborting: bool) -> list[Job]:
+        for job in inbox:
+            self._scheduler.add(job)
+        done = self._scheduler.drop_aborted(self.weights_version) if aborting else []
+        return done + self._scheduler.step(self.weights_version)
+
+    def _resolve(self, done: list[Job]) -> None:
+        with self._changed:
+            for job in done:
+                del self._in_flight[job.request.id]
+        for job in done:
+            job.future.set_result([job.completions[sample] for sample in range(job.request.num_samples)])
+
+    def _fail_all(self, error: Exception) -> None:
+        """Fail every request in flight and start afresh: what is left of the cache cannot be trusted."""
+        with self._changed:
+            failed = list(self._in_flight.values())
+            self._in_flight.clear()
+            self._inbox.clear()
+            self._scheduler = self._new_scheduler()
+        for job in failed:
+            failure = EngineError(f"the embedded engine failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            job.future.set_exception(failure)
+
+    def _new_scheduler(self) -> Scheduler:
+        cache = KVCache(self._shape, self._weights.dtype, self._weights.device)
+        return Scheduler(self._decoder, cache, self._max_batch_size)
+
+    def _check_request(self, request: GenerateRequest) -> None:
+        where, sampling = f"request {request.id!r}", request.sampling
+        if not request.token_ids:
+            raise ValueError(f"{where}: the prompt must hold at least one token, got none")
+        if min(request.token_ids) < 0 or max(request.token_ids) >= self._shape.vocab_size:
+            raise ValueError(f"{where}: token ids must be in [0, {self._shape.vocab_size}), the prompt holds others")
+        if request.num_samples < 1 or sampling.max_new_tokens < 1:
+            raise ValueError(
+                f"{where}: num_samples and max_new_tokens must be >= 1, "
+                f"got {request.num_samples} and {sampling.max_new_tokens}"
+            )
+        if sampling.temperature < 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
+            raise ValueError(
+                f"{where}: temperature and top_k must be >= 0 and top_p in (0, 1], "
+                f"got {sampling.temperature:g}, {sampling.top_k} and {sampling.top_p:g}"
+            )
+        total = len(request.token_ids) + sampling.max_new_tokens
+        if total > self._max_model_len:
+            raise ValueError(
+                f"{where}: prompt ({len(request.token_ids)}) + max_new_tokens ({sampling.max_new_tokens}) = {total} "
+                f"tokens exceed max_model_len {self._max_model_len}"
+            )
+
+    def _check_ready(self) -> None:
+        if self._is_closed:
+            raise EngineError("the embedded engine is closed")
+        if self._is_asleep:
+            raise EngineNotReady("the embedded engine cannot generate: it is asleep")
+        if self._not_ready is not None:
+            raise EngineNotReady(f"the embedded engine cannot generate: {self._not_ready}")
+
+    def _check_idle(self, action: str) -> None:
+        if self._is_closed:
+            raise EngineError("the embedded engine is closed")
+        if self._in_flight:
+            raise EngineError(f"the embedded engine cannot {action} with {len(self._in_flight)} requests in flight")
+
+
+def _check(shape: ModelShape, model_dir: Path, max_model_len: int) -> None:
+    if max_model_len > shape.max_positions:
+        raise SettingsError(
+            f"prompt + response of {max_model_len} tokens exceed the {shape.max_positions} positions "
+            f"(max_position_embeddings) of {model_dir / 'config.json'}"
+        )

@@ -1,0 +1,93 @@
+"""The forward pass of a Qwen2 / Qwen3 decoder over the paged KV cache: prefill of prompts, decode of one token a row.
+
+Shapes: N tokens of a batch, H hidden size, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xrl.kernels.decode_attention import PagedContext, decode_attention
+from xrl.kernels.rms_norm import rms_norm
+from xrl.kernels.rope_cache import rope_cache
+from xrl.models.shape import ModelShape
+from xrl.rollout.embedded.cache import KVCache
+from xrl.rollout.embedded.weights import DecoderWeights
+
+
+class Decoder:
+    """Hidden states and logits from token ids, reading and filling a KV cache."""
+
+    def __init__(self, shape: ModelShape, weights: DecoderWeights, max_positions: int) -> None:
+        self.shape, self.weights = shape, weights
+        half = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
+        angles = torch.outer(torch.arange(max_positions).float(), 1.0 / shape.rope_base**half)
+        self.cos, self.sin = angles.cos().to(weights.device), angles.sin().to(weights.device)
+
+    def prefill(self, tokens: Tensor, positions: Tensor, slots: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
+        """Run prompts, laid end to end, and store their keys and values.
+
+        Args:
+            tokens, positions, slots: [N] int32; tokens past sum(lengths) are padding (slot -1)
+            lengths: tokens of each prompt
+
+        Returns:
+            [len(lengths), H] final hidden state of each prompt's last token
+        """
+        groups = self.shape.num_kv_heads
+
+        def attend(qkv: Tensor, layer: int) -> Tensor:
+            out = qkv.new_zeros(qkv.shape[0], self.shape.num_heads, self.shape.head_dim)
+            start = 0
+            for length in lengths:
+                prompt = qkv[start : start + length].transpose(0, 1).unsqueeze(0)  # [1, heads, length, D]
+                query, key, value = prompt.split([self.shape.num_heads, groups, groups], dim=1)
+                attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+                out[start : start + length] = attended[0].transpose(0, 1)
+                start += length
+            return out
+
+        hidden = self._forward(tokens, positions, slots, cache, attend)
+        last = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
+        return hidden[last]
+
+    def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, context: PagedContext, cache: KVCache) -> Tensor:
+        """Run one new token a row.
+
+        Args:
+            tokens, positions, slots: [N] int32; padding rows have slot -1
+
+        Returns:
+            [N, H] final hidden states
+        """
+
+        def attend(qkv: Tensor, layer: int) -> Tensor:
+            query = qkv[:, : self.shape.num_heads]
+            return decode_attention(query, cache.keys[layer], cache.values[layer], context)
+
+        return self._forward(tokens, positions, slots, cache, attend)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, H] final hidden states -> [N, V] fp32"""
+        assert self.weights.head is not None
+        return self.weights.head(hidden).float()
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache, attend: Callable[[Tensor, int], Tensor]
+    ) -> Tensor:
+        shape, weights, eps = self.shape, self.weights, self.shape.norm_eps
+        x = F.embedding(tokens, weights.embedding)
+        for index in range(shape.num_layers):
+            layer = weights.layers[index]
+            h = rms_norm(x, layer.input_norm, eps)
+            qkv = layer.qkv(h).view(len(x), -1, shape.head_dim)
+            keys, values = cache.keys[index], cache.values[index]
+            rope_cache(qkv, self.cos, self.sin, positions, layer.q_norm, layer.k_norm, eps, keys, values, slots)
+            x = layer.attention_out.plus(attend(qkv, index).flatten(1), x)
+            h = rms_norm(x, layer.mlp_norm, eps)
+            x = layer.down.plus(layer.up.times(h, layer.gate.silu(h)), x)
+        return rms_norm(x, weights.final_norm, eps)

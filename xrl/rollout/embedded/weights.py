@@ -1,0 +1,197 @@
+"""The decoder's weights: Hugging Face tensors in, one layer at a time; packed matrices out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xrl.kernels.packed_linear import PackedLinear
+from xrl.models.shape import ModelShape
+from xrl.rollout.engine import EngineError
+
+EMBEDDINGS, FINAL = "embeddings", "final"
+
+
+@dataclass(kw_only=True)
+class LayerWeights:
+    """One decoder layer."""
+
+    input_norm: Tensor  # [H]
+    qkv: PackedLinear  # queries, keys and values in one product
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D]
+    attention_out: PackedLinear
+    mlp_norm: Tensor  # [H]
+    gate: PackedLinear
+    up: PackedLinear
+    down: PackedLinear
+
+
+def expected_tensors(shape: ModelShape) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Every tensor the decoder needs: part of the model -> Hugging Face name -> size.
+
+    The parts are "embeddings", "layers.0", ..., "final".
+    """
+    hidden, ffn, head_dim = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
+    query_size, kv_size = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
+    parts: dict[str, dict[str, tuple[int, ...]]] = {
+        EMBEDDINGS: {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
+    }
+    for index in range(shape.num_layers):
+        layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (query_size, hidden),
+            "self_attn.k_proj.weight": (kv_size, hidden),
+            "self_attn.v_proj.weight": (kv_size, hidden),
+            "self_attn.o_proj.weight": (hidden, query_size),
+            "post_attention_layernorm.weight": (hidden,),
+            "mlp.gate_proj.weight": (ffn, hidden),
+            "mlp.up_proj.weight": (ffn, hidden),
+            "mlp.down_proj.weight": (hidden, ffn),
+        }
+        if shape.qkv_bias:
+            layer |= {
+                "self_attn.q_proj.bias": (query_size,),
+                "self_attn.k_proj.bias": (kv_size,),
+                "self_attn.v_proj.bias": (kv_size,),
+            }
+        if shape.qk_norm:
+            layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
+        parts[f"layers.{index}"] = {f"model.layers.{index}.{name}": size for name, size in layer.items()}
+    parts[FINAL] = {"model.norm.weight": (hidden,)}
+    if not shape.tied_embeddings:
+        parts[FINAL]["lm_head.weight"] = (shape.vocab_size, hidden)
+    return parts
+
+
+class DecoderWeights:
+    """The weights in use, and what has arrived of the next update.
+
+    A part is installed as soon as its last tensor arrives, so an update needs the memory of one part more than
+    the model, never of a second model.
+    """
+
+    def __init__(self, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.embedding: Tensor = torch.empty(0)
+        self.layers: dict[int, LayerWeights] = {}
+        self.final_norm: Tensor = torch.empty(0)
+        self.head: PackedLinear | None = None
+        self._expected = expected_tensors(shape)
+        self._part_of = {name: part for part, tensors in self._expected.items() for name in tensors}
+        self._arrived: dict[str, dict[str, Tensor]] = {}  # of parts not yet complete
+        self._installed: set[str] = set()  # parts of the update under way
+        self._version: int | None = None  # of the update under way
+
+    def load(self, tensors: Mapping[str, Tensor], *, version: int, source: str) -> None:
+        """Take whole tensors; their memory may be reused once this returns. Another version starts a new update.
+
+        Raises:
+            EngineError: a name the model does not have, or a wrong size; `source` is named in the message.
+        """
+        if version != self._version:
+            self._version = version
+            self._arrived.clear()
+            self._installed.clear()
+        for name, tensor in tensors.items():
+            if name not in self._part_of:
+                raise EngineError(f"weight update, {source}: the model has no tensor {name!r}")
+            expected = self._expected[self._part_of[name]][name]
+            if tuple(tensor.shape) != expected:
+                raise EngineError(
+                    f"weight update, {source}: {name} must be of size {list(expected)}, got {list(tensor.shape)}"
+                )
+        for name, tensor in tensors.items():
+            self._arrived.setdefault(self._part_of[name], {})[name] = tensor
+        for part in {self._part_of[name] for name in tensors}:
+            if len(self._arrived[part]) == len(self._expected[part]):
+                self._install(part, self._arrived.pop(part))
+                self._installed.add(part)
+            else:
+                self._arrived[part] = {name: tensor.clone() for name, tensor in self._arrived[part].items()}
+
+    def finish(self) -> None:
+        """Close an update.
+
+        Raises:
+            EngineError: naming the tensors that have not arrived; the update stays open.
+        """
+        missing = [
+            name
+            for part, tensors in self._expected.items()
+            if part not in self._installed
+            for name in tensors
+            if name not in self._arrived.get(part, {})
+        ]
+        if missing:
+            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise EngineError(f"weight update is incomplete: missing {shown}")
+        self._installed.clear()
+        self._version = None
+
+    def offload(self) -> None:
+        """Move the weights out of accelerator memory; on CPU there is nothing to gain."""
+        if self.device.type != "cpu":
+            self._move(torch.device("cpu"))
+
+    def restore(self) -> None:
+        """Undo `offload`."""
+        if self.device.type != "cpu":
+            self._move(self.device)
+
+    def clear(self) -> None:
+        """Free everything."""
+        self.embedding = self.final_norm = torch.empty(0)
+        self.head = None
+        self.layers.clear()
+        self._arrived.clear()
+        self._installed.clear()
+
+    def _move(self, device: torch.device) -> None:
+        self.embedding, self.final_norm = self.embedding.to(device), self.final_norm.to(device)
+        if self.head is not None:
+            self.head = PackedLinear(self.embedding) if self.shape.tied_embeddings else self.head.to(device)
+        for layer in self.layers.values():
+            for name, value in vars(layer).items():
+                setattr(layer, name, None if value is None else value.to(device))
+
+    def _install(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        if part == EMBEDDINGS:
+            self.embedding = self._copy(tensors["model.embed_tokens.weight"])
+            if self.shape.tied_embeddings:
+                self.head = PackedLinear(self.embedding)
+        elif part == FINAL:
+            self.final_norm = self._copy(tensors["model.norm.weight"])
+            if not self.shape.tied_embeddings:
+                self.head = PackedLinear(self._copy(tensors["lm_head.weight"]))
+        else:
+            index = int(part.removeprefix("layers."))
+            self.layers[index] = self._layer({name.split(".", 3)[3]: tensor for name, tensor in tensors.items()})
+
+    def _layer(self, tensors: Mapping[str, Tensor]) -> LayerWeights:
+        def vector(name: str) -> Tensor | None:
+            return self._copy(tensors[name]) if name in tensors else None
+
+        def linear(*names: str) -> PackedLinear:
+            weight = torch.cat([tensors[f"{name}.weight"].to(self.device, self.dtype) for name in names])
+            has_bias = f"{names[0]}.bias" in tensors
+            bias = torch.cat([tensors[f"{name}.bias"].to(self.device, self.dtype) for name in names]) if has_bias else None
+            return PackedLinear(weight, bias)
+
+        return LayerWeights(
+            input_norm=self._copy(tensors["input_layernorm.weight"]),
+            qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            q_norm=vector("self_attn.q_norm.weight"),
+            k_norm=vector("self_attn.k_norm.weight"),
+            attention_out=linear("self_attn.o_proj"),
+            mlp_norm=self._copy(tensors["post_attention_layernorm.weight"]),
+            gate=linear("mlp.gate_proj"),
+            up=linear("mlp.up_proj"),
+            down=linear("mlp.down_proj"),
+        )
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.device, self.dtype, copy=True)

@@ -1,0 +1,49 @@
+"""Entry of torchrun: parse -> check -> build -> loop.
+
+    torchrun --nproc-per-node 4 -m xrl.train --config configs/X.yaml --tensor-model-parallel-size 2
+
+`python -m xrl.train` alone is one rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+from xrl.config import Settings
+from xrl.config.parse import parse_settings
+from xrl.launch.exit import run_main
+from xrl.preflight import preflight
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says."""
+    settings = parse_settings(argv)
+    preflight(settings, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    train(settings)
+
+
+def train(settings: Settings) -> None:
+    """Build this rank's part of the run, then train."""
+    # Imported here: `--help` and bad settings are answered without waiting for torch.
+    from xrl.actor.actor import Actor
+    from xrl.algorithms import create_algorithm
+    from xrl.assembly import build_lead, count_rollouts
+    from xrl.metrics.console import setup_logging
+    from xrl.parallel.megatron import initialize, shutdown
+    from xrl.trainer import Trainer
+
+    setup_logging(rank=int(os.environ.get("RANK", "0")))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutdown)
+        groups = initialize(settings.parallel, seed=settings.run.seed, longest_rollout_s=settings.rollout.longest_wait_s)
+        lead = build_lead(settings, groups, stack) if groups.rank == 0 else None
+        num_rollouts = count_rollouts(settings, lead, groups)
+        actor = Actor(settings, groups, num_updates=num_rollouts * settings.algorithm.updates_per_rollout)
+        Trainer(settings, groups, actor, create_algorithm(settings.algorithm), lead, num_rollouts=num_rollouts).train()
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))

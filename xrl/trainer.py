@@ -1,0 +1,173 @@
+"""One GRPO step, top to bottom, and the loop around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from xrl.actor.actor import Actor, UpdateReport
+from xrl.actor.broadcast import broadcast_samples
+from xrl.algorithms import Algorithm
+from xrl.algorithms.aggregation import token_weights
+from xrl.config import Settings
+from xrl.data.prompts import PromptDataset
+from xrl.metrics.journal import Journal
+from xrl.metrics.mean import Mean, merge
+from xrl.metrics.memory import cuda_peak_bytes, peak_rss_bytes
+from xrl.parallel.groups import ParallelGroups
+from xrl.rollout.collect import Collector
+from xrl.rollout.evaluate import Evaluator
+from xrl.rollout.publish import Publisher
+from xrl.types import Sample, SamplingParams
+from xrl.weights.hf_files import prune_hf_folders, write_hf_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lead:
+    """What only rank 0 has: prompts, rollout workers behind a collector, and the run's files."""
+
+    prompts: PromptDataset
+    sampling: SamplingParams
+    collector: Collector
+    publisher: Publisher
+    evaluator: Evaluator | None
+    journal: Journal
+
+
+class Trainer:
+    """Runs on every rank alike; rank 0 also leads: it samples, judges and writes."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        groups: ParallelGroups,
+        actor: Actor,
+        algorithm: Algorithm,
+        lead: Lead | None,
+        *,
+        num_rollouts: int,
+    ) -> None:
+        self.settings = settings
+        self.groups = groups
+        self.actor = actor
+        self.algorithm = algorithm
+        self.lead = lead
+        self.num_rollouts = num_rollouts
+        self.token_weights = partial(token_weights, kind=settings.algorithm.loss_aggregation)
+        # Filled on rank 0 while a step runs, then written as one row.
+        self.row: dict[str, float] = {}
+
+    def train(self) -> None:
+        """Train from the first rollout to `hf-final`."""
+        run, evaluation = self.settings.run, self.settings.evaluation
+        self.publish(version=0)
+        self.evaluate(0)
+        for index in range(1, self.num_rollouts + 1):
+            self.step(index)
+            is_last = index == self.num_rollouts
+            if run.save_interval and index % run.save_interval == 0 and not is_last:
+                self.save(f"hf-{index}")
+            if evaluation.eval_interval and index % evaluation.eval_interval == 0 and not is_last:
+                self.evaluate(index)
+        self.save("hf-final")
+        self.evaluate(self.num_rollouts)
+        if self.lead:
+            self.lead.journal.finish()
+
+    def step(self, index: int) -> None:
+        """Sample, judge, score, learn, publish."""
+        start = time.perf_counter()
+        samples = broadcast_samples(self.sample(index) if self.lead else None, self.groups.control)
+        reports = self.actor.update(samples, self.algorithm.loss, self.token_weights)
+        self.publish(version=index)
+        self.report(index, reports, seconds=time.perf_counter() - start)
+
+    def sample(self, index: int) -> list[Sample]:
+        """Answers to the next prompts, judged and scored. Rank 0 only."""
+        assert self.lead is not None
+        prompts = self.lead.prompts.next_batch(self.settings.data.rollout_batch_size)
+        collected = self.lead.collector.collect(
+            prompts,
+            # Every rollout draws anew, and the same run draws the same again.
+            sampling=dataclasses.replace(self.lead.sampling, seed=self.lead.sampling.seed + index),
+            num_samples=self.settings.data.samples_per_prompt,
+            description="training samples",
+        )
+        scored = self.algorithm.score(collected.groups)
+        self.lead.journal.rollout(index, collected.groups, scored.advantages, len(scored.samples), scored.metrics)
+        self.row = {
+            **scored.metrics,
+            "prompts/failed": float(collected.counts.failed),
+            "prompts/retried": float(collected.counts.retried),
+            "epoch": float(self.lead.prompts.epoch),
+            "response_tokens": float(collected.num_tokens),
+            "tokens_per_s/rollout": collected.num_tokens / collected.seconds,
+            "seconds/rollout": collected.seconds,
+        }
+        return scored.samples
+
+    def publish(self, *, version: int) -> None:
+        """Stream the weights to every rollout worker. Collective: each rank gives its part."""
+        start = time.perf_counter()
+        buckets = self.actor.weights(version=version)
+        if self.lead:
+            self.lead.publisher.publish(buckets, version=version)
+        for _ in buckets:  # nothing is left on rank 0; the other ranks get nothing but must take part
+            pass
+        self.row["seconds/publish"] = time.perf_counter() - start
+
+    def evaluate(self, index: int) -> None:
+        """Pass rates on held-out prompts. Rank 0 only; the others wait at the next collective."""
+        if self.lead and self.lead.evaluator:
+            self.lead.journal.evaluation(index, self.lead.evaluator.evaluate())
+
+    def save(self, name: str) -> None:
+        """Write a Hugging Face folder below the run's. Collective."""
+        buckets = self.actor.weights(version=self.num_rollouts)
+        if self.lead:
+            folder: Path = self.lead.journal.folder.path
+            write_hf_folder(folder / name, buckets, source=self.settings.model.model, dtype=self.actor.dtype)
+            if self.settings.run.save_keep:
+                prune_hf_folders(folder, keep=self.settings.run.save_keep)
+            self.lead.journal.say(f"saved {folder / name}")
+        for _ in buckets:
+            pass
+
+    def report(self, index: int, reports: Sequence[UpdateReport], *, seconds: float) -> None:
+        """One row of metrics for the rollout and all its updates."""
+        memory = peak_memory(self.groups)
+        if not self.lead:
+            return
+        metrics: Mapping[str, Mean] = {}
+        for update in reports:
+            metrics = merge(metrics, update.metrics)
+        row = {**self.row, **{name: mean.value for name, mean in metrics.items()}, **memory}
+        if reports:
+            # Later updates no longer see the weights that sampled: only the first one's mismatch is the engines'.
+            row |= {name: reports[0].metrics[name].value for name in ("mismatch", "mismatch_kl")}
+            row["grad_norm"] = sum(update.grad_norm for update in reports) / len(reports)
+            row["lr"] = reports[-1].lr
+            row["train_tokens"] = float(sum(update.num_tokens for update in reports))
+            row["computed_tokens"] = float(sum(update.computed_tokens for update in reports))
+        row["updates"] = float(len(reports))
+        row |= {f"seconds/{phase}": value for phase, value in self.actor.seconds.items()}
+        row["step_seconds"] = seconds
+        row["tokens_per_s"] = row["response_tokens"] / seconds
+        self.lead.journal.step(index, row)
+
+
+def peak_memory(groups: ParallelGroups) -> dict[str, float]:
+    """Highest resident memory of all ranks and rollout workers, and of the fullest GPU, in GB. Collective."""
+    resident = torch.tensor([peak_rss_bytes()], dtype=torch.float64)
+    on_cuda = torch.tensor([cuda_peak_bytes()], dtype=torch.float64)
+    dist.all_reduce(resident, op=dist.ReduceOp.SUM, group=groups.control)
+    dist.all_reduce(on_cuda, op=dist.ReduceOp.MAX, group=groups.control)
+    memory = {"memory_gb": resident.item() / 1e9}
+    return {**memory, "cuda_memory_gb": on_cuda.item() / 1e9} if on_cuda.item() else memory
