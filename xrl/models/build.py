@@ -10,6 +10,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -109,7 +115,22 @@ def build_model(
         position_embedding_type="rope" if transformer_engine else "none",
         rotary_base=int(shape.rope_base),
     )
+    _mark_tensor_parallel(model)
     return model.to(groups.device)
+
+
+def _mark_tensor_parallel(model: GPTModel) -> None:
+    """Tell the optimizer which weights are shards.
+
+    megatron-core does so while it initialises weights, which we leave out. Unmarked, shards on other ranks would count
+    as copies, and the gradient norm would miss them.
+    """
+    dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        for kind, dim in dims.items():
+            weight = module.weight if isinstance(module, kind) else None
+            if weight is not None and not getattr(weight, "tensor_model_parallel", False):
+                set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _local_spec(config: TransformerConfig, shape: ModelShape) -> TransformerBlockSubmodules:

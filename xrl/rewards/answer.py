@@ -26,7 +26,7 @@ _REWRITES = [
 ]
 _NUMBER = re.compile(
     r"""
-    (?<![\w.])                                        # not the end of a word or of another number
+    (?<![^\W_])(?<!\.)              # not the end of a word or of another number; _72_ is Markdown
     (?P<sign>-[$€£¥₹]?|[$€£¥₹]-)?
     (?:
         (?:(?P<whole>\d+)[ ])?(?P<top>\d+)/(?P<bottom>\d+)
