@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
+from xrl.data.gsm8k import convert_row
 
 NAMES = ("Tom", "Mia", "Sam", "Ana", "Ben", "Zoe", "Leo", "Eva", "Max", "Ivy", "Dan", "Amy")
 THINGS = ("apples", "books", "coins", "cards", "pens", "shells", "stamps", "eggs", "toys", "cakes")
@@ -149,10 +149,5 @@ def make_problems(num_problems: int, *, seed: int, exclude: Iterable[Problem] = 
 
 def to_row(problem: Problem, *, split: str, index: int) -> dict[str, Any]:
     """The training row: the same keys as `xrl gsm8k` writes."""
-    return {
-        "data_source": "xrl/arithmetic",
-        "prompt": [{"role": "user", "content": f"{problem.question} {INSTRUCTION}"}],
-        "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": problem.ground_truth},
-        "extra_info": {"split": split, "index": index, "answer": problem.answer, "question": problem.question},
-    }
+    row = convert_row(problem.question, problem.answer, split=split, index=index)
+    return {**row, "data_source": "xrl/arithmetic"}

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from arithmetic_problems import INSTRUCTION, Problem, make_problems, to_row
+from arithmetic_problems import Problem, make_problems, to_row
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
+
+from xrl.data.gsm8k import INSTRUCTION
 
 HERE = Path(__file__).resolve().parent
 

@@ -30,7 +30,7 @@ def train(settings: Settings) -> None:
     # Imported here: `--help` and bad settings are answered without waiting for torch.
     from xrl.actor.actor import Actor
     from xrl.algorithms import create_algorithm
-    from xrl.assembly import build_lead, count_rollouts
+    from xrl.assembly import build_lead, share_rollout_count
     from xrl.metrics.console import setup_logging
     from xrl.parallel.megatron import initialize, shutdown
     from xrl.trainer import Trainer
@@ -40,7 +40,7 @@ def train(settings: Settings) -> None:
         stack.callback(shutdown)
         groups = initialize(settings.parallel, seed=settings.run.seed, longest_rollout_s=settings.rollout.longest_wait_s)
         lead = build_lead(settings, groups, stack) if groups.rank == 0 else None
-        num_rollouts = count_rollouts(settings, lead, groups)
+        num_rollouts = share_rollout_count(lead, groups)
         actor = Actor(settings, groups, num_updates=num_rollouts * settings.algorithm.updates_per_rollout)
         Trainer(settings, groups, actor, create_algorithm(settings.algorithm), lead, num_rollouts=num_rollouts).train()
 

@@ -105,7 +105,10 @@ def test_every_fraction_survives_being_written(value: Fraction) -> None:
     assert parse_number(str(value)) == value
 
 
-@given(st.integers(-(10**15), 10**15), st.sampled_from(["{:,}", "{}.00", "${}", "**{}**", "{} apples", r"\boxed{{{}}}", "{:,}."]))
+@given(
+    st.integers(-(10**15), 10**15),
+    st.sampled_from(["{:,}", "{}.00", "${}", "**{}**", "{} apples", r"\boxed{{{}}}", "{:,}."]),
+)
 def test_every_integer_survives_its_dress(value: int, dress: str) -> None:
     answer = final_answer(f"Some steps 1+1=2.\n#### {dress.format(value)}")
     assert answer is not None

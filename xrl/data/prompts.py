@@ -55,7 +55,8 @@ class PromptDataset:
         if not self.prompts:
             shortest = min(len(prompt.token_ids) for prompt in prompts)
             raise SettingsError(
-                f"{path} has no prompt within --max-prompt-length {max_prompt_length}: the shortest has {shortest} tokens"
+                f"{path} has no prompt within --max-prompt-length {max_prompt_length}: "
+                f"the shortest has {shortest} tokens"
             )
         if self.num_dropped:
             logger.warning(
@@ -134,7 +135,8 @@ class PromptDataset:
         # Seeds are of any sign, SeedSequence's entropy is not.
         entropy = (self.seed % 2**64, epoch)
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
-        return generator.permutation(len(self)).tolist()
+        order: list[int] = generator.permutation(len(self)).tolist()
+        return order
 
 
 def _tokenize(rows: list[PromptRow], tokenizer: PreTrainedTokenizerBase, path: Path) -> Iterator[Prompt]:
@@ -171,4 +173,6 @@ def _render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, path: Path) -> s
     try:
         return str(tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=False))
     except TemplateError as error:
-        raise SettingsError(f"{path}, row {row.id + 1}: the model's chat template refuses the prompt: {error}") from error
+        raise SettingsError(
+            f"{path}, row {row.id + 1}: the model's chat template refuses the prompt: {error}"
+        ) from error

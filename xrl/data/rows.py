@@ -75,8 +75,11 @@ def load_rows(path: Path, *, what: str = "--data") -> list[PromptRow]:
             rows = datasets.load_dataset(
                 kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
             )
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise SettingsError(f"{what} {path} cannot be read as {kind}: {error.__cause__ or error}") from error
+        except (datasets.exceptions.DatasetsError, ValueError) as error:
+            raise SettingsError(
+                f"{what} {path} cannot be read as one table ({error.__cause__ or error}): "
+                f"give every row the same fields with the same types, and no blank lines"
+            ) from error
         finally:
             if quiet:
                 datasets.enable_progress_bars()
@@ -146,8 +149,8 @@ def _parse_row(row: Mapping[str, Any], row_id: int, where: str) -> PromptRow:
         id=row_id,
         prompt=_parse_prompt(row.get("prompt"), where),
         ground_truth=_parse_ground_truth(row, where),
-        data_source=row.get("data_source") or "",
-        extra=row.get("extra_info") or {},
+        data_source=str(row.get("data_source") or ""),
+        extra=_parse_extra(row.get("extra_info"), where),
     )
 
 
@@ -164,7 +167,16 @@ def _parse_prompt(prompt: object, where: str) -> str | list[dict[str, Any]]:
         raise SettingsError(
             f"{where} has a `prompt` that is neither a string nor a list of chat messages with `role` and `content`"
         )
-    return list(prompt)  # type: ignore[call-overload]
+    messages: list[dict[str, Any]] = prompt  # type: ignore[assignment]
+    return messages
+
+
+def _parse_extra(extra: object, where: str) -> Mapping[str, Any]:
+    if extra is None:
+        return {}
+    if not isinstance(extra, Mapping):
+        raise SettingsError(f"{where} has an `extra_info` that is not an object: {repr(extra)[:60]}")
+    return extra
 
 
 def _parse_ground_truth(row: Mapping[str, Any], where: str) -> str:
@@ -175,5 +187,5 @@ def _parse_ground_truth(row: Mapping[str, Any], where: str) -> str:
     if found is None or found == "":
         raise SettingsError(f"{where} has no ground truth: give `reward_model.ground_truth` or `ground_truth`")
     if isinstance(found, bool) or not isinstance(found, str | int | float):
-        raise SettingsError(f"{where} has a ground truth that is neither a string nor a number: {found!r:.60}")
+        raise SettingsError(f"{where} has a ground truth that is neither a string nor a number: {repr(found)[:60]}")
     return str(found)

@@ -1,0 +1,113 @@
+"""GSM8K's two layouts into prompt rows."""
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from xrl.config import SettingsError
+from xrl.data.gsm8k import convert
+from xrl.data.rows import load_rows
+
+SOURCES = [
+    {"question": "Two and three?", "answer": "2+3=<<2+3=5>>5\n#### 5"},
+    {"question": "A thousand é?", "answer": "Easy.\n#### 1,000"},
+]
+EXPECTED_LINE = (
+    '{"data_source": "openai/gsm8k", "prompt": [{"role": "user", "content": "Two and three? Let\'s think step by step '
+    'and output the final answer after \\"####\\"."}], "ability": "math", "reward_model": {"style": "rule", '
+    '"ground_truth": "5"}, "extra_info": {"split": "train", "index": 0, "answer": "2+3=<<2+3=5>>5\\n#### 5", '
+    '"question": "Two and three?"}}'
+)
+
+
+def write_lines(path: Path, *rows: dict[str, str] | str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+def write_parquet(path: Path, *rows: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+
+
+def test_original_layout_gives_the_documented_row_byte_for_byte(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "train.jsonl", *SOURCES)
+    assert convert(tmp_path / "in", tmp_path / "out") == {"train": 2}
+    lines = (tmp_path / "out" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == EXPECTED_LINE
+    assert json.loads(lines[1])["reward_model"]["ground_truth"] == "1000"
+    assert "é" in lines[1]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.jsonl"]
+
+
+@pytest.mark.parametrize("folder", ["main", "."])
+def test_hub_layout_gives_the_same_rows(tmp_path: Path, folder: str) -> None:
+    write_lines(tmp_path / "original" / "train.jsonl", *SOURCES)
+    write_lines(tmp_path / "original" / "test.jsonl", SOURCES[1])
+    write_parquet(tmp_path / "hub" / folder / "train-00000-of-00002.parquet", SOURCES[0])
+    write_parquet(tmp_path / "hub" / folder / "train-00001-of-00002.parquet", SOURCES[1])
+    write_parquet(tmp_path / "hub" / folder / "test-00000-of-00001.parquet", SOURCES[1])
+    write_parquet(tmp_path / "hub" / "socratic" / "train-00000-of-00001.parquet", SOURCES[1])
+    for layout in ("original", "hub"):
+        assert convert(tmp_path / layout, tmp_path / f"{layout}-out") == {"train": 2, "test": 1}
+    for split in ("train", "test"):
+        same = [(tmp_path / f"{layout}-out" / f"{split}.jsonl").read_bytes() for layout in ("original", "hub")]
+        assert same[0] == same[1]
+
+
+def test_converted_rows_can_be_trained_on(tmp_path: Path) -> None:
+    write_lines(tmp_path / "test.jsonl", *SOURCES)
+    convert(tmp_path, tmp_path / "out")
+    assert [row.ground_truth for row in load_rows(tmp_path / "out" / "test.jsonl")] == ["5", "1000"]
+
+
+def test_bad_rows_are_named_and_nothing_is_written(tmp_path: Path) -> None:
+    bad: list[dict[str, str] | str] = [
+        "{",
+        "[]",
+        {"question": "?"},
+        {"answer": "#### 1"},
+        {"question": "?", "answer": "1"},
+        "also",
+        "bad",
+    ]
+    write_lines(tmp_path / "train.jsonl", SOURCES[0])
+    write_lines(tmp_path / "test.jsonl", SOURCES[0], *bad)
+    with pytest.raises(SettingsError) as caught:
+        convert(tmp_path, tmp_path / "out")
+    message = str(caught.value)
+    for line, problem in [
+        (2, "is not JSON"),
+        (3, "is a JSON list, not an object"),
+        (4, "is a row without `answer`"),
+        (5, "is a row without `question`"),
+        (6, "is a row whose `answer` does not end in `#### <number>`"),
+    ]:
+        assert f"{tmp_path / 'test.jsonl'}, line {line} {problem}" in message
+    assert message.endswith("; and 2 more")
+    assert "line 7" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_content_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", *SOURCES)
+    out = tmp_path / "out"
+    convert(tmp_path, out)
+    convert(tmp_path, out)
+    (out / "train.jsonl").write_text("mine\n")
+    with pytest.raises(SettingsError, match="exists with other content: .* --overwrite"):
+        convert(tmp_path, out)
+    assert (out / "train.jsonl").read_text() == "mine\n"
+    convert(tmp_path, out, overwrite=True)
+    assert len((out / "train.jsonl").read_text().splitlines()) == 2
+
+
+def test_folder_without_gsm8k_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="holds no GSM8K: needs main/train-"):
+        convert(tmp_path, tmp_path / "out")
+    (tmp_path / "test.jsonl").touch()
+    with pytest.raises(SettingsError, match="test.jsonl is empty"):
+        convert(tmp_path, tmp_path / "out")

@@ -1,0 +1,135 @@
+"""Puts rank 0's part of a run together: run folder, prompts, judge, rollout workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+
+from xrl.config import Settings, SettingsError
+from xrl.config.parse import dump_settings
+from xrl.data.prompts import PromptDataset
+from xrl.data.tokenizer import load_tokenizer, stop_token_ids
+from xrl.metrics.environment import write_environment
+from xrl.metrics.journal import Journal
+from xrl.metrics.report import start_lines
+from xrl.metrics.run_folder import RunFolder
+from xrl.models.build import train_dtype
+from xrl.models.shape import read_model_shape
+from xrl.parallel.groups import ParallelGroups
+from xrl.rewards import create_judge
+from xrl.rollout.collect import Collector
+from xrl.rollout.evaluate import Evaluator
+from xrl.rollout.pool import WorkerPool
+from xrl.rollout.publish import Publisher
+from xrl.trainer import Lead
+from xrl.types import SamplingParams
+
+
+def build_lead(settings: Settings, groups: ParallelGroups, stack: contextlib.ExitStack) -> Lead:
+    """Everything only rank 0 has; `stack` stops it again, whatever happens."""
+    folder = RunFolder.create(settings.run.work_dir)
+    folder.config.write_text(dump_settings(settings))
+    write_environment(folder.environment)
+    pool = stack.enter_context(start_workers(settings, groups, folder))
+    judge = create_judge(settings.rewards)
+    stack.callback(judge.close)
+
+    tokenizer = load_tokenizer(settings.model.model)
+    prompts = PromptDataset(
+        settings.data.data,
+        tokenizer,
+        max_prompt_length=settings.data.max_prompt_length,
+        seed=settings.run.seed,
+        shuffle=settings.data.shuffle,
+    )
+    num_rollouts = rollouts_of(settings, len(prompts))
+    journal = Journal(
+        folder,
+        tensorboard=settings.run.tensorboard,
+        log_interval=settings.run.log_interval,
+        num_rollouts=num_rollouts,
+    )
+    stack.callback(journal.close)
+    for line in start_lines(
+        settings, world_size=groups.layout.world_size, num_prompts=len(prompts), num_rollouts=num_rollouts
+    ):
+        journal.say(line)
+    if prompts.num_dropped:
+        journal.say(f"dropped {prompts.num_dropped} prompts longer than {settings.data.max_prompt_length} tokens")
+
+    stop_ids = stop_token_ids(settings.model.model, tokenizer)
+    sampling = SamplingParams(
+        temperature=settings.rollout.temperature,
+        top_k=settings.rollout.top_k,
+        top_p=settings.rollout.top_p,
+        max_new_tokens=settings.rollout.max_response_length,
+        stop_token_ids=() if settings.rollout.ignore_eos else stop_ids,
+        seed=settings.run.seed,
+    )
+    journal.say(f"sampling parameters: {sampling}")
+    collector = Collector(pool, tokenizer, judge)
+    return Lead(
+        prompts=prompts,
+        sampling=sampling,
+        collector=collector,
+        publisher=Publisher(pool),
+        evaluator=_evaluator(settings, tokenizer, collector, sampling),
+        journal=journal,
+    )
+
+
+def start_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder) -> WorkerPool:
+    """The rollout workers of this run, starting."""
+    shape = read_model_shape(settings.model.model)
+    num_workers = settings.rollout.rollout_num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    dtype = settings.rollout.rollout_dtype
+    return WorkerPool(
+        settings.rollout,
+        model_dir=settings.model.model,
+        dtype=str(train_dtype(settings.model)).removeprefix("torch.") if dtype == "auto" else dtype,
+        device=str(groups.device.type),
+        num_threads=settings.rollout.rollout_num_threads or max(1, cores // num_workers),
+        max_model_len=min(
+            shape.max_positions, settings.data.max_prompt_length + settings.rollout.max_response_length
+        ),
+        log_dir=folder.logs,
+    )
+
+
+def rollouts_of(settings: Settings, num_prompts: int) -> int:
+    """Rollouts in the run: as many as asked for, or as the epochs hold.
+
+    Raises:
+        SettingsError: too few prompts are left for one batch.
+    """
+    batch = settings.data.rollout_batch_size
+    if num_prompts < batch:
+        raise SettingsError(
+            f"--data {settings.data.data} has {num_prompts} prompts of at most {settings.data.max_prompt_length} tokens, "
+            f"fewer than --rollout-batch-size {batch}"
+        )
+    return settings.data.num_rollouts or num_prompts * settings.data.num_epochs // batch
+
+
+def share_rollout_count(lead: Lead | None, groups: ParallelGroups) -> int:
+    """Tell every rank how many rollouts the run has. Collective."""
+    count = torch.tensor([lead.journal.num_rollouts if lead else 0])
+    dist.broadcast(count, group_src=0, group=groups.control)
+    return int(count.item())
+
+
+def _evaluator(settings: Settings, tokenizer: object, collector: Collector, sampling: SamplingParams) -> Evaluator | None:
+    if settings.evaluation.eval_data is None:
+        return None
+    held_out = PromptDataset(
+        settings.evaluation.eval_data,
+        tokenizer,  # type: ignore[arg-type]
+        max_prompt_length=settings.data.max_prompt_length,
+        seed=settings.run.seed,
+        shuffle=False,
+    )
+    return Evaluator(collector, held_out.all(), settings.evaluation, sampling)
