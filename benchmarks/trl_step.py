@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--prompts-per-step", type=int, default=32)
     parser.add_argument("--samples-per-prompt", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--micro-batch-size", type=int, default=32)
+    parser.add_argument("--micro-batch-size", type=int, default=16)
     parser.add_argument("--cache", default="dynamic", choices=("dynamic", "static"))
     parser.add_argument("--compile", action="store_true", help="let TRL torch.compile the model")
     parser.add_argument("--num-threads", type=int, default=2)

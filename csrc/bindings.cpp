@@ -6,7 +6,11 @@
 #include <string>
 
 #include "check.h"
+#include "cpu/decode_attention.h"
 #include "cpu/logprob.h"
+#include "cpu/rms_norm.h"
+#include "cpu/rope_cache.h"
+#include "cpu/sample_tokens.h"
 #include "cpu/vector_math.h"
 #include "dispatch.h"
 
@@ -57,6 +61,60 @@ void logprob_backward(Address logits, int64_t num_rows, int64_t num_columns, int
                num_grad_columns, num_threads);
 }
 
+template <typename T>
+void decode_attention(Address query, Address out, int num_heads, int64_t query_stride, Address keys, Address values,
+                      int num_kv_heads, int block_size, int head_dim, Address group_starts, int num_groups,
+                      Address prompt_blocks, int64_t prompt_blocks_stride, Address prompt_lengths, Address row_blocks,
+                      int64_t row_blocks_stride, Address row_lengths, int num_threads) {
+  xrl::check(num_heads % num_kv_heads == 0 && num_heads / num_kv_heads <= xrl::kMaxQueriesPerHead,
+             "num_heads must be a multiple of num_kv_heads, at most " + std::to_string(xrl::kMaxQueriesPerHead) +
+                 " times as many");
+  xrl::check(block_size > 0 && xrl::kSpanTokens % block_size == 0,
+             "block_size must divide " + std::to_string(xrl::kSpanTokens) + ", got " + std::to_string(block_size));
+  const xrl::DecodeQueries<T> queries{at<const T>(query), at<T>(out), num_heads, query_stride};
+  const xrl::PagedCache<T> cache{at<const T>(keys), at<const T>(values), num_kv_heads, block_size, head_dim};
+  const xrl::PagedRows rows{at<const int32_t>(group_starts),   at<const int32_t>(prompt_blocks),
+                            at<const int32_t>(prompt_lengths), at<const int32_t>(row_blocks),
+                            at<const int32_t>(row_lengths),    num_groups,
+                            prompt_blocks_stride,              row_blocks_stride};
+  py::gil_scoped_release release;
+  XRL_DISPATCH(decode_attention, queries, cache, rows, num_threads);
+}
+
+template <typename T>
+void rms_norm(Address x, Address weight, float eps, int64_t num_rows, int64_t size, Address out, int num_threads) {
+  py::gil_scoped_release release;
+  XRL_DISPATCH(rms_norm, at<const T>(x), at<const T>(weight), eps, num_rows, size, at<T>(out), num_threads);
+}
+
+template <typename T>
+void rope_cache(Address qkv, int64_t num_tokens, int num_heads, int num_kv_heads, int head_dim, Address positions,
+                Address slots, Address keys, Address values, int block_size, Address cos, Address sin, Address q_norm,
+                Address k_norm, float eps, int num_threads) {
+  xrl::check(head_dim % 2 == 0, "head_dim must be even, got " + std::to_string(head_dim));
+  const xrl::QkvTokens<T> tokens{at<T>(qkv),
+                                 num_tokens,
+                                 num_heads,
+                                 num_kv_heads,
+                                 head_dim,
+                                 at<const int32_t>(positions),
+                                 at<const int32_t>(slots),
+                                 at<T>(keys),
+                                 at<T>(values),
+                                 block_size};
+  const xrl::RopeNorm<T> rope{at<const float>(cos), at<const float>(sin), at<const T>(q_norm), at<const T>(k_norm),
+                              eps};
+  py::gil_scoped_release release;
+  XRL_DISPATCH(rope_cache, tokens, rope, num_threads);
+}
+
+void sample_tokens(Address logits, int64_t num_rows, int64_t vocab_size, Address temperatures, Address uniforms,
+                   Address token_ids, Address logprobs, int num_threads) {
+  py::gil_scoped_release release;
+  XRL_DISPATCH(sample_tokens, at<const float>(logits), num_rows, vocab_size, at<const float>(temperatures),
+               at<const double>(uniforms), at<int64_t>(token_ids), at<float>(logprobs), num_threads);
+}
+
 const char* cpu_isa() {
   switch (xrl::isa()) {
     case xrl::Isa::kAvx512:
@@ -77,4 +135,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("logprob_statistics_bf16", &logprob_statistics<xrl::bfloat16>);
   module.def("logprob_backward_f32", &logprob_backward<float>);
   module.def("logprob_backward_bf16", &logprob_backward<xrl::bfloat16>);
+  module.def("decode_attention_f32", &decode_attention<float>);
+  module.def("decode_attention_bf16", &decode_attention<xrl::bfloat16>);
+  module.def("rms_norm_f32", &rms_norm<float>);
+  module.def("rms_norm_bf16", &rms_norm<xrl::bfloat16>);
+  module.def("rope_cache_f32", &rope_cache<float>);
+  module.def("rope_cache_bf16", &rope_cache<xrl::bfloat16>);
+  module.def("sample_tokens", &sample_tokens);
 }

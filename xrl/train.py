@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from xrl.config import Settings
 from xrl.config.parse import parse_settings
-from xrl.launch.exit import run_main
+from xrl.launch.exit import announce_errors, run_main
 from xrl.preflight import preflight
 
 
@@ -36,9 +36,9 @@ def train(settings: Settings) -> None:
     from xrl.trainer import Trainer
 
     setup_logging(rank=int(os.environ.get("RANK", "0")))
-    with contextlib.ExitStack() as stack:
-        stack.callback(shutdown)
+    with contextlib.ExitStack() as stack, announce_errors():
         groups = initialize(settings.parallel, seed=settings.run.seed, longest_rollout_s=settings.rollout.longest_wait_s)
+        stack.callback(shutdown)
         lead = build_lead(settings, groups, stack) if groups.rank == 0 else None
         num_rollouts = share_rollout_count(lead, groups)
         actor = Actor(settings, groups, num_updates=num_rollouts * settings.algorithm.updates_per_rollout)

@@ -37,6 +37,7 @@ def tiny_model(family: str = "qwen3", *, tied: bool = True, seed: int = 0, vocab
         model = Qwen2ForCausalLM(Qwen2Config(**sizes))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16))
+    model.config.architectures = [type(model).__name__]
     with torch.no_grad():  # sharp enough for greedy decoding to be unambiguous, with norms and biases that matter
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

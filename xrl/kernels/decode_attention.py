@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xrl.kernels.native import native_module
+
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_NATIVE_HEAD_DIMS = (16, 32, 64, 128)
+_NATIVE_BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_NATIVE_MAX_REPEATS = 32  # query heads that share a KV head
+
 
 @dataclass(frozen=True, kw_only=True)
 class PagedContext:
-    """Where the keys and values of a decode batch lie. Index tensors are int32, on the cache's device.
+    """Where the keys and values of a decode batch lie. All tensors are int32, on the cache's device; tables may have
+    a longer row stride than they have columns.
 
     N rows form consecutive groups; a row attends to its group's prompt, then to its own tokens. A block holds
     block_size consecutive tokens.
@@ -28,13 +36,82 @@ def decode_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, cont
     """out[n, h] = softmax(query[n, h] . K / sqrt(D)) V over row n's prompt and own tokens (arXiv:2309.06180).
 
     Args:
-        query: [N, num_heads, D]; its rows may be strided (a slice of a fused QKV)
-        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, D]; the new tokens are already in it
+        query: [N, num_heads, D] fp32 or bf16; its rows may be strided (a slice of a fused QKV)
+        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, D] with the new tokens in it; what was never
+            written must be finite (the reference masks it, but NaN would pass through)
 
     Returns:
         [N, num_heads, D]; padding rows hold zeros
+
+    Raises:
+        ValueError: shapes or types that do not fit together. Block ids are taken on trust.
     """
-    return decode_attention_reference(query, key_cache, value_cache, context)
+    _check(query, key_cache, value_cache, context)
+    module = native_module()
+    if module is None or not _fits_native(query, key_cache, value_cache):
+        return decode_attention_reference(query, key_cache, value_cache, context)
+    num_heads, head_dim = query.shape[1:]
+    num_kv_heads, block_size = key_cache.shape[1:3]
+    out = torch.empty(query.shape, dtype=query.dtype)
+    getattr(module, f"decode_attention_{_SUFFIX[query.dtype]}")(
+        query.data_ptr(),
+        out.data_ptr(),
+        num_heads,
+        query.stride(0),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        num_kv_heads,
+        block_size,
+        head_dim,
+        context.group_starts.data_ptr(),
+        len(context.prompt_lengths),
+        context.prompt_blocks.data_ptr(),
+        context.prompt_blocks.stride(0),
+        context.prompt_lengths.data_ptr(),
+        context.row_blocks.data_ptr(),
+        context.row_blocks.stride(0),
+        context.row_lengths.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _fits_native(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
+    return (
+        query.device.type == "cpu"
+        and query.dtype in _SUFFIX
+        and query.shape[2] in _NATIVE_HEAD_DIMS
+        and query.shape[1] // key_cache.shape[1] <= _NATIVE_MAX_REPEATS
+        and key_cache.shape[2] in _NATIVE_BLOCK_SIZES
+        and query.stride()[1:] == (query.shape[2], 1)
+        and key_cache.is_contiguous()
+        and value_cache.is_contiguous()
+    )
+
+
+def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext) -> None:
+    if key_cache.shape != value_cache.shape or key_cache.ndim != 4:
+        raise ValueError(
+            f"key_cache and value_cache must both be [blocks, KV heads, block size, D], "
+            f"got {list(key_cache.shape)} and {list(value_cache.shape)}"
+        )
+    if query.ndim != 3 or query.shape[2] != key_cache.shape[3] or query.shape[1] % key_cache.shape[1]:
+        raise ValueError(
+            f"query must be [N, a multiple of {key_cache.shape[1]} heads, {key_cache.shape[3]}], got {list(query.shape)}"
+        )
+    if not query.dtype == key_cache.dtype == value_cache.dtype:
+        raise ValueError(
+            f"query, key_cache and value_cache must have one dtype, "
+            f"got {query.dtype}, {key_cache.dtype} and {value_cache.dtype}"
+        )
+    num_rows, num_groups = len(query), len(context.prompt_lengths)
+    if (len(context.row_lengths), len(context.row_blocks)) != (num_rows, num_rows):
+        raise ValueError(f"row_lengths and row_blocks must have {num_rows} rows, as query has")
+    if (len(context.prompt_blocks), len(context.group_starts)) != (num_groups, num_groups + 1):
+        raise ValueError(f"prompt_blocks must have {num_groups} rows and group_starts {num_groups + 1} entries")
+    for name, tensor in vars(context).items():
+        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must be int32 with adjacent columns, got {tensor.dtype}")
 
 
 def decode_attention_reference(query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext) -> Tensor:
@@ -61,9 +138,6 @@ def decode_attention_reference(query: Tensor, key_cache: Tensor, value_cache: Te
         ),
         dim=1,
     )
-    # A slot never written may hold NaN, which no mask removes from a sum.
-    unused = ~visible[:, None, :, None]
-    keys, values = keys.masked_fill(unused, 0), values.masked_fill(unused, 0)
     grouped = query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible[:, None, None, :])
     out = out.reshape(num_rows, num_heads, head_dim)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xrl.kernels.native import native_module
+
 
 def sample_tokens(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw t with probability softmax(logits / temperature)[t]; temperature 0 takes the likeliest token.
@@ -20,8 +22,32 @@ def sample_tokens(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tup
 
     Returns:
         token ids [N] int64, and log softmax(logits / temperature)[id] [N] fp32 (temperature 1 where it is 0)
+
+    Raises:
+        ValueError: a wrong shape or type.
     """
-    return sample_tokens_reference(logits, temperatures, uniforms)
+    rows = logits.shape[:1]
+    if logits.ndim != 2 or logits.dtype != torch.float32 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be fp32 [N, V] with V >= 1, got {logits.dtype} {list(logits.shape)}")
+    if temperatures.dtype != torch.float32 or temperatures.shape != rows:
+        raise ValueError(f"temperatures must be fp32 [{rows[0]}], got {temperatures.dtype} {list(temperatures.shape)}")
+    if uniforms.dtype != torch.float64 or uniforms.shape != rows:
+        raise ValueError(f"uniforms must be fp64 [{rows[0]}], got {uniforms.dtype} {list(uniforms.shape)}")
+    module = native_module()
+    if module is None or logits.device.type != "cpu":
+        return sample_tokens_reference(logits, temperatures, uniforms)
+    logits, temperatures, uniforms = logits.contiguous(), temperatures.contiguous(), uniforms.contiguous()
+    tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    module.sample_tokens(
+        logits.data_ptr(),
+        *logits.shape,
+        temperatures.data_ptr(),
+        uniforms.data_ptr(),
+        tokens.data_ptr(),
+        logprobs.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return tokens, logprobs
 
 
 def sample_tokens_reference(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

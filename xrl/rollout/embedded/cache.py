@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,8 +66,16 @@ class KVCache:
         new = old + max(needed, reserve, old)
         for caches in (self.keys, self.values):
             for layer, cache in enumerate(caches):
-                grown = cache.new_empty(new, *self._block_shape)
+                grown = _zeros(new, self._block_shape, cache.dtype, cache.device)
                 grown[:old].copy_(cache)
                 caches[layer] = grown
         for block in range(old, new):
             heapq.heappush(self._free, block)
+
+
+def _zeros(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros, but on CPU as pages that the system fills only when they are touched."""
+    if device.type != "cpu":
+        return torch.zeros(count, *shape, dtype=dtype, device=device)
+    num_bytes = count * math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(count, *shape)

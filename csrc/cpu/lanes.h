@@ -1,0 +1,92 @@
+// Vectors of as many floats as a register of the instruction set holds, for kernels that the compiler does not
+// vectorise well by itself. All functions are static: this file is compiled once per instruction set.
+#pragma once
+
+#ifdef __AVX__
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wpragmas"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own _mm512_reduce_add_ps
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/vector_math.h"
+
+namespace xrl {
+
+#if defined(__AVX512F__)
+#define XRL_LANES 16
+#elif defined(__AVX__)
+#define XRL_LANES 8
+#else
+#define XRL_LANES 4
+#endif
+
+constexpr int kLanes = XRL_LANES;
+typedef float Lanes __attribute__((vector_size(4 * XRL_LANES)));
+typedef uint32_t LaneBits __attribute__((vector_size(4 * XRL_LANES)));
+typedef uint16_t HalfLaneBits __attribute__((vector_size(2 * XRL_LANES)));
+
+static inline Lanes load_lanes(const float* place) {
+  Lanes x;
+  std::memcpy(&x, place, sizeof x);
+  return x;
+}
+
+static inline Lanes load_lanes(const bfloat16* place) {
+  HalfLaneBits half;
+  std::memcpy(&half, place, sizeof half);
+  return (Lanes)(__builtin_convertvector(half, LaneBits) << 16);
+}
+
+static inline void store_lanes(float* place, Lanes x) { std::memcpy(place, &x, sizeof x); }
+
+static inline void store_lanes(bfloat16* place, Lanes x) {
+  const LaneBits bits = (LaneBits)x;
+  const LaneBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
+  const LaneBits quiet = LaneBits{} + 0x7fc0u;
+  const HalfLaneBits half = __builtin_convertvector(x == x ? rounded : quiet, HalfLaneBits);
+  std::memcpy(place, &half, sizeof half);
+}
+
+static inline Lanes all_lanes(float x) { return Lanes{} + x; }
+
+static inline float sum_lanes(Lanes x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX__)
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#else
+  return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
+}
+
+static inline float highest_lane(Lanes x) {
+  float highest = x[0];
+  for (int lane = 1; lane < kLanes; ++lane) highest = x[lane] > highest ? x[lane] : highest;
+  return highest;
+}
+
+// The vector twin of exp_nonpositive in vector_math.h.
+static inline Lanes exp_nonpositive(Lanes x) {
+  const Lanes lowest = all_lanes(-87.0f);
+  const Lanes clamped = x < lowest ? lowest : x;
+  const Lanes shifted = clamped * 1.44269504088896341f + 12582912.0f;
+  const Lanes n = shifted - 12582912.0f;
+  const Lanes r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Lanes power = (Lanes)(((LaneBits)shifted + 127u) << 23);
+  return x < lowest ? Lanes{} : p * power;
+}
+
+}  // namespace xrl

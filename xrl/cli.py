@@ -1,0 +1,111 @@
+"""The `xrl` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import xrl
+from xrl.config import SettingsError
+from xrl.config.parse import parse_settings
+from xrl.launch.exit import EXIT_BAD_SETTINGS, run_main
+
+USAGE = """usage: xrl COMMAND [ARGUMENTS]
+
+  train    train a model with GRPO            xrl train --nproc-per-node 4 --config FILE.yaml [FLAGS]
+  gsm8k    convert GSM8K to training rows     xrl gsm8k --input-dir DIR --out-dir DIR [--overwrite]
+  worker   host one rollout engine            xrl worker --model DIR --max-model-len N
+  version  print the version
+
+`xrl COMMAND --help` tells more."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; bad input is one sentence on stderr and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return
+    if command not in COMMANDS:
+        print(f"xrl: error: unknown command {command!r}, known are: {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(EXIT_BAD_SETTINGS)
+    try:
+        COMMANDS[command](arguments)
+    except SettingsError as error:
+        print(f"xrl: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_SETTINGS)
+
+
+def train(arguments: list[str]) -> None:
+    """Check everything here, once, then start the ranks."""
+    from xrl.preflight import preflight
+
+    num_ranks, arguments = _take_number(arguments, "--nproc-per-node")
+    settings = parse_settings(arguments)
+    preflight(settings, world_size=num_ranks)
+    if num_ranks == 1:
+        # A world of one needs no torchrun; training in this process shows its errors by itself.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        from xrl.train import train as train_here
+
+        run_main(lambda: train_here(settings))
+    from xrl.agent import run_ranks
+
+    sys.exit(run_ranks(arguments, num_ranks=num_ranks))
+
+
+def gsm8k(arguments: list[str]) -> None:
+    """Convert GSM8K."""
+    import argparse
+
+    from xrl.data.gsm8k import convert
+
+    parser = argparse.ArgumentParser(prog="xrl gsm8k", description="Convert GSM8K to rows that `xrl train` reads.")
+    parser.add_argument("--input-dir", type=Path, required=True, help="the hub's layout (parquet) or train.jsonl/test.jsonl")
+    parser.add_argument("--out-dir", type=Path, default=Path("gsm8k"), help="where train.jsonl and test.jsonl go")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that hold something else")
+    parsed = parser.parse_args(arguments)
+    for split, num_rows in convert(parsed.input_dir, parsed.out_dir, overwrite=parsed.overwrite).items():
+        print(f"{parsed.out_dir / split}.jsonl: {num_rows:,} rows")
+
+
+def worker(arguments: list[str]) -> None:
+    """Host one rollout engine."""
+    os.execv(sys.executable, [sys.executable, "-m", "xrl.rollout.worker", *arguments])
+
+
+def version(arguments: list[str]) -> None:
+    """Print the version."""
+    print(xrl.__version__)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "gsm8k": gsm8k,
+    "worker": worker,
+    "version": version,
+}
+
+
+def _take_number(arguments: list[str], flag: str) -> tuple[int, list[str]]:
+    """The value of one of our own flags, and the arguments without it."""
+    rest: list[str] = []
+    text = "1"
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == flag:
+            text = next(remaining, "")
+        elif argument.startswith(f"{flag}="):
+            text = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    if not text.isdigit() or int(text) < 1:
+        raise SettingsError(f"{flag} needs a whole number >= 1, found {text!r}")
+    return int(text), rest
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The flags there are: one for each field of the sections, with its type, to check values one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from xrl.config.errors import SettingsError
+from xrl.config.settings import Settings
+
+_NEEDED = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """One setting, as the command line and YAML see it."""
+
+    option: str  # --like-this
+    type: Any  # bool, int, float, str, Path
+    choices: tuple[str, ...] = ()  # of a Literal
+    is_optional: bool = False  # may be None
+    is_required: bool = False
+
+    @property
+    def is_switch(self) -> bool:
+        """On by being there: --flag, off by --no-flag."""
+        return self.type is bool
+
+    @property
+    def needed(self) -> str:
+        """What a value must be, in words."""
+        needed = "true or false" if self.is_switch else _NEEDED[self.type]
+        if self.choices:
+            needed = f"one of {', '.join(self.choices)}"
+        return f"{needed} (or null)" if self.is_optional else needed
+
+    def arguments(self, text: str, *, where: str) -> list[str]:
+        """The command-line arguments that set this to `text`.
+
+        Raises:
+            SettingsError: `text` is not of this flag's type; `where` begins the sentence.
+        """
+        if self.is_optional and text in ("None", "null"):
+            return [self.option, "None"]
+        if not self._fits(text):
+            raise SettingsError(f"{where} needs {self.needed}, found {text!r}")
+        if not self.is_switch:
+            return [self.option, text]
+        is_on = text.lower() == "true"
+        if self.is_optional:
+            return [self.option, str(is_on)]
+        return [self.option] if is_on else [f"--no-{self.option.removeprefix('--')}"]
+
+    def _fits(self, text: str) -> bool:
+        if self.choices:
+            return text in self.choices
+        if self.is_switch:
+            return text.lower() in ("true", "false")
+        if self.type in (int, float):
+            try:
+                self.type(text)
+            except ValueError:
+                return False
+        return bool(text)
+
+
+def _flag(field: dataclasses.Field[Any], annotation: Any) -> Flag:
+    options = [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        options = [option for option in typing.get_args(annotation) if option is not type(None)]
+    (kind,) = options
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    return Flag(
+        option=f"--{field.name.replace('_', '-')}",
+        type=str if choices else kind,
+        choices=choices,
+        is_optional=kind is not annotation,
+        is_required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
+    )
+
+
+def _all_flags() -> Mapping[str, Flag]:
+    flags: dict[str, Flag] = {}
+    for section in typing.get_type_hints(Settings).values():
+        hints = typing.get_type_hints(section)
+        for field in dataclasses.fields(section):
+            assert field.name not in flags, f"two sections have a setting named {field.name}"
+            flags[field.name] = _flag(field, hints[field.name])
+    return MappingProxyType(flags)
+
+
+# Field name -> flag.
+FLAGS = _all_flags()

@@ -1,0 +1,161 @@
+"""Flags and YAML files to Settings, and back.
+
+A YAML file is a saved command line: each of its values becomes a flag placed before the typed ones. One parser reads
+them all, the last value wins, and checks run once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tyro
+import yaml
+
+from xrl.config.errors import SettingsError
+from xrl.config.flags import FLAGS
+from xrl.config.settings import Settings
+
+_SECTIONS = {field.name for field in dataclasses.fields(Settings)}
+
+
+def parse_settings(argv: Sequence[str] | None = None, *, prog: str = "xrl train") -> Settings:
+    """The settings a command line and its `--config` files describe.
+
+    Args:
+        argv: left out: the process's own.
+
+    Raises:
+        SettingsError: an unknown flag or key, a value of the wrong type, a missing or inconsistent setting.
+    """
+    typed = list(sys.argv[1:] if argv is None else argv)
+    if any(argument in ("-h", "--help") for argument in typed):
+        _print_help(prog)
+    typed, files = _take_config_files(typed)
+    arguments = [argument for file in files for argument in yaml_to_arguments(file)]
+    arguments += _normalize(typed)
+    for flag in FLAGS.values():
+        if flag.is_required and flag.option not in arguments:
+            raise SettingsError(f"{flag.option} is missing: it needs {flag.needed}, as a flag or in a --config file")
+    # Everything tyro could complain of was checked above, in sentences of our own.
+    return tyro.cli(Settings, prog=prog, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def yaml_to_arguments(file: Path) -> list[str]:
+    """The flags that a YAML file stands for.
+
+    Keys are flag names, with dashes or underscores, flat or grouped under the names of the sections. `null` leaves a
+    setting at None.
+
+    Raises:
+        SettingsError: the file is missing or not YAML, a key is unknown, a value has the wrong type.
+    """
+    try:
+        root = yaml.compose(file.read_text(), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise SettingsError(f"--config {file} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise SettingsError(f"{file}{where}: not YAML: {getattr(error, 'problem', error)}") from error
+    arguments: list[str] = []
+    for key, value in _leaves(root, file) if root is not None else ():
+        line = key.start_mark.line + 1
+        flag = FLAGS.get(key.value.replace("-", "_"))
+        if flag is None:
+            _refuse_unknown(f"{file}, line {line}: key {key.value!r}", key.value.replace("-", "_"), list(FLAGS))
+        if not isinstance(value, yaml.ScalarNode):
+            raise SettingsError(f"{file}, line {line}: {key.value} needs {flag.needed}, found a nested value")
+        text = "None" if value.tag == "tag:yaml.org,2002:null" else value.value
+        arguments += flag.arguments(text, where=f"{file}, line {line}: {key.value}")
+    return arguments
+
+
+def dump_settings(settings: Settings) -> str:
+    """Every setting as YAML that `--config` takes again."""
+    sections = {
+        section: {name: _plain(value) for name, value in dataclasses.asdict(getattr(settings, section)).items()}
+        for section in (field.name for field in dataclasses.fields(settings))
+    }
+    return yaml.safe_dump(sections, sort_keys=False)
+
+
+def _leaves(root: yaml.Node, file: Path) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+    if not isinstance(root, yaml.MappingNode):
+        raise SettingsError(f"{file}, line 1: needs `key: value` lines, found a {root.id}")
+    for key, value in root.value:
+        if isinstance(value, yaml.MappingNode) and key.value in _SECTIONS:
+            yield from value.value
+        elif key.value in _SECTIONS and key.value not in FLAGS:
+            # An empty section: every line of it is a comment.
+            if value.tag != "tag:yaml.org,2002:null":
+                raise SettingsError(f"{file}, line {key.start_mark.line + 1}: section {key.value} needs settings in it")
+        else:
+            yield key, value
+
+
+def _take_config_files(typed: list[str]) -> tuple[list[str], list[Path]]:
+    rest: list[str] = []
+    files: list[Path] = []
+    arguments = iter(typed)
+    for argument in arguments:
+        if argument == "--config":
+            file = next(arguments, None)
+            if file is None:
+                raise SettingsError("--config needs a YAML file after it")
+            files.append(Path(file))
+        elif argument.startswith("--config="):
+            files.append(Path(argument.removeprefix("--config=")))
+        else:
+            rest.append(argument)
+    return rest, files
+
+
+def _normalize(typed: list[str]) -> list[str]:
+    """Check typed flags one by one, and write them the way tyro wants them."""
+    arguments: list[str] = []
+    place = 0
+    while place < len(typed):
+        option, equals, value = typed[place].partition("=")
+        place += 1
+        if not option.startswith("--"):
+            raise SettingsError(f"argument {option!r} is not a flag, and no flag before it takes it as a value")
+        name = option.removeprefix("--").replace("-", "_")
+        negated = FLAGS.get(name.removeprefix("no_")) if name.startswith("no_") else None
+        if negated is not None and negated.is_switch and not equals:
+            arguments += negated.arguments("False", where=option)
+            continue
+        flag = FLAGS.get(name)
+        if flag is None:
+            _refuse_unknown(f"flag {option}", name, list(FLAGS))
+        if not equals:
+            has_value = place < len(typed) and not typed[place].startswith("--")
+            if flag.is_switch and not (has_value and typed[place].lower() in ("true", "false", "none")):
+                value = "True"
+            elif has_value:
+                value = typed[place]
+                place += 1
+            else:
+                raise SettingsError(f"{flag.option} needs {flag.needed} after it")
+        arguments += flag.arguments(value, where=flag.option)
+    return arguments
+
+
+def _refuse_unknown(what: str, name: str, known: list[str]) -> NoReturn:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; the nearest is --{near[0].replace('_', '-')}" if near else "; --help lists all"
+    raise SettingsError(f"{what} is unknown{hint}")
+
+
+def _print_help(prog: str) -> NoReturn:
+    print(f"Settings may also come from YAML files: {prog} --config FILE [--config FILE ...] [flags]\n")
+    tyro.cli(Settings, prog=prog, args=["--help"], config=(tyro.conf.OmitArgPrefixes,))
+    raise AssertionError("tyro's help exits")
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,5 @@
+"""Checks."""
+
+
+def preflight(settings, *, world_size):
+    pass

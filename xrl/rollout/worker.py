@@ -1,0 +1,192 @@
+"""The process that hosts one rollout engine behind HTTP.
+
+    python -m xrl.rollout.worker --engine embedded --model DIR --dtype float32
+
+It prints one line of JSON, {"port": ..., "pid": ...}, when it listens, and ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import torch
+from aiohttp import web
+
+from xrl.rollout import create_engine, protocol
+from xrl.rollout.engine import Engine, EngineError, EngineNotReady
+from xrl.types import WeightBucket
+from xrl.weights.transport.shared_memory import BucketManifest, SharedMemoryReceiver
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+# HTTP status of each kind of error; whatever else an engine raises is 500. No error ends the worker.
+STATUS = ((EngineNotReady, 503), (EngineError, 500), (ValueError, 400), (KeyError, 400), (TypeError, 400))
+# A bucket's manifest is small; prompts of a million tokens are not.
+MAX_BODY_BYTES = 256 * 2**20
+
+
+class Worker:
+    """HTTP handlers around an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.receiver = SharedMemoryReceiver()
+        self.stopping = asyncio.Event()
+        self._numbers = itertools.count()
+        self._num_running = 0
+
+    def application(self) -> web.Application:
+        application = web.Application(middlewares=[_errors_as_json], client_max_size=MAX_BODY_BYTES)
+        application.router.add_get(protocol.HEALTH, self.health)
+        for path, handler in (
+            (protocol.GENERATE, self.generate),
+            (protocol.ABORT, self.abort),
+            (protocol.SLEEP, self.sleep),
+            (protocol.WAKE, self.wake),
+            (protocol.LOAD_LAYER, self.load_layer),
+            (protocol.FINISH_UPDATE, self.finish_update),
+            (protocol.SHUTDOWN, self.shutdown),
+        ):
+            application.router.add_post(path, handler)
+        return application
+
+    async def health(self, _: web.Request) -> web.Response:
+        return web.json_response(
+            {"status": "ok", "weights_version": self.engine.weights_version, "num_running": self._num_running}
+        )
+
+    async def generate(self, http: web.Request) -> web.Response:
+        body = await http.json()
+        request = protocol.request_from_json(body, default_id=f"request-{next(self._numbers)}")
+        self._num_running += 1
+        try:
+            completions = await asyncio.wrap_future(self.engine.submit(request))
+        except asyncio.CancelledError:
+            self.engine.abort(request.id)  # the client is gone
+            raise
+        finally:
+            self._num_running -= 1
+        answers = [
+            protocol.completion_to_json(completion, num_prompt_tokens=len(request.token_ids))
+            for completion in completions
+        ]
+        return web.json_response(answers if "n" in body else answers[0])
+
+    async def abort(self, http: web.Request) -> web.Response:
+        body = await http.json()
+        self.engine.abort(None if body.get("abort_all") else str(body["request_id"]))
+        return web.json_response({})
+
+    async def sleep(self, _: web.Request) -> web.Response:
+        await asyncio.to_thread(self.engine.sleep)
+        return web.json_response({})
+
+    async def wake(self, _: web.Request) -> web.Response:
+        await asyncio.to_thread(self.engine.wake)
+        return web.json_response({})
+
+    async def load_layer(self, http: web.Request) -> web.Response:
+        manifest = BucketManifest.from_json(await http.json())
+        await asyncio.to_thread(self._load, manifest)
+        return web.json_response({})
+
+    async def finish_update(self, http: web.Request) -> web.Response:
+        version = int((await http.json())["version"])
+        await asyncio.to_thread(self.engine.finish_update, version)
+        return web.json_response({"weights_version": self.engine.weights_version})
+
+    async def shutdown(self, _: web.Request) -> web.Response:
+        self.stopping.set()
+        return web.json_response({})
+
+    def _load(self, manifest: BucketManifest) -> None:
+        tensors = self.receiver.read(manifest)
+        self.engine.load_layer(WeightBucket(version=manifest.version, layer=manifest.layer, tensors=tensors))
+
+
+@web.middleware
+async def _errors_as_json(http: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(http)
+    except web.HTTPException:
+        raise
+    except Exception as error:
+        status = next((status for kind, status in STATUS if isinstance(error, kind)), 500)
+        print(f"{http.path}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return web.json_response({"error": str(error), "type": type(error).__name__}, status=status)
+
+
+async def serve(engine: Engine, *, host: str, port: int) -> None:
+    """Answer until told to stop, by `/xrl/v1/shutdown` or SIGTERM."""
+    worker = Worker(engine)
+    runner = web.AppRunner(worker.application(), access_log=None, handler_cancellation=True)
+    await runner.setup()
+    site = web.TCPSite(runner, host, port, shutdown_timeout=1.0)
+    await site.start()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stopping.set)
+    _announce(runner.addresses[0][1])
+    await worker.stopping.wait()
+    engine.abort()
+    await runner.cleanup()
+
+
+def _announce(port: int) -> None:
+    """The one line on stdout; whatever is printed later goes to stderr, the log."""
+    sys.stdout.write(json.dumps({"port": port, "pid": os.getpid()}) + "\n")
+    sys.stdout.flush()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+
+def _end_with_parent(parent_pid: int) -> None:
+    """However the parent ended, SIGKILL too: an orphan would hold memory and cores for ever."""
+    while os.getppid() == parent_pid:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="xrl worker", description="Host one rollout engine behind HTTP.")
+    parser.add_argument("--engine", default="embedded", help="row of the table in xrl/rollout")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder; weights come from the trainer")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument("--device", default="cpu", help="torch device, cpu or cuda:0 say")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--max-batch-size", type=int, default=1024, help="sequences decoded at once")
+    parser.add_argument("--max-model-len", type=int, required=True, help="longest prompt + response in tokens")
+    parser.add_argument("--num-threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--parent-pid", type=int, help="end when this process does")
+    arguments = parser.parse_args()
+
+    # Ctrl-C reaches the whole process group: the trainer decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if arguments.parent_pid is not None:
+        threading.Thread(target=_end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
+    torch.set_num_threads(arguments.num_threads)
+    engine = create_engine(
+        arguments.engine,
+        model_dir=arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        max_batch_size=arguments.max_batch_size,
+        num_threads=arguments.num_threads,
+        max_model_len=arguments.max_model_len,
+    )
+    try:
+        asyncio.run(serve(engine, host=arguments.host, port=arguments.port))
+    finally:
+        engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How weight buckets reach the rollout workers: one file a transport."""
