@@ -25,7 +25,8 @@ import trl
 from datasets import Dataset
 from distinct_letters import distinct_letters
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 
 class StepClock(TrainerCallback):
@@ -57,7 +58,7 @@ class TimedTrainer(GRPOTrainer):
         return completion_ids, *rest
 
 
-def letters_reward(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
+def letters_reward(completions: list[list[dict[str, str]]], **_: Any) -> list[float | None]:
     """Rewards of TRL's chat completions."""
     return [distinct_letters(completion[0]["content"]) for completion in completions]
 

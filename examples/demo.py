@@ -27,6 +27,11 @@ from xrl.metrics.sinks import read_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_RANKS = {"single": 1, "tp2pp2": 4, "tp2pp2dp2": 8}
+SCORES = {
+    "eval/pass@1": "sampled at temperature 1",
+    "eval/pass@4": "one right among 4 samples",
+    "eval/greedy": "greedy",
+}
 
 INTRODUCTION = """\
 A Qwen3 of 0.85M parameters gets about half of its two-step word problems right. GRPO now lets it practise: each
@@ -68,14 +73,13 @@ def train(options: argparse.Namespace) -> Path:
 def show(folder: RunFolder, train_seconds: float) -> dict[str, Any]:
     """Print the table, the curve and the paths; return the figures of the last line."""
     rows = read_rows(folder.metrics)
-    evaluations = [
-        {name: row[name] for name in row if name.startswith("eval/")} for row in rows if "eval/pass@1" in row
+    scores = [
+        {words: row[name] for name, words in SCORES.items() if name in row} for row in rows if "eval/pass@1" in row
     ]
-    before, after = evaluations[0], evaluations[-1]
     save_curve(rows, folder.reward_curve, eval_key="eval/pass@1")
     print(f"\n{terminal_curve(rows)}\n")
-    print(evaluation_table(before, after))
-    print(f"\ntrained in {train_seconds:.0f} s; pass rates are those of held-out problems")
+    print(evaluation_table(scores[0], scores[-1]))
+    print(f"\nPass rates on held-out problems, before and after {train_seconds:.0f} s of training. Written:")
     for what, path in (
         ("trained model", folder.final_checkpoint),
         ("reward curve", folder.reward_curve),
@@ -84,8 +88,8 @@ def show(folder: RunFolder, train_seconds: float) -> dict[str, Any]:
     ):
         print(f"  {what + ':':14} {path}")
     return {
-        "pass_rate_before": before["eval/pass@1"],
-        "pass_rate_after": after["eval/pass@1"],
+        "pass_rate_before": scores[0]["sampled at temperature 1"],
+        "pass_rate_after": scores[-1]["sampled at temperature 1"],
         "train_seconds": round(train_seconds, 1),
         "hf_final": str(folder.final_checkpoint),
     }

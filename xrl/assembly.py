@@ -57,8 +57,6 @@ def build_lead(settings: Settings, groups: ParallelGroups, stack: contextlib.Exi
         settings, world_size=groups.layout.world_size, num_prompts=len(prompts), num_rollouts=num_rollouts
     ):
         journal.say(line)
-    if prompts.num_dropped:
-        journal.say(f"dropped {prompts.num_dropped} prompts longer than {settings.data.max_prompt_length} tokens")
 
     stop_ids = stop_token_ids(settings.model.model, tokenizer)
     sampling = SamplingParams(
@@ -71,11 +69,13 @@ def build_lead(settings: Settings, groups: ParallelGroups, stack: contextlib.Exi
     )
     journal.say(f"sampling parameters: {sampling}")
     collector = Collector(pool, tokenizer, judge)
+    publisher = Publisher(pool)
+    stack.callback(publisher.close)
     return Lead(
         prompts=prompts,
         sampling=sampling,
         collector=collector,
-        publisher=Publisher(pool),
+        publisher=publisher,
         evaluator=_evaluator(settings, tokenizer, collector, sampling),
         journal=journal,
     )

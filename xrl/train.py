@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(settings: Settings) -> None:
     """Build this rank's part of the run, then train."""
     # Imported here: `--help` and bad settings are answered without waiting for torch.
+    from xrl.parallel.cpu import prepare_megatron_for_cpu
+
+    prepare_megatron_for_cpu()
     from xrl.actor.actor import Actor
     from xrl.algorithms import create_algorithm
     from xrl.assembly import build_lead, share_rollout_count

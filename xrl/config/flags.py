@@ -46,12 +46,13 @@ class Flag:
         Raises:
             SettingsError: `text` is not of this flag's type; `where` begins the sentence.
         """
-        if self.is_optional and text in ("None", "null"):
+        if self.is_optional and text.lower() in ("none", "null"):
             return [self.option, "None"]
         if not self._fits(text):
             raise SettingsError(f"{where} needs {self.needed}, found {text!r}")
         if not self.is_switch:
-            return [self.option, text]
+            # One word: tyro would take a value that begins with a dash for the next flag.
+            return [f"{self.option}={text}"]
         is_on = text.lower() == "true"
         if self.is_optional:
             return [self.option, str(is_on)]

@@ -56,4 +56,6 @@ class OptimizerConfig:
                 f"got {self.clip_grad:g}, {self.weight_decay:g} and {self.adam_eps:g}"
             )
         if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
-            raise SettingsError(f"--adam-beta1 and --adam-beta2 must be in [0, 1), got {self.adam_beta1:g} and {self.adam_beta2:g}")
+            raise SettingsError(
+                f"--adam-beta1 and --adam-beta2 must be in [0, 1), got {self.adam_beta1:g} and {self.adam_beta2:g}"
+            )

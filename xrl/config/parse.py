@@ -38,8 +38,9 @@ def parse_settings(argv: Sequence[str] | None = None, *, prog: str = "xrl train"
     typed, files = _take_config_files(typed)
     arguments = [argument for file in files for argument in yaml_to_arguments(file)]
     arguments += _normalize(typed)
+    given = {argument.partition("=")[0] for argument in arguments}
     for flag in FLAGS.values():
-        if flag.is_required and flag.option not in arguments:
+        if flag.is_required and flag.option not in given:
             raise SettingsError(f"{flag.option} is missing: it needs {flag.needed}, as a flag or in a --config file")
     # Everything tyro could complain of was checked above, in sentences of our own.
     return tyro.cli(Settings, prog=prog, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
@@ -134,7 +135,7 @@ def _normalize(typed: list[str]) -> list[str]:
             _refuse_unknown(f"flag {option}", name, list(FLAGS))
         if not equals:
             has_value = place < len(typed) and not typed[place].startswith("--")
-            if flag.is_switch and not (has_value and typed[place].lower() in ("true", "false", "none")):
+            if flag.is_switch and not (has_value and typed[place].lower() in ("true", "false", "none", "null")):
                 value = "True"
             elif has_value:
                 value = typed[place]

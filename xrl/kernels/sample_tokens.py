@@ -54,12 +54,12 @@ def sample_tokens_reference(logits: Tensor, temperatures: Tensor, uniforms: Tens
     """The specification of `sample_tokens`, in plain PyTorch."""
     greedy = temperatures == 0
     scaled = logits / torch.where(greedy, 1.0, temperatures)[:, None]
-    logprobs = torch.log_softmax(scaled, dim=-1)
     # fp32 sums over a large vocabulary lose the tail: a token of probability 1e-8 would share its neighbour's sum.
-    cumulative = logprobs.double().exp().cumsum(dim=-1)
+    logprobs = torch.log_softmax(scaled, dim=-1, dtype=torch.float64)
+    cumulative = logprobs.exp().cumsum(dim=-1)
     targets = uniforms[:, None] * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, targets, right=True)[:, 0]
     # Rounding can push a target onto the total: the last token with a probability is then the right one.
     last_possible = (cumulative < cumulative[:, -1:]).sum(dim=-1)
     tokens = torch.where(greedy, logits.argmax(dim=-1), torch.minimum(drawn, last_possible))
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0].float()

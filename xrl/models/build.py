@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -22,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from xrl.config import ModelConfig, ParallelConfig
 from xrl.models.attention import PackedAttention
+from xrl.models.linear import ColumnParallelLinear, RowParallelLinear
 from xrl.models.norm import RMSNorm
 from xrl.models.shape import ModelShape
 from xrl.parallel.groups import ParallelGroups
@@ -125,12 +121,16 @@ def _mark_tensor_parallel(model: GPTModel) -> None:
     megatron-core does so while it initialises weights, which we leave out. Unmarked, shards on other ranks would count
     as copies, and the gradient norm would miss them.
     """
-    dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    dims = {
+        tensor_parallel.ColumnParallelLinear: 0,
+        tensor_parallel.VocabParallelEmbedding: 0,
+        tensor_parallel.RowParallelLinear: 1,
+    }
     for module in model.modules():
         for kind, dim in dims.items():
             weight = module.weight if isinstance(module, kind) else None
             if weight is not None and not getattr(weight, "tensor_model_parallel", False):
-                set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=dim, stride=1)
+                tensor_parallel.set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _local_spec(config: TransformerConfig, shape: ModelShape) -> TransformerBlockSubmodules:
@@ -143,6 +143,10 @@ def _local_spec(config: TransformerConfig, shape: ModelShape) -> TransformerBloc
     if shape.qk_norm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
+    if not torch.cuda.is_available():
+        mlp = layer.submodules.mlp.submodules
+        attention.linear_qkv = mlp.linear_fc1 = ColumnParallelLinear
+        attention.linear_proj = mlp.linear_fc2 = RowParallelLinear
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
 
 

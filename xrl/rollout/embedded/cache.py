@@ -12,7 +12,7 @@ from torch import Tensor
 from xrl.models.shape import ModelShape
 
 BLOCK_SIZE = 16  # tokens; a sequence wastes half a block on average
-_RESERVE_BYTES = 1 << 30  # grow straight to what running requests may need, up to here
+_RESERVE_BYTES = 1 << 30  # reserve ahead of need up to here
 
 
 class KVCache:
@@ -23,10 +23,12 @@ class KVCache:
 
     def __init__(self, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
         self._block_shape = (shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
+        self.bytes_per_block = 2 * shape.num_layers * math.prod(self._block_shape) * dtype.itemsize
         empty = torch.empty(0, *self._block_shape, dtype=dtype, device=device)
         self.keys: list[Tensor] = [empty] * shape.num_layers
         self.values: list[Tensor] = [empty] * shape.num_layers
         self._free: list[int] = []  # heap: low ids first, so that memory never used stays untouched
+        self._num_touched = 0  # blocks below this one have been in use
 
     @property
     def num_blocks(self) -> int:
@@ -36,46 +38,40 @@ class KVCache:
     def num_used_blocks(self) -> int:
         return self.num_blocks - len(self._free)
 
-    @property
-    def bytes_per_block(self) -> int:
-        return 2 * len(self.keys) * self.keys[0][0:0].new_empty(self._block_shape).nbytes
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more blocks at once, as far as that is cheap, to spare growing step by step."""
+        affordable = _RESERVE_BYTES // self.bytes_per_block - self.num_blocks
+        missing = min(count - len(self._free), affordable)
+        if missing > 0:
+            self._grow(missing)
 
-    def allocate(self, count: int, expected: int = 0) -> list[int]:
-        """Take `count` blocks, growing the cache if need be.
-
-        Args:
-            expected: blocks that may be asked for soon after; growing covers them while that is cheap.
-        """
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks; the cache at least doubles if it has too few."""
         if count > len(self._free):
-            self._grow(count - len(self._free), count + expected - len(self._free))
-        return [heapq.heappop(self._free) for _ in range(count)]
+            self._grow(max(count - len(self._free), self.num_blocks))
+        blocks = [heapq.heappop(self._free) for _ in range(count)]
+        self._num_touched = max(self._num_touched, blocks[-1] + 1) if blocks else self._num_touched
+        return blocks
 
     def free(self, blocks: list[int]) -> None:
         """Give blocks back."""
         for block in blocks:
             heapq.heappush(self._free, block)
 
-    def _grow(self, needed: int, wanted: int) -> None:
-        """Add at least `needed` blocks, one layer at a time so that only a layer exists twice.
-
-        Memory that nobody has written costs nothing on CPU, so reserving what running requests may come to need is
-        free there and saves copying; past _RESERVE_BYTES the cache doubles instead.
-        """
+    def _grow(self, count: int) -> None:
+        """Add `count` blocks, one layer at a time so that only a layer exists twice."""
         old = self.num_blocks
-        reserve = min(wanted, _RESERVE_BYTES // self.bytes_per_block - old)
-        new = old + max(needed, reserve, old)
         for caches in (self.keys, self.values):
             for layer, cache in enumerate(caches):
-                grown = _zeros(new, self._block_shape, cache.dtype, cache.device)
-                grown[:old].copy_(cache)
+                grown = _zeros((old + count, *self._block_shape), cache.dtype, cache.device)
+                grown[: self._num_touched].copy_(cache[: self._num_touched])
                 caches[layer] = grown
-        for block in range(old, new):
+        for block in range(old, old + count):
             heapq.heappush(self._free, block)
 
 
-def _zeros(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.zeros, but on CPU as pages that the system fills only when they are touched."""
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros, but on CPU of pages that take up no memory until they are written."""
     if device.type != "cpu":
-        return torch.zeros(count, *shape, dtype=dtype, device=device)
-    num_bytes = count * math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(count, *shape)
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

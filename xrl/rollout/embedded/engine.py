@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from concurrent.futures import Future
@@ -10,7 +11,8 @@ from pathlib import Path
 import torch
 
 from xrl.config import SettingsError
-from xrl.models.shape import ModelShape, read_model_shape
+from xrl.models import ARCHITECTURES
+from xrl.models.shape import ModelShape, model_shape
 from xrl.rollout.embedded.batch import Job
 from xrl.rollout.embedded.cache import KVCache
 from xrl.rollout.embedded.model import Decoder
@@ -39,8 +41,7 @@ class EmbeddedEngine:
     ) -> None:
         if dtype not in _DTYPES:
             raise SettingsError(f"the embedded engine runs in {' or '.join(_DTYPES)}, got {dtype!r}")
-        self._shape = read_model_shape(model_dir)
-        _check(self._shape, model_dir, max_model_len)
+        self._shape = _read_supported_shape(model_dir, max_model_len)
         self.weights_version = -1
         self._max_model_len, self._max_batch_size, self._num_threads = max_model_len, max_batch_size, num_threads
         self._weights = DecoderWeights(self._shape, _DTYPES[dtype], torch.device(device))
@@ -198,9 +199,25 @@ class EmbeddedEngine:
             raise EngineError(f"the embedded engine cannot {action} with {len(self._in_flight)} requests in flight")
 
 
-def _check(shape: ModelShape, model_dir: Path, max_model_len: int) -> None:
+def _read_supported_shape(model_dir: Path, max_model_len: int) -> ModelShape:
+    """The model's shape, if this decoder computes what config.json says; whole runs are checked before they start."""
+    file = model_dir / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}") from error
+    architectures = config.get("architectures") or ["none"]
+    if architectures[0] not in ARCHITECTURES:
+        raise SettingsError(f"{file}: architecture must be one of {', '.join(ARCHITECTURES)}, found {architectures[0]}")
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name) or {}
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind != "default":
+            raise SettingsError(f"{file}: {name} must be of type 'default', the only one supported, found {kind!r}")
+    shape = model_shape(config)
     if max_model_len > shape.max_positions:
         raise SettingsError(
-            f"prompt + response of {max_model_len} tokens exceed the {shape.max_positions} positions "
-            f"(max_position_embeddings) of {model_dir / 'config.json'}"
+            f"{file}: prompt + response of up to {max_model_len} tokens exceed the {shape.max_positions} positions "
+            f"of the model (max_position_embeddings)"
         )
+    return shape

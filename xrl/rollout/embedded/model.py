@@ -28,7 +28,9 @@ class Decoder:
         angles = torch.outer(torch.arange(max_positions).float(), 1.0 / shape.rope_base**half)
         self.cos, self.sin = angles.cos().to(weights.device), angles.sin().to(weights.device)
 
-    def prefill(self, tokens: Tensor, positions: Tensor, slots: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
+    def prefill(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, lengths: Sequence[int], cache: KVCache
+    ) -> Tensor:
         """Run prompts, laid end to end, and store their keys and values.
 
         Args:

@@ -21,9 +21,7 @@ def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def uniforms(
-    seeds: NDArray[np.int64], samples: NDArray[np.int64], positions: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def uniforms(seeds: NDArray[np.int64], samples: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
     """One number in [0, 1) for each (request seed, sample index, token position), whatever else is in the batch.
 
     A counter-based generator: no state, so a token's draw depends on its place alone.
@@ -49,7 +47,7 @@ def filter_logits(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Te
     vocab_size = logits.shape[1]
     sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocab_size, device=logits.device)
-    dropped = (rank >= torch.where(top_k > 0, top_k, vocab_size)[:, None])
+    dropped = rank >= torch.where(top_k > 0, top_k, vocab_size)[:, None]
     scaled = sorted_logits / torch.where(temperatures == 0, 1.0, temperatures)[:, None]
     probabilities = scaled.masked_fill(dropped, -torch.inf).softmax(dim=-1, dtype=torch.float64)
     before = probabilities.cumsum(dim=-1) - probabilities  # mass of the likelier tokens

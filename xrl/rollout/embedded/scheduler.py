@@ -97,13 +97,14 @@ class Scheduler:
         size = padded_rows(sum(lengths))
         tokens, positions = np.zeros((2, size), dtype=np.int32)
         slots = np.full(size, -1, dtype=np.int32)
+        responses = sum(
+            min(job.request.num_samples, self.max_batch_size) * _num_blocks(job.request.sampling.max_new_tokens)
+            for job in jobs
+        )
+        self.cache.reserve(responses + sum(map(_num_blocks, lengths)))
         start = 0
         for job, length in zip(jobs, lengths, strict=True):
-            sampling = job.request.sampling
-            samples = min(job.request.num_samples, self.max_batch_size)
-            job.prompt_blocks = self.cache.allocate(
-                -(-length // BLOCK_SIZE), expected=samples * -(-sampling.max_new_tokens // BLOCK_SIZE)
-            )
+            job.prompt_blocks = self.cache.allocate(_num_blocks(length))
             place = np.arange(length)
             tokens[start : start + length] = job.request.token_ids
             positions[start : start + length] = place
@@ -176,3 +177,7 @@ class Scheduler:
     def _set_running(self, rows: list[Row]) -> None:
         self._running = rows
         self._batch = None
+
+
+def _num_blocks(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_SIZE)

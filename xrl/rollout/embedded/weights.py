@@ -178,7 +178,9 @@ class DecoderWeights:
         def linear(*names: str) -> PackedLinear:
             weight = torch.cat([tensors[f"{name}.weight"].to(self.device, self.dtype) for name in names])
             has_bias = f"{names[0]}.bias" in tensors
-            bias = torch.cat([tensors[f"{name}.bias"].to(self.device, self.dtype) for name in names]) if has_bias else None
+            bias = (
+                torch.cat([tensors[f"{name}.bias"].to(self.device, self.dtype) for name in names]) if has_bias else None
+            )
             return PackedLinear(weight, bias)
 
         return LayerWeights(

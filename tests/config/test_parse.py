@@ -1,0 +1,255 @@
+"""Flags and YAML files become one checked Settings; every mistake is a sentence that says where it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from xrl.config import Settings, SettingsError
+from xrl.config.flags import FLAGS
+from xrl.config.parse import dump_settings, parse_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDED = ["--model", "m", "--data", "d.jsonl"]
+
+
+def parse(*flags: str) -> Settings:
+    return parse_settings([*NEEDED, *flags])
+
+
+def refusal(*flags: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        parse(*flags)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> typing.Callable[[str], str]:
+    def write(text: str) -> str:
+        file = tmp_path / "run.yaml"
+        file.write_text(text)
+        return str(file)
+
+    return write
+
+
+Write = typing.Callable[[str], str]
+
+
+def test_flags_set_what_they_name() -> None:
+    settings = parse("--tensor-model-parallel-size", "2", "--sequence-parallel", "--lr=1e-6", "--judge", "math-verify")
+    assert settings.model.model == Path("m")
+    assert settings.parallel.tensor_model_parallel_size == 2
+    assert settings.parallel.sequence_parallel is True
+    assert settings.optimizer.lr == 1e-6
+    assert settings.rewards.judge == "math-verify"
+    assert settings.run == type(settings.run)()
+
+
+def test_switches_take_no_or_a_value() -> None:
+    assert parse("--no-shuffle").data.shuffle is False
+    assert parse("--shuffle", "false").data.shuffle is False
+    assert parse("--shuffle=true").data.shuffle is True
+    assert parse("--bf16").model.bf16 is True
+    assert parse("--bf16", "false").model.bf16 is False
+    assert parse("--no-bf16").model.bf16 is False
+    assert parse("--bf16", "null").model.bf16 is None
+    assert parse("--bf16", "none").model.bf16 is None
+
+
+def test_underscores_are_as_good_as_dashes() -> None:
+    assert parse("--max_prompt_length", "7").data.max_prompt_length == 7
+
+
+def test_a_negative_number_is_a_value_and_not_a_flag() -> None:
+    assert "--kl-coef must be >= 0, got -1" in refusal("--kl-coef", "-1")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: m\ndata: d.jsonl\nlr: 1e-6\nmax_prompt_length: 7\nbf16: null\nshuffle: false\n",
+        "model:\n  model: m\n  bf16: null\ndata:\n  data: d.jsonl\n  max-prompt-length: 7\n  shuffle: false\n"
+        "optimizer:\n  lr: 1e-6\nrollout:\n",
+    ],
+    ids=["flat", "grouped"],
+)
+def test_yaml_sets_what_it_names(config: Write, text: str) -> None:
+    settings = parse_settings(["--config", config(text)])
+    assert settings == parse("--lr", "0.000001", "--max-prompt-length", "7", "--no-shuffle")
+
+
+def test_number_that_yaml_takes_for_text_is_a_number(config: Write) -> None:
+    assert parse("--config", config("lr: 1e-6")).optimizer.lr == 1e-6
+
+
+def test_null_leaves_an_optional_setting_out(config: Write, tmp_path: Path) -> None:
+    file = config("run:\n  save_interval: null\n")
+    other = tmp_path / "first.yaml"
+    other.write_text("save_interval: 5")
+    assert parse("--config", str(other)).run.save_interval == 5
+    assert parse("--config", str(other), "--config", file).run.save_interval is None
+
+
+def test_the_last_value_wins_and_flags_win_over_files(config: Write, tmp_path: Path) -> None:
+    later = tmp_path / "later.yaml"
+    later.write_text("seed: 3\nlr: 0.5\n")
+    files = ["--config", config("seed: 2\nlr: 0.25\nmin_lr: 0.125\n"), f"--config={later}"]
+    settings = parse("--seed", "4", *files, "--seed", "5")
+    assert (settings.run.seed, settings.optimizer.lr, settings.optimizer.min_lr) == (5, 0.5, 0.125)
+
+
+def test_unknown_flag_gets_the_nearest_name() -> None:
+    sentence = refusal("--tensor-model-paralel-size", "2")
+    assert "--tensor-model-paralel-size is unknown" in sentence
+    assert sentence.endswith("the nearest is --tensor-model-parallel-size")
+
+
+def test_unknown_flag_like_no_other_points_to_the_help() -> None:
+    assert refusal("--zzzzzz").endswith("--help lists all")
+
+
+def test_unknown_key_gets_its_line_and_the_nearest_name(config: Write) -> None:
+    file = config("optimizer:\n  # a comment\n  learning_rate: 1\n  lr_decay_stile: linear\n")
+    assert f"{file}, line 3: key 'learning_rate' is unknown" in refusal("--config", file)
+    file = config("optimizer:\n  # a comment\n  lr_decay_stile: linear\n")
+    sentence = refusal("--config", file)
+    assert f"{file}, line 3" in sentence and sentence.endswith("the nearest is --lr-decay-style")
+
+
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        ("data:\n  rollout_batch_size: many\n", "a whole number"),
+        ("data:\n  rollout_batch_size: 1.5\n", "a whole number"),
+        ("data:\n  rollout_batch_size: null\n", "a whole number"),
+        ("data:\n  rollout_batch_size: [1, 2]\n", "a whole number"),
+        ("data:\n  rollout_batch_size:\n    size: 4\n", "a whole number"),
+        ("optimizer:\n  lr: fast\n", "a number"),
+        ("data:\n  shuffle: maybe\n", "true or false"),
+        ("algorithm:\n  kl_type: k4\n", "one of k1, k2, k3"),
+        ("run:\n  save_interval: often\n", "a whole number (or null)"),
+    ],
+)
+def test_value_of_the_wrong_type_gets_its_line(config: Write, text: str, needed: str) -> None:
+    file = config(text)
+    sentence = refusal("--config", file)
+    assert f"{file}, line 2" in sentence and f"needs {needed}" in sentence
+
+
+def test_typed_value_of_the_wrong_type_is_refused() -> None:
+    assert refusal("--seed", "one") == "--seed needs a whole number, found 'one'"
+    assert refusal("--seed") == "--seed needs a whole number after it"
+
+
+def test_file_that_is_not_yaml_gets_its_line(config: Write) -> None:
+    file = config("seed: 1\nlr: [1\n")
+    sentence = refusal("--config", file)
+    assert sentence.startswith(f"{file}, line ") and "not YAML" in sentence
+
+
+def test_file_that_is_a_list_is_refused(config: Write) -> None:
+    assert "needs `key: value` lines" in refusal("--config", config("- seed\n"))
+
+
+def test_section_with_a_value_is_refused(config: Write) -> None:
+    assert "section optimizer needs settings in it" in refusal("--config", config("optimizer: adam\n"))
+
+
+def test_missing_file_is_refused() -> None:
+    assert refusal("--config", "nowhere.yaml").startswith("--config nowhere.yaml cannot be read")
+    assert refusal("--config") == "--config needs a YAML file after it"
+
+
+def test_empty_file_changes_nothing(config: Write) -> None:
+    assert parse("--config", config("# nothing yet\n")) == parse()
+
+
+def test_missing_setting_is_named() -> None:
+    with pytest.raises(SettingsError, match="--data is missing"):
+        parse_settings(["--model", "m"])
+
+
+def test_word_without_a_flag_is_refused() -> None:
+    assert "'train' is not a flag" in refusal("train")
+
+
+VALUES: dict[str, st.SearchStrategy[object]] = {
+    "model": st.text(alphabet="abc/-._ ü:#'\"", min_size=1).map(Path),
+    "lr": st.floats(min_value=1e-12, max_value=1.0),
+    "seed": st.integers(min_value=0, max_value=2**63 - 1),
+    "num_rollouts": st.none() | st.integers(min_value=1, max_value=10**9),
+    "bf16": st.none() | st.booleans(),
+    "shuffle": st.booleans(),
+    "dual_clip": st.none() | st.floats(min_value=1.5, max_value=1e6),
+    "kl_type": st.sampled_from(["k1", "k2", "k3"]),
+    "judge": st.text(alphabet="abc/-._:ü #'\"", min_size=1),
+    "recompute_granularity": st.sampled_from([None, "full", "selective"]),
+}
+
+
+def with_values(settings: Settings, values: dict[str, object]) -> Settings:
+    for section in dataclasses.fields(settings):
+        part = getattr(settings, section.name)
+        own = {field.name: values[field.name] for field in dataclasses.fields(part) if field.name in values}
+        settings = dataclasses.replace(settings, **{section.name: dataclasses.replace(part, **own)})
+    return settings
+
+
+@example({"judge": "--lr", "model": Path("-m")})
+@example({"judge": "a=b", "model": Path("null")})
+@given(st.fixed_dictionaries(VALUES))
+def test_dumped_settings_parse_to_the_same_settings(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, object]
+) -> None:
+    settings = with_values(parse("--min-lr", "0"), values)
+    file = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    file.write_text(dump_settings(settings))
+    assert parse_settings(["--config", str(file)]) == settings
+
+
+def test_a_dump_names_every_setting() -> None:
+    dumped = yaml.safe_load(dump_settings(parse()))
+    assert {name for section in dumped.values() for name in section} == set(FLAGS)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_example_config_parses(file: Path) -> None:
+    settings = parse_settings(["--config", str(file)])
+    assert settings.data.rollout_batch_size > 0
+
+
+def test_help_names_every_flag_without_torch() -> None:
+    program = (
+        "import sys, atexit; from xrl.config.parse import parse_settings;"
+        "atexit.register(lambda: sys.stderr.write(str('torch' in sys.modules)));"
+        "parse_settings(['--help'])"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0 and found.stderr == "False"
+    missing = [flag.option for flag in FLAGS.values() if flag.option not in found.stdout]
+    # Switches without "left out" are shown as --shuffle, --no-shuffle.
+    assert missing == []
+    assert "--config" in found.stdout
+
+
+def test_every_setting_has_a_sentence_of_help() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "xrl.train", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"COLUMNS": "400", "PATH": "/usr/bin:/bin"},
+    )
+    assert found.returncode == 0
+    # A field without a docstring would show the flag with its default alone.
+    assert "Ranks that share each layer's matrices" in found.stdout

@@ -1,0 +1,87 @@
+"""What a user sees of bad input: one line on stderr, exit code 2, no traceback, and soon."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.small_runs import run_flags, write_rows
+from tests.tiny_models import make_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def flags(model: Path, tmp_path: Path) -> list[str]:
+    data = write_rows(tmp_path / "train.jsonl", [{"prompt": "1+1=?", "ground_truth": "2"}] * 8)
+    return run_flags(model, data, tmp_path)
+
+
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    # A run of one rank, whatever this test was started by.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "XRL_FIRST_ERROR_FILE"):
+        inherited.pop(name, None)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=inherited | variables, timeout=120
+    )
+
+
+def assert_refused(found: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert found.returncode == 2, found.stderr
+    (line,) = found.stderr.splitlines()
+    assert line.startswith("xrl: error: ")
+    for word in words:
+        assert word in line
+    assert found.stdout == ""
+
+
+def test_unknown_flag(flags: list[str]) -> None:
+    found = run("-m", "xrl.train", *flags, "--rollout-batch-sise", "4")
+    assert_refused(found, "--rollout-batch-sise is unknown", "--rollout-batch-size")
+
+
+def test_unknown_yaml_key(flags: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("optimizer:\n  lrr: 1\n")
+    assert_refused(run("-m", "xrl.train", *flags, "--config", str(config)), f"{config}, line 2", "--lr")
+
+
+def test_missing_model(flags: list[str]) -> None:
+    assert_refused(run("-m", "xrl.train", *flags, "--model", "nowhere"), "--model nowhere does not exist")
+
+
+def test_world_size_that_does_not_fit(flags: list[str]) -> None:
+    found = run("-m", "xrl.train", *flags, "--tensor-model-parallel-size", "2", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
+    assert_refused(found, "does not divide the 3 ranks", "2 or 4 ranks")
+
+
+def test_bad_row_of_data(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1+1=?"}\n')
+    assert_refused(run("-m", "xrl.train", *flags), "train.jsonl, line 1 has no ground truth")
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_command_refuses_before_it_starts_ranks(flags: list[str]) -> None:
+    found = run("-m", "xrl.cli", "train", "--nproc-per-node", "4", *flags, "--tensor-model-parallel-size", "4")
+    assert_refused(found, "--tensor-model-parallel-size 4", "1 or 2 would work")
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_ranks_of_torchrun_say_it_once(flags: list[str]) -> None:
+    """torchrun exits with 1 and reports the failure in its own way; ours is one line among that."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "xrl.train"]
+    found = run(*torchrun, *flags, "--tensor-model-parallel-size", "4")
+    assert found.returncode == 1
+    lines = [line for line in found.stderr.splitlines() if line.startswith("xrl: error: ")]
+    assert len(lines) == 1 and "does not divide the 2 ranks" in lines[0]

@@ -1,0 +1,22 @@
+"""Packages and hardware asked for by name must be there."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from tests.small_runs import Refusal
+from xrl.preflight.machine import _has_cuda_driver
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is not None, reason="transformer-engine is installed"
+)
+def test_transformer_engine_must_be_installed(refusal: Refusal) -> None:
+    assert "needs the package transformer-engine" in refusal("--transformer-impl", "transformer_engine")
+
+
+@pytest.mark.skipif(_has_cuda_driver(), reason="this machine has a CUDA driver")
+def test_nccl_needs_cuda(refusal: Refusal) -> None:
+    assert "--distributed-backend nccl needs CUDA" in refusal("--distributed-backend", "nccl")

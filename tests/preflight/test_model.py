@@ -1,0 +1,81 @@
+"""config.json is refused where it is missing, damaged, or says maths that we do not compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.small_runs import Refusal, check, edit_json
+from tests.tiny_models import make_checkpoint
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_supported_family_passes(family: str, tied: bool, data: Path, tmp_path: Path) -> None:
+    check(make_checkpoint(tmp_path / "other", family=family, tied=tied), data, tmp_path)
+
+
+def test_missing_model_folder_is_refused(refusal: Refusal) -> None:
+    assert "--model nowhere does not exist" in refusal("--model", "nowhere")
+
+
+def test_model_that_is_a_file_is_refused(refusal: Refusal, model: Path) -> None:
+    assert "is not a folder" in refusal("--model", str(model / "config.json"))
+
+
+def test_missing_config_is_refused(refusal: Refusal, model: Path) -> None:
+    (model / "config.json").unlink()
+    assert f"--model {model} has no config.json" in refusal()
+
+
+def test_config_that_is_not_json_is_named_with_its_line(refusal: Refusal, model: Path) -> None:
+    (model / "config.json").write_text('{\n"hidden_size": 64,\n}')
+    assert f"{model}/config.json, line 3 is not JSON" in refusal()
+
+
+def test_config_that_is_no_object_is_refused(refusal: Refusal, model: Path) -> None:
+    (model / "config.json").write_text("[]")
+    assert "needs a JSON object, found a list" in refusal()
+
+
+@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], [], None])
+def test_unsupported_architecture_lists_the_supported_ones(
+    refusal: Refusal, model: Path, architectures: list[str] | None
+) -> None:
+    edit_json(model / "config.json", architectures=architectures)
+    sentence = refusal()
+    assert (architectures or ["none"])[0] in sentence
+    assert "Qwen2ForCausalLM" in sentence and "Qwen3ForCausalLM" in sentence
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"hidden_act": "gelu"},
+        {"use_sliding_window": True},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"attention_bias": True},
+        {"quantization_config": {"bits": 4}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": "linear"},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0}},
+        {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"full_attention": {"rope_theta": 10000.0}}},
+        {"num_hidden_layers": 0},
+        {"vocab_size": "98"},
+        {"num_key_value_heads": 3},
+    ],
+    ids=lambda field: "-".join(field),
+)
+def test_field_that_changes_the_maths_is_named(refusal: Refusal, model: Path, field: dict[str, Any]) -> None:
+    edit_json(model / "config.json", **field)
+    sentence = refusal()
+    assert sentence.startswith(f"{model}/config.json: ") and next(iter(field)) in sentence
+
+
+@pytest.mark.parametrize("rope", [{"type": "default"}, {"rope_type": "default"}, None])
+def test_rope_scaling_by_default_passes(model: Path, data: Path, tmp_path: Path, rope: dict[str, str] | None) -> None:
+    edit_json(model / "config.json", rope_scaling=rope)
+    check(model, data, tmp_path)

@@ -1,0 +1,121 @@
+"""A sound run passes quickly and without torch; what crosses sections is refused in one sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.small_runs import Refusal, check, run_flags, write_rows
+
+
+def test_sound_settings_pass(model: Path, data: Path, tmp_path: Path) -> None:
+    check(model, data, tmp_path, "--eval-data", str(data))
+    tensor_and_pipeline = ["--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2"]
+    check(model, data, tmp_path, *tensor_and_pipeline, world_size=8)
+    assert (tmp_path / "work").is_dir()
+
+
+def test_checking_imports_no_torch(model: Path, data: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from xrl.config.parse import parse_settings; from xrl.preflight import preflight;"
+        "preflight(parse_settings(sys.argv[1:]), world_size=1);"
+        "print([name for name in ('torch', 'transformers', 'megatron', 'datasets') if name in sys.modules])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program, *run_flags(model, data, tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"
+
+
+def test_unknown_engine_lists_the_known_ones(refusal: Refusal) -> None:
+    sentence = refusal("--engine", "vllm")
+    assert "--engine" in sentence and "'vllm'" in sentence and "embedded" in sentence
+
+
+def test_unknown_judge_lists_the_known_ones(refusal: Refusal) -> None:
+    sentence = refusal("--judge", "gsm9k")
+    assert "--judge gsm9k" in sentence and "gsm8k-exact" in sentence and "math-verify" in sentence
+
+
+def test_judge_of_a_missing_file_is_refused(refusal: Refusal) -> None:
+    assert "no file" in refusal("--judge", "nowhere/judge.py:score")
+
+
+def test_unknown_algorithm_lists_the_known_ones(refusal: Refusal) -> None:
+    sentence = refusal("--algorithm", "ppo")
+    assert "--algorithm" in sentence and "'ppo'" in sentence and "grpo" in sentence
+
+
+def test_prompt_and_response_longer_than_the_positions_are_refused(refusal: Refusal) -> None:
+    sentence = refusal("--max-prompt-length", "200", "--max-response-length", "100")
+    assert "200" in sentence and "100 = 300" in sentence and "256 positions" in sentence
+
+
+def test_sharing_prompts_of_padded_micro_batches_is_refused(refusal: Refusal) -> None:
+    assert "--micro-batch-size 4" in refusal("--share-prompt-prefix", "true", "--micro-batch-size", "4")
+
+
+def test_sharing_prompts_in_transformer_engine_is_refused(refusal: Refusal) -> None:
+    sentence = refusal("--share-prompt-prefix", "true", "--transformer-impl", "transformer_engine")
+    assert "--share-prompt-prefix" in sentence and "--transformer-impl" in sentence
+
+
+def test_one_sample_a_prompt_is_refused(refusal: Refusal) -> None:
+    sentence = refusal("--samples-per-prompt", "1")
+    assert sentence == "--samples-per-prompt must be >= 2 to form a group, got 1"
+
+
+def test_sequence_parallel_without_tensor_parallel_is_refused(refusal: Refusal) -> None:
+    assert "--tensor-model-parallel-size > 1" in refusal("--sequence-parallel")
+
+
+def test_filtered_sampling_must_be_asked_for_knowingly(
+    refusal: Refusal, model: Path, data: Path, tmp_path: Path
+) -> None:
+    sentence = refusal("--top-p", "0.9")
+    assert "--top-p 0.9" in sentence and "biased" in sentence and "--allow-biased-sampling" in sentence
+    check(model, data, tmp_path, "--top-p", "0.9", "--allow-biased-sampling")
+
+
+def test_missing_dataset_is_refused(refusal: Refusal) -> None:
+    assert "--data nowhere.jsonl does not exist" in refusal("--data", "nowhere.jsonl")
+
+
+def test_empty_dataset_is_refused(refusal: Refusal, data: Path) -> None:
+    data.write_text("")
+    assert f"--data {data} is empty" in refusal()
+
+
+def test_dataset_smaller_than_a_batch_is_refused(refusal: Refusal) -> None:
+    sentence = refusal("--rollout-batch-size", "9")
+    assert "8 rows" in sentence and "batch of 9" in sentence
+
+
+def test_line_that_is_not_json_is_named(refusal: Refusal, data: Path) -> None:
+    data.write_text('{"prompt": "1+1=?", "ground_truth": "2"}\n{"prompt": \n')
+    assert f"{data}, line 2 is not JSON" in refusal("--rollout-batch-size", "1")
+
+
+@pytest.mark.parametrize(
+    ("row", "missing"), [({"ground_truth": "2"}, "`prompt`"), ({"prompt": "1+1=?"}, "ground truth")]
+)
+def test_row_without_prompt_or_ground_truth_is_named(
+    refusal: Refusal, data: Path, row: dict[str, str], missing: str
+) -> None:
+    write_rows(data, [{"prompt": "1+1=?", "ground_truth": "2"}, {"prompt": "1+1=?", "ground_truth": "2"}, row])
+    sentence = refusal("--rollout-batch-size", "1")
+    assert f"{data}, line 3" in sentence and missing in sentence
+
+
+def test_bad_evaluation_data_is_named_by_its_flag(refusal: Refusal) -> None:
+    assert "--eval-data nowhere.jsonl does not exist" in refusal("--eval-data", "nowhere.jsonl")
+
+
+def test_work_folder_that_cannot_be_written_is_refused(refusal: Refusal, tmp_path: Path) -> None:
+    # Below a file: no permission would stop a test that runs as root.
+    (tmp_path / "file").touch()
+    sentence = refusal("--work-dir", str(tmp_path / "file" / "work"))
+    assert "--work-dir" in sentence and "written" in sentence

@@ -1,0 +1,47 @@
+"""A model without its tokenizer, or with another model's, is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.small_runs import Refusal, edit_json
+from xrl.config import SettingsError
+from xrl.preflight.tokenizer import check_tokenizer
+
+
+def test_missing_tokenizer_is_refused(refusal: Refusal, model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    assert f"--model {model} has no tokenizer" in refusal()
+
+
+def test_token_beyond_the_vocabulary_is_named(refusal: Refusal, model: Path) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    added = [*tokenizer["added_tokens"], {"id": 98, "content": "<|extra|>"}]
+    edit_json(model / "tokenizer.json", added_tokens=added)
+    sentence = refusal()
+    assert "'<|extra|>' has id 98" in sentence and "vocab_size is 98" in sentence
+
+
+def test_file_that_is_no_tokenizer_is_refused(refusal: Refusal, model: Path) -> None:
+    (model / "tokenizer.json").write_text("{}")
+    assert "it is not a tokenizer" in refusal()
+
+
+def test_tokenizer_of_two_files_passes_and_its_ids_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    check_tokenizer(tmp_path, vocab_size=2)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 2}')
+    check_tokenizer(tmp_path, vocab_size=3)
+    with pytest.raises(SettingsError, match=r"added_tokens.json: token '<\|im_end\|>' has id 2"):
+        check_tokenizer(tmp_path, vocab_size=2)
+
+
+def test_unigram_tokens_are_numbered_by_their_place(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}))
+    check_tokenizer(tmp_path, vocab_size=2)
+    with pytest.raises(SettingsError, match="token 'b' has id 1"):
+        check_tokenizer(tmp_path, vocab_size=1)

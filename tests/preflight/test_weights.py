@@ -1,0 +1,135 @@
+"""Checkpoints are refused by their headers when a file or a tensor is missing or damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.small_runs import Refusal, edit_json
+from tests.tiny_models import make_checkpoint, make_model
+from xrl.models.shape import ModelShape, read_model_shape
+from xrl.preflight.weights import expected_tensors
+from xrl.weights.qwen import layer_table, outer_table
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied Qwen2 in one file."""
+    return make_checkpoint(tmp_path_factory.mktemp("single"), family="qwen2")
+
+
+@pytest.fixture
+def single_model(single: Path, model: Path) -> Path:
+    shutil.rmtree(model)
+    return Path(shutil.copytree(single, model))
+
+
+def some_shard(model: Path) -> Path:
+    shards = sorted(model.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    return shards[1]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_expected_tensors_are_those_of_transformers_and_of_the_loader(family: str, tied: bool, tmp_path: Path) -> None:
+    model = make_model(family, tied=tied)
+    model.config.save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", architectures=[type(model).__name__])
+    shape = read_model_shape(tmp_path)
+    expected = expected_tensors(shape)
+    assert expected == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert set(expected) == loaded_names(shape)
+
+
+def loaded_names(shape: ModelShape) -> set[str]:
+    tables = [outer_table(shape), *(layer_table(shape, layer) for layer in range(shape.num_layers))]
+    return {name for table in tables for mapping in table.values() for name in mapping.names}
+
+
+def test_folder_without_safetensors_says_what_it_has(refusal: Refusal, single_model: Path) -> None:
+    (single_model / "model.safetensors").rename(single_model / "pytorch_model.bin")
+    sentence = refusal()
+    assert "needs model.safetensors" in sentence and "found pytorch_model.bin" in sentence
+
+
+def test_missing_shard_is_named(refusal: Refusal, model: Path) -> None:
+    shard = some_shard(model)
+    shard.unlink()
+    assert f"names the shard {shard.name}, which is not in {model}" in refusal()
+
+
+def test_truncated_shard_is_named_with_both_sizes(refusal: Refusal, model: Path) -> None:
+    shard = some_shard(model)
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert f"{shard} is truncated: it has {size - 100:,} bytes, its header needs {size:,}" in refusal()
+
+
+def test_trailing_bytes_are_refused(refusal: Refusal, model: Path) -> None:
+    shard = some_shard(model)
+    shard.write_bytes(shard.read_bytes() + b"more")
+    assert f"{shard} is corrupt" in refusal()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"1234", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n", b"\x02" + bytes(7) + b"[]"],
+    ids=["empty", "four bytes", "git-lfs pointer", "list"],
+)
+def test_file_that_is_no_safetensors_is_refused(refusal: Refusal, single_model: Path, content: bytes) -> None:
+    file = single_model / "model.safetensors"
+    file.write_bytes(content)
+    assert f"{file} ({len(content)} bytes) is corrupt or no safetensors file" in refusal()
+
+
+def test_header_with_impossible_offsets_is_refused(refusal: Refusal, single_model: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}).encode()
+    (single_model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "its header does not describe tensors" in refusal()
+
+
+def test_missing_tensor_is_named(refusal: Refusal, single_model: Path) -> None:
+    file = single_model / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.2.self_attn.k_proj.bias"]
+    save_file(tensors, file)
+    assert f"{file} has no tensor model.layers.2.self_attn.k_proj.bias" in refusal()
+
+
+def test_untied_model_needs_its_head(refusal: Refusal, single_model: Path) -> None:
+    edit_json(single_model / "config.json", tie_word_embeddings=False)
+    assert "has no tensor lm_head.weight" in refusal()
+
+
+def test_tensor_that_its_shard_lacks_is_named(refusal: Refusal, model: Path) -> None:
+    shard = some_shard(model)
+    tensors = load_file(shard)
+    lost = sorted(tensors)[0]
+    del tensors[lost]
+    save_file(tensors, shard)
+    assert f"says that {shard.name} holds {lost}, but it does not" in refusal()
+
+
+def test_tensor_of_another_shape_is_named(refusal: Refusal, model: Path) -> None:
+    edit_json(model / "config.json", vocab_size=99)
+    sentence = refusal()
+    assert "shape [98, 64]" in sentence and "needs [99, 64]" in sentence
+
+
+def test_quantised_weights_are_refused(refusal: Refusal, single_model: Path) -> None:
+    file = single_model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, file)
+    assert "model.norm.weight has number format I8" in refusal()
+
+
+def test_index_without_a_weight_map_is_refused(refusal: Refusal, model: Path) -> None:
+    (model / "model.safetensors.index.json").write_text("{}")
+    assert "has no weight_map" in refusal()

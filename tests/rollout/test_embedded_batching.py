@@ -1,0 +1,81 @@
+"""Requests sharing a batch: who joins, who leaves, and that nobody notices."""
+
+from collections.abc import Callable
+
+import torch
+
+from tests.rollout.engines import generate, request
+from tests.tiny_models import make_model
+from xrl.rollout.engine import Engine
+
+MakeEngine = Callable[..., Engine]
+
+
+def test_same_seed_gives_the_same_answers_alone_and_in_a_crowd(make_engine: MakeEngine) -> None:
+    engine = make_engine(make_model())
+    alone = generate(engine, [5, 6, 7], num_samples=3, seed=11, max_new_tokens=40)
+    crowd = [engine.submit(request([i, i + 1], id=f"crowd {i}", num_samples=3, seed=i)) for i in range(10)]
+    among_others = generate(engine, [5, 6, 7], num_samples=3, seed=11, max_new_tokens=40)
+    assert [c.token_ids for c in among_others] == [c.token_ids for c in alone]
+    for future in crowd:
+        future.result(timeout=60)
+
+
+def test_samples_of_one_prompt_differ_and_so_do_seeds(make_engine: MakeEngine) -> None:
+    engine = make_engine(make_model())
+    answers = [
+        tuple(completion.token_ids)
+        for seed in range(3)
+        for completion in generate(engine, [5, 6, 7], num_samples=4, seed=seed)
+    ]
+    assert len(set(answers)) == len(answers)
+
+
+def test_more_samples_than_rows_wait_their_turn(make_engine: MakeEngine) -> None:
+    model = make_model()
+    wide, narrow = make_engine(model, max_batch_size=64), make_engine(model, max_batch_size=3)
+    answers = []
+    for engine in (wide, narrow):
+        futures = [engine.submit(request([i, 9], id=str(i), num_samples=5, seed=i)) for i in range(4)]
+        answers.append([[c.token_ids for c in future.result(timeout=60)] for future in futures])
+    assert answers[0] == answers[1]
+
+
+def test_rows_with_different_settings_share_a_batch(make_engine: MakeEngine) -> None:
+    engine = make_engine(make_model())
+    settings = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "seed": 1},
+        {"temperature": 0.5, "top_k": 3, "seed": 2},
+        {"temperature": 2.0, "top_p": 0.5, "seed": 3, "max_new_tokens": 30},
+    ]
+    apart = [generate(engine, [5, 6], **options)[0].token_ids for options in settings]
+    futures = [engine.submit(request([5, 6], id=str(i), **options)) for i, options in enumerate(settings)]
+    assert [future.result(timeout=60)[0].token_ids for future in futures] == apart
+
+
+def test_a_stop_token_ends_its_answer_and_is_its_last_token(make_engine: MakeEngine) -> None:
+    engine = make_engine(make_model())
+    free = generate(engine, [5, 6, 7], num_samples=8, seed=1, max_new_tokens=40)
+    stop = free[0].token_ids[6]
+    for unstopped, stopped in zip(
+        free, generate(engine, [5, 6, 7], num_samples=8, seed=1, max_new_tokens=40, stop_token_ids=(stop,)), strict=True
+    ):
+        length = unstopped.token_ids.index(stop) + 1 if stop in unstopped.token_ids else 40
+        assert stopped.token_ids == unstopped.token_ids[:length]
+        torch.testing.assert_close(stopped.logprobs, unstopped.logprobs[:length], rtol=0, atol=1e-5)
+        assert stopped.finish_reason == ("stop" if stop in unstopped.token_ids else "length")
+
+
+def test_one_new_token_needs_no_decode_step(make_engine: MakeEngine) -> None:
+    completions = generate(make_engine(make_model()), [5, 6, 7], num_samples=2, max_new_tokens=1)
+    assert [len(c.token_ids) for c in completions] == [1, 1]
+    assert [c.finish_reason for c in completions] == ["length", "length"]
+
+
+def test_all_cache_blocks_are_given_back(make_engine: MakeEngine) -> None:
+    engine = make_engine(make_model(), max_batch_size=5)
+    futures = [engine.submit(request([i] * 20, id=str(i), num_samples=3, max_new_tokens=40)) for i in range(6)]
+    for future in futures:
+        future.result(timeout=60)
+    assert engine._scheduler.cache.num_used_blocks == 0  # type: ignore[attr-defined]

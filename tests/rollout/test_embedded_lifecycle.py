@@ -1,0 +1,196 @@
+"""Updates, sleep, aborts and failures of the embedded engine."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.rollout.engines import buckets, generate, push, request
+from tests.tiny_models import make_model
+from xrl.config import SettingsError
+from xrl.rollout import create_engine
+from xrl.rollout.embedded.model import Decoder
+from xrl.rollout.engine import Engine, EngineError, EngineNotReady
+from xrl.types import WeightBucket
+
+MakeEngine = Callable[..., Engine]
+
+
+def test_generating_before_the_first_weights_is_refused(make_engine: MakeEngine) -> None:
+    engine = make_engine(make_model(), load=False)
+    assert engine.weights_version == -1
+    with pytest.raises(EngineNotReady, match="no weights"):
+        engine.submit(request([1]))
+
+
+def test_an_incomplete_update_names_what_is_missing_and_can_be_completed(make_engine: MakeEngine) -> None:
+    model = make_model()
+    engine = make_engine(model)
+    *most, last = buckets(model, version=1)
+    for bucket in most:
+        engine.load_layer(bucket)
+    with pytest.raises(EngineError, match=r"missing model\.norm\.weight"):
+        engine.finish_update(1)
+    with pytest.raises(EngineNotReady, match="version 1 is not finished"):
+        engine.submit(request([1]))
+    engine.load_layer(last)
+    engine.finish_update(1)
+    assert generate(engine, [1])[0].weights_version == 1
+
+
+def test_a_layer_may_arrive_in_pieces_whose_memory_is_reused(make_engine: MakeEngine) -> None:
+    model = make_model()
+    whole, pieces = make_engine(model), make_engine(model, load=False)
+    for bucket in buckets(model):
+        for name, tensor in bucket.tensors.items():
+            piece = tensor.clone()
+            pieces.load_layer(WeightBucket(version=0, layer=bucket.layer, tensors={name: piece}))
+            piece.fill_(float("nan"))
+    pieces.finish_update(0)
+    assert generate(pieces, [1, 2])[0].token_ids == generate(whole, [1, 2])[0].token_ids
+
+
+def test_an_update_abandoned_half_way_does_not_count_for_the_next(make_engine: MakeEngine) -> None:
+    model = make_model()
+    engine = make_engine(model)
+    first, *rest = buckets(model, version=1)
+    engine.load_layer(first)
+    for bucket in buckets(model, version=2)[1:]:
+        engine.load_layer(bucket)
+    with pytest.raises(EngineError, match="embed_tokens"):
+        engine.finish_update(2)
+
+
+def test_unknown_and_misshapen_tensors_are_refused_by_name(make_engine: MakeEngine) -> None:
+    engine = make_engine(make_model())
+    with pytest.raises(EngineError, match=r"layers\.0: the model has no tensor 'model\.layers\.0\.extra'"):
+        engine.load_layer(WeightBucket(version=1, layer="layers.0", tensors={"model.layers.0.extra": torch.ones(1)}))
+    with pytest.raises(EngineError, match=r"model\.norm\.weight must be of size \[64\], got \[3\]"):
+        engine.load_layer(WeightBucket(version=1, layer="final", tensors={"model.norm.weight": torch.ones(3)}))
+
+
+def test_sleep_frees_the_cache_and_wake_resumes(make_engine: MakeEngine) -> None:
+    engine = make_engine(make_model())
+    before = generate(engine, [5, 6, 7], seed=1)
+    assert engine._scheduler.cache.num_blocks > 0  # type: ignore[attr-defined]
+    engine.sleep()
+    assert engine._scheduler.cache.num_blocks == 0  # type: ignore[attr-defined]
+    with pytest.raises(EngineNotReady, match="asleep"):
+        engine.submit(request([1]))
+    engine.wake()
+    assert generate(engine, [5, 6, 7], seed=1)[0].token_ids == before[0].token_ids
+
+
+def test_weights_can_be_pushed_while_asleep(make_engine: MakeEngine) -> None:
+    engine = make_engine(make_model())
+    engine.sleep()
+    push(engine, make_model(seed=1), version=1)
+    engine.wake()
+    assert generate(engine, [5])[0].weights_version == 1
+
+
+def test_sleep_and_updates_are_refused_with_requests_in_flight(make_engine: MakeEngine) -> None:
+    model = make_model()
+    engine = make_engine(model, max_model_len=256)
+    future = engine.submit(request([1], num_samples=8, max_new_tokens=200))
+    with pytest.raises(EngineError, match="requests in flight"):
+        engine.sleep()
+    with pytest.raises(EngineError, match="requests in flight"):
+        push(engine, model, version=1)
+    engine.abort()
+    future.result(timeout=60)
+    engine.sleep()
+
+
+def test_an_aborted_request_comes_back_with_what_it_has(make_engine: MakeEngine) -> None:
+    engine = make_engine(make_model(), max_batch_size=2, max_model_len=256)
+    futures = {
+        name: engine.submit(request([1], id=name, num_samples=3, max_new_tokens=200)) for name in ("a", "b", "c")
+    }
+    engine.abort("a")
+    engine.abort("c")
+    aborted = futures["a"].result(timeout=60)
+    assert len(aborted) == 3
+    assert {c.finish_reason for c in aborted} == {"abort"}
+    assert all(len(c.token_ids) == len(c.logprobs) < 200 for c in aborted)
+    assert [c.token_ids for c in futures["c"].result(timeout=60)] == [[], [], []]
+    assert [c.finish_reason for c in futures["b"].result(timeout=60)] == ["length"] * 3
+
+
+def test_closing_aborts_what_is_in_flight(make_engine: MakeEngine) -> None:
+    engine = make_engine(make_model(), max_model_len=256)
+    future = engine.submit(request([1], max_new_tokens=200))
+    engine.close()
+    assert future.result(timeout=60)[0].finish_reason == "abort"
+    with pytest.raises(EngineError, match="closed"):
+        engine.submit(request([1]))
+
+
+def test_a_failing_step_fails_its_requests_and_spares_the_engine(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(make_model())
+
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError("no room for the cache")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "decode", broken)
+        futures = [engine.submit(request([1], id=str(i))) for i in range(3)]
+        for future in futures:
+            with pytest.raises(EngineError, match="MemoryError: no room for the cache"):
+                future.result(timeout=60)
+    assert generate(engine, [1])[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"token_ids": []}, "at least one token"),
+        ({"token_ids": [98]}, r"token ids must be in \[0, 98\)"),
+        ({"token_ids": [-1]}, r"token ids must be in \[0, 98\)"),
+        ({"num_samples": 0}, "num_samples and max_new_tokens must be >= 1"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"max_new_tokens": 128}, r"prompt \(1\) \+ max_new_tokens \(128\) = 129 tokens exceed max_model_len 128"),
+    ],
+)
+def test_requests_that_cannot_run_are_refused(make_engine: MakeEngine, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_engine(make_model()).submit(request(**({"token_ids": [1]} | options)))
+
+
+def test_a_request_id_cannot_be_in_flight_twice(make_engine: MakeEngine) -> None:
+    engine = make_engine(make_model(), max_model_len=256)
+    future = engine.submit(request([1], max_new_tokens=200))
+    with pytest.raises(ValueError, match="already in flight"):
+        engine.submit(request([1]))
+    engine.abort()
+    future.result(timeout=60)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(make_engine: MakeEngine) -> None:
+    with pytest.raises(SettingsError, match="up to 257 tokens exceed the 256 positions"):
+        make_engine(make_model(), max_model_len=257)
+
+
+def test_rope_scaling_is_refused_by_name(tmp_path: Path) -> None:
+    config = make_model().config.to_dict() | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+    }
+    config.pop("rope_parameters", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SettingsError, match="yarn"):
+        create_engine(
+            "embedded",
+            model_dir=tmp_path,
+            dtype="float32",
+            device="cpu",
+            max_batch_size=1,
+            num_threads=1,
+            max_model_len=8,
+        )

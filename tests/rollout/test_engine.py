@@ -1,0 +1,26 @@
+"""The table of engines, and what importing the contract costs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xrl.config import SettingsError
+from xrl.rollout import ENGINES, create_engine
+
+
+def test_unknown_engine_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="must be one of embedded, got 'warp'"):
+        create_engine(
+            "warp", model_dir=tmp_path, dtype="float32", device="cpu", max_batch_size=1, num_threads=1, max_model_len=8
+        )
+
+
+def test_the_table_lists_the_embedded_engine() -> None:
+    assert "embedded" in ENGINES
+
+
+def test_names_and_contract_are_importable_without_torch() -> None:
+    code = "import sys, xrl.rollout, xrl.rollout.engine; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

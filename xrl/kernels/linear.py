@@ -1,0 +1,59 @@
+"""y = x W^T with its gradients, for training on the CPU, through oneDNN.
+
+PyTorch sends fp32 products to MKL, which leaves AVX-512 unused on CPUs that aren't Intel's: oneDNN is over twice as
+fast there, forward and backward. Elsewhere this is `torch.nn.functional.linear`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """[..., in_features] times [out_features, in_features] -> [..., out_features]; differentiable in both."""
+    if not _onednn_serves(x, weight):
+        return F.linear(x, weight)
+    out: Tensor = _OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), weight)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+    )
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    """x [M, K], weight [N, K]"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        needs_x, needs_weight = ctx.needs_input_grad
+        grad_x = _product(grad, weight.t()) if needs_x else None
+        grad_weight = None
+        if needs_weight:
+            grad_weight, _ = torch.ops.aten.mkldnn_linear_backward_weights(
+                grad.to_mkldnn(), x.contiguous().to_mkldnn(), weight, False
+            )
+            grad_weight = grad_weight.to_dense()
+        return grad_x, grad_weight
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, K] times weight [N, K], in any layout, transposed."""
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")

@@ -1,5 +1,0 @@
-"""Checks."""
-
-
-def preflight(settings, *, world_size):
-    pass

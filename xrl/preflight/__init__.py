@@ -1,0 +1,82 @@
+"""Everything that can be wrong with a run, checked in about a second, without torch, before anything starts.
+
+model.py       config.json: what the decoder is, and whether we compute its maths
+weights.py     safetensors files: there, whole, and with every tensor the model needs
+tokenizer.py   tokenizer files, and whether the model has their ids
+layout.py      ranks and how the model is cut over them
+machine.py     packages and hardware that were asked for by name
+"""
+
+from __future__ import annotations
+
+from xrl.algorithms import check_algorithm
+from xrl.config import Settings, SettingsError
+from xrl.data.rows import check_dataset
+from xrl.metrics.run_folder import check_writable
+from xrl.models.shape import ModelShape
+from xrl.preflight.layout import check_layout
+from xrl.preflight.machine import check_machine
+from xrl.preflight.model import check_model
+from xrl.preflight.tokenizer import check_tokenizer
+from xrl.preflight.weights import check_weights
+from xrl.rewards import check_judge
+from xrl.rollout import ENGINES
+
+__all__ = ["preflight"]
+
+
+def preflight(settings: Settings, *, world_size: int) -> None:
+    """Refuse settings that cannot work; only the work folder is touched, and last.
+
+    Args:
+        world_size: ranks of the run.
+
+    Raises:
+        SettingsError: one sentence: what, where, what was found, what is needed.
+    """
+    _check_names(settings)
+    folder = settings.model.model
+    shape = check_model(folder)
+    _check_lengths(settings, shape)
+    check_layout(settings.parallel, shape, world_size=world_size)
+    _check_prompt_sharing(settings)
+    check_machine(settings)
+    check_tokenizer(folder, vocab_size=shape.vocab_size)
+    check_weights(folder, shape)
+    check_dataset(settings.data.data, min_rows=settings.data.rollout_batch_size)
+    if settings.evaluation.eval_data is not None:
+        check_dataset(settings.evaluation.eval_data, min_rows=1, what="--eval-data")
+    check_writable(settings.run.work_dir)
+
+
+def _check_names(settings: Settings) -> None:
+    engine = settings.rollout.engine
+    if engine not in ENGINES:
+        raise SettingsError(f"--engine {engine!r} is unknown, the known ones are: {', '.join(sorted(ENGINES))}")
+    check_algorithm(settings.algorithm.algorithm)
+    check_judge(settings.rewards.judge)
+
+
+def _check_lengths(settings: Settings, shape: ModelShape) -> None:
+    prompt, response = settings.data.max_prompt_length, settings.rollout.max_response_length
+    if prompt + response > shape.max_positions:
+        raise SettingsError(
+            f"--max-prompt-length {prompt} + --max-response-length {response} = {prompt + response} is more than the "
+            f"{shape.max_positions} positions of the model (max_position_embeddings in "
+            f"{settings.model.model / 'config.json'})"
+        )
+
+
+def _check_prompt_sharing(settings: Settings) -> None:
+    if not settings.data.share_prompt_prefix:
+        return
+    if settings.data.micro_batch_size is not None:
+        raise SettingsError(
+            f"--share-prompt-prefix needs packed samples, but --micro-batch-size {settings.data.micro_batch_size} pads "
+            f"them: leave one of the two out"
+        )
+    if settings.model.transformer_impl == "transformer_engine":
+        raise SettingsError(
+            "--share-prompt-prefix needs our own layers, but --transformer-impl is transformer_engine: "
+            "leave one of the two out"
+        )

@@ -1,0 +1,58 @@
+"""Tokenizer files: there, and without ids that the model has no embedding for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from xrl.config import SettingsError
+from xrl.preflight.model import read_json_object
+
+_WHOLE = "tokenizer.json"
+_PARTS = ("vocab.json", "merges.txt")  # what older checkpoints have in its place
+
+
+def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
+    """Refuse a folder without a tokenizer, or with one of another model.
+
+    Raises:
+        SettingsError: no tokenizer files, or one of their ids is >= vocab_size.
+    """
+    whole = folder / _WHOLE
+    if whole.is_file():
+        _check_ids(whole, _ids(read_json_object(whole)), vocab_size)
+    elif all((folder / name).is_file() for name in _PARTS):
+        for name in (_PARTS[0], "added_tokens.json"):
+            file = folder / name
+            if file.is_file():
+                _check_ids(file, read_json_object(file).items(), vocab_size)
+    else:
+        raise SettingsError(f"--model {folder} has no tokenizer: {_WHOLE} (or {' and '.join(_PARTS)}) is needed")
+
+
+def _ids(tokenizer: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        yield from vocabulary.items()
+    elif isinstance(vocabulary, list):  # unigram: [token, score], the id is the place
+        yield from ((entry[0], token_id) for token_id, entry in enumerate(vocabulary))
+    for token in tokenizer.get("added_tokens") or ():
+        yield (token.get("content"), token.get("id")) if isinstance(token, dict) else (token, None)
+
+
+def _check_ids(file: Path, ids: Iterable[tuple[Any, Any]], vocab_size: int) -> None:
+    largest, token = -1, ""
+    for content, token_id in ids:
+        if not isinstance(token_id, int):
+            raise SettingsError(f"{file}: token {content!r} needs a whole number as its id, found {token_id!r}")
+        if token_id > largest:
+            largest, token = token_id, content
+    if largest < 0:
+        raise SettingsError(f"{file} holds no tokens: it is not a tokenizer")
+    if largest >= vocab_size:
+        raise SettingsError(
+            f"{file}: token {token!r} has id {largest}, but the model's vocab_size is {vocab_size}: "
+            f"the tokenizer is another model's"
+        )

@@ -1,0 +1,155 @@
+"""safetensors files, by their headers alone: whole, and with every tensor the model needs in its shape.
+
+A file is 8 bytes (the header's length, little-endian), a JSON header (name -> dtype, shape, place in the data) and the
+data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xrl.config import SettingsError
+from xrl.models.shape import ModelShape
+from xrl.preflight.model import read_json_object
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Number formats that we load, with their bytes; others hold quantised weights.
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# The format's own limit: a longer header is a damaged length.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor as the header of its file describes it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def check_weights(folder: Path, shape: ModelShape) -> None:
+    """Refuse a checkpoint that cannot be loaded, without reading its data.
+
+    Raises:
+        SettingsError: a file is missing, truncated or corrupt, or a tensor is missing or of another shape.
+    """
+    index = folder / INDEX_FILE
+    stored = _read_sharded(index) if index.is_file() else _read_single(folder)
+    source = index if index.is_file() else folder / SINGLE_FILE
+    for name, needed in expected_tensors(shape).items():
+        tensor = stored.get(name)
+        if tensor is None:
+            hint = " (config.json: tie_word_embeddings is false)" if name == "lm_head.weight" else ""
+            raise SettingsError(f"{source} has no tensor {name}, which the model needs{hint}")
+        if tensor.shape != needed:
+            raise SettingsError(
+                f"{tensor.file}: {name} has shape {list(tensor.shape)}, config.json needs {list(needed)}"
+            )
+        if tensor.dtype not in _DTYPE_BYTES:
+            raise SettingsError(
+                f"{tensor.file}: {name} has number format {tensor.dtype}, one of {', '.join(_DTYPE_BYTES)} is needed"
+            )
+
+
+def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor of a model, with its shape."""
+    hidden, queries, keys = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (shape.ffn_hidden_size, hidden),
+        "mlp.up_proj.weight": (shape.ffn_hidden_size, hidden),
+        "mlp.down_proj.weight": (hidden, shape.ffn_hidden_size),
+    }
+    if shape.qkv_bias:
+        layer |= {f"self_attn.{name}_proj.bias": (rows,) for name, rows in (("q", queries), ("k", keys), ("v", keys))}
+    if shape.qk_norm:
+        layer |= {"self_attn.q_norm.weight": (shape.head_dim,), "self_attn.k_norm.weight": (shape.head_dim,)}
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
+    for number in range(shape.num_layers):
+        tensors |= {f"model.layers.{number}.{name}": size for name, size in layer.items()}
+    tensors["model.norm.weight"] = (hidden,)
+    if not shape.tied_embeddings:
+        tensors["lm_head.weight"] = (shape.vocab_size, hidden)
+    return tensors
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """What a safetensors file says it holds, checked against its size.
+
+    Raises:
+        SettingsError: the file is truncated or no safetensors file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            is_plausible = 2 <= header_bytes <= min(size - 8, _MAX_HEADER_BYTES)
+            header = json.loads(stream.read(header_bytes)) if is_plausible else None
+    except OSError as error:
+        raise SettingsError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError:  # not JSON, or not UTF-8
+        header = None
+    if not isinstance(header, dict):
+        raise SettingsError(
+            f"{file} ({size:,} bytes) is corrupt or no safetensors file: its header cannot be read; fetch it again"
+        )
+    header.pop("__metadata__", None)
+    try:
+        stored = {name: _stored(file, entry) for name, entry in header.items()}
+        data_bytes = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise SettingsError(f"{file} is corrupt: its header does not describe tensors; fetch it again") from error
+    expected = 8 + header_bytes + data_bytes
+    if size != expected:
+        problem = "is truncated" if size < expected else "is corrupt"
+        raise SettingsError(f"{file} {problem}: it has {size:,} bytes, its header needs {expected:,}; fetch it again")
+    return stored
+
+
+def _stored(file: Path, entry: Mapping[str, Any]) -> StoredTensor:
+    start, end = entry["data_offsets"]
+    tensor = StoredTensor(file=file, dtype=entry["dtype"], shape=tuple(entry["shape"]))
+    itemsize = _DTYPE_BYTES.get(tensor.dtype)
+    if itemsize is not None and end - start != itemsize * math.prod(tensor.shape):
+        raise ValueError("the bytes of a tensor do not fit its shape")
+    return tensor
+
+
+def _read_single(folder: Path) -> dict[str, StoredTensor]:
+    file = folder / SINGLE_FILE
+    if not file.is_file():
+        others = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth", ".gguf")
+        )
+        found = f"found {', '.join(others[:3])}" if others else "found no weights"
+        raise SettingsError(f"--model {folder} needs {SINGLE_FILE} or {INDEX_FILE} with its shards, {found}")
+    return read_header(file)
+
+
+def _read_sharded(index: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise SettingsError(f"{index} has no weight_map from tensors to files")
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    for shard in sorted(set(weight_map.values())):
+        file = index.parent / shard
+        if not file.is_file():
+            raise SettingsError(f"{index} names the shard {shard}, which is not in {index.parent}: fetch it")
+        headers[shard] = read_header(file)
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise SettingsError(f"{index} says that {shard} holds {name}, but it does not")
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
