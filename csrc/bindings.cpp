@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "cpu/decode_attention.h"
+#include "cpu/layer_ops.h"
 #include "cpu/logprob.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rope_cache.h"
@@ -115,6 +116,53 @@ void sample_tokens(Address logits, int64_t num_rows, int64_t vocab_size, Address
                at<const double>(uniforms), at<int64_t>(token_ids), at<float>(logprobs), num_threads);
 }
 
+void check_sizes(int64_t num_rows, int64_t size, int num_threads) {
+  xrl::check(num_rows >= 0 && size >= 1, "num_rows must be >= 0 and size >= 1");
+  xrl::check(num_threads >= 1, "num_threads must be >= 1, got " + std::to_string(num_threads));
+}
+
+template <typename T>
+void swiglu_forward(Address x, int64_t num_rows, int64_t size, Address out, int num_threads) {
+  check_sizes(num_rows, size, num_threads);
+  py::gil_scoped_release release;
+  XRL_DISPATCH(swiglu_forward, at<const T>(x), num_rows, size, at<T>(out), num_threads);
+}
+
+template <typename T>
+void swiglu_backward(Address x, Address grad, int64_t num_rows, int64_t size, Address grad_x, int num_threads) {
+  check_sizes(num_rows, size, num_threads);
+  py::gil_scoped_release release;
+  XRL_DISPATCH(swiglu_backward, at<const T>(x), at<const T>(grad), num_rows, size, at<T>(grad_x), num_threads);
+}
+
+template <typename T>
+void rms_norm_forward(Address x, Address weight, int64_t num_rows, int64_t size, float eps, Address out,
+                      Address inverse_rms, int num_threads) {
+  check_sizes(num_rows, size, num_threads);
+  py::gil_scoped_release release;
+  XRL_DISPATCH(rms_norm_forward, at<const T>(x), at<const T>(weight), num_rows, size, eps, at<T>(out),
+               at<float>(inverse_rms), num_threads);
+}
+
+template <typename T>
+void rms_norm_backward(Address x, Address weight, Address inverse_rms, Address grad, int64_t num_rows, int64_t size,
+                       Address grad_x, Address grad_weight, int num_threads) {
+  check_sizes(num_rows, size, num_threads);
+  py::gil_scoped_release release;
+  XRL_DISPATCH(rms_norm_backward, at<const T>(x), at<const T>(weight), at<const float>(inverse_rms), at<const T>(grad),
+               num_rows, size, at<T>(grad_x), at<float>(grad_weight), num_threads);
+}
+
+template <typename T>
+void rotary(Address x, Address cosine, Address sine, int64_t num_tokens, int64_t num_heads, int64_t dim, float sign,
+            Address out, int num_threads) {
+  check_sizes(num_tokens, dim, num_threads);
+  xrl::check(dim % 2 == 0, "dim must be even, got " + std::to_string(dim));
+  py::gil_scoped_release release;
+  XRL_DISPATCH(rotary, at<const T>(x), at<const T>(cosine), at<const T>(sine), num_tokens, num_heads, dim, sign,
+               at<T>(out), num_threads);
+}
+
 const char* cpu_isa() {
   switch (xrl::isa()) {
     case xrl::Isa::kAvx512:
@@ -126,20 +174,27 @@ const char* cpu_isa() {
   }
 }
 
+// Every kernel under its name and the number format's.
+template <typename T>
+void bind(py::module_& module, const std::string& suffix) {
+  module.def(("logprob_statistics" + suffix).c_str(), &logprob_statistics<T>);
+  module.def(("logprob_backward" + suffix).c_str(), &logprob_backward<T>);
+  module.def(("swiglu_forward" + suffix).c_str(), &swiglu_forward<T>);
+  module.def(("swiglu_backward" + suffix).c_str(), &swiglu_backward<T>);
+  module.def(("rms_norm_forward" + suffix).c_str(), &rms_norm_forward<T>);
+  module.def(("rms_norm_backward" + suffix).c_str(), &rms_norm_backward<T>);
+  module.def(("rotary" + suffix).c_str(), &rotary<T>);
+  module.def(("decode_attention" + suffix).c_str(), &decode_attention<T>);
+  module.def(("rms_norm" + suffix).c_str(), &rms_norm<T>);
+  module.def(("rope_cache" + suffix).c_str(), &rope_cache<T>);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of xrl; call them through xrl.kernels, which checks shapes and types.";
   module.def("cpu_isa", &cpu_isa, "Instruction set the CPU kernels run with.");
-  module.def("logprob_statistics_f32", &logprob_statistics<float>);
-  module.def("logprob_statistics_bf16", &logprob_statistics<xrl::bfloat16>);
-  module.def("logprob_backward_f32", &logprob_backward<float>);
-  module.def("logprob_backward_bf16", &logprob_backward<xrl::bfloat16>);
-  module.def("decode_attention_f32", &decode_attention<float>);
-  module.def("decode_attention_bf16", &decode_attention<xrl::bfloat16>);
-  module.def("rms_norm_f32", &rms_norm<float>);
-  module.def("rms_norm_bf16", &rms_norm<xrl::bfloat16>);
-  module.def("rope_cache_f32", &rope_cache<float>);
-  module.def("rope_cache_bf16", &rope_cache<xrl::bfloat16>);
+  bind<float>(module, "_f32");
+  bind<xrl::bfloat16>(module, "_bf16");
   module.def("sample_tokens", &sample_tokens);
 }

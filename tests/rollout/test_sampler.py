@@ -76,13 +76,8 @@ def test_top_p_applies_to_what_top_k_leaves_at_the_sampling_temperature() -> Non
 
 def test_logprobs_are_those_of_the_filtered_distribution() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0]] * 2)
-    tokens, logprobs = sample(
-        logits,
-        torch.tensor([0.7, 0.7]),
-        torch.tensor([2, 0]),
-        torch.tensor([1.0, 1.0]),
-        torch.tensor([0.1, 0.1]).double(),
-    )
+    temperatures, top_k, top_p = torch.tensor([0.7, 0.7]), torch.tensor([2, 0]), torch.tensor([1.0, 1.0])
+    tokens, logprobs = sample(logits, temperatures, top_k, top_p, torch.tensor([0.1, 0.1], dtype=torch.float64))
     filtered = torch.log_softmax(torch.tensor([3.0, 2.0]) / 0.7, dim=-1)
     whole = torch.log_softmax(torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0]) / 0.7, dim=-1)
     assert tokens[0] == 1

@@ -96,9 +96,8 @@ def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, context: Paged
             f"got {list(key_cache.shape)} and {list(value_cache.shape)}"
         )
     if query.ndim != 3 or query.shape[2] != key_cache.shape[3] or query.shape[1] % key_cache.shape[1]:
-        raise ValueError(
-            f"query must be [N, a multiple of {key_cache.shape[1]} heads, {key_cache.shape[3]}], got {list(query.shape)}"
-        )
+        wanted = f"[N, a multiple of {key_cache.shape[1]} heads, {key_cache.shape[3]}]"
+        raise ValueError(f"query must be {wanted}, got {list(query.shape)}")
     if not query.dtype == key_cache.dtype == value_cache.dtype:
         raise ValueError(
             f"query, key_cache and value_cache must have one dtype, "

@@ -39,11 +39,8 @@ def rope_cache(
     _check(qkv, cos, sin, positions, q_norm, k_norm, key_cache, value_cache, slots)
     module = native_module()
     tensors = (qkv, cos, sin, positions, key_cache, value_cache, slots)
-    if (
-        module is None
-        or qkv.dtype not in _SUFFIX
-        or any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors)
-    ):
+    on_cpu = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
+    if module is None or not on_cpu or qkv.dtype not in _SUFFIX:
         rope_cache_reference(qkv, cos, sin, positions, q_norm, k_norm, eps, key_cache, value_cache, slots)
         return
     num_kv_heads, block_size = key_cache.shape[1:3]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from xrl.kernels.layer_ops import rotary
 from xrl.models.packed import AttentionInputs, Cluster, Rectangle
 
 
@@ -59,8 +60,8 @@ class PackedAttention(torch.nn.Module):
         """
         inputs = packed_seq_params
         assert inputs is not None and inputs.cos is not None and inputs.sin is not None
-        query = _rotate(query, inputs.cos, inputs.sin)
-        key = _rotate(key, inputs.cos, inputs.sin)
+        query = rotary(query, inputs.cos, inputs.sin)
+        key = rotary(key, inputs.cos, inputs.sin)
         if inputs.clusters is None:
             out = self._causal(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1))
             return out.transpose(0, 1).flatten(2)
@@ -110,12 +111,6 @@ class PackedAttention(torch.nn.Module):
         )
         out = out.view(num_sequences, kv_heads, repeat, length, dim).permute(0, 3, 1, 2, 4)
         return out.reshape(num_sequences, length, heads, dim)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv:2104.09864) in Hugging Face's half-split order; cos and sin broadcast over heads."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def _pad(x: Tensor, rectangle: Rectangle) -> Tensor:

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from xrl.config import ModelConfig, ParallelConfig
 from xrl.models.attention import PackedAttention
 from xrl.models.linear import ColumnParallelLinear, RowParallelLinear
+from xrl.models.mlp import SwiGLU
 from xrl.models.norm import RMSNorm
 from xrl.models.shape import ModelShape
 from xrl.parallel.groups import ParallelGroups
@@ -41,7 +42,9 @@ def train_dtype(config: ModelConfig) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+def transformer_config(
+    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, *, transformer_engine: bool
+) -> TransformerConfig:
     """megatron-core's configuration of the decoder."""
     dtype = train_dtype(model)
     on_cuda = torch.cuda.is_available()
@@ -78,7 +81,9 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         # The weights come from a checkpoint; initialising them costs time and CUDA random states for nothing.
         perform_initialization=False,
         use_cpu_initialization=not on_cuda,
-        bias_activation_fusion=on_cuda,
+        # Despite its name: the activation is a module of the layer spec, here our SwiGLU.
+        use_te_activation_func=not transformer_engine,
+        bias_activation_fusion=transformer_engine,
         bias_dropout_fusion=on_cuda,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -138,13 +143,14 @@ def _local_spec(config: TransformerConfig, shape: ModelShape) -> TransformerBloc
     layer = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    mlp = layer.submodules.mlp.submodules
+    mlp.activation_func = SwiGLU
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if shape.qk_norm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
     if not torch.cuda.is_available():
-        mlp = layer.submodules.mlp.submodules
         attention.linear_qkv = mlp.linear_fc1 = ColumnParallelLinear
         attention.linear_proj = mlp.linear_fc2 = RowParallelLinear
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

@@ -35,7 +35,7 @@ class Cluster:
 class AttentionInputs(PackedSeqParams):
     """Travels to the attention in megatron-core's `packed_seq_params` argument."""
 
-    cos: Tensor | None = None  # packed [T, 1, d]; padded [S, 1, 1, d]
+    cos: Tensor | None = None  # packed [T, d]; padded [S, d]
     sin: Tensor | None = None
     clusters: tuple[Cluster, ...] | None = None  # None: padded rows
 
@@ -45,17 +45,12 @@ def attention_inputs(pack: Pack, *, head_dim: int, rope_base: float, dtype: torc
     if pack.padded_shape is not None:
         positions = torch.arange(pack.padded_shape[1])
         cos, sin = _rotary(positions, head_dim, rope_base)
-        shape = (-1, 1, 1, head_dim)
-        return AttentionInputs(
-            qkv_format="sbhd",
-            cos=cos.view(shape).to(device, dtype),
-            sin=sin.view(shape).to(device, dtype),
-        )
+        return AttentionInputs(qkv_format="sbhd", cos=cos.to(device, dtype), sin=sin.to(device, dtype))
     cos, sin = _rotary(torch.tensor(pack.position_ids), head_dim, rope_base)
     return AttentionInputs(
         qkv_format="thd",
-        cos=cos.view(-1, 1, head_dim).to(device, dtype),
-        sin=sin.view(-1, 1, head_dim).to(device, dtype),
+        cos=cos.to(device, dtype),
+        sin=sin.to(device, dtype),
         clusters=tuple(_cluster(cluster, dtype, device) for cluster in pack.clusters),
     )
 

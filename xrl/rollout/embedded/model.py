@@ -29,7 +29,7 @@ class Decoder:
         self.cos, self.sin = angles.cos().to(weights.device), angles.sin().to(weights.device)
 
     def prefill(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, lengths: Sequence[int], cache: KVCache
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, *, lengths: Sequence[int], cache: KVCache
     ) -> Tensor:
         """Run prompts, laid end to end, and store their keys and values.
 

@@ -29,7 +29,7 @@ def uniforms(seeds: NDArray[np.int64], samples: NDArray[np.int64], positions: ND
     bits = splitmix64(seeds.astype(np.uint64))
     bits = splitmix64(bits ^ samples.astype(np.uint64))
     bits = splitmix64(bits ^ positions.astype(np.uint64))
-    return (bits >> np.uint64(11)) * 2.0**-53
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def filter_logits(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class Scheduler:
             blocks = np.array(job.prompt_blocks, dtype=np.int32)
             slots[start : start + length] = blocks[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
             start += length
-        inputs = (torch.from_numpy(array).to(self.device) for array in (tokens, positions, slots))
+        inputs = [torch.from_numpy(array).to(self.device) for array in (tokens, positions, slots)]
         hidden = self.decoder.prefill(*inputs, lengths=lengths, cache=self.cache)
         for job, last in zip(jobs, hidden, strict=True):
             job.last_hidden = last

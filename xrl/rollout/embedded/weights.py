@@ -175,13 +175,12 @@ class DecoderWeights:
         def vector(name: str) -> Tensor | None:
             return self._copy(tensors[name]) if name in tensors else None
 
+        def joined(names: tuple[str, ...], kind: str) -> Tensor:
+            return torch.cat([tensors[f"{name}.{kind}"].to(self.device, self.dtype) for name in names])
+
         def linear(*names: str) -> PackedLinear:
-            weight = torch.cat([tensors[f"{name}.weight"].to(self.device, self.dtype) for name in names])
             has_bias = f"{names[0]}.bias" in tensors
-            bias = (
-                torch.cat([tensors[f"{name}.bias"].to(self.device, self.dtype) for name in names]) if has_bias else None
-            )
-            return PackedLinear(weight, bias)
+            return PackedLinear(joined(names, "weight"), joined(names, "bias") if has_bias else None)
 
         return LayerWeights(
             input_norm=self._copy(tensors["input_layernorm.weight"]),

@@ -1,0 +1,132 @@
+#include "cpu/layer_ops.h"
+
+#include <omp.h>
+
+#include <cmath>
+
+#include "cpu/vector_math.h"
+
+namespace xrl::XRL_ISA {
+namespace {
+
+// exp of a number <= 0 only, so that nothing overflows.
+inline float sigmoid(float x) {
+  const float e = exp_nonpositive(x < 0.0f ? x : -x);
+  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+}  // namespace
+
+template <typename T>
+void swiglu_forward(const T* x, int64_t num_rows, int64_t size, T* out, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const T* gate = x + row * 2 * size;
+    const T* up = gate + size;
+    T* y = out + row * size;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      const float g = load(gate[i]);
+      store(y + i, g * sigmoid(g) * load(up[i]));
+    }
+  }
+}
+
+template <typename T>
+void swiglu_backward(const T* x, const T* grad, int64_t num_rows, int64_t size, T* grad_x, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const T* gate = x + row * 2 * size;
+    const T* up = gate + size;
+    const T* dy = grad + row * size;
+    T* d_gate = grad_x + row * 2 * size;
+    T* d_up = d_gate + size;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      const float g = load(gate[i]);
+      const float s = sigmoid(g);
+      const float d = load(dy[i]);
+      store(d_gate + i, d * load(up[i]) * s * (1.0f + g * (1.0f - s)));
+      store(d_up + i, d * g * s);
+    }
+  }
+}
+
+template <typename T>
+void rms_norm_forward(const T* x, const T* weight, int64_t num_rows, int64_t size, float eps, T* out,
+                      float* inverse_rms, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const T* in = x + row * size;
+    T* y = out + row * size;
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < size; ++i) squares += load(in[i]) * load(in[i]);
+    const float scale = 1.0f / std::sqrt(squares / static_cast<float>(size) + eps);
+    inverse_rms[row] = scale;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) store(y + i, load(in[i]) * scale * load(weight[i]));
+  }
+}
+
+template <typename T>
+void rms_norm_backward(const T* x, const T* weight, const float* inverse_rms, const T* grad, int64_t num_rows,
+                       int64_t size, T* grad_x, float* grad_weight, int num_threads) {
+#pragma omp parallel num_threads(num_threads)
+  {
+    float* sums = grad_weight + omp_get_thread_num() * size;
+    for (int64_t i = 0; i < size; ++i) sums[i] = 0.0f;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const T* in = x + row * size;
+      const T* dy = grad + row * size;
+      T* dx = grad_x + row * size;
+      const float scale = inverse_rms[row];
+      float projection = 0.0f;  // of the incoming gradient on the normalised row
+#pragma omp simd reduction(+ : projection)
+      for (int64_t i = 0; i < size; ++i) projection += load(dy[i]) * load(weight[i]) * load(in[i]);
+      projection *= scale * scale / static_cast<float>(size);
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) {
+        const float value = load(in[i]);
+        const float d = load(dy[i]);
+        sums[i] += d * value * scale;
+        store(dx + i, scale * (d * load(weight[i]) - value * projection));
+      }
+    }
+  }
+}
+
+template <typename T>
+void rotary(const T* x, const T* cosine, const T* sine, int64_t num_tokens, int64_t num_heads, int64_t dim,
+            float sign, T* out, int num_threads) {
+  const int64_t half = dim / 2;
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (int64_t token = 0; token < num_tokens; ++token) {
+    const T* c = cosine + token * dim;
+    const T* s = sine + token * dim;
+    for (int64_t head = 0; head < num_heads; ++head) {
+      const T* in = x + (token * num_heads + head) * dim;
+      T* y = out + (token * num_heads + head) * dim;
+#pragma omp simd
+      for (int64_t i = 0; i < half; ++i) {
+        const float first = load(in[i]);
+        const float second = load(in[i + half]);
+        store(y + i, first * load(c[i]) - second * sign * load(s[i]));
+        store(y + i + half, second * load(c[i + half]) + first * sign * load(s[i + half]));
+      }
+    }
+  }
+}
+
+#define XRL_INSTANTIATE(T)                                                                                          \
+  template void swiglu_forward<T>(const T*, int64_t, int64_t, T*, int);                                             \
+  template void swiglu_backward<T>(const T*, const T*, int64_t, int64_t, T*, int);                                  \
+  template void rms_norm_forward<T>(const T*, const T*, int64_t, int64_t, float, T*, float*, int);                  \
+  template void rms_norm_backward<T>(const T*, const T*, const float*, const T*, int64_t, int64_t, T*, float*, int); \
+  template void rotary<T>(const T*, const T*, const T*, int64_t, int64_t, int64_t, float, T*, int);
+
+XRL_INSTANTIATE(float)
+XRL_INSTANTIATE(bfloat16)
+
+}  // namespace xrl::XRL_ISA
