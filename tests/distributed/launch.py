@@ -13,7 +13,8 @@ def run_ranks(script: Path, num_ranks: int, *arguments: object, timeout_s: float
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     if num_ranks == 1:
         command = [sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(
         [*command, str(script), *map(str, arguments)],
         env=environment,

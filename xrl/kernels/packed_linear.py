@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Row counts that oneDNN has compiled code for after the first call; see `padded_rows`.
 _SMALL_BATCHES = (1, 2, 4, 8, 16)
 
 
@@ -77,6 +76,8 @@ class PackedLinear:
 def _onednn_can_pack(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if weight.dtype == torch.bfloat16:  # without the instructions oneDNN's bf16 products are slow or refused
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    if weight.dtype == torch.bfloat16:  # refused on CPUs without instructions for it
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return weight.dtype == torch.float32

@@ -1,7 +1,11 @@
 """Sampling: engines behind one contract, the worker processes that host them, and the pool that feeds those.
 
-    engine.py     the contract
-    embedded/     a fast batched decoder for CPU and CUDA
+    engine.py     the contract of engines
+    embedded/     an engine: a fast batched decoder for CPU and CUDA
+    worker.py     the process that hosts an engine; protocol.py: what is said to it over HTTP
+    process.py    one worker process, started and ended; pool.py: many, and the prompts spread over them
+    publish.py    weights to the workers
+    collect.py    prompts -> judged groups; evaluate.py: pass rates
 
 An engine is one row of the table below: its factory, imported only when it is chosen, so that listing the
 names costs nothing.

@@ -33,10 +33,6 @@ class Job:
     def is_done(self) -> bool:
         return len(self.completions) == self.request.num_samples
 
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        return self.request.sampling.stop_token_ids
-
 
 @dataclass(kw_only=True, eq=False, slots=True)
 class Row:
@@ -57,7 +53,6 @@ class SamplingArrays:
         self.temperatures = torch.tensor([s.temperature for s in settings], dtype=torch.float32, device=device)
         self.top_k = torch.tensor([s.top_k for s in settings], dtype=torch.int64, device=device)
         self.top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float32, device=device)
-        self.has_filter = any(s.top_k > 0 or s.top_p < 1 for s in settings)
         self._seeds = np.array([s.seed for s in settings], dtype=np.int64)
         self._samples = np.array([row.sample for row in rows], dtype=np.int64)
         self._device = device

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from xrl.kernels.packed_linear import padded_rows
 from xrl.rollout.embedded.batch import DecodeBatch, Job, Row, SamplingArrays
@@ -85,6 +86,7 @@ class Scheduler:
                 self._waiting.popleft()
         self._prefill(prompts)
         hidden = torch.stack([row.job.last_hidden for row in rows])  # type: ignore[misc]
+        hidden = F.pad(hidden, (0, 0, 0, padded_rows(len(rows)) - len(rows)))
         settings = SamplingArrays(rows, self.device)
         drawn = self._sample(hidden, settings, settings.uniforms(np.zeros(len(rows), dtype=np.int64)))
         self._set_running(self._running + self._extend(rows, drawn, weights_version, done))
@@ -121,7 +123,7 @@ class Scheduler:
         if self._batch is None:
             self._batch = DecodeBatch(self._running, self.device)
         batch = self._batch
-        hidden = self.decoder.decode(*batch.prepare(self.cache), cache=self.cache)[: len(batch.rows)]
+        hidden = self.decoder.decode(*batch.prepare(self.cache), cache=self.cache)
         drawn = self._sample(hidden, batch.sampling, batch.uniforms())
         batch.advance()
         remaining = self._extend(batch.rows, drawn, weights_version, done)
@@ -129,17 +131,18 @@ class Scheduler:
             self._set_running(remaining)
 
     def _sample(self, hidden: Tensor, settings: SamplingArrays, uniforms: Tensor) -> tuple[list[int], list[float]]:
-        """Tokens and log-probs from final hidden states [N, H], a bounded number of logits at a time."""
-        step = max(16, _LOGITS_BYTES // (4 * self.decoder.shape.vocab_size))
-        tokens, logprobs = [], []
-        for start in range(0, len(hidden), step):
-            chunk = slice(start, start + step)
+        """Tokens and log-probs of N rows from the first N final hidden states, a bounded number of logits at a time."""
+        step = max(32, _LOGITS_BYTES // (4 * self.decoder.shape.vocab_size) // 32 * 32)
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        for start in range(0, len(uniforms), step):
+            rows = slice(start, start + step)
             ids, values = sample(
-                self.decoder.logits(hidden[chunk]),
-                settings.temperatures[chunk],
-                settings.top_k[chunk],
-                settings.top_p[chunk],
-                uniforms[chunk],
+                self.decoder.logits(hidden[rows])[: len(uniforms) - start],
+                settings.temperatures[rows],
+                settings.top_k[rows],
+                settings.top_p[rows],
+                uniforms[rows],
             )
             tokens += ids.tolist()
             logprobs += values.tolist()
