@@ -93,9 +93,7 @@ def start_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder)
         dtype=str(train_dtype(settings.model)).removeprefix("torch.") if dtype == "auto" else dtype,
         device=str(groups.device.type),
         num_threads=settings.rollout.rollout_num_threads or max(1, cores // num_workers),
-        max_model_len=min(
-            shape.max_positions, settings.data.max_prompt_length + settings.rollout.max_response_length
-        ),
+        max_model_len=min(shape.max_positions, settings.data.max_prompt_length + settings.rollout.max_response_length),
         log_dir=folder.logs,
     )
 
@@ -109,8 +107,8 @@ def rollouts_of(settings: Settings, num_prompts: int) -> int:
     batch = settings.data.rollout_batch_size
     if num_prompts < batch:
         raise SettingsError(
-            f"--data {settings.data.data} has {num_prompts} prompts of at most {settings.data.max_prompt_length} tokens, "
-            f"fewer than --rollout-batch-size {batch}"
+            f"--data {settings.data.data} has {num_prompts} prompts of at most {settings.data.max_prompt_length} "
+            f"tokens, fewer than --rollout-batch-size {batch}"
         )
     return settings.data.num_rollouts or num_prompts * settings.data.num_epochs // batch
 
@@ -122,7 +120,9 @@ def share_rollout_count(lead: Lead | None, groups: ParallelGroups) -> int:
     return int(count.item())
 
 
-def _evaluator(settings: Settings, tokenizer: object, collector: Collector, sampling: SamplingParams) -> Evaluator | None:
+def _evaluator(
+    settings: Settings, tokenizer: object, collector: Collector, sampling: SamplingParams
+) -> Evaluator | None:
     if settings.evaluation.eval_data is None:
         return None
     held_out = PromptDataset(

@@ -64,7 +64,9 @@ def gsm8k(arguments: list[str]) -> None:
     from xrl.data.gsm8k import convert
 
     parser = argparse.ArgumentParser(prog="xrl gsm8k", description="Convert GSM8K to rows that `xrl train` reads.")
-    parser.add_argument("--input-dir", type=Path, required=True, help="the hub's layout (parquet) or train.jsonl/test.jsonl")
+    parser.add_argument(
+        "--input-dir", type=Path, required=True, help="the hub's layout (parquet) or train.jsonl/test.jsonl"
+    )
     parser.add_argument("--out-dir", type=Path, default=Path("gsm8k"), help="where train.jsonl and test.jsonl go")
     parser.add_argument("--overwrite", action="store_true", help="replace files that hold something else")
     parsed = parser.parse_args(arguments)

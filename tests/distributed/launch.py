@@ -14,7 +14,13 @@ def run_ranks(script: Path, num_ranks: int, *arguments: object, timeout_s: float
     if num_ranks == 1:
         command = [sys.executable]
     root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": root,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     finished = subprocess.run(
         [*command, str(script), *map(str, arguments)],
         env=environment,

@@ -35,7 +35,9 @@ def whole_logits(actor: Actor, sequences: list[list[int]]) -> dict[int, torch.Te
     groups = actor.groups
     samples = [
         # The last token is never fed to the model; a token more makes it see the whole sequence.
-        Sample(prompt_ids=ids[:1], response_ids=[*ids[1:], 0], rollout_logprobs=[0.0] * len(ids), advantage=0.0, group_id=i)
+        Sample(
+            prompt_ids=ids[:1], response_ids=[*ids[1:], 0], rollout_logprobs=[0.0] * len(ids), advantage=0.0, group_id=i
+        )
         for i, ids in enumerate(sequences)
     ]
     everyone = dataclasses.replace(actor.microbatches.data, micro_batch_size=1)

@@ -114,9 +114,7 @@ def run_case(arguments: argparse.Namespace, groups: ParallelGroups, packing: str
         seen["loss"].append(report.metrics["loss"].value)
         seen["kl"].append(report.metrics["kl"].value)
         seen["grad_norm"].append(report.grad_norm)
-    weights = {
-        name: tensor.clone() for bucket in actor.weights(version=1) for name, tensor in bucket.tensors.items()
-    }
+    weights = {name: tensor.clone() for bucket in actor.weights(version=1) for name, tensor in bucket.tensors.items()}
     return {**seen, "gradients": gradients, "weights": weights}
 
 

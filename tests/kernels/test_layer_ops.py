@@ -49,9 +49,7 @@ def compare(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm_equals_its_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     inputs = [values(*shape, dtype=dtype), 1 + 0.1 * values(shape[-1], dtype=dtype, seed=2)]
-    compare(
-        lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: reference_rms_norm(x, w, 1e-6), inputs, TOLERANCE[dtype]
-    )
+    compare(lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: reference_rms_norm(x, w, 1e-6), inputs, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

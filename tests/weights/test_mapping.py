@@ -59,7 +59,11 @@ def test_load_then_export_gives_the_same_tensors(rule: str, size: int) -> None:
 
 
 def test_qkv_keeps_each_key_head_beside_its_query_heads() -> None:
-    source = {"q": torch.arange(8.0)[:, None], "k": torch.arange(100.0, 102)[:, None], "v": torch.arange(200.0, 202)[:, None]}
+    source = {
+        "q": torch.arange(8.0)[:, None],
+        "k": torch.arange(100.0, 102)[:, None],
+        "v": torch.arange(200.0, 202)[:, None],
+    }
     rule = QueryKeyValue("q", "k", "v", num_heads=8, num_kv_heads=2, head_dim=1)
     whole = rule.load(lambda name, dim, start, stop: source[name][start:stop], Rank(0, 1))
     assert whole[:, 0].tolist() == [0, 1, 2, 3, 100, 200, 4, 5, 6, 7, 101, 201]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -110,7 +109,9 @@ class Actor:
     def logprobs(self, microbatches: Sequence[Microbatch], *, weights: WhichWeights = "actor") -> list[Tensor]:
         """Log-probs [R] of each micro-batch's response tokens; on the last stage, empty on the others. Collective."""
         with self._weights_of(weights):
-            return self.pipeline.forward(microbatches, lambda logits, microbatch: self._score(logits, microbatch).logprob)
+            return self.pipeline.forward(
+                microbatches, lambda logits, microbatch: self._score(logits, microbatch).logprob
+            )
 
     def weights(self, *, version: int) -> Iterator[WeightBucket]:
         """The current weights as Hugging Face tensors, layer by layer, on rank 0. Collective: run it to its end."""

@@ -53,7 +53,9 @@ def build_optimizer(
     return optimizer
 
 
-def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, *, num_updates: int) -> OptimizerParamScheduler:
+def build_schedule(
+    optimizer: MegatronOptimizer, config: OptimizerConfig, *, num_updates: int
+) -> OptimizerParamScheduler:
     """Linear warm-up from 0, then constant, linear or cosine down to `min_lr` (Megatron's own schedule)."""
     decay_steps = config.lr_decay_iters or max(1, num_updates)
     return OptimizerParamScheduler(

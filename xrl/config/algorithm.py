@@ -69,5 +69,6 @@ class AlgorithmConfig:
             raise SettingsError(f"--importance-bound must be > 1, got {self.importance_bound:g}")
         if self.importance_correction != "off" and self.old_logprobs == "rollout":
             raise SettingsError(
-                "--importance-correction needs --old-logprobs actor: with rollout the ratio already starts at the engine's log-probs"
+                "--importance-correction needs --old-logprobs actor: "
+                "with rollout the ratio already starts at the engine's log-probs"
             )

@@ -2,4 +2,7 @@
 
 
 class SettingsError(Exception):
-    """Bad input (no ValueError: parsers would catch it and print their own words). The message is one sentence: what, where, what was found, what is needed."""
+    """Bad input. The message is one sentence: what, where, what was found, what is needed.
+
+    No ValueError: parsers catch those, and print them in words of their own.
+    """

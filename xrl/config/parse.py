@@ -87,7 +87,7 @@ def dump_settings(settings: Settings) -> str:
 
 def _leaves(root: yaml.Node, file: Path) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
     if not isinstance(root, yaml.MappingNode):
-        raise SettingsError(f"{file}, line 1: needs `key: value` lines, found a {root.id}")
+        raise SettingsError(f"{file}, line 1: needs `key: value` lines, found something else")
     for key, value in root.value:
         if isinstance(value, yaml.MappingNode) and key.value in _SECTIONS:
             yield from value.value

@@ -22,13 +22,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() > 0
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-    )
+    is_fp32_on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return is_fp32_on_cpu and x.numel() > 0 and bool(torch.backends.mkldnn.is_available())
 
 
 class _OneDnnLinear(torch.autograd.Function):

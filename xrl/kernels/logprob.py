@@ -194,7 +194,8 @@ def _combine(statistics: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, T
     scale = difference.exp()
     sums = torch.stack([sum_exp * scale, (sum_exp_shifted + sum_exp * difference) * scale, target])
     dist.all_reduce(sums, group=group)
-    return maximum, *sums.unbind()
+    sum_exp, sum_exp_shifted, target = sums.unbind()
+    return maximum, sum_exp, sum_exp_shifted, target
 
 
 def _uses_native(logits: Tensor) -> bool:

@@ -104,7 +104,9 @@ def build_model(
 
     With transformer-engine, megatron-core applies rotary positions; otherwise our own attention does.
     """
-    make_spec: Callable[..., ModuleSpec | TransformerBlockSubmodules] = _engine_spec if transformer_engine else _local_spec
+    make_spec: Callable[..., ModuleSpec | TransformerBlockSubmodules] = (
+        _engine_spec if transformer_engine else _local_spec
+    )
     model = GPTModel(
         config=config,
         transformer_layer_spec=make_spec(config, shape),

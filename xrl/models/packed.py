@@ -40,7 +40,9 @@ class AttentionInputs(PackedSeqParams):
     clusters: tuple[Cluster, ...] | None = None  # None: padded rows
 
 
-def attention_inputs(pack: Pack, *, head_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> AttentionInputs:
+def attention_inputs(
+    pack: Pack, *, head_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device
+) -> AttentionInputs:
     """Positions and borders of a micro-batch for our own attention."""
     if pack.padded_shape is not None:
         positions = torch.arange(pack.padded_shape[1])

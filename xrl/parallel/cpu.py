@@ -242,7 +242,7 @@ def cuda_type_names() -> Iterator[None]:
         answer = original(self, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-    torch.Tensor.type = type_with_cuda_name  # type: ignore[assignment]
+    torch.Tensor.type = type_with_cuda_name  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -22,7 +22,9 @@ class Layout:
         """
         model_size = tensor_size * pipeline_size
         if world_size % model_size:
-            raise ValueError(f"world size {world_size} is not divisible by {tensor_size} x {pipeline_size} = {model_size}")
+            raise ValueError(
+                f"world size {world_size} is not divisible by {tensor_size} x {pipeline_size} = {model_size}"
+            )
         return cls(tensor_size=tensor_size, pipeline_size=pipeline_size, data_size=world_size // model_size)
 
     @property

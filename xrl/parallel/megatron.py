@@ -32,7 +32,7 @@ def initialize(config: ParallelConfig, *, seed: int, longest_rollout_s: float = 
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
     else:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+        dist.init_process_group(backend, rank=0, world_size=1, store=torch.distributed.HashStore(), timeout=timeout)
 
     from megatron.core import parallel_state, tensor_parallel
 
@@ -77,7 +77,8 @@ def _device(config: ParallelConfig) -> torch.device:
         return torch.device("cpu")
     if config.distributed_backend == "gloo":
         raise SettingsError(
-            "--distributed-backend gloo trains on the CPU, but CUDA devices are visible: hide them with CUDA_VISIBLE_DEVICES="
+            "--distributed-backend gloo trains on the CPU, but CUDA devices are visible: "
+            "hide them with CUDA_VISIBLE_DEVICES="
         )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

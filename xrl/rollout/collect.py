@@ -57,7 +57,10 @@ class Collector:
         requests = [_request(place, prompt, sampling, num_samples) for place, prompt in enumerate(prompts)]
         judged: dict[int, list[tuple[Completion, str, Future[Verdict]]]] = {}
         with tqdm(
-            total=len(prompts), desc=f"rollout_controller for {description}", disable=not sys.stderr.isatty(), leave=False
+            total=len(prompts),
+            desc=f"rollout_controller for {description}",
+            disable=not sys.stderr.isatty(),
+            leave=False,
         ) as bar:
             for place, completions in self.pool.generate(requests, counts):
                 if completions is not None and _is_whole(completions):

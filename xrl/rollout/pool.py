@@ -85,9 +85,7 @@ class WorkerPool:
             f"--max-model-len={max_model_len}",
         ]
         self.workers = [
-            WorkerProcess(
-                number, arguments, num_threads=num_threads, log=log_dir / f"rollout_worker_{number}.log"
-            )
+            WorkerProcess(number, arguments, num_threads=num_threads, log=log_dir / f"rollout_worker_{number}.log")
             for number in range(config.rollout_num_workers)
         ]
         self._loop = asyncio.new_event_loop()
@@ -191,7 +189,9 @@ class WorkerPool:
             except WorkerGone as error:
                 self._lose(worker, str(error))
             except (RuntimeError, TimeoutError) as error:
-                raise RuntimeError(f"{doing}: rollout worker {worker.number}: {error or 'no answer in time'}") from error
+                raise RuntimeError(
+                    f"{doing}: rollout worker {worker.number}: {error or 'no answer in time'}"
+                ) from error
 
         await asyncio.gather(*(post(worker) for worker in workers))
         _ = self.alive

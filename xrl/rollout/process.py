@@ -70,7 +70,9 @@ class WorkerProcess:
             if ready:
                 break
             if time.monotonic() > deadline:
-                raise RuntimeError(f"rollout worker {self.number} did not start within {timeout_s:g} s: {self.log_tail()}")
+                raise RuntimeError(
+                    f"rollout worker {self.number} did not start within {timeout_s:g} s: {self.log_tail()}"
+                )
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()

@@ -63,9 +63,7 @@ class _Exporter:
             if name.startswith("decoder.layers.0.")
         }
 
-    def collect(
-        self, table: Mapping[str, mapping.Mapping], *, prefix: str, stage: int
-    ) -> dict[str, Tensor] | None:
+    def collect(self, table: Mapping[str, mapping.Mapping], *, prefix: str, stage: int) -> dict[str, Tensor] | None:
         """The Hugging Face tensors of `table`'s parameters, which live on pipeline stage `stage`; None off rank 0."""
         groups = self.groups
         is_root = groups.rank == 0

@@ -111,7 +111,7 @@ def _write_weights(folder: Path, buckets: Iterable[WeightBucket], dtype: torch.d
             pending_bytes += num_bytes
             total_bytes += num_bytes
     flush()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number}").rename(folder / file)

@@ -22,7 +22,9 @@ def load_weights(model: GPTModel, shape: ModelShape, groups: ParallelGroups, mod
         for name, parameter in model.named_parameters():
             value = parameter_mapping(name, shape, groups).load(reader.read, rank)
             if value.shape != parameter.shape:
-                raise ValueError(f"{name} needs shape {tuple(parameter.shape)}, the checkpoint gives {tuple(value.shape)}")
+                raise ValueError(
+                    f"{name} needs shape {tuple(parameter.shape)}, the checkpoint gives {tuple(value.shape)}"
+                )
             parameter.copy_(value)
 
 

@@ -1,0 +1,51 @@
+# make help says what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build where the package index offers one; on a CUDA node install the torch of your choice first.
+TORCH ?= torch==2.13.0
+LAYOUT ?= single
+SEED ?= 0
+
+STAMP := $(VENV)/.setup-done
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
+
+.PHONY: help setup demo test test-fast test-slow check check-static bench-setup clean
+.DEFAULT_GOAL := help
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## a virtual environment in .venv with xrl in it
+
+$(STAMP): $(BUILD_FILES)
+	$(PYTHON) -m venv $(VENV)
+	# torch first: asked for by another package, pip may take a CUDA build of several gigabytes.
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+demo: setup ## train a tiny model with GRPO and show what it learned (LAYOUT=single|tp2pp2|tp2pp2dp2, SEED=0)
+	$(BIN)/python examples/demo.py --layout $(LAYOUT) --seed $(SEED)
+
+test: setup test-fast test-slow ## every test that needs no GPU, the fast ones first
+
+test-fast: setup
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+check: check-static test-fast ## what a change must pass: lint, format, types, import floors, fast tests
+
+check-static: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench-setup: setup ## what the benchmarks compare with
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
+
+clean: ## remove what was built, the environment too
+	rm -rf $(VENV) build dist *.egg-info xrl/*.so .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
