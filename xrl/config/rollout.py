@@ -70,7 +70,8 @@ class RolloutConfig:
         if (self.top_k > 0 or self.top_p < 1) and not self.allow_biased_sampling:
             raise SettingsError(
                 f"--top-k {self.top_k} --top-p {self.top_p:g} sample from a filtered distribution that the actor "
-                f"does not score, so every ratio would be biased: use --top-k 0 --top-p 1, or say --allow-biased-sampling"
+                f"does not score, so every ratio would be biased: use --top-k 0 --top-p 1, "
+                f"or say --allow-biased-sampling"
             )
 
     @property

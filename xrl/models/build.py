@@ -89,7 +89,7 @@ def transformer_config(
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         recompute_granularity=model.recompute_granularity,
-        **recompute,  # type: ignore[arg-type]
+        **recompute,
     )
 
 

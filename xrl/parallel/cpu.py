@@ -211,7 +211,7 @@ def _replace_cuda_only_functions() -> None:
     optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
     optimizer.__dict__["clip_grad_by_total_norm_fp32"] = _clip_grad_by_total_norm
 
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def _clip_grad_by_total_norm(
@@ -242,7 +242,7 @@ def cuda_type_names() -> Iterator[None]:
         answer = original(self, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-    torch.Tensor.type = type_with_cuda_name  # type: ignore[method-assign]
+    torch.Tensor.type = type_with_cuda_name  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:

@@ -32,7 +32,8 @@ def initialize(config: ParallelConfig, *, seed: int, longest_rollout_s: float = 
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
     else:
-        dist.init_process_group(backend, rank=0, world_size=1, store=torch.distributed.HashStore(), timeout=timeout)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, rank=0, world_size=1, store=store, timeout=timeout)
 
     from megatron.core import parallel_state, tensor_parallel
 

@@ -82,7 +82,7 @@ class Collector:
         )
 
     def _judge(self, prompt: Prompt, completion: Completion) -> tuple[Completion, str, Future[Verdict]]:
-        response = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        response = str(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
         return completion, response, self.judge.submit(response, prompt)
 
 

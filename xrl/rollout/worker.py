@@ -46,7 +46,10 @@ class Worker:
         self._num_running = 0
 
     def application(self) -> web.Application:
-        application = web.Application(middlewares=[_errors_as_json], client_max_size=MAX_BODY_BYTES)
+        application = web.Application(
+            middlewares=[_errors_as_json],  # type: ignore[list-item]
+            client_max_size=MAX_BODY_BYTES,
+        )
         application.router.add_get(protocol.HEALTH, self.health)
         for path, handler in (
             (protocol.GENERATE, self.generate),
