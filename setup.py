@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,6 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             "-DCMAKE_BUILD_TYPE=Release",
-            f"-DXRL_WITH_CUDA={os.environ.get('XRL_WITH_CUDA', 'AUTO')}",
             f"-Dpybind11_DIR={_pybind11_dir()}",
         ]
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []

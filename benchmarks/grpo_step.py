@@ -141,6 +141,7 @@ def measure_xrl(model: Path, prompts: Path, options: argparse.Namespace, seen: M
         "max-response-length": options.new_tokens,
         "max-tokens-per-microbatch": options.max_tokens_per_microbatch,
         "max-prompt-length": 64,
+        "rollout-num-workers": 1,
         "rollout-num-threads": options.num_threads,
         "lr": 1e-5,
         "old-logprobs": "rollout",
@@ -188,7 +189,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="steps that count in each run")
     parser.add_argument("--new-tokens", type=int, default=128, help="length of every answer")
     parser.add_argument("--num-threads", type=int, default=2)
-    parser.add_argument("--max-tokens-per-microbatch", type=int, default=8192, help="of xrl")
+    parser.add_argument("--max-tokens-per-microbatch", type=int, default=1024, help="of xrl")
     return parser.parse_args()
 
 

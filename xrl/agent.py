@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from xrl.launch.exit import FIRST_ERROR_VARIABLE
+from xrl.launch.exit import EXIT_ERROR, has_announced
+from xrl.launch.signals import STOP_SIGNALS
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
 def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
@@ -16,30 +23,63 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
 
     The ranks show the first error themselves. A rank that could not (killed by a signal, say) is named here.
     """
-    # torchrun logs every failure again, in its own words.
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")
-    cores = os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+    _set_environment(num_ranks)
+    # torch comes after the environment, and only when ranks are started.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    with tempfile.TemporaryDirectory(prefix="xrl-") as folder:
-        marker = Path(folder) / "first-error"
-        os.environ[FIRST_ERROR_VARIABLE] = str(marker)
-        torchrun = ["--standalone", f"--nproc-per-node={num_ranks}", "--module", "xrl.train", *arguments]
+    with tempfile.TemporaryDirectory(prefix="xrl-") as log_dir:
+        torchrun = [*_options(num_ranks, log_dir), "--module", "xrl.train", *arguments]
         try:
             run(parse_args(torchrun))
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if not marker.exists():
-                how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-                print(f"xrl: error: rank {rank} ended with {how}", flush=True)
-            return 1
+            if not has_announced(Path(log_dir)):
+                _say(f"error: {_first_end(error.failures)}")
+            return EXIT_ERROR
         except SignalException as stop:
-            return 128 + int(stop.sigval)
+            return _stopped(stop.sigval)
         except KeyboardInterrupt:
-            return 128 + signal.SIGINT
+            return _stopped(signal.SIGINT)
     return 0
+
+
+def _set_environment(num_ranks: int) -> None:
+    # torchrun logs every failure again, in its own words, and torch's C++ part every connection that a failure breaks.
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    # Ranks and rollout workers share the cores: those that wait must not spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # After this many seconds a rank that was told to end is killed; by default 30.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")
+
+
+def _options(num_ranks: int, log_dir: str) -> list[str]:
+    from torch.distributed.launcher.api import LaunchConfig
+
+    options = ["--standalone", f"--nproc-per-node={num_ranks}", f"--log-dir={log_dir}"]
+    if any(field.name == "signals_to_handle" for field in dataclasses.fields(LaunchConfig)):
+        # Ctrl-C reaches the ranks as SIGTERM: those that are still starting would each print a KeyboardInterrupt.
+        options.append("--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT")
+    return options
+
+
+def _first_end(failures: Mapping[int, ProcessFailure]) -> str:
+    """How the first rank ended of itself; the others were stopped because of it."""
+    by_our_hand = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
+    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode in by_our_hand, item[1].timestamp))
+    if failure.exitcode >= 0:
+        return f"rank {rank} ended with exit code {failure.exitcode} and said nothing"
+    name = signal.Signals(-failure.exitcode).name
+    hint = ": the machine may have run out of memory" if name == "SIGKILL" else ""
+    return f"rank {rank} was ended by {name}{hint}"
+
+
+def _stopped(number: int) -> int:
+    _say(f"stopped by {signal.Signals(number).name}")
+    return 128 + number
+
+
+def _say(message: str) -> None:
+    print(f"xrl: {message}", file=sys.stderr, flush=True)

@@ -83,17 +83,22 @@ def build_lead(settings: Settings, groups: ParallelGroups, stack: contextlib.Exi
 
 def start_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder) -> WorkerPool:
     """The rollout workers of this run, starting."""
-    shape = read_model_shape(settings.model.model)
-    num_workers = settings.rollout.rollout_num_workers
+    config = settings.rollout
+    on_cuda = groups.device.type == "cuda"
+    num_workers = config.rollout_num_workers or (torch.cuda.device_count() if on_cuda else 1)
+    devices = [f"cuda:{number % torch.cuda.device_count()}" if on_cuda else "cpu" for number in range(num_workers)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    dtype = settings.rollout.rollout_dtype
+    dtype = str(train_dtype(settings.model)).removeprefix("torch.")
     return WorkerPool(
-        settings.rollout,
+        config,
         model_dir=settings.model.model,
-        dtype=str(train_dtype(settings.model)).removeprefix("torch.") if dtype == "auto" else dtype,
-        device=str(groups.device.type),
-        num_threads=settings.rollout.rollout_num_threads or max(1, cores // num_workers),
-        max_model_len=min(shape.max_positions, settings.data.max_prompt_length + settings.rollout.max_response_length),
+        dtype=dtype if config.rollout_dtype == "auto" else config.rollout_dtype,
+        devices=devices,
+        num_threads=config.rollout_num_threads or max(1, cores // num_workers),
+        max_model_len=min(
+            read_model_shape(settings.model.model).max_positions,
+            settings.data.max_prompt_length + config.max_response_length,
+        ),
         log_dir=folder.logs,
     )
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import xrl
 from xrl.config import SettingsError
@@ -37,6 +40,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SettingsError as error:
         print(f"xrl: error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_SETTINGS)
+    except KeyboardInterrupt:
+        print("xrl: stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One sentence for bad input, like everywhere else."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message} (`{self.prog} --help` tells more)")
 
 
 def train(arguments: list[str]) -> None:
@@ -44,6 +57,8 @@ def train(arguments: list[str]) -> None:
     from xrl.preflight import preflight
 
     num_ranks, arguments = _take_number(arguments, "--nproc-per-node")
+    if {"-h", "--help"} & set(arguments):
+        print("--nproc-per-node N starts N ranks on this machine; left out: 1.")
     settings = parse_settings(arguments)
     preflight(settings, world_size=num_ranks)
     if num_ranks == 1:
@@ -59,11 +74,9 @@ def train(arguments: list[str]) -> None:
 
 def gsm8k(arguments: list[str]) -> None:
     """Convert GSM8K."""
-    import argparse
-
     from xrl.data.gsm8k import convert
 
-    parser = argparse.ArgumentParser(prog="xrl gsm8k", description="Convert GSM8K to rows that `xrl train` reads.")
+    parser = _Parser(prog="xrl gsm8k", description="Convert GSM8K to rows that `xrl train` reads.")
     parser.add_argument(
         "--input-dir", type=Path, required=True, help="the hub's layout (parquet) or train.jsonl/test.jsonl"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from xrl.config import Settings, SettingsError
@@ -157,6 +157,24 @@ def test_file_that_is_not_yaml_gets_its_line(config: Write) -> None:
     assert sentence.startswith(f"{file}, line ") and "not YAML" in sentence
 
 
+def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    assert f"{file}: not YAML" in refusal("--config", str(file))
+    file.write_bytes(b"seed: \x00\n")
+    assert f"{file}: not YAML" in refusal("--config", str(file))
+
+
+def test_key_that_is_a_list_is_refused(config: Write) -> None:
+    file = config("seed: 1\n? [a, b]\n: 2\n")
+    assert refusal("--config", file) == f"{file}, line 2: needs the name of a setting, found a sequence"
+
+
+def test_number_must_be_finite() -> None:
+    assert refusal("--lr", "nan") == "--lr needs a number, found 'nan'"
+    assert refusal("--lr=inf") == "--lr needs a number, found 'inf'"
+
+
 def test_file_that_is_a_list_is_refused(config: Write) -> None:
     assert "needs `key: value` lines" in refusal("--config", config("- seed\n"))
 
@@ -205,6 +223,7 @@ def with_values(settings: Settings, values: dict[str, object]) -> Settings:
     return settings
 
 
+@settings(deadline=None, max_examples=25)
 @example({"judge": "--lr", "model": Path("-m")})
 @example({"judge": "a=b", "model": Path("null")})
 @given(st.fixed_dictionaries(VALUES))

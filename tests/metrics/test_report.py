@@ -73,9 +73,7 @@ def test_start_says_layout_sampling_and_batch_words():
     lines = start(SETTINGS)
     assert lines["layout"] == "1 rank = TP 1 x PP 1 x DP 1"
     assert lines["data"] == "train.jsonl, 7,473 prompts, 58 rollouts"
-    assert lines["sampling"] == (
-        "temperature 1, top-k off, top-p off, up to 1,024 new tokens, engine embedded on 1 worker"
-    )
+    assert lines["sampling"] == ("temperature 1, top-k off, top-p off, up to 1,024 new tokens, engine embedded")
     assert lines["batch"] == (
         "128 prompts x 8 samples = 1,024 answers a rollout, all in 1 update, micro-batches packed up to 32,768 tokens"
     )

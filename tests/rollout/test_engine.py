@@ -11,7 +11,7 @@ from xrl.rollout import ENGINES, create_engine
 
 
 def test_unknown_engine_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="must be one of embedded, got 'warp'"):
+    with pytest.raises(SettingsError, match="unknown: take one of embedded"):
         create_engine(
             "warp", model_dir=tmp_path, dtype="float32", device="cpu", max_batch_size=1, num_threads=1, max_model_len=8
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -65,8 +66,8 @@ class Flag:
             return text.lower() in ("true", "false")
         if self.type in (int, float):
             try:
-                self.type(text)
-            except ValueError:
+                return math.isfinite(self.type(text))
+            except (ValueError, OverflowError):
                 return False
         return bool(text)
 

@@ -50,19 +50,20 @@ def yaml_to_arguments(file: Path) -> list[str]:
     """The flags that a YAML file stands for.
 
     Keys are flag names, with dashes or underscores, flat or grouped under the names of the sections. `null` leaves a
-    setting at None.
+    setting at None. Relative paths start at the current directory, as those of typed flags do.
 
     Raises:
         SettingsError: the file is missing or not YAML, a key is unknown, a value has the wrong type.
     """
     try:
-        root = yaml.compose(file.read_text(), Loader=yaml.SafeLoader)
+        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         raise SettingsError(f"--config {file} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise SettingsError(f"{file}{where}: not YAML: {getattr(error, 'problem', error)}") from error
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise SettingsError(f"{file}{where}: not YAML: {problem}") from error
     arguments: list[str] = []
     for key, value in _leaves(root, file) if root is not None else ():
         line = key.start_mark.line + 1
@@ -88,15 +89,24 @@ def dump_settings(settings: Settings) -> str:
 def _leaves(root: yaml.Node, file: Path) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
     if not isinstance(root, yaml.MappingNode):
         raise SettingsError(f"{file}, line 1: needs `key: value` lines, found something else")
-    for key, value in root.value:
+    for key, value in _pairs(root, file):
         if isinstance(value, yaml.MappingNode) and key.value in _SECTIONS:
-            yield from value.value
+            yield from _pairs(value, file)
         elif key.value in _SECTIONS and key.value not in FLAGS:
             # An empty section: every line of it is a comment.
             if value.tag != "tag:yaml.org,2002:null":
                 raise SettingsError(f"{file}, line {key.start_mark.line + 1}: section {key.value} needs settings in it")
         else:
             yield key, value
+
+
+def _pairs(mapping: yaml.MappingNode, file: Path) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+    for key, value in mapping.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise SettingsError(
+                f"{file}, line {key.start_mark.line + 1}: needs the name of a setting, found a {key.id}"
+            )
+        yield key, value
 
 
 def _take_config_files(typed: list[str]) -> tuple[list[str], list[Path]]:

@@ -14,8 +14,8 @@ class RolloutConfig:
     engine: str = "embedded"
     """Row of the table in xrl/rollout."""
 
-    rollout_num_workers: int = 1
-    """Rollout worker processes; prompts are spread over them."""
+    rollout_num_workers: int | None = None
+    """Rollout worker processes, prompts are spread over them; left out: one a GPU, one on a CPU machine."""
 
     rollout_num_threads: int | None = None
     """CPU threads of each worker; left out: the machine's cores over the workers."""
@@ -52,8 +52,9 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         for name in ("rollout_num_workers", "rollout_max_batch_size", "max_response_length"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
         if self.rollout_num_threads is not None and self.rollout_num_threads < 1:
             raise SettingsError(f"--rollout-num-threads must be >= 1, got {self.rollout_num_threads}")
         if self.rollout_dtype not in ("auto", "float32", "bfloat16"):

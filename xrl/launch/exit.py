@@ -1,108 +1,118 @@
-"""How a rank ends: its error is shown once for the whole run, and it never outlives its welcome.
-
-A rank that waits in a collective runs no Python signal handler, and a rank whose peer died may wait for minutes. So a
-watchdog thread is told of signals by the kernel's own hand, and ends the process when the main thread does not.
-"""
+"""How a rank ends: its error is shown once for the whole run, where it happened, and soon after it is gone."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
+import re
 import sys
-import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from xrl.config.errors import SettingsError
+from xrl.launch.signals import GRACE_S, Stopped, end_after, ignore_signals, raise_on_signals, stop_with_parent
 
-# From a signal or an error to the end of the process, clean-up (rollout workers!) included.
-GRACE_S = 8.0
-# A launcher sets it to a path for its run: the first rank that fails creates the file, and only that one speaks.
-FIRST_ERROR_VARIABLE = "XRL_FIRST_ERROR_FILE"
-
+EXIT_ERROR = 1
 EXIT_BAD_SETTINGS = 2
+
+# What collectives and the store say when another rank has gone: its end is the news, not ours.
+_ECHO = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|store->|tcpstore", re.IGNORECASE)
+# Time for torchrun to notice that end and to stop this rank before it speaks.
+_ECHO_WAIT_S = 3.0
+_MARKER = "xrl-first-error"
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run a rank's main function and exit: 0, 2 for bad settings, 128 + n for signal n, 1 for any other error."""
-    _install_signal_handlers()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    """Run a process's main function and exit: 0, 2 for bad settings, 128 + n for signal n, 1 for any other error."""
+    raise_on_signals()
+    if is_rank_of_torchrun():
+        stop_with_parent()
     try:
         with announce_errors():
             main()
-    except SystemExit as stop:
-        _exit(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
-    except KeyboardInterrupt:
-        _exit(128 + signal.SIGINT)
-    except SettingsError:
-        _exit(EXIT_BAD_SETTINGS)
-    except BaseException:
-        _exit(1)
+    except BaseException as error:
+        _exit(exit_code(error))
     _exit(0)
 
 
 @contextlib.contextmanager
 def announce_errors() -> Iterator[None]:
-    """Show an error where it happens, before clean-up around this block starts, and give that clean-up GRACE_S."""
+    """Show an error where it happens, before clean-up around this block starts, and give that clean-up GRACE_S.
+
+    Of all ranks of a run only the first to fail speaks, and it speaks once, however many such blocks it leaves.
+    """
     try:
         yield
-    except SystemExit:
-        raise
-    except KeyboardInterrupt:
-        _speak_first("xrl: interrupted")
-        _end_after(GRACE_S, 128 + signal.SIGINT)
-        raise
-    except SettingsError as error:
-        _speak_first(f"xrl: error: {error}")
-        _end_after(GRACE_S, EXIT_BAD_SETTINGS)
-        raise
     except BaseException as error:
-        rank = os.environ.get("RANK", "0")
-        _speak_first("".join(traceback.format_exception(error)) + f"xrl: error: rank {rank}: {_summary(error)}")
-        _end_after(GRACE_S, 1)
+        if not _was_announced(error):
+            if is_rank_of_torchrun() and isinstance(error, RuntimeError | OSError) and _ECHO.search(str(error)):
+                time.sleep(_ECHO_WAIT_S)
+            ignore_signals()
+            error.__dict__["xrl_announced"] = True
+            end_after(GRACE_S, exit_code(error))
+            message = describe(error)
+            if message and _is_first():
+                print(message, file=sys.stderr, flush=True)
         raise
 
 
-def first_error_file() -> Path | None:
-    """The file that marks that a rank of this run has failed; None for a run of one process."""
-    if FIRST_ERROR_VARIABLE in os.environ:
-        return Path(os.environ[FIRST_ERROR_VARIABLE])
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    # One torchrun agent, one run: its process id with its start time never comes back.
-    import psutil
-
-    agent = psutil.Process(os.getppid())
-    return Path(tempfile.gettempdir()) / f"xrl-first-error-{agent.pid}-{agent.create_time():.2f}"
-
-
-_has_spoken = threading.Event()
-
-
-def _speak_first(message: str) -> None:
-    """Print unless this process or another rank of the run has printed an error already."""
-    if _has_spoken.is_set():
-        return
-    _has_spoken.set()
-    marker = first_error_file()
-    if marker is not None:
-        try:
-            marker.touch(exist_ok=False)
-        except OSError:
-            return
-    print(message, file=sys.stderr, flush=True)
-
-
-def _summary(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """What a user reads about the end of a process; empty where there is nothing to say."""
+    if isinstance(error, SettingsError):
+        return f"xrl: error: {error}"
+    if isinstance(error, Stopped):
+        # torchrun's ranks are stopped by torchrun, which was stopped itself or saw another rank fail.
+        return "" if is_rank_of_torchrun() else f"xrl: stopped by {error.signal.name}"
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, str) else ""
     first_line = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    summary = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    rank = f"rank {os.environ['RANK']}: " if is_rank_of_torchrun() else ""
+    return f"{''.join(traceback.format_exception(error))}xrl: error: {rank}{summary}"
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a process that ends with `error`."""
+    if isinstance(error, SettingsError):
+        return EXIT_BAD_SETTINGS
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return error.code or 0
+    return EXIT_ERROR
+
+
+def is_rank_of_torchrun() -> bool:
+    """Whether torchrun's agent started this process, and ends it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+
+
+def has_announced(log_dir: Path) -> bool:
+    """Whether a rank of a finished torchrun with this `--log-dir` has shown an error."""
+    return any(log_dir.rglob(_MARKER))
+
+
+def _was_announced(error: BaseException | None) -> bool:
+    """Whether this error, or one that was being cleaned up after when it was raised, has been shown."""
+    while error is not None:
+        if "xrl_announced" in error.__dict__:
+            return True
+        error = error.__context__
+    return False
+
+
+def _is_first() -> bool:
+    """Whether no other rank of the run has spoken; from now on, one has."""
+    # torchrun gives each rank <log dir>/<run>/attempt_<n>/<rank>/error.json: the folder above is the run's own.
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not is_rank_of_torchrun() or not error_file:
+        return True
+    try:
+        (Path(error_file).parent.parent / _MARKER).touch(exist_ok=False)
+    except OSError:
+        return False
+    return True
 
 
 def _exit(code: int) -> NoReturn:
@@ -111,38 +121,3 @@ def _exit(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
-
-
-def _end_after(seconds: float, code: int) -> None:
-    timer = threading.Timer(seconds, os._exit, args=(code,))
-    timer.daemon = True
-    timer.start()
-
-
-def _install_signal_handlers() -> None:
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    threading.Thread(target=_watch_signals, args=(read_end,), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _on_sigterm)
-
-
-def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
-def _watch_signals(read_end: int) -> None:
-    """The byte that the C signal handler writes arrives here even while the main thread sits in a collective."""
-    while True:
-        number = os.read(read_end, 1)[0]
-        if number in (signal.SIGINT, signal.SIGTERM):
-            time.sleep(GRACE_S)
-            os._exit(128 + number)
-
-
-def _end_with_parent(parent_pid: int) -> None:
-    """torchrun's agent was killed: nobody is left who would end this rank."""
-    while os.getppid() == parent_pid:
-        time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -155,11 +155,12 @@ def _layout(settings: Settings, world_size: int) -> str:
 
 
 def _sampling(rollout: RolloutConfig) -> str:
-    workers = f"{rollout.rollout_num_workers} {'worker' if rollout.rollout_num_workers == 1 else 'workers'}"
+    count = rollout.rollout_num_workers
+    workers = "" if count is None else f" on {count} worker{'s' if count > 1 else ''}"
     return (
         f"temperature {rollout.temperature:g}, top-k {rollout.top_k or 'off'}, "
         f"top-p {'off' if rollout.top_p == 1 else format(rollout.top_p, 'g')}, "
-        f"up to {rollout.max_response_length:,} new tokens, engine {rollout.engine} on {workers}"
+        f"up to {rollout.max_response_length:,} new tokens, engine {rollout.engine}{workers}"
     )
 
 

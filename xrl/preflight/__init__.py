@@ -20,7 +20,7 @@ from xrl.preflight.model import check_model
 from xrl.preflight.tokenizer import check_tokenizer
 from xrl.preflight.weights import check_weights
 from xrl.rewards import check_judge
-from xrl.rollout import ENGINES
+from xrl.rollout import check_engine
 
 __all__ = ["preflight"]
 
@@ -50,9 +50,7 @@ def preflight(settings: Settings, *, world_size: int) -> None:
 
 
 def _check_names(settings: Settings) -> None:
-    engine = settings.rollout.engine
-    if engine not in ENGINES:
-        raise SettingsError(f"--engine {engine!r} is unknown, the known ones are: {', '.join(sorted(ENGINES))}")
+    check_engine(settings.rollout.engine)
     check_algorithm(settings.algorithm.algorithm)
     check_judge(settings.rewards.judge)
 

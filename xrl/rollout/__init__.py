@@ -31,6 +31,19 @@ ENGINES: Mapping[str, str] = MappingProxyType(
 )
 
 
+def check_engine(name: str) -> None:
+    """Refuse an engine that nobody knows, without importing one.
+
+    Raises:
+        SettingsError: neither a row of the table nor a `package.module:factory` of the user's own.
+    """
+    if name not in ENGINES and ":" not in name:
+        raise SettingsError(
+            f"--engine {name!r} is unknown: take one of {', '.join(sorted(ENGINES))}, or an engine of your own as "
+            f"package.module:factory"
+        )
+
+
 def create_engine(
     name: str,
     *,
@@ -54,9 +67,8 @@ def create_engine(
     Raises:
         SettingsError: unknown name, or a model the engine cannot run.
     """
-    if name not in ENGINES:
-        raise SettingsError(f"--engine must be one of {', '.join(sorted(ENGINES))}, got {name!r}")
-    module, _, factory = ENGINES[name].partition(":")
+    check_engine(name)
+    module, _, factory = ENGINES.get(name, name).partition(":")
     return getattr(import_module(module), factory)(
         model_dir=model_dir,
         dtype=dtype,

@@ -69,24 +69,35 @@ class WorkerPool:
         *,
         model_dir: Path,
         dtype: str,
-        device: str,
+        devices: Sequence[str],
         num_threads: int,
         max_model_len: int,
         log_dir: Path,
     ) -> None:
+        """
+        Args:
+            devices: torch device of each worker; their number is the number of workers.
+            num_threads: CPU threads of each worker.
+            max_model_len: longest prompt + response in tokens.
+            log_dir: each worker's output goes to a file here.
+        """
         self.config = config
         arguments = [
             f"--engine={config.engine}",
             f"--model={model_dir}",
             f"--dtype={dtype}",
-            f"--device={device}",
             f"--max-batch-size={config.rollout_max_batch_size}",
             f"--num-threads={num_threads}",
             f"--max-model-len={max_model_len}",
         ]
         self.workers = [
-            WorkerProcess(number, arguments, num_threads=num_threads, log=log_dir / f"rollout_worker_{number}.log")
-            for number in range(config.rollout_num_workers)
+            WorkerProcess(
+                number,
+                [*arguments, f"--device={device}"],
+                num_threads=num_threads,
+                log=log_dir / f"rollout_worker_{number}.log",
+            )
+            for number, device in enumerate(devices)
         ]
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-pool", daemon=True)

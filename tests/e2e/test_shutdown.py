@@ -1,0 +1,90 @@
+"""Whatever ends a run, Ctrl-C or the death of any of its processes, all of it is gone within 15 seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch.processes import Run, started
+from tests.small_runs import run_flags, write_rows
+from tests.tiny_models import make_checkpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+TWO_RANKS = ("--nproc-per-node", "2", "--tensor-model-parallel-size", "2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@contextlib.contextmanager
+def training(model: Path, folder: Path, *start: str) -> Iterator[Run]:
+    """A run that would train for hours, after its first rollout; two rollout workers, and judges in processes."""
+    data = write_rows(folder / "train.jsonl", [{"prompt": "1+1=?", "ground_truth": "2"}] * 8)
+    flags = [*run_flags(model, data, folder), "--num-rollouts", "100000", "--judge", "math-verify"]
+    with started(folder / "output", *start, *flags, "--rollout-num-workers", "2", "--no-tensorboard") as run:
+        run.wait_for(lambda: list((folder / "work").glob("*/rollout_idx_1_trajectory.jsonl")))
+        yield run
+
+
+def process_of(run: Run, *words: str, **variables: str) -> psutil.Process:
+    """The process of the run with these words on its command line and these environment variables."""
+    (found, *_) = [
+        process
+        for process in run.children()
+        if set(words) <= set(process.cmdline()) and variables.items() <= process.environ().items()
+    ]
+    return found
+
+
+def own_lines(run: Run) -> list[str]:
+    return [line for line in run.stderr.splitlines() if line.startswith("xrl: ")]
+
+
+@pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["1 rank", "2 ranks"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_everything_with_one_line(
+    model: Path, tmp_path: Path, number: signal.Signals, ranks: tuple[str, ...]
+) -> None:
+    with training(model, tmp_path, "-m", "xrl.cli", "train", *ranks) as run:
+        assert run.end(run.process.pid, number) == 128 + number
+        assert own_lines(run) == [f"xrl: stopped by {number.name}"]
+        assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_death_of_a_rank_ends_everything_and_is_named(model: Path, tmp_path: Path, rank: str) -> None:
+    with training(model, tmp_path, "-m", "xrl.cli", "train", *TWO_RANKS) as run:
+        assert run.end(process_of(run, "xrl.train", RANK=rank).pid, signal.SIGKILL) == 1
+        (line,) = own_lines(run)
+        assert line.startswith(f"xrl: error: rank {rank} was ended by SIGKILL")
+        assert "Traceback" not in run.stderr
+
+
+def test_death_of_every_rollout_worker_ends_everything_and_is_named(model: Path, tmp_path: Path) -> None:
+    with training(model, tmp_path, "-m", "xrl.cli", "train", *TWO_RANKS) as run:
+        process_of(run, "xrl.rollout.worker").kill()
+        run.wait_for(lambda: "rollout worker" in run.stderr)
+        assert run.end(process_of(run, "xrl.rollout.worker").pid, signal.SIGKILL) == 1
+        (line,) = own_lines(run)
+        assert line.startswith("xrl: error: rank 0: WorkerGone: no rollout worker is left")
+
+
+def test_death_of_the_command_itself_leaves_no_orphan(model: Path, tmp_path: Path) -> None:
+    with training(model, tmp_path, "-m", "xrl.cli", "train", *TWO_RANKS) as run:
+        assert run.end(run.process.pid, signal.SIGKILL) == -signal.SIGKILL
+
+
+def test_death_of_a_rank_of_plain_torchrun_ends_everything(model: Path, tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "xrl.train")
+    with training(model, tmp_path, *torchrun, "--tensor-model-parallel-size", "2") as run:
+        assert run.end(process_of(run, "xrl.train", RANK="1").pid, signal.SIGKILL) == 1
+        assert "SIGKILL" in run.stderr  # torchrun names the rank
+        assert own_lines(run) == []

@@ -1,0 +1,237 @@
+"""Real worker processes around a scripted engine: spreading, retries, deaths, updates, clean-up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.rollout.scripted_engine import ANSWER, DIE, FAIL, FAIL_ONCE, HANG
+from xrl.config import RolloutConfig
+from xrl.rollout.pool import RolloutCounts, WorkerGone, WorkerPool
+from xrl.rollout.publish import Publisher
+from xrl.types import Completion, GenerateRequest, SamplingParams, WeightBucket
+
+ENGINE = "tests.rollout.scripted_engine:make"
+ROOT = Path(__file__).parents[2]
+MakePool = Callable[..., WorkerPool]
+
+
+@pytest.fixture
+def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePool]:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    pools: list[WorkerPool] = []
+
+    def make(num_workers: int = 1, *, engine: str = ENGINE, update: bool = True, **settings: object) -> WorkerPool:
+        config = RolloutConfig(engine=engine, **settings)  # type: ignore[arg-type]
+        pool = WorkerPool(
+            config,
+            model_dir=tmp_path,
+            dtype="float32",
+            devices=["cpu"] * num_workers,
+            num_threads=1,
+            max_model_len=64,
+            log_dir=tmp_path,
+        )
+        pools.append(pool)
+        if update:
+            Publisher(pool).publish([bucket("layers.0", 1.0)], version=0)
+        return pool
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def bucket(layer: str, value: float, *, version: int = 0, size: int = 3) -> WeightBucket:
+    return WeightBucket(version=version, layer=layer, tensors={"w": torch.full((size,), value)})
+
+
+def request(place: int, action: int = ANSWER, *, num_samples: int = 2) -> GenerateRequest:
+    return GenerateRequest(
+        id=f"r{place}", token_ids=[action, place], num_samples=num_samples, sampling=SamplingParams(max_new_tokens=8)
+    )
+
+
+def generate(
+    pool: WorkerPool, requests: list[GenerateRequest]
+) -> tuple[dict[int, list[Completion] | None], RolloutCounts]:
+    counts = RolloutCounts()
+    results: dict[int, list[Completion] | None] = {}
+    for place, completions in pool.generate(requests, counts):
+        assert place not in results
+        results[place] = completions
+    return results, counts
+
+
+def test_every_prompt_is_answered_once_by_some_worker(make_pool: MakePool) -> None:
+    pool = make_pool(2, rollout_max_batch_size=4)
+    results, counts = generate(pool, [request(place) for place in range(40)])
+    assert sorted(results) == list(range(40))
+    for place, completions in results.items():
+        assert completions is not None
+        assert [completion.token_ids for completion in completions] == [[ANSWER, place]] * 2
+    assert counts == RolloutCounts(sent=40, finished=40)
+
+
+def test_failing_request_is_retried_and_counted(make_pool: MakePool) -> None:
+    pool = make_pool(2)
+    results, counts = generate(pool, [request(0), request(1, FAIL_ONCE), request(2)])
+    assert all(results.values())
+    assert counts.finished == 3
+    assert counts.retried >= 1
+
+
+def test_request_that_always_fails_is_given_up_and_the_others_finish(make_pool: MakePool) -> None:
+    pool = make_pool(1, rollout_max_retries=2)
+    results, counts = generate(pool, [request(0), request(1, FAIL), request(2)])
+    assert results[1] is None
+    assert results[0] and results[2]
+    assert counts == RolloutCounts(sent=3, finished=2, failed=1, retried=2)
+
+
+def test_request_without_an_answer_runs_into_the_time_out(make_pool: MakePool) -> None:
+    pool = make_pool(1, rollout_timeout_s=0.5, rollout_max_retries=1)
+    results, counts = generate(pool, [request(0, HANG), request(1)])
+    assert results[0] is None
+    assert results[1]
+    assert counts.failed == 1
+
+
+def test_prompts_of_a_worker_that_dies_go_to_the_other_one(make_pool: MakePool) -> None:
+    pool = make_pool(2, rollout_max_batch_size=8, rollout_max_retries=3)
+    victim = pool.workers[0]._process
+    requests = [request(place) for place in range(30)]
+    counts = RolloutCounts()
+    results = {}
+    for place, completions in pool.generate(requests, counts):
+        if not results:
+            victim.send_signal(signal.SIGKILL)
+            victim.wait()
+        assert place not in results
+        results[place] = completions
+    assert sorted(results) == list(range(30))
+    assert all(results.values())
+    assert len(pool.alive) == 1
+    again, _ = generate(pool, requests)
+    assert all(again.values())
+
+
+def test_end_of_the_last_worker_is_an_error_that_names_its_log(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    with pytest.raises(WorkerGone, match="rollout_worker_0.log"):
+        generate(pool, [request(0, DIE), request(1, HANG)])
+
+
+def test_worker_that_cannot_start_shows_the_end_of_its_log(make_pool: MakePool) -> None:
+    pool = make_pool(1, engine="no.such.module:make", update=False)
+    with pytest.raises(RuntimeError, match="(?s)ended at its start.*no"):
+        pool.wait_until_ready()
+
+
+def test_worker_without_weights_refuses_to_generate(make_pool: MakePool) -> None:
+    pool = make_pool(1, update=False, rollout_max_retries=0)
+    results, counts = generate(pool, [request(0)])
+    assert results == {0: None}
+    assert counts.failed == 1
+
+
+def test_every_update_takes_effect_on_every_worker(make_pool: MakePool) -> None:
+    pool = make_pool(2)
+    publisher = Publisher(pool)
+    for version in (1, 2, 3):
+        report = publisher.publish(
+            iter([bucket("layers.0", 1.0, version=version), bucket("final", float(version), size=5, version=version)]),
+            version=version,
+        )
+        assert report.num_tensors == 2
+        assert report.num_bytes == 4 * 8
+        results, _ = generate(pool, [request(place) for place in range(8)])
+        for completions in results.values():
+            assert completions is not None
+            assert {completion.weights_version for completion in completions} == {version}
+            assert completions[0].logprobs[0] == -(3.0 + 5.0 * version)
+
+
+def test_refused_layer_is_named_with_the_worker(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    with pytest.raises(RuntimeError, match="weights version 1, bad: rollout worker 0: .*wrong shape"):
+        Publisher(pool).publish([bucket("bad", 1.0)], version=1)
+
+
+def test_memory_for_weights_is_used_again(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    publisher = Publisher(pool)
+    sizes = set()
+    for version in range(1, 20):
+        publisher.publish([bucket(f"layers.{i}", 1.0, size=50_000) for i in range(3)], version=version)
+        sizes.add(publisher._sender.num_bytes)
+    assert len(sizes) == 1
+
+
+def test_worker_that_died_during_an_update_is_left_out(make_pool: MakePool) -> None:
+    pool = make_pool(2)
+    pool.workers[1]._process.kill()
+    pool.workers[1]._process.wait()
+    Publisher(pool).publish([bucket("layers.0", 2.0)], version=1)
+    results, _ = generate(pool, [request(place) for place in range(4)])
+    assert all(results.values())
+
+
+def test_closing_ends_workers_at_once_even_while_they_generate(make_pool: MakePool) -> None:
+    pool = make_pool(2)
+    stream = pool.generate([request(0), request(1, HANG)], RolloutCounts())
+    next(stream)
+    pool.close()
+    assert not any(worker.is_alive for worker in pool.workers)
+
+
+def test_ctrl_c_of_the_process_group_does_not_end_a_worker(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    os.kill(pool.workers[0]._process.pid, signal.SIGINT)
+    results, _ = generate(pool, [request(0)])
+    assert results[0]
+
+
+@pytest.mark.slow
+def test_workers_end_when_their_trainer_is_killed(tmp_path: Path) -> None:
+    script = f"""
+import sys, time
+from pathlib import Path
+from xrl.config import RolloutConfig
+from xrl.rollout.pool import WorkerPool
+pool = WorkerPool(RolloutConfig(engine={ENGINE!r}), model_dir=Path("."), dtype="float32", devices=["cpu"] * 2,
+                  num_threads=1, max_model_len=8, log_dir=Path({str(tmp_path)!r}))
+pool.wait_until_ready()
+print("ready", flush=True)
+time.sleep(60)
+"""
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert trainer.stdout is not None and trainer.stdout.readline() == b"ready\n"
+    workers = psutil.Process(trainer.pid).children()
+    assert len(workers) == 2
+    trainer.kill()
+    trainer.wait()
+    _, alive = psutil.wait_procs(workers, timeout=15)
+    assert not alive
+
+
+def test_worker_imports_no_transformers_and_no_megatron() -> None:
+    code = (
+        "import sys, xrl.rollout.worker, xrl.rollout.embedded.engine; "
+        "sys.exit(any(m.split('.')[0] in ('transformers', 'megatron', 'datasets') for m in sys.modules))"
+    )
+    started = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0, (
+        time.monotonic() - started
+    )

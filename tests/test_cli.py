@@ -1,0 +1,84 @@
+"""The `xrl` command: what it knows, and how it refuses what it does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import xrl
+from xrl.cli import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr with which a command line is refused."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("xrl: error: ")
+    return line
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    main(arguments)
+    listed = capsys.readouterr().out
+    assert all(f"\n  {command} " in listed for command in COMMANDS)
+
+
+def test_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, "trian").endswith("unknown command 'trian', known are: train, gsm8k, worker, version")
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["version"])
+    assert capsys.readouterr().out == f"{xrl.__version__}\n"
+
+
+def test_help_of_train_tells_how_many_ranks_start(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    assert "--nproc-per-node N" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", ["0", "two", "-1", ""])
+def test_number_of_ranks_must_be_whole_and_positive(capsys: pytest.CaptureFixture[str], number: str) -> None:
+    sentence = refusal(capsys, "train", f"--nproc-per-node={number}")
+    assert sentence.endswith(f"--nproc-per-node needs a whole number >= 1, found {number!r}")
+
+
+def test_missing_settings_of_train_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--model is missing" in refusal(capsys, "train", "--nproc-per-node", "2")
+
+
+def test_gsm8k_writes_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    row = {"question": "Two and three?", "answer": "2+3=5\n#### 5"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    main(["gsm8k", "--input-dir", str(tmp_path), "--out-dir", str(tmp_path / "rows")])
+    assert capsys.readouterr().out == f"{tmp_path}/rows/train.jsonl: 1 rows\n"
+    assert json.loads((tmp_path / "rows" / "train.jsonl").read_text())["reward_model"]["ground_truth"] == "5"
+
+
+def test_bad_arguments_of_gsm8k_are_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "--input-dir" in refusal(capsys, "gsm8k")
+    assert "--shuffle" in refusal(capsys, "gsm8k", "--input-dir", str(tmp_path), "--shuffle")
+    assert f"--input-dir {tmp_path} holds no GSM8K" in refusal(capsys, "gsm8k", "--input-dir", str(tmp_path))
+
+
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["gsm8k", "--help"]])
+def test_help_imports_no_torch(command: list[str]) -> None:
+    program = (
+        "import atexit, sys; from xrl.cli import main;"
+        "atexit.register(lambda: sys.stderr.write(str('torch' in sys.modules)));"
+        "main(sys.argv[1:])"
+    )
+    found = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0 and found.stderr == "False"
