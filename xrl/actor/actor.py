@@ -14,6 +14,7 @@ from torch import Tensor
 from xrl.actor.microbatch import Microbatch, MicrobatchMaker
 from xrl.actor.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from xrl.actor.pipeline import Pipeline
+from xrl.actor.split import split_groups
 from xrl.config import Settings
 from xrl.kernels.logprob import LogprobOutput, vocab_parallel_logprob
 from xrl.metrics.mean import Mean, merge
@@ -201,13 +202,3 @@ class Actor:
         for part in everyone:
             merged = merge(merged, {name: Mean(total, count) for name, (total, count) in part.items()})
         return merged
-
-
-def split_groups(samples: Sequence[Sample], num_parts: int) -> list[list[Sample]]:
-    """Deal whole groups to the updates of a rollout, in turn; parts that would be empty are left out."""
-    group_ids = list(dict.fromkeys(sample.group_id for sample in samples))
-    part_of = {group_id: place % num_parts for place, group_id in enumerate(group_ids)}
-    parts: list[list[Sample]] = [[] for _ in range(num_parts)]
-    for sample in samples:
-        parts[part_of[sample.group_id]].append(sample)
-    return [part for part in parts if part]
