@@ -132,7 +132,7 @@ def pass_rate(
     """Share of the problems whose answer, sampled at temperature 1, ends in the right number."""
     prompts = [encode_prompt(problem, tokenizer) for problem in problems]
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
-    ids = model.generate(**batch, do_sample=not greedy, max_new_tokens=MAX_NEW_TOKENS)  # type: ignore[misc]
+    ids = model.generate(**batch, do_sample=not greedy, max_new_tokens=MAX_NEW_TOKENS)  # type: ignore[misc, unused-ignore]
     answers = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     found = (re.findall(r"####\s*(-?\d+)", answer) for answer in answers)
     right = sum(numbers[-1:] == [problem.ground_truth] for numbers, problem in zip(found, problems, strict=True))

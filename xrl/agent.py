@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import signal
 import sys
@@ -23,8 +24,8 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
 
     The ranks show the first error themselves. A rank that could not (killed by a signal, say) is named here.
     """
-    _set_environment(num_ranks)
-    # torch comes after the environment, and only when ranks are started.
+    _prepare_process(num_ranks)
+    # torch reads the environment, and is slow to import: only when ranks are started.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -44,9 +45,11 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
     return 0
 
 
-def _set_environment(num_ranks: int) -> None:
-    # torchrun logs every failure again, in its own words, and torch's C++ part every connection that a failure breaks.
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")
+def _prepare_process(num_ranks: int) -> None:
+    # torchrun logs every failure again, in its own words; whoever wants to read them sets its LOGLEVEL.
+    if "LOGLEVEL" not in os.environ:
+        logging.disable(logging.ERROR)
+    # torch's C++ part warns of every connection that a failure breaks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     # Ranks and rollout workers share the cores: those that wait must not spin.

@@ -29,7 +29,7 @@ def flags(model: Path, tmp_path: Path) -> list[str]:
 def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     # A run of one rank, whatever this test was started by.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "XRL_FIRST_ERROR_FILE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):
         inherited.pop(name, None)
     return subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=inherited | variables, timeout=120

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -40,18 +41,26 @@ class JsonLinesSink:
 
 
 class TensorBoardSink:
-    """One scalar per metric; values that are not finite are left out."""
+    """One scalar per metric; values that are not finite are left out. A step is on disk when `write` returns."""
 
     def __init__(self, folder: Path) -> None:
         # Imported here: it costs half a second, and runs without TensorBoard need not pay it.
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import Summary
 
-        self._writer = SummaryWriter(logdir=str(folder))
+        # Not SummaryWriter: it queues events for a thread, and its flush() does not wait for what is still queued.
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        self._event, self._summary = Event, Summary
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, float(value), step)
+        values = [
+            self._summary.Value(tag=name, simple_value=float(value))
+            for name, value in metrics.items()
+            if math.isfinite(value)
+        ]
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
         self._writer.flush()
 
     def close(self) -> None:
