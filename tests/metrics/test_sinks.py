@@ -84,6 +84,14 @@ def test_a_run_writes_to_all_its_sinks(tmp_path):
     assert scalars(folder.tensorboard) == [(1, "loss", 0.5)]
 
 
+def test_closing_twice_is_closing_once(tmp_path):
+    log = MetricsLog(RunFolder(tmp_path))
+    log.write(1, {"loss": 0.5})
+    log.close()
+    log.close()
+    assert scalars(RunFolder(tmp_path).tensorboard) == [(1, "loss", 0.5)]
+
+
 def test_tensorboard_can_be_switched_off_and_is_then_not_imported(tmp_path):
     code = (
         "import sys; from pathlib import Path; from xrl.metrics.run_folder import RunFolder; "

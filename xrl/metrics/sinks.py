@@ -53,6 +53,7 @@ class TensorBoardSink:
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"))
         self._event, self._summary = Event, Summary
+        self._closed = False
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = [
@@ -64,7 +65,10 @@ class TensorBoardSink:
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        # EventsWriter cannot be closed twice, files can.
+        if not self._closed:
+            self._writer.close()
+        self._closed = True
 
 
 class MetricsLog:
