@@ -36,11 +36,14 @@ def training(model: Path, folder: Path, *start: str) -> Iterator[Run]:
 
 def process_of(run: Run, *words: str, **variables: str) -> psutil.Process:
     """The process of the run with these words on its command line and these environment variables."""
-    (found, *_) = [
-        process
-        for process in run.children()
-        if set(words) <= set(process.cmdline()) and variables.items() <= process.environ().items()
-    ]
+
+    def is_meant(process: psutil.Process) -> bool:
+        try:
+            return set(words) <= set(process.cmdline()) and variables.items() <= process.environ().items()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            return False  # it ended just now, and its parent has yet to notice
+
+    (found, *_) = filter(is_meant, run.children())
     return found
 
 
