@@ -39,27 +39,29 @@ void check_rows(int64_t num_rows, int64_t num_columns, int64_t row_stride, int n
 
 template <typename T>
 void logprob_statistics(Address logits, int64_t num_rows, int64_t num_columns, int64_t row_stride, Address token_ids,
-                        int64_t vocab_start, float inverse_temperature, Address maximum, Address sum_exp,
-                        Address sum_exp_shifted, Address target, int num_threads) {
+                        int64_t vocab_start, float inverse_temperature, Address statistics, int num_threads) {
   check_rows(num_rows, num_columns, row_stride, num_threads);
-  const xrl::RowStatistics out{at<float>(maximum), at<float>(sum_exp), at<float>(sum_exp_shifted), at<float>(target)};
+  float* out = at<float>(statistics);
+  const xrl::RowStatistics rows_out{out, out + num_rows, out + 2 * num_rows, out + 3 * num_rows};
+  const xrl::ChosenTokens tokens{at<const int64_t>(token_ids), vocab_start, inverse_temperature};
   py::gil_scoped_release release;
-  XRL_DISPATCH(logprob_statistics, rows<T>(logits, num_rows, num_columns, row_stride), at<const int64_t>(token_ids),
-               vocab_start, inverse_temperature, out, num_threads);
+  XRL_DISPATCH(logprob_statistics, rows<T>(logits, num_rows, num_columns, row_stride), tokens, rows_out, num_threads);
 }
 
 template <typename T>
-void logprob_backward(Address logits, int64_t num_rows, int64_t num_columns, int64_t row_stride, Address token_ids,
-                      int64_t vocab_start, float inverse_temperature, Address logsumexp, Address entropy,
-                      Address grad_logprob, Address grad_entropy, Address grad_logits, int64_t grad_stride,
-                      int64_t num_grad_columns, int num_threads) {
+void logprob_gradient(Address logits, int64_t num_rows, int64_t num_columns, int64_t row_stride, Address token_ids,
+                      int64_t vocab_start, float inverse_temperature, Address maximum, Address log_sum,
+                      Address entropy, Address grad_logprob, Address grad_entropy, Address out, int64_t out_stride,
+                      int64_t num_out_columns, int num_threads) {
   check_rows(num_rows, num_columns, row_stride, num_threads);
-  xrl::check(num_grad_columns >= num_columns, "num_grad_columns must be >= num_columns");
+  xrl::check(num_out_columns >= num_columns, "num_out_columns must be >= num_columns");
+  const xrl::ChosenTokens tokens{at<const int64_t>(token_ids), vocab_start, inverse_temperature};
+  const xrl::GradientRows gradients{at<const float>(maximum), at<const float>(log_sum), at<const float>(entropy),
+                                    at<const float>(grad_logprob), at<const float>(grad_entropy)};
+  const xrl::OutputRows<T> rows_out{at<T>(out), out_stride, num_out_columns};
   py::gil_scoped_release release;
-  XRL_DISPATCH(logprob_backward, rows<T>(logits, num_rows, num_columns, row_stride), at<const int64_t>(token_ids),
-               vocab_start, inverse_temperature, at<const float>(logsumexp), at<const float>(entropy),
-               at<const float>(grad_logprob), at<const float>(grad_entropy), at<T>(grad_logits), grad_stride,
-               num_grad_columns, num_threads);
+  XRL_DISPATCH(logprob_gradient, rows<T>(logits, num_rows, num_columns, row_stride), tokens, gradients, rows_out,
+               num_threads);
 }
 
 template <typename T>
@@ -178,7 +180,7 @@ const char* cpu_isa() {
 template <typename T>
 void bind(py::module_& module, const std::string& suffix) {
   module.def(("logprob_statistics" + suffix).c_str(), &logprob_statistics<T>);
-  module.def(("logprob_backward" + suffix).c_str(), &logprob_backward<T>);
+  module.def(("logprob_gradient" + suffix).c_str(), &logprob_gradient<T>);
   module.def(("swiglu_forward" + suffix).c_str(), &swiglu_forward<T>);
   module.def(("swiglu_backward" + suffix).c_str(), &swiglu_backward<T>);
   module.def(("rms_norm_forward" + suffix).c_str(), &rms_norm_forward<T>);

@@ -14,26 +14,48 @@ struct LogitRows {
   int64_t row_stride;   // elements from a row to the next
 };
 
-// What each row needs to know of its shard, so that shards can be put together. s = logit / temperature - maximum.
+// Which token of each row is asked for, and at what temperature.
+struct ChosenTokens {
+  const int64_t* ids;   // over the whole vocabulary
+  int64_t vocab_start;  // id of the first column
+  float inverse_temperature;
+};
+
+// What each row needs to know of its shard, so that shards can be put together. s = (logit - maximum) / temperature.
 struct RowStatistics {
-  float* maximum;          // of logit / temperature; -inf where no column counts
+  float* maximum;          // of the logits; -inf where no column counts
   float* sum_exp;          // sum of exp(s)
   float* sum_exp_shifted;  // sum of exp(s) * s
-  float* target;           // logit / temperature of the chosen token; 0 where it is on another shard
+  float* target;           // s of the chosen token; 0 where it is on another shard
+};
+
+// The gradient of each row's log-prob and entropy, and the statistics of the whole vocabulary it takes.
+struct GradientRows {
+  const float* maximum;
+  const float* log_sum;  // log of the sum of exp(s)
+  const float* entropy;
+  const float* grad_logprob;
+  const float* grad_entropy;  // may be null: zeros
+};
+
+// Where gradients go; may be the logits themselves.
+template <typename T>
+struct OutputRows {
+  T* data;
+  int64_t row_stride;
+  int64_t num_columns;  // to write; those beyond the logits' columns that count get 0
 };
 
 }  // namespace xrl
 
-#define XRL_DECLARE_LOGPROB(ISA)                                                                                     \
-  namespace xrl::ISA {                                                                                               \
-  template <typename T>                                                                                              \
-  void logprob_statistics(const LogitRows<T>& logits, const int64_t* token_ids, int64_t vocab_start,                 \
-                          float inverse_temperature, const RowStatistics& out, int num_threads);                     \
-  template <typename T>                                                                                              \
-  void logprob_backward(const LogitRows<T>& logits, const int64_t* token_ids, int64_t vocab_start,                   \
-                        float inverse_temperature, const float* logsumexp, const float* entropy,                     \
-                        const float* grad_logprob, const float* grad_entropy, T* grad_logits, int64_t grad_stride,   \
-                        int64_t num_grad_columns, int num_threads);                                                  \
+#define XRL_DECLARE_LOGPROB(ISA)                                                                                      \
+  namespace xrl::ISA {                                                                                                \
+  template <typename T>                                                                                               \
+  void logprob_statistics(const LogitRows<T>& logits, const ChosenTokens& tokens, const RowStatistics& out,           \
+                          int num_threads);                                                                           \
+  template <typename T>                                                                                               \
+  void logprob_gradient(const LogitRows<T>& logits, const ChosenTokens& tokens, const GradientRows& rows,             \
+                        const OutputRows<T>& out, int num_threads);                                                   \
   }
 
 XRL_DECLARE_LOGPROB(scalar)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from xrl.algorithms.advantages import group_advantages
-from xrl.algorithms.clipped import ClippedSurrogate, clipped_surrogate
-from xrl.algorithms.importance import ImportanceWeights, importance_weights, mismatch, mismatch_kl
-from xrl.algorithms.kl import KL_ESTIMATORS, k3
+from xrl.algorithms.clipped import ClippedSurrogate
+from xrl.algorithms.importance import ImportanceWeights, mismatch, mismatch_kl
+from xrl.algorithms.kl import k3
 from xrl.algorithms.scored import Scored
 from xrl.algorithms.scoring import score_groups
+from xrl.algorithms.token_terms import token_terms
 from xrl.config import AlgorithmConfig
 from xrl.metrics.mean import Mean
 from xrl.types import Group, LossInputs, LossOutput
@@ -45,37 +46,24 @@ class GRPO:
         """
         config = self.config
         _check(inputs)
-        surrogate = clipped_surrogate(
-            inputs.logprobs,
-            inputs.old_logprobs,
-            inputs.advantages,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
+        terms = token_terms(
+            logprobs=inputs.logprobs,
+            entropy=inputs.entropy,
+            old_logprobs=inputs.old_logprobs,
+            rollout_logprobs=inputs.rollout_logprobs,
+            reference_logprobs=inputs.reference_logprobs,
+            advantages=inputs.advantages,
+            config=config,
         )
-        # With the engine's log-probs as denominator the actor's at sampling time are unknown; the current stand in.
-        actor_logprobs = (inputs.old_logprobs if config.old_logprobs == "actor" else inputs.logprobs).detach()
-        importance = importance_weights(
-            actor_logprobs, inputs.rollout_logprobs, kind=config.importance_correction, bound=config.importance_bound
-        )
-        per_token = importance.weights * surrogate.loss
         metrics = {
-            **_policy_metrics(inputs, surrogate),
-            **_mismatch_metrics(actor_logprobs, inputs.rollout_logprobs),
+            **_policy_metrics(inputs, terms.surrogate),
+            **_mismatch_metrics(terms.actor_logprobs, inputs.rollout_logprobs),
         }
         if config.importance_correction != "off":
-            metrics |= _importance_metrics(importance)
-        if inputs.reference_logprobs is not None:
-            kl = KL_ESTIMATORS[config.kl_type](inputs.logprobs, inputs.reference_logprobs.detach())
-            metrics["kl"] = token_mean(kl)
-            # Skipped, not multiplied by 0, here and below: a term that is off must cost no backward pass.
-            if config.kl_coef:
-                per_token = per_token + config.kl_coef * kl
-        elif config.kl_coef:
-            raise ValueError(f"kl_coef is {config.kl_coef:g}, which needs reference_logprobs, got None")
-        if config.entropy_coef:
-            per_token = per_token - config.entropy_coef * inputs.entropy
-        loss = (inputs.weights * per_token).sum()
+            metrics |= _importance_metrics(terms.importance)
+        if terms.kl is not None:
+            metrics["kl"] = token_mean(terms.kl)
+        loss = (inputs.weights * terms.loss).sum()
         # The shares sum to 1 over an update: merged over micro-batches, ranks and updates, this is the mean loss.
         metrics["loss"] = Mean(loss.detach(), inputs.weights.detach().sum())
         return LossOutput(loss=loss, metrics=metrics)

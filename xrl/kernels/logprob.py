@@ -5,17 +5,16 @@ Shapes: R rows, V columns of this rank's shard of the vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 
-from xrl.kernels.native import native_module
-
-_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+from xrl.kernels.backend import FAST_DTYPES, Backend, BackendName, choose_backend, choose_backend_name
+from xrl.kernels.shards import combine, find_shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,201 +32,215 @@ def vocab_parallel_logprob(
     *,
     temperature: float = 1.0,
     group: ProcessGroup | None = None,
-    vocab_start: int = 0,
+    vocab_start: int | None = None,
     num_columns: int | None = None,
+    entropy_grad: bool = False,
+    backend: BackendName = "auto",
 ) -> LogprobOutput:
     """Log-prob and entropy over the whole vocabulary, of which every rank of `group` holds some columns.
 
         logprob_r = x_r[token_r] - logsumexp(x_r),  entropy_r = logsumexp(x_r) - sum_v p_rv x_rv,  x = logits / T
 
-    One MAX and one SUM all-reduce of a few floats a row; the backward pass is local. Differentiable in both outputs.
+    The logits are read once forward; backward they are read and their gradient is written. Under tensor parallelism
+    one all-gather of four floats a row joins the shards, and the backward pass is local.
 
     Args:
-        logits: [R, V] fp32 or bf16, rows may be strided.
-        token_ids: [R] int64, numbered over the whole vocabulary.
+        logits: [R, V] floating point.
+        token_ids: [R] int64 or int32, numbered over the whole vocabulary.
+        temperature: > 0; any value at run time.
         group: ranks that hold the other columns; None when this rank holds all.
-        vocab_start: number of this shard's first column.
+        vocab_start: id of this shard's first column. Left out: shards follow each other in the order of the ranks,
+            and one more collective finds out where this one begins.
         num_columns: columns that count; those behind are padding. Left out: all.
+        entropy_grad: whether the entropy carries a gradient; without, the backward pass is cheaper.
+        backend: what computes it; see `python -m xrl.kernels`.
 
     Raises:
-        ValueError: a wrong shape, type, device or temperature, or without a group an id that no column has.
+        ValueError: a wrong shape, type, device, temperature or backend, or (on the CPU) an id that no shard holds. On
+            CUDA such an id gives NaN: looking at values there would wait for the device.
     """
-    columns = logits.shape[-1] if num_columns is None else num_columns
-    _check(logits, token_ids, temperature, group, vocab_start, columns)
-    if _uses_native(logits):
-        logprob, entropy, logsumexp = _NativeLogprob.apply(logits, token_ids, temperature, group, vocab_start, columns)
-        return LogprobOutput(logprob=logprob, entropy=entropy, logsumexp=logsumexp)
-    return reference_logprob(
-        logits, token_ids, temperature=temperature, group=group, vocab_start=vocab_start, num_columns=columns
+    check_logits(logits, token_ids, temperature)
+    vocab_start, num_columns = find_shard(logits, group=group, vocab_start=vocab_start, num_columns=num_columns)
+    logprob, entropy, maximum, log_sum, found = torch.ops.xrl.vocab_parallel_logprob(
+        logits,
+        token_ids,
+        float(temperature),
+        None if group is None else group.group_name,
+        vocab_start,
+        num_columns,
+        choose_backend_name(backend, device=logits.device, dtype=logits.dtype),
+    )
+    check_found(found, token_ids)
+    return LogprobOutput(
+        logprob=logprob,
+        entropy=entropy if entropy_grad else entropy.detach(),
+        logsumexp=maximum.detach() / temperature + log_sum.detach(),
     )
 
 
 def reference_logprob(
+    logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0, num_columns: int | None = None
+) -> LogprobOutput:
+    """The specification of `vocab_parallel_logprob` on one rank, in plain PyTorch; differentiable in all outputs."""
+    x = logits[:, :num_columns]
+    x = (x if x.dtype == torch.float64 else x.float()) / temperature
+    logp = x.log_softmax(1)
+    # A token of probability 0 adds nothing; 0 * -inf would be NaN.
+    entropy = -(logp.exp() * logp.masked_fill(logp == -math.inf, 0.0)).sum(1)
+    return LogprobOutput(
+        logprob=logp.gather(1, token_ids.long()[:, None])[:, 0], entropy=entropy, logsumexp=x.logsumexp(1)
+    )
+
+
+@torch.library.custom_op("xrl::vocab_parallel_logprob", mutates_args=())
+def _logprob_op(
     logits: Tensor,
     token_ids: Tensor,
-    *,
-    temperature: float = 1.0,
-    group: ProcessGroup | None = None,
-    vocab_start: int = 0,
-    num_columns: int | None = None,
-) -> LogprobOutput:
-    """The specification of `vocab_parallel_logprob`, in plain PyTorch."""
-    x = logits[:, : logits.shape[-1] if num_columns is None else num_columns]
-    x = (x if x.dtype == torch.float64 else x.float()) / temperature
-    with torch.no_grad():
-        # A column of -inf keeps rows finite where a shard holds no column at all.
-        floor = torch.full((x.shape[0], 1), float("-inf"), dtype=x.dtype, device=x.device)
-        maximum = torch.cat([x.detach(), floor], dim=1).amax(dim=1)
-        if group is not None:
-            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        # Rows without any possible token: anything finite will do, the result is -inf or NaN either way.
-        maximum = torch.where(maximum.isneginf(), 0.0, maximum)
-    shifted = x - maximum[:, None]
-    exp = shifted.exp()
-    local = token_ids - vocab_start
-    owned = (local >= 0) & (local < x.shape[1])
-    if x.shape[1]:
-        target = shifted.gather(1, local.clamp(0, x.shape[1] - 1)[:, None])[:, 0].masked_fill(~owned, 0.0)
-    else:
-        target = x.new_zeros(x.shape[0])
-    # A token of probability 0 adds nothing to the entropy; 0 * -inf would be NaN.
-    sums = torch.stack([exp.sum(1), (exp * shifted.masked_fill(shifted.isneginf(), 0.0)).sum(1), target])
-    if group is not None:
-        sums = _SumOverRanks.apply(sums, group)
-    sum_exp, sum_exp_shifted, target = sums.unbind()
-    log_sum = sum_exp.log()
-    return LogprobOutput(
-        logprob=target - log_sum,
-        entropy=log_sum - sum_exp_shifted / sum_exp,
-        logsumexp=(log_sum + maximum).detach(),
+    temperature: float,
+    group_name: str | None,
+    vocab_start: int,
+    num_columns: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, maximum of the logits, log of the sum of exp, whether the token was found), all [R]."""
+    rows = adjacent(logits)
+    chosen = _backend(backend, rows)
+    shard = {"inverse_temperature": 1.0 / temperature, "vocab_start": vocab_start, "num_columns": num_columns}
+    statistics = chosen.statistics(rows, token_ids, **shard)  # type: ignore[arg-type]
+    group = None if group_name is None else distributed_c10d._resolve_process_group(group_name)
+    softmax = combine(statistics, token_ids, group=group, **shard)  # type: ignore[arg-type]
+    # Outputs of an op may not share memory, and the maximum is a row of the statistics.
+    return softmax.logprob, softmax.entropy, softmax.maximum.clone(), softmax.log_sum, softmax.found
+
+
+@_logprob_op.register_fake
+def _(
+    logits: Tensor, token_ids: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = [logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(4)]
+    return rows[0], rows[1], rows[2], rows[3], logits.new_empty(logits.shape[0], dtype=torch.bool)
+
+
+@torch.library.custom_op("xrl::logprob_gradient", mutates_args=())
+def _gradient_op(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    maximum: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """The gradient of the logits, [R, V]."""
+    rows = adjacent(logits)
+    out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    _backend(backend, rows).gradient(
+        rows,
+        token_ids,
+        out,
+        inverse_temperature=1.0 / temperature,
+        vocab_start=vocab_start,
+        num_columns=num_columns,
+        maximum=maximum,
+        log_sum=log_sum,
+        entropy=entropy,
+        grad_logprob=grad_logprob.contiguous(),
+        grad_entropy=None if grad_entropy is None else grad_entropy.contiguous(),
     )
+    return out
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """Sum over a group whose ranks all go on to the same result: the gradient passes through unchanged."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+@_gradient_op.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-class _NativeLogprob(torch.autograd.Function):
-    """The compiled kernels: no [R, V] temporary forward, and only the gradient itself backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        token_ids: Tensor,
-        temperature: float,
-        group: ProcessGroup | None,
-        vocab_start: int,
-        num_columns: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        token_ids = token_ids.contiguous()
-        num_rows = logits.shape[0]
-        statistics = torch.empty(4, num_rows, dtype=torch.float32)
-        maximum, sum_exp, sum_exp_shifted, target = statistics.unbind()
-        getattr(native_module(), f"logprob_statistics_{_SUFFIX[logits.dtype]}")(
-            logits.data_ptr(),
-            num_rows,
-            num_columns,
-            logits.stride(0),
-            token_ids.data_ptr(),
-            vocab_start,
-            1.0 / temperature,
-            maximum.data_ptr(),
-            sum_exp.data_ptr(),
-            sum_exp_shifted.data_ptr(),
-            target.data_ptr(),
-            torch.get_num_threads(),
-        )
-        if group is not None:
-            maximum, sum_exp, sum_exp_shifted, target = _combine(statistics, group)
-        log_sum = sum_exp.log()
-        logsumexp = maximum + log_sum
-        entropy = log_sum - sum_exp_shifted / sum_exp
-        ctx.save_for_backward(logits, token_ids, logsumexp, entropy)
-        ctx.arguments = (temperature, vocab_start, num_columns)
-        ctx.mark_non_differentiable(logsumexp)
-        return target - logsumexp, entropy, logsumexp
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        logits, token_ids, logsumexp, entropy = ctx.saved_tensors
-        temperature, vocab_start, num_columns = ctx.arguments
-        grad_logprob, grad_entropy = grads[0].float().contiguous(), grads[1].float().contiguous()
-        grad_logits = torch.empty(logits.shape, dtype=logits.dtype)
-        getattr(native_module(), f"logprob_backward_{_SUFFIX[logits.dtype]}")(
-            logits.data_ptr(),
-            logits.shape[0],
-            num_columns,
-            logits.stride(0),
-            token_ids.data_ptr(),
-            vocab_start,
-            1.0 / temperature,
-            logsumexp.data_ptr(),
-            entropy.data_ptr(),
-            grad_logprob.data_ptr(),
-            grad_entropy.data_ptr(),
-            grad_logits.data_ptr(),
-            grad_logits.stride(0),
-            logits.shape[1],
-            torch.get_num_threads(),
-        )
-        return grad_logits, None, None, None, None, None
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, token_ids, temperature, _, vocab_start, num_columns, backend = inputs
+    _, entropy, maximum, log_sum, _ = output
+    ctx.save_for_backward(logits, token_ids, maximum, log_sum, entropy)
+    ctx.arguments = (temperature, vocab_start, num_columns, backend)
+    # A gradient that nobody asked for stays None, and costs nothing.
+    ctx.set_materialize_grads(False)
 
 
-def _combine(statistics: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of the whole vocabulary from those of every shard."""
-    local_maximum, sum_exp, sum_exp_shifted, target = statistics.unbind()
-    maximum = local_maximum.clone()
-    dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-    # A shard without possible tokens has maximum -inf and sums 0: it must add 0, not 0 * -inf.
-    difference = torch.where(local_maximum.isneginf(), 0.0, local_maximum - maximum)
-    scale = difference.exp()
-    sums = torch.stack([sum_exp * scale, (sum_exp_shifted + sum_exp * difference) * scale, target])
-    dist.all_reduce(sums, group=group)
-    sum_exp, sum_exp_shifted, target = sums.unbind()
-    return maximum, sum_exp, sum_exp_shifted, target
-
-
-def _uses_native(logits: Tensor) -> bool:
-    return (
-        logits.device.type == "cpu"
-        and logits.dtype in _SUFFIX
-        and (logits.shape[1] == 0 or logits.stride(1) == 1)
-        and native_module() is not None
+def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_logprob is None and grad_entropy is None:
+        return (None,) * 7
+    logits, token_ids, maximum, log_sum, entropy = ctx.saved_tensors
+    temperature, vocab_start, num_columns, backend = ctx.arguments
+    gradient = torch.ops.xrl.logprob_gradient(
+        logits,
+        token_ids,
+        temperature,
+        vocab_start,
+        num_columns,
+        maximum,
+        log_sum,
+        entropy,
+        torch.zeros_like(entropy) if grad_logprob is None else grad_logprob,
+        grad_entropy,
+        backend,
     )
+    return gradient, None, None, None, None, None, None
 
 
-def _check(
-    logits: Tensor, token_ids: Tensor, temperature: float, group: ProcessGroup | None, vocab_start: int, columns: int
-) -> None:
+_logprob_op.register_autograd(_backward, setup_context=_save)
+
+
+def check_logits(logits: Tensor, token_ids: Tensor, temperature: float) -> None:
+    """Refuse what no backend could make sense of.
+
+    Raises:
+        ValueError: naming the tensor, its shape and what was expected.
+    """
     if logits.ndim != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating point [R, V], got {logits.dtype} {list(logits.shape)}")
-    if token_ids.shape != logits.shape[:1] or token_ids.dtype != torch.int64:
+    check_ids(token_ids, logits.shape[0], logits.device)
+    check_temperature(temperature)
+
+
+def check_ids(token_ids: Tensor, num_rows: int, device: torch.device) -> None:
+    """Raises ValueError unless token_ids are whole numbers [R] on `device`."""
+    if token_ids.shape != (num_rows,) or token_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"token_ids must be int64 [R] = [{logits.shape[0]}], got {token_ids.dtype} {list(token_ids.shape)}"
+            f"token_ids must be int64 or int32 [R] = [{num_rows}], got {token_ids.dtype} {list(token_ids.shape)}"
         )
-    if token_ids.device != logits.device:
-        raise ValueError(f"token_ids are on {token_ids.device}, logits on {logits.device}: they must be on one device")
-    if not 0 < temperature < float("inf"):
+    if token_ids.device != device:
+        raise ValueError(f"token_ids are on {token_ids.device}, logits on {device}: they must be on one device")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless 0 < temperature < infinity."""
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and > 0, got {temperature}")
-    if not 0 <= columns <= logits.shape[1] or vocab_start < 0:
-        raise ValueError(
-            f"num_columns must be in [0, {logits.shape[1]}] and vocab_start >= 0, got {columns} and {vocab_start}"
-        )
-    # With a group the other ranks may own an id; looking at CUDA values here would wait for the GPU.
-    if group is None and logits.device.type == "cpu" and token_ids.numel():
-        lowest, highest = int(token_ids.min()), int(token_ids.max())
-        if lowest < vocab_start or highest >= vocab_start + columns:
-            raise ValueError(
-                f"token_ids must be in [{vocab_start}, {vocab_start + columns}), got values from {lowest} to {highest}"
-            )
+
+
+def check_found(found: Tensor, token_ids: Tensor) -> None:
+    """Raises ValueError where no shard holds a token; on the CPU only, and not while a graph is traced."""
+    if torch.compiler.is_compiling() or found.device.type != "cpu" or bool(found.all()):
+        return
+    row = int((~found).nonzero()[0])
+    raise ValueError(
+        f"token_ids {list(token_ids.shape)} must be ids of the vocabulary, got {int(token_ids[row])} in row {row}, "
+        f"which no shard holds"
+    )
+
+
+def adjacent(logits: Tensor) -> Tensor:
+    """Logits whose columns are adjacent in memory, copied where they are not."""
+    is_adjacent = logits.shape[1] <= 1 or logits.stride(1) == 1
+    has_rows = logits.shape[0] <= 1 or logits.stride(0) >= logits.shape[1]
+    return logits if is_adjacent and has_rows else logits.contiguous()
+
+
+def _backend(name: str, rows: Tensor) -> Backend:
+    return choose_backend(name, device=rows.device, dtype=rows.dtype)  # type: ignore[arg-type]
+
+
+__all__ = ["FAST_DTYPES", "LogprobOutput", "reference_logprob", "vocab_parallel_logprob"]

@@ -1,0 +1,74 @@
+"""What each token adds to the GRPO loss: the definition that both the algorithm and the fused kernels evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from xrl.algorithms.clipped import ClippedSurrogate, clipped_surrogate
+from xrl.algorithms.importance import ImportanceWeights, importance_weights
+from xrl.algorithms.kl import KL_ESTIMATORS
+from xrl.config import AlgorithmConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTerms:
+    """The loss of each token and what it is made of, all [R]."""
+
+    loss: Tensor  # before weights; carries the gradient
+    surrogate: ClippedSurrogate
+    importance: ImportanceWeights
+    actor_logprobs: Tensor  # the importance weights' numerator, detached
+    kl: Tensor | None  # to the reference; None without one
+
+
+def token_terms(
+    *,
+    logprobs: Tensor,
+    entropy: Tensor,
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    reference_logprobs: Tensor | None,
+    advantages: Tensor,
+    config: AlgorithmConfig,
+) -> TokenTerms:
+    """Importance-weighted clipped surrogate, KL and entropy terms of each token.
+
+        loss_t = i_t * clipped_t + kl_coef * kl_t - entropy_coef * entropy_t
+
+    Args:
+        logprobs, entropy: [R] of the model being trained, with gradient.
+        old_logprobs: [R] denominator of the ratio.
+        rollout_logprobs: [R] from the engine.
+        reference_logprobs: [R] of the frozen starting model, or None where there is none.
+        advantages: [R].
+
+    Raises:
+        ValueError: the KL is in the loss and there are no reference log-probs.
+    """
+    surrogate = clipped_surrogate(
+        logprobs,
+        old_logprobs,
+        advantages,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+    )
+    # With the engine's log-probs as denominator the actor's at sampling time are unknown; the current stand in.
+    actor_logprobs = (old_logprobs if config.old_logprobs == "actor" else logprobs).detach()
+    importance = importance_weights(
+        actor_logprobs, rollout_logprobs, kind=config.importance_correction, bound=config.importance_bound
+    )
+    loss = importance.weights * surrogate.loss
+    kl = None
+    if reference_logprobs is not None:
+        kl = KL_ESTIMATORS[config.kl_type](logprobs, reference_logprobs.detach())
+        # Skipped, not multiplied by 0, here and below: a term that is off must cost no backward pass.
+        if config.kl_coef:
+            loss = loss + config.kl_coef * kl
+    elif config.kl_coef:
+        raise ValueError(f"kl_coef is {config.kl_coef:g}, which needs reference_logprobs, got None")
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * entropy
+    return TokenTerms(loss=loss, surrogate=surrogate, importance=importance, actor_logprobs=actor_logprobs, kl=kl)

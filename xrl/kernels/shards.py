@@ -1,0 +1,88 @@
+"""A vocabulary spread over ranks: where this rank's columns are, and what the shards' softmax statistics add up to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softmax:
+    """Of each row over the whole vocabulary, all [R]; x = logit / temperature."""
+
+    maximum: Tensor  # of the logits
+    log_sum: Tensor  # log of the sum of exp((logit - maximum) / temperature)
+    entropy: Tensor  # in nats
+    logprob: Tensor  # of the chosen token; NaN where no shard holds it
+    found: Tensor  # bool: some shard holds the chosen token
+
+
+def find_shard(
+    logits: Tensor, *, group: ProcessGroup | None, vocab_start: int | None, num_columns: int | None
+) -> tuple[int, int]:
+    """(id of the first column, columns that count) of this rank's shard.
+
+    Left out, a shard begins where those of lower ranks end, which takes a collective, and all its columns count.
+
+    Raises:
+        ValueError: out of range.
+    """
+    columns = logits.shape[1] if num_columns is None else num_columns
+    if not 0 <= columns <= logits.shape[1]:
+        raise ValueError(f"num_columns must be in [0, {logits.shape[1]}] for logits {list(logits.shape)}, got {columns}")
+    if vocab_start is None:
+        vocab_start = 0
+        if group is not None:
+            mine = torch.tensor([columns], device=logits.device)
+            everyone = torch.empty(dist.get_world_size(group), dtype=mine.dtype, device=logits.device)
+            dist.all_gather_into_tensor(everyone, mine, group=group)
+            vocab_start = int(everyone[: dist.get_rank(group)].sum())
+    if vocab_start < 0:
+        raise ValueError(f"vocab_start must be >= 0, got {vocab_start}")
+    return vocab_start, columns
+
+
+def combine(
+    statistics: Tensor,
+    token_ids: Tensor,
+    *,
+    inverse_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    group: ProcessGroup | None,
+) -> Softmax:
+    """The softmax of the whole vocabulary from every shard's `Backend.statistics` [4, R]. One collective."""
+    local = token_ids.long() - vocab_start
+    owned = (local >= 0) & (local < num_columns)
+    if group is None:
+        maximum, total, total_shifted, target = statistics.unbind()
+        found = owned
+    else:
+        # The chosen token's s is at most 0: infinity says that it is elsewhere.
+        statistics = torch.cat([statistics[:3], torch.where(owned, statistics[3], math.inf)[None]])
+        shards = statistics.new_empty(dist.get_world_size(group), *statistics.shape)
+        dist.all_gather_into_tensor(shards, statistics, group=group)
+        maxima, sums, shifted, targets = shards.unbind(1)
+        maximum = maxima.amax(0)
+        # A shard without possible tokens has maximum -inf and sums 0: it must add 0, not 0 * -inf.
+        below = torch.where(maxima == -math.inf, 0.0, maxima - maximum) * inverse_temperature
+        scale = below.exp()
+        # Where the scale is 0, so is the term, whatever it is multiplied by.
+        total = (sums * scale).sum(0)
+        total_shifted = torch.where(scale == 0, 0.0, (shifted + sums * below) * scale).sum(0)
+        here = targets != math.inf
+        target = torch.where(here, targets + below, 0.0).sum(0)
+        found = here.any(0)
+    log_sum = total.log()
+    return Softmax(
+        maximum=maximum,
+        log_sum=log_sum,
+        entropy=log_sum - total_shifted / total,
+        logprob=torch.where(found, target - log_sum, math.nan),
+        found=found,
+    )
