@@ -149,7 +149,7 @@ def measure_xrl(model: Path, prompts: Path, options: argparse.Namespace, seen: M
         "judge-num-workers": 1,
     }
     with tempfile.TemporaryDirectory() as work_dir:
-        command = [sys.executable, "-m", "xrl.train", "--work-dir", work_dir, "--ignore-eos", "--no-shuffle"]
+        command = [sys.executable, "-m", "xrl.cli", "train", "--work-dir", work_dir, "--ignore-eos", "--no-shuffle"]
         command += ["--no-tensorboard", *(f"--{name}={value}" for name, value in flags.items())]
         _, peak_bytes = run_process(command, options)
         (metrics,) = Path(work_dir).glob("*/metrics.jsonl")
@@ -189,7 +189,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="steps that count in each run")
     parser.add_argument("--new-tokens", type=int, default=128, help="length of every answer")
     parser.add_argument("--num-threads", type=int, default=2)
-    parser.add_argument("--max-tokens-per-microbatch", type=int, default=1024, help="of xrl")
+    parser.add_argument("--max-tokens-per-microbatch", type=int, default=2048, help="of xrl")
     return parser.parse_args()
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from xrl.launch.exit import EXIT_ERROR, has_announced
 from xrl.launch.signals import STOP_SIGNALS
+from xrl.launch.threads import set_thread_waiting
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -52,8 +53,7 @@ def _prepare_process(num_ranks: int) -> None:
     # torch's C++ part warns of every connection that a failure breaks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    # Ranks and rollout workers share the cores: those that wait must not spin.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    set_thread_waiting(os.environ)
     # After this many seconds a rank that was told to end is killed; by default 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")
 

@@ -14,6 +14,7 @@ import xrl
 from xrl.config import SettingsError
 from xrl.config.parse import parse_settings
 from xrl.launch.exit import EXIT_BAD_SETTINGS, run_main
+from xrl.launch.threads import set_thread_waiting
 
 USAGE = """usage: xrl COMMAND [ARGUMENTS]
 
@@ -63,7 +64,7 @@ def train(arguments: list[str]) -> None:
     preflight(settings, world_size=num_ranks)
     if num_ranks == 1:
         # A world of one needs no torchrun; training in this process shows its errors by itself.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        set_thread_waiting(os.environ)
         from xrl.train import train as train_here
 
         run_main(lambda: train_here(settings))

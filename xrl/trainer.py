@@ -20,7 +20,7 @@ from xrl.config import Settings
 from xrl.data.prompts import PromptDataset
 from xrl.metrics.journal import Journal
 from xrl.metrics.mean import Mean, merge
-from xrl.metrics.memory import cuda_peak_bytes, peak_rss_bytes
+from xrl.metrics.memory import cuda_peak_bytes, peak_rss_bytes, return_freed_memory
 from xrl.parallel.groups import ParallelGroups
 from xrl.rollout.collect import Collector
 from xrl.rollout.evaluate import Evaluator
@@ -86,6 +86,7 @@ class Trainer:
         start = time.perf_counter()
         samples = broadcast_samples(self.sample(index) if self.lead else None, self.groups.control)
         reports = self.actor.update(samples, self.algorithm.loss, self.token_weights)
+        return_freed_memory()  # to the rollout workers, whose turn it is now
         self.publish(version=index)
         self.report(index, reports, seconds=time.perf_counter() - start)
 

@@ -50,7 +50,8 @@ def test_shared_pack_holds_each_prompt_once_and_predicts_every_response_token(
 ) -> None:
     packed = pack(samples, range(len(samples)), share_prompts=True, multiple=multiple)
     lengths = [n for c in packed.clusters for n in (*c.root_lengths, *c.branch_lengths)]
-    assert sum(lengths) == len(packed.token_ids) == len(packed.position_ids)
+    assert 0 <= len(packed.token_ids) - sum(lengths) < multiple
+    assert len(packed.token_ids) == len(packed.position_ids)
     assert len(packed.token_ids) % multiple == 0
     for sample_ in samples:
         assert packed.token_ids.count(sample_.prompt_ids[-1]) == 1

@@ -39,6 +39,7 @@ def make_samples(lengths: list[tuple[int, list[int]]]) -> list[Sample]:
     ]
 
 
+@pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize(
     "lengths",
@@ -49,11 +50,20 @@ def make_samples(lengths: list[tuple[int, list[int]]]) -> list[Sample]:
         [(40, [2, 2]), (3, [50, 1])],
     ],
 )
-def test_packed_attention_equals_separate_sequences(lengths: list[tuple[int, list[int]]], share: bool) -> None:
+def test_packed_attention_equals_separate_sequences(
+    lengths: list[tuple[int, list[int]]], share: bool, multiple: int
+) -> None:
     samples = make_samples(lengths)
-    packed = pack(samples, range(len(samples)), share_prompts=share)
+    packed = pack(samples, range(len(samples)), share_prompts=share, multiple=multiple)
     generator = torch.Generator().manual_seed(0)
-    inputs = attention_inputs(packed, head_dim=DIM, rope_base=100.0, dtype=torch.float32, device=torch.device("cpu"))
+    inputs = attention_inputs(
+        packed,
+        queries_per_key=HEADS // KV_HEADS,
+        head_dim=DIM,
+        rope_base=100.0,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
     total = len(packed.token_ids)
     query, key, value = (
         torch.randn(total, heads, DIM, generator=generator, requires_grad=True) for heads in (HEADS, KV_HEADS, KV_HEADS)

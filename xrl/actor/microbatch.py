@@ -19,6 +19,10 @@ from xrl.models.shape import ModelShape
 from xrl.parallel.groups import ParallelGroups
 from xrl.types import Sample
 
+# oneDNN compiles its matrix products anew for each length it meets, and keeps them all: without this, memory would
+# grow with every rollout.
+CPU_LENGTH_MULTIPLE = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
@@ -71,6 +75,8 @@ class MicrobatchMaker:
 
     def _microbatch(self, samples: Sequence[Sample], weights: Sequence[float], indices: Sequence[int]) -> Microbatch:
         multiple = self.groups.layout.tensor_size if self.sequence_parallel else 1
+        if self.groups.device.type == "cpu":
+            multiple *= CPU_LENGTH_MULTIPLE
         if self.data.micro_batch_size is None:
             packed = pack(samples, indices, share_prompts=self.shares_prompts, multiple=multiple)
             height, width = 1, len(packed.token_ids)
@@ -106,6 +112,7 @@ class MicrobatchMaker:
             return flash_inputs(packed, device=self.groups.device)
         return attention_inputs(
             packed,
+            queries_per_key=self.shape.num_heads // self.shape.num_kv_heads,
             head_dim=self.shape.head_dim,
             rope_base=self.shape.rope_base,
             dtype=self.dtype,

@@ -38,7 +38,7 @@ class Pack:
 
     token_ids: list[int]  # [T] packed; [B * S] padded, sequence by sequence
     position_ids: list[int]  # the same shape
-    clusters: tuple[PackedCluster, ...]  # empty when padded
+    clusters: tuple[PackedCluster, ...]  # empty when padded; tokens behind them only fill the row up
     padded_shape: tuple[int, int] | None  # (B, S) of a padded micro-batch
     response_rows: list[int]  # [R] place in token_ids whose output predicts each response token
     response_ids: list[int]  # [R] the response tokens
@@ -310,9 +310,8 @@ class _PackBuilder:
         )
 
     def add_padding(self, count: int) -> None:
-        """A sequence of its own that nothing looks at."""
+        """Tokens at the end that belong to no sequence."""
         self._add_tokens([0] * count, position=0)
-        self.clusters.append(PackedCluster(root_lengths=(count,)))
 
     def finish(self) -> Pack:
         return Pack(

@@ -7,13 +7,13 @@ A row holds `prompt` (chat messages, or a string) and `reward_model.ground_truth
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xrl.config import SettingsError
+from xrl.data.table import read_table
 
 JSON_SUFFIXES = (".jsonl", ".json")
 PARQUET_SUFFIXES = (".parquet",)
@@ -63,27 +63,15 @@ def load_rows(path: Path, *, what: str = "--data") -> list[PromptRow]:
     """
     # `datasets` says neither which line is not JSON nor what a row lacks, so the file is checked before it is loaded.
     check_dataset(path, min_rows=1, what=what)
-    import datasets
-
     kind = "parquet" if path.suffix in PARQUET_SUFFIXES else "json"
-    quiet = not datasets.are_progress_bars_disabled()
-    # A cache of its own: the user's may be read-only or hold an older file's rows.
-    with tempfile.TemporaryDirectory(prefix="xrl-data-") as cache:
-        try:
-            if quiet:
-                datasets.disable_progress_bars()
-            rows = datasets.load_dataset(
-                kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
-            )
-        except (datasets.exceptions.DatasetsError, ValueError) as error:
-            raise SettingsError(
-                f"{what} {path} cannot be read as one table ({error.__cause__ or error}): "
-                f"give every row the same fields with the same types, and no blank lines"
-            ) from error
-        finally:
-            if quiet:
-                datasets.enable_progress_bars()
-        return [_parse_row(row, number, f"{path}, row {number + 1}") for number, row in enumerate(rows)]
+    try:
+        rows = read_table(kind, path)
+    except ValueError as error:
+        raise SettingsError(
+            f"{what} {path} cannot be read as one table ({error}): "
+            f"give every row the same fields with the same types, and no blank lines"
+        ) from error
+    return [_parse_row(row, number, f"{path}, row {number + 1}") for number, row in enumerate(rows)]
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:

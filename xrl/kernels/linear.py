@@ -40,13 +40,20 @@ class _OneDnnLinear(torch.autograd.Function):
         grad = grads[0].contiguous()
         needs_x, needs_weight = ctx.needs_input_grad
         grad_x = _product(grad, weight.t()) if needs_x else None
-        grad_weight = None
-        if needs_weight:
-            grad_weight, _ = torch.ops.aten.mkldnn_linear_backward_weights(
-                grad.to_mkldnn(), x.contiguous().to_mkldnn(), weight, False
-            )
-            grad_weight = grad_weight.to_dense()
+        grad_weight = _weight_gradient(grad, x, weight) if needs_weight else None
         return grad_x, grad_weight
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    """grad^T x, added to Megatron's gradient buffer where there is one; then there is nothing left to return.
+
+    MKL beats oneDNN at this product, and adds to what is there without a further pass.
+    """
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    if main_grad is None or main_grad.dtype != grad.dtype:
+        return grad.t() @ x
+    main_grad.addmm_(grad.t(), x)
+    return None
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

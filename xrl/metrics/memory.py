@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,17 @@ def pss_bytes(pid: int | None = None) -> int:
     return _over_tree(pid, _pss)
 
 
+def return_freed_memory() -> None:
+    """Hand memory that this process has freed back to the system, where the C library can (glibc).
+
+    The allocator keeps what a phase of the run has used for the next such phase; meanwhile other processes of the run
+    need it.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def cuda_peak_bytes() -> int:
     """Most bytes this process has had allocated on its CUDA device; 0 without one."""
     # Imported here: a process that only watches others must not grow by torch itself.
@@ -53,7 +65,7 @@ class PeakMemory:
         measure: Callable[[int | None], int] = pss_bytes,
         *,
         pid: int | None = None,
-        interval_s: float = 0.25,
+        interval_s: float = 0.5,
     ) -> None:
         self.bytes = 0
         self._measure = measure

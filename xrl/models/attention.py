@@ -74,6 +74,8 @@ class PackedAttention(torch.nn.Module):
             for rectangle in (cluster.roots, cluster.branches)
             if rectangle is not None
         ]
+        num_padding = len(query) - sum(sizes)
+        sizes.append(num_padding)
         parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
         outputs = []
         for cluster in clusters:
@@ -86,6 +88,8 @@ class PackedAttention(torch.nn.Module):
             branch_k = torch.cat([k.index_select(0, cluster.parents), branch_k], dim=1)
             branch_v = torch.cat([v.index_select(0, cluster.parents), branch_v], dim=1)
             outputs.append(_unpad(self._masked(branch_q, branch_k, branch_v, cluster.mask), cluster.branches))
+        if num_padding:
+            outputs.append(query.new_zeros(num_padding, *query.shape[1:]))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -96,7 +100,7 @@ class PackedAttention(torch.nn.Module):
         return out.transpose(1, 2)
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Queries [N, Q, n, d] over keys [N, P + Q, g, d] under an additive mask [N, 1, Q, P + Q]."""
+        """Queries [N, Q, n, d] over keys [N, P + Q, g, d] under an additive mask [N, 1, n / g * Q, P + Q]."""
         num_sequences, length, heads, dim = q.shape
         kv_heads = k.shape[2]
         repeat = heads // kv_heads
@@ -106,7 +110,7 @@ class PackedAttention(torch.nn.Module):
             rows.reshape(num_sequences, kv_heads, repeat * length, dim),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=mask.repeat(1, 1, repeat, 1) if repeat > 1 else mask,
+            attn_mask=mask,
             scale=self.scale,
         )
         out = out.view(num_sequences, kv_heads, repeat, length, dim).permute(0, 3, 1, 2, 4)

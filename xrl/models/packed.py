@@ -28,7 +28,7 @@ class Cluster:
     roots: Rectangle
     branches: Rectangle | None
     parents: Tensor | None  # [branches] root each continues
-    mask: Tensor | None  # [branches, 1, Q, P + Q] additive: what a branch may see of its prompt and of itself
+    mask: Tensor | None  # [branches, 1, n / g * Q, P + Q] additive: what a branch sees of its prompt and of itself
 
 
 @dataclass
@@ -41,9 +41,13 @@ class AttentionInputs(PackedSeqParams):
 
 
 def attention_inputs(
-    pack: Pack, *, head_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device
+    pack: Pack, *, queries_per_key: int, head_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device
 ) -> AttentionInputs:
-    """Positions and borders of a micro-batch for our own attention."""
+    """Positions and borders of a micro-batch for our own attention.
+
+    Args:
+        queries_per_key: query heads that share a key/value head (n / g).
+    """
     if pack.padded_shape is not None:
         positions = torch.arange(pack.padded_shape[1])
         cos, sin = _rotary(positions, head_dim, rope_base)
@@ -53,7 +57,7 @@ def attention_inputs(
         qkv_format="thd",
         cos=cos.to(device, dtype),
         sin=sin.to(device, dtype),
-        clusters=tuple(_cluster(cluster, dtype, device) for cluster in pack.clusters),
+        clusters=tuple(_cluster(cluster, queries_per_key, dtype, device) for cluster in pack.clusters),
     )
 
 
@@ -61,7 +65,10 @@ def flash_inputs(pack: Pack, *, device: torch.device) -> PackedSeqParams | None:
     """The same for transformer-engine's attention: plain sequence borders; None for padded rows."""
     if pack.padded_shape is not None:
         return None
-    lengths = torch.tensor([length for cluster in pack.clusters for length in cluster.root_lengths])
+    sequences = [length for cluster in pack.clusters for length in cluster.root_lengths]
+    padding = len(pack.token_ids) - sum(sequences)
+    # A sequence of its own: tokens outside of all borders would come out uninitialised.
+    lengths = torch.tensor([*sequences, padding] if padding else sequences)
     borders = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(device, torch.int32)
     longest = int(lengths.max())
     return PackedSeqParams(
@@ -80,7 +87,7 @@ def _rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tens
     return angles.cos(), angles.sin()
 
 
-def _cluster(cluster: PackedCluster, dtype: torch.dtype, device: torch.device) -> Cluster:
+def _cluster(cluster: PackedCluster, queries_per_key: int, dtype: torch.dtype, device: torch.device) -> Cluster:
     roots = _rectangle(cluster.root_lengths, device)
     if not cluster.branch_lengths:
         return Cluster(roots=roots, branches=None, parents=None, mask=None)
@@ -98,7 +105,9 @@ def _cluster(cluster: PackedCluster, dtype: torch.dtype, device: torch.device) -
         dim=-1,
     )
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
-    return Cluster(roots=roots, branches=branches, parents=parents.to(device), mask=mask[:, None].to(device))
+    # The attention lines up the query heads of a key head as further queries of it.
+    mask = mask.repeat(1, queries_per_key, 1)[:, None]
+    return Cluster(roots=roots, branches=branches, parents=parents.to(device), mask=mask.to(device))
 
 
 def _rectangle(lengths: tuple[int, ...], device: torch.device) -> Rectangle:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from xrl.launch.threads import set_thread_waiting
+
 # torchrun's description of the trainer's world: a worker is not part of it.
 _TRAINER_VARIABLES = (
     "RANK",
@@ -39,8 +41,7 @@ class WorkerProcess:
             if name not in _TRAINER_VARIABLES and not name.startswith(("TORCHELASTIC_", "TORCH_NCCL_"))
         }
         environment["OMP_NUM_THREADS"] = str(num_threads)
-        # The trainer and its workers take turns on the same cores: threads that wait must not spin.
-        environment["OMP_WAIT_POLICY"] = "passive"
+        set_thread_waiting(environment)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             self._process = subprocess.Popen(

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from xrl.config import SettingsError
+from xrl.metrics.memory import return_freed_memory
 from xrl.models import ARCHITECTURES
 from xrl.models.shape import ModelShape, model_shape
 from xrl.rollout.embedded.batch import Job
@@ -22,6 +23,9 @@ from xrl.rollout.engine import EngineError, EngineNotReady
 from xrl.types import Completion, GenerateRequest, WeightBucket
 
 logger = logging.getLogger(__name__)
+
+# An engine without requests for so long gives its cache back; it grows anew with the next ones.
+IDLE_S = 0.05
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -119,7 +123,11 @@ class EmbeddedEngine:
         with torch.inference_mode():
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._in_flight or self._is_closed)
+                    if not self._changed.wait_for(self._has_work, timeout=IDLE_S):
+                        # Between rollouts the trainer needs the memory.
+                        self._scheduler = self._new_scheduler()  # with an empty cache
+                        return_freed_memory()
+                        self._changed.wait_for(self._has_work)
                     if not self._in_flight:
                         return
                     inbox, self._inbox = self._inbox, []
@@ -131,6 +139,9 @@ class EmbeddedEngine:
                     self._fail_all(error)
                 else:
                     self._resolve(done)
+
+    def _has_work(self) -> bool:
+        return bool(self._in_flight) or self._is_closed
 
     def _step(self, inbox: list[Job], aborting: bool) -> list[Job]:
         for job in inbox:

@@ -1,0 +1,60 @@
+"""A data file as rows, read by `datasets` in a process of its own.
+
+`datasets` brings pandas and pyarrow along, about 150 MB that a training process would hold to its end for a file that
+is read once.
+
+    python -m xrl.data.table json|parquet FILE     the rows on stdout, pickled
+"""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def read_table(kind: str, path: Path) -> list[dict[str, Any]]:
+    """Every row of a file, in order.
+
+    Args:
+        kind: `json` (lines) or `parquet`: the builder of `datasets`.
+
+    Raises:
+        ValueError: the file cannot be read as one table, with the reason.
+        RuntimeError: the process ended of something else; its output is shown.
+    """
+    process = subprocess.run(
+        [sys.executable, "-m", "xrl.data.table", kind, str(path)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        # Out of the terminal's process group: Ctrl-C reaches us, and we end it.
+        process_group=0,
+        check=False,
+    )
+    if process.returncode:
+        raise RuntimeError(f"{path} could not be read: {process.stderr.decode(errors='replace')[-2000:]}")
+    rows = pickle.loads(process.stdout)
+    if isinstance(rows, str):
+        raise ValueError(rows)
+    return list(rows)
+
+
+def _load(kind: str, path: str) -> list[dict[str, Any]] | str:
+    """The rows, or why they cannot be read."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    # A cache of its own: the user's may be read-only or hold an older file's rows.
+    with tempfile.TemporaryDirectory(prefix="xrl-data-") as cache:
+        try:
+            table = datasets.load_dataset(kind, data_files=path, split="train", cache_dir=cache, keep_in_memory=True)
+            return list(table)
+        except (datasets.exceptions.DatasetsError, ValueError) as error:
+            return str(error.__cause__ or error)
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(pickle.dumps(_load(*sys.argv[1:])))
