@@ -1,12 +1,15 @@
 // Names and argument checks only. Tensors come in as addresses, so that no torch header is needed and the module
 // loads under any torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <string>
+#include <tuple>
 
 #include "check.h"
 #include "cpu/decode_attention.h"
+#include "cpu/grpo_loss.h"
 #include "cpu/layer_ops.h"
 #include "cpu/logprob.h"
 #include "cpu/rms_norm.h"
@@ -62,6 +65,26 @@ void logprob_gradient(Address logits, int64_t num_rows, int64_t num_columns, int
   py::gil_scoped_release release;
   XRL_DISPATCH(logprob_gradient, rows<T>(logits, num_rows, num_columns, row_stride), tokens, gradients, rows_out,
                num_threads);
+}
+
+// The fields of xrl/kernels/grpo_rows.py's GrpoRowParams, in their order.
+using GrpoParamsTuple = std::tuple<float, float, float, int, float, float, int, float, bool>;
+
+xrl::GrpoRowParams grpo_params(const GrpoParamsTuple& values) {
+  const auto& [clip_low, clip_high, dual_clip, kl_type, kl_coef, entropy_coef, importance, bound, from_current] = values;
+  return {clip_low,     clip_high, dual_clip, static_cast<xrl::KlType>(kl_type), kl_coef,
+          entropy_coef, static_cast<xrl::ImportanceKind>(importance),            bound,   from_current};
+}
+
+void grpo_rows(Address logprob, Address entropy, Address old_logprobs, Address rollout_logprobs,
+               Address reference_logprobs, Address advantages, Address weights, int64_t num_rows,
+               const GrpoParamsTuple& params, Address out) {
+  const xrl::GrpoInputs inputs{at<const float>(old_logprobs), at<const float>(rollout_logprobs),
+                               at<const float>(reference_logprobs), at<const float>(advantages),
+                               at<const float>(weights)};
+  py::gil_scoped_release release;
+  XRL_DISPATCH(grpo_rows, at<const float>(logprob), at<const float>(entropy), inputs, grpo_params(params),
+               xrl::GrpoOutputs{at<float>(out), num_rows});
 }
 
 template <typename T>
@@ -198,5 +221,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_isa", &cpu_isa, "Instruction set the CPU kernels run with.");
   bind<float>(module, "_f32");
   bind<xrl::bfloat16>(module, "_bf16");
+  module.def("grpo_rows", &grpo_rows);
   module.def("sample_tokens", &sample_tokens);
 }

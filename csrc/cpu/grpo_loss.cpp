@@ -1,52 +1,42 @@
 #include "cpu/grpo_loss.h"
 
-#include <cmath>
-
-#include "cpu/logprob_row.h"
-
 namespace xrl::XRL_ISA {
+namespace {
+
+GrpoRow read(const GrpoInputs& inputs, int64_t index, float logprob, float entropy, bool importance_from_current) {
+  const float old_logprob = inputs.old_logprobs ? inputs.old_logprobs[index] : logprob;
+  const float numerator = importance_from_current ? logprob : old_logprob;
+  return {logprob,
+          entropy,
+          old_logprob,
+          inputs.rollout_logprobs ? inputs.rollout_logprobs[index] : numerator,
+          inputs.reference_logprobs ? inputs.reference_logprobs[index] : 0.0f,
+          inputs.advantages[index],
+          inputs.weights[index]};
+}
+
+void write(const GrpoOutputs& out, int64_t index, const GrpoRowOut& row) {
+  const float values[] = {row.token_loss,
+                          row.grad_logprob,
+                          row.grad_entropy,
+                          row.ratio,
+                          row.kl,
+                          row.importance,
+                          row.clipped_low ? 1.0f : 0.0f,
+                          row.clipped_high ? 1.0f : 0.0f,
+                          row.clipped_dual ? 1.0f : 0.0f,
+                          row.importance_bounded ? 1.0f : 0.0f};
+  for (int64_t output = 0; output < 10; ++output) out.data[output * out.num_rows + index] = values[output];
+}
+
+}  // namespace
 
 void grpo_rows(const float* logprob, const float* entropy, const GrpoInputs& inputs, const GrpoRowParams& params,
                const GrpoOutputs& out) {
   for (int64_t index = 0; index < out.num_rows; ++index) {
-    const GrpoRow row = inputs.row(index, logprob[index], entropy[index], params.importance_from_current);
-    out.write(index, grpo_token(row, params));
+    const GrpoRow row = read(inputs, index, logprob[index], entropy[index], params.importance_from_current);
+    write(out, index, grpo_token(row, params));
   }
 }
-
-template <typename T>
-void grpo_fused(const LogitRows<T>& logits, const ChosenTokens& tokens, const GrpoInputs& inputs,
-                const GrpoRowParams& params, const GrpoOutputs& out, float* statistics, const OutputRows<T>& gradient,
-                int num_threads) {
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 4)
-  for (int64_t index = 0; index < logits.num_rows; ++index) {
-    const T* x = logits.data + index * logits.row_stride;
-    const int64_t target = tokens.ids[index] - tokens.vocab_start;
-    const SoftmaxSums sums = softmax_sums(x, logits.num_columns, tokens.inverse_temperature);
-    const float total = static_cast<float>(sums.sum_exp);
-    const float log_sum = std::log(total);
-    const float entropy = log_sum - static_cast<float>(sums.sum_exp_shifted) / total;
-    const float logprob =
-        shifted_target(x, logits.num_columns, target, sums.maximum, tokens.inverse_temperature) - log_sum;
-    const GrpoRow row = inputs.row(index, logprob, entropy, params.importance_from_current);
-    const GrpoRowOut result = grpo_token(row, params);
-    out.write(index, result);
-    statistics[index] = logprob;
-    statistics[logits.num_rows + index] = entropy;
-    statistics[2 * logits.num_rows + index] = sums.maximum * tokens.inverse_temperature + log_sum;
-    if (gradient.data == nullptr) continue;
-    const RowGradient slope{sums.maximum, log_sum, entropy, result.grad_logprob * tokens.inverse_temperature,
-                            result.grad_entropy * tokens.inverse_temperature};
-    write_gradient(x, logits.num_columns, target, tokens.inverse_temperature, slope,
-                   gradient.data + index * gradient.row_stride, gradient.num_columns);
-  }
-}
-
-#define XRL_INSTANTIATE(T)                                                                                       \
-  template void grpo_fused<T>(const LogitRows<T>&, const ChosenTokens&, const GrpoInputs&, const GrpoRowParams&, \
-                              const GrpoOutputs&, float*, const OutputRows<T>&, int);
-
-XRL_INSTANTIATE(float)
-XRL_INSTANTIATE(bfloat16)
 
 }  // namespace xrl::XRL_ISA

@@ -66,7 +66,8 @@ static inline Lanes load_tail(const T* place, int64_t count) {
 
 static inline Lanes larger(Lanes a, Lanes b) { return b > a ? b : a; }
 
-// A block's exponentials, summed. `scale` is log2(e) / temperature.
+// A block's exponentials, summed. `scale` is log2(e) / temperature. Without a name, as the linker would merge members.
+namespace {
 struct BlockSums {
   Lanes exp{};
   Lanes shifted{};
@@ -79,6 +80,7 @@ struct BlockSums {
     shifted += e * (t < all_lanes(kLowestExponent) ? Lanes{} : t);
   }
 };
+}  // namespace
 
 // Sums over a row, read once: block by block, and what was summed is scaled down when a block has a larger maximum.
 template <typename T>

@@ -176,6 +176,7 @@ class Actor:
             group=self.groups.tensor if self.groups.layout.tensor_size > 1 else None,
             vocab_start=first,
             num_columns=min(columns, max(0, self.shape.vocab_size - first)),
+            entropy_grad=bool(self.settings.algorithm.entropy_coef),
         )
 
     @contextlib.contextmanager

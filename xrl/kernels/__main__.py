@@ -1,5 +1,5 @@
 """`python -m xrl.kernels` prints which backend runs the kernels here."""
 
-from xrl.kernels.native import describe
+from xrl.kernels.backend import describe
 
-print(f"CPU kernels: {describe()}\nCUDA kernels: plain PyTorch")
+print(describe())

@@ -113,7 +113,7 @@ def default_backend() -> BackendName:
     name = os.environ.get("XRL_KERNEL_BACKEND", "auto")
     if name not in get_args(BackendName):
         raise ValueError(f"XRL_KERNEL_BACKEND={name} is unknown, known are: {', '.join(get_args(BackendName))}")
-    return name  # type: ignore[return-value]
+    return name  # type: ignore[return-value, unused-ignore]
 
 
 def why_not(name: str, device: torch.device) -> str:
@@ -147,7 +147,7 @@ _REASONS: Mapping[str, Callable[[torch.device], str]] = MappingProxyType(
 def _load(name: str, device: torch.device) -> Backend:
     # Modules are backends: they hold functions and no state. Imported when asked for, as triton may not be there.
     module = {"reference": "reference_backend", "triton": "triton.backend", "native": f"native_{device.type}"}[name]
-    backend: Backend = import_module(f"xrl.kernels.{module}")  # type: ignore[assignment]
+    backend: Backend = import_module(f"xrl.kernels.{module}")
     return backend
 
 

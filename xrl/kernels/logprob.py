@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 
-from xrl.kernels.backend import FAST_DTYPES, Backend, BackendName, choose_backend, choose_backend_name
+from xrl.kernels.backend import Backend, BackendName, choose_backend
 from xrl.kernels.shards import combine, find_shard
 
 
@@ -68,7 +68,7 @@ def vocab_parallel_logprob(
         None if group is None else group.group_name,
         vocab_start,
         num_columns,
-        choose_backend_name(backend, device=logits.device, dtype=logits.dtype),
+        backend,
     )
     check_found(found, token_ids)
     return LogprobOutput(
@@ -107,16 +107,14 @@ def _logprob_op(
     chosen = _backend(backend, rows)
     shard = {"inverse_temperature": 1.0 / temperature, "vocab_start": vocab_start, "num_columns": num_columns}
     statistics = chosen.statistics(rows, token_ids, **shard)  # type: ignore[arg-type]
-    group = None if group_name is None else distributed_c10d._resolve_process_group(group_name)
+    group = None if group_name is None else distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
     softmax = combine(statistics, token_ids, group=group, **shard)  # type: ignore[arg-type]
     # Outputs of an op may not share memory, and the maximum is a row of the statistics.
     return softmax.logprob, softmax.entropy, softmax.maximum.clone(), softmax.log_sum, softmax.found
 
 
 @_logprob_op.register_fake
-def _(
-    logits: Tensor, token_ids: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, token_ids: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = [logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(4)]
     return rows[0], rows[1], rows[2], rows[3], logits.new_empty(logits.shape[0], dtype=torch.bool)
@@ -241,6 +239,3 @@ def adjacent(logits: Tensor) -> Tensor:
 
 def _backend(name: str, rows: Tensor) -> Backend:
     return choose_backend(name, device=rows.device, dtype=rows.dtype)  # type: ignore[arg-type]
-
-
-__all__ = ["FAST_DTYPES", "LogprobOutput", "reference_logprob", "vocab_parallel_logprob"]

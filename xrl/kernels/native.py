@@ -1,4 +1,4 @@
-"""The compiled module `xrl._C`, where it was built, and which backend runs what.
+"""The compiled module `xrl._C`, where it was built.
 
 `XRL_KERNEL_BACKEND=reference` turns the compiled kernels off.
 """
@@ -10,7 +10,7 @@ import importlib
 import os
 from types import ModuleType
 
-import torch  # first, so that only torch's OpenMP runtime is loaded
+import torch  # noqa: F401  # first, so that only torch's OpenMP runtime is loaded
 
 
 @functools.cache
@@ -22,11 +22,3 @@ def native_module() -> ModuleType | None:
         return importlib.import_module("xrl._C")
     except ImportError:
         return None
-
-
-def describe() -> str:
-    """One line on what runs the CPU kernels here."""
-    module = native_module()
-    if module is None:
-        return "plain PyTorch (xrl._C is not built, or XRL_KERNEL_BACKEND=reference)"
-    return f"xrl._C with {module.cpu_isa()}, {torch.get_num_threads()} threads"

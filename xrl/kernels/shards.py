@@ -34,7 +34,9 @@ def find_shard(
     """
     columns = logits.shape[1] if num_columns is None else num_columns
     if not 0 <= columns <= logits.shape[1]:
-        raise ValueError(f"num_columns must be in [0, {logits.shape[1]}] for logits {list(logits.shape)}, got {columns}")
+        raise ValueError(
+            f"num_columns must be in [0, {logits.shape[1]}] for logits {list(logits.shape)}, got {columns}"
+        )
     if vocab_start is None:
         vocab_start = 0
         if group is not None:
