@@ -10,6 +10,7 @@
 #include "check.h"
 #include "cpu/decode_attention.h"
 #include "cpu/grpo_loss.h"
+#include "cpu/huge_pages.h"
 #include "cpu/layer_ops.h"
 #include "cpu/logprob.h"
 #include "cpu/rms_norm.h"
@@ -63,6 +64,7 @@ void logprob_gradient(Address logits, int64_t num_rows, int64_t num_columns, int
                                     at<const float>(grad_logprob), at<const float>(grad_entropy)};
   const xrl::OutputRows<T> rows_out{at<T>(out), out_stride, num_out_columns};
   py::gil_scoped_release release;
+  if (out != logits) xrl::advise_huge_pages(at<void>(out), sizeof(T) * num_rows * out_stride);
   XRL_DISPATCH(logprob_gradient, rows<T>(logits, num_rows, num_columns, row_stride), tokens, gradients, rows_out,
                num_threads);
 }

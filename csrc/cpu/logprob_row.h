@@ -15,8 +15,7 @@ namespace xrl {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
-// 2^-126 is the smallest normal float: what is below adds nothing to a sum that is at least 1.
-constexpr float kLowestExponent = -126.0f;
+constexpr float kLowestExponent = -160.0f;
 // Columns that stay in the L1 cache between the search for their maximum and their sum.
 constexpr int64_t kBlockColumns = 2048;
 
@@ -27,16 +26,24 @@ struct SoftmaxSums {
   double sum_exp_shifted;  // sum of exp(s) * s
 };
 
-// 2^t for t <= 0 (a little above does no harm), to 2e-7; 0 below -126 and for -inf, NaN for NaN.
+// Exponents are held at this one: its power of 2 rounds to 0, and 0 times it is 0, where 0 * -inf would be NaN.
+static inline Lanes hold_exponent(Lanes t) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_max_ps(_mm512_set1_ps(kLowestExponent), (__m512)t);  // a NaN in t comes through
+#else
+  const Lanes lowest = all_lanes(kLowestExponent);
+  return t < lowest ? lowest : t;  // false for NaN, which goes on
+#endif
+}
+
+// 2^t for kLowestExponent <= t, to 2e-7; NaN for NaN.
 static inline Lanes exp2_lanes(Lanes t) {
 #if defined(__AVX512F__)
   const __m512 exponent = _mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Lanes r = t - (Lanes)exponent;
 #else
-  const Lanes lowest = all_lanes(kLowestExponent);
-  const Lanes clamped = t < lowest ? lowest : t;  // false for NaN, which goes on
-  const Lanes shifted = clamped + 12582912.0f;    // 1.5 * 2^23: rounds to the nearest integer
-  const Lanes r = clamped - (shifted - 12582912.0f);
+  const Lanes shifted = t + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
+  const Lanes r = t - (shifted - 12582912.0f);
 #endif
   // Minimax polynomial of 2^r on [-1/2, 1/2].
   Lanes p = r * 1.321867248e-3f + 9.671697938e-3f;
@@ -45,16 +52,15 @@ static inline Lanes exp2_lanes(Lanes t) {
   p = p * r + 6.931468559e-1f;
   p = p * r + 1.0f;
 #if defined(__AVX512F__)
-  // "Not less" is true for NaN.
-  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(kLowestExponent), _CMP_NLT_UQ);
-  return (Lanes)_mm512_maskz_scalef_ps(counts, (__m512)p, exponent);
+  return (Lanes)_mm512_scalef_ps((__m512)p, exponent);
 #else
+  // Without scalef the exponent bits are shifted in, which has no way to 0: what is below the normal numbers is cut.
   const Lanes power = (Lanes)(((LaneBits)shifted + 127u) << 23);
-  return t < lowest ? Lanes{} : p * power;
+  return t < all_lanes(-126.0f) ? Lanes{} : p * power;
 #endif
 }
 
-static inline float exp2_one(float t) { return exp2_lanes(all_lanes(t))[0]; }
+static inline float exp2_one(float t) { return exp2_lanes(hold_exponent(all_lanes(t)))[0]; }
 
 // The last columns of a row, fewer than a register holds; the rest of the register is filled with -inf.
 template <typename T>
@@ -73,11 +79,10 @@ struct BlockSums {
   Lanes shifted{};
 
   inline void add(Lanes logits, float maximum, float scale) {
-    const Lanes t = (logits - maximum) * scale;
+    const Lanes t = hold_exponent((logits - maximum) * scale);
     const Lanes e = exp2_lanes(t);
     exp += e;
-    // A column of probability 0 adds nothing; 0 * -inf would be NaN.
-    shifted += e * (t < all_lanes(kLowestExponent) ? Lanes{} : t);
+    shifted += e * t;
   }
 };
 }  // namespace
@@ -164,11 +169,10 @@ static inline void write_lanes(bfloat16* place, Lanes x) {
 template <bool kEntropy>
 static inline Lanes gradient_lanes(Lanes logits, float scale, const RowGradient& row) {
   // A log-prob is at most 0 but for rounding, which does no harm here.
-  const Lanes t = (logits - row.maximum) * scale - row.log_sum * kLog2E;
+  const Lanes t = hold_exponent((logits - row.maximum) * scale - row.log_sum * kLog2E);
   const Lanes p = exp2_lanes(t);
   if (!kEntropy) return p * -row.on_logprob;
-  const Lanes logp = (t < all_lanes(kLowestExponent) ? Lanes{} : t) * kLn2;
-  return -p * (row.on_logprob + row.on_entropy * (logp + row.entropy));
+  return -p * (row.on_logprob + row.on_entropy * (t * kLn2 + row.entropy));
 }
 
 template <typename T, bool kEntropy, bool kStream>
