@@ -69,13 +69,22 @@ void logprob_gradient(Address logits, int64_t num_rows, int64_t num_columns, int
                num_threads);
 }
 
-// The fields of xrl/kernels/grpo_rows.py's GrpoRowParams, in their order.
-using GrpoParamsTuple = std::tuple<float, float, float, int, float, float, int, float, bool>;
+// What xrl/kernels/grpo_rows.py's GrpoRowParams.as_tuple makes: the fields of the struct below, in their order.
+using GrpoParamsTuple = std::tuple<float, float, float, float, float, int, float, float, int, bool>;
 
 xrl::GrpoRowParams grpo_params(const GrpoParamsTuple& values) {
-  const auto& [clip_low, clip_high, dual_clip, kl_type, kl_coef, entropy_coef, importance, bound, from_current] = values;
-  return {clip_low,     clip_high, dual_clip, static_cast<xrl::KlType>(kl_type), kl_coef,
-          entropy_coef, static_cast<xrl::ImportanceKind>(importance),            bound,   from_current};
+  const auto& [lowest_ratio, highest_ratio, lowest_importance, highest_importance, dual_clip, kl_type, kl_coef,
+               entropy_coef, importance, from_current] = values;
+  return {lowest_ratio,
+          highest_ratio,
+          lowest_importance,
+          highest_importance,
+          dual_clip,
+          static_cast<xrl::KlType>(kl_type),
+          kl_coef,
+          entropy_coef,
+          static_cast<xrl::ImportanceKind>(importance),
+          from_current};
 }
 
 void grpo_rows(Address logprob, Address entropy, Address old_logprobs, Address rollout_logprobs,

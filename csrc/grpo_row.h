@@ -15,14 +15,15 @@ enum class KlType { kNone, kK1, kK2, kK3 };
 enum class ImportanceKind { kOff, kTruncate, kMask };
 
 struct GrpoRowParams {
-  float clip_low;
-  float clip_high;
+  float lowest_ratio;
+  float highest_ratio;
+  float lowest_importance;
+  float highest_importance;
   float dual_clip;  // 0: off
   KlType kl_type;
   float kl_coef;
   float entropy_coef;
   ImportanceKind importance;
-  float importance_bound;
   bool importance_from_current;  // the weight's numerator is the current log-prob, not the old one
 };
 
@@ -91,7 +92,7 @@ static XRL_HOST_DEVICE GrpoRowOut grpo_token(const GrpoRow& row, const GrpoRowPa
   const float clamped = grpo_row::clamp(log_ratio, -grpo_row::kMaxLogRatio, grpo_row::kMaxLogRatio);
   const float ratio = expf(clamped);
   const float unbounded = -row.advantage * ratio;
-  const float bounded = -row.advantage * grpo_row::clamp(ratio, 1.0f - params.clip_low, 1.0f + params.clip_high);
+  const float bounded = -row.advantage * grpo_row::clamp(ratio, params.lowest_ratio, params.highest_ratio);
   const bool binds = bounded > unbounded;
   float surrogate = binds ? bounded : unbounded;
   // Nothing flows through a bound that binds, nor through a log ratio beyond its clamp. On a tie of the two arguments
@@ -110,10 +111,10 @@ static XRL_HOST_DEVICE GrpoRowOut grpo_token(const GrpoRow& row, const GrpoRowPa
   float importance = 1.0f;
   bool outside = false;
   if (params.importance == ImportanceKind::kTruncate) {
-    outside = raw > params.importance_bound;
-    importance = outside ? params.importance_bound : raw;
+    outside = raw > params.highest_importance;
+    importance = outside ? params.highest_importance : raw;
   } else if (params.importance == ImportanceKind::kMask) {
-    outside = raw > params.importance_bound || raw < 1.0f / params.importance_bound;
+    outside = raw > params.highest_importance || raw < params.lowest_importance;
     importance = outside ? 0.0f : raw;
   }
 

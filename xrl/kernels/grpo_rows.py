@@ -53,6 +53,21 @@ class GrpoRowParams:
             importance_from_current=config.old_logprobs == "rollout",
         )
 
+    def bounds(self) -> tuple[float, float, float, float]:
+        """Lowest and highest ratio, lowest and highest importance weight: worked out once, in full precision.
+
+        Rounded to fp32 these are what PyTorch compares with; 1 - clip_low in fp32 may be its neighbour.
+        """
+        return 1.0 - self.clip_low, 1.0 + self.clip_high, 1.0 / self.importance_bound, self.importance_bound
+
     def as_tuple(self) -> tuple[float | int | bool, ...]:
-        """In the order of the fields above, as the compiled kernels take them."""
-        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+        """As the compiled kernels take them: see GrpoParamsTuple in csrc/bindings.cpp."""
+        return (
+            *self.bounds(),
+            self.dual_clip,
+            self.kl_type,
+            self.kl_coef,
+            self.entropy_coef,
+            self.importance,
+            self.importance_from_current,
+        )

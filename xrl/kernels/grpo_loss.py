@@ -1,0 +1,219 @@
+"""The GRPO loss of tokens straight from their logits, with the gradient written where the logits were.
+
+Shapes: R rows, V columns of this rank's shard of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from xrl.algorithms.token_terms import token_terms
+from xrl.config import AlgorithmConfig
+from xrl.kernels.backend import BackendName, choose_backend
+from xrl.kernels.grpo_rows import ROW_OUTPUTS, GrpoRowParams
+from xrl.kernels.logprob import adjacent, check_found, check_logits, reference_logprob
+from xrl.kernels.shards import combine, find_shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoLossOutput:
+    """All [R], fp32; only `token_loss` carries a gradient. Masked rows hold 0."""
+
+    token_loss: Tensor  # weight * loss of the token
+    logprob: Tensor
+    entropy: Tensor
+    ratio: Tensor  # current / old probability
+    kl: Tensor  # to the reference; 0 without one
+    importance: Tensor  # actor / rollout probability before its bound
+    clipped_low: Tensor  # bool, this and the following
+    clipped_high: Tensor
+    clipped_dual: Tensor
+    importance_bounded: Tensor
+
+
+def grpo_token_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    advantages: Tensor,
+    config: AlgorithmConfig,
+    weights: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    reference_logprobs: Tensor | None = None,
+    temperature: float = 1.0,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    num_columns: int | None = None,
+    in_place: bool = True,
+    backend: BackendName = "auto",
+) -> GrpoLossOutput:
+    """The loss of `xrl.algorithms.token_terms` for each token, and its gradient, in one go.
+
+        token_loss_r = weight_r * (i_r * clipped_r + kl_coef * kl_r - entropy_coef * entropy_r)
+
+    A token's loss depends on its own row alone, so the gradient is known as soon as the row's softmax is: it is formed
+    in the forward pass. The backward pass only multiplies rows by the gradient that arrives, where that isn't 1.
+
+    Args:
+        logits: [R, V] floating point. Afterwards they HOLD THEIR GRADIENT, if they need one and `in_place` is set:
+            fine where nothing else reads them, a matrix product's output say.
+        token_ids: [R] int64 or int32; of a masked row anything.
+        advantages: [R] fp32.
+        config: clip bounds, KL, entropy and importance settings; the rest of it does not matter here.
+        weights: [R] fp32 or bool; 0 masks the row. Left out: ones.
+        old_logprobs: [R] denominator of the ratio; left out: the current ones, so that the ratio is 1.
+        rollout_logprobs: [R] from the engine, for importance weights; left out: they are 1.
+        reference_logprobs: [R] of the frozen model, for the KL.
+        temperature, group, vocab_start, num_columns, backend: as in `vocab_parallel_logprob`.
+        in_place: let the gradient take the logits' memory; otherwise it gets its own.
+
+    Raises:
+        ValueError: a wrong shape, type, device, temperature or backend; reference or rollout log-probs that the
+            settings need and that are missing; on the CPU an id of an unmasked row that no shard holds.
+    """
+    check_logits(logits, token_ids, temperature)
+    weights = torch.ones_like(advantages) if weights is None else weights.to(advantages.dtype)
+    rows = {
+        "advantages": advantages,
+        "weights": weights,
+        "old_logprobs": old_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+        "reference_logprobs": reference_logprobs,
+    }
+    for name, tensor in rows.items():
+        _check_row(name, tensor, logits)
+    if config.kl_coef and reference_logprobs is None:
+        raise ValueError(f"kl_coef is {config.kl_coef:g}, which needs reference_logprobs, got None")
+    if config.importance_correction != "off" and rollout_logprobs is None:
+        raise ValueError(
+            f"importance_correction is {config.importance_correction}, which needs rollout_logprobs, got None"
+        )
+    vocab_start, num_columns = find_shard(logits, group=group, vocab_start=vocab_start, num_columns=num_columns)
+    shard = {"inverse_temperature": 1.0 / temperature, "vocab_start": vocab_start, "num_columns": num_columns}
+    params = GrpoRowParams.of(config, with_reference=reference_logprobs is not None)
+    token_loss, logprob, entropy, outputs = _GrpoTokenLoss.apply(
+        logits, token_ids, rows, params, shard, group, in_place, backend
+    )
+    named = dict(zip(ROW_OUTPUTS, outputs.unbind(), strict=True))
+    flags = ("clipped_low", "clipped_high", "clipped_dual", "importance_bounded")
+    return GrpoLossOutput(
+        token_loss=token_loss,
+        logprob=logprob,
+        entropy=entropy,
+        ratio=named["ratio"],
+        kl=named["kl"],
+        importance=named["importance"],
+        **{name: named[name] != 0 for name in flags},
+    )
+
+
+def reference_grpo_token_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    advantages: Tensor,
+    config: AlgorithmConfig,
+    weights: Tensor,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    reference_logprobs: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The specification of `grpo_token_loss` on one rank, in plain PyTorch: [R] token losses; every id must be real."""
+    out = reference_logprob(logits, token_ids, temperature=temperature)
+    old = out.logprob.detach() if old_logprobs is None else old_logprobs
+    terms = token_terms(
+        logprobs=out.logprob,
+        entropy=out.entropy,
+        old_logprobs=old,
+        rollout_logprobs=old if rollout_logprobs is None else rollout_logprobs,
+        reference_logprobs=reference_logprobs,
+        advantages=advantages,
+        config=config,
+    )
+    return torch.where(weights == 0, 0.0, weights * terms.loss)
+
+
+class _GrpoTokenLoss(torch.autograd.Function):
+    """(token_loss, logprob, entropy, rows of `Backend.grpo_rows`)"""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        token_ids: Tensor,
+        rows: dict[str, Tensor | None],
+        params: GrpoRowParams,
+        shard: dict[str, Any],
+        group: ProcessGroup | None,
+        in_place: bool,
+        backend: BackendName,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        compact = adjacent(logits.detach())
+        chosen = choose_backend(backend, device=compact.device, dtype=compact.dtype)
+        softmax = combine(chosen.statistics(compact, token_ids, **shard), token_ids, group=group, **shard)
+        weights = rows["weights"]
+        assert weights is not None
+        masked = weights == 0
+        check_found(softmax.found | masked, token_ids)
+        logprob, entropy = softmax.logprob.masked_fill(masked, 0.0), softmax.entropy.masked_fill(masked, 0.0)
+        outputs = chosen.grpo_rows(
+            logprob=logprob,
+            entropy=entropy,
+            old=rows["old_logprobs"],
+            rollout=rows["rollout_logprobs"],
+            reference=rows["reference_logprobs"],
+            advantages=rows["advantages"],  # type: ignore[arg-type]
+            weights=weights,
+            params=params,
+        ).masked_fill(masked, 0.0)
+        token_loss, grad_logprob, grad_entropy = outputs[:3]
+        if ctx.needs_input_grad[0]:
+            # A copy made for its layout is ours to overwrite; otherwise the logits are, if the caller says so.
+            overwrite = in_place or compact.data_ptr() != logits.data_ptr()
+            gradient = compact if overwrite else torch.empty(compact.shape, dtype=compact.dtype, device=compact.device)
+            chosen.gradient(
+                compact,
+                token_ids,
+                gradient,
+                **shard,
+                maximum=softmax.maximum,
+                log_sum=softmax.log_sum,
+                entropy=softmax.entropy,
+                grad_logprob=grad_logprob,
+                grad_entropy=grad_entropy if params.entropy_coef else None,
+            )
+            # Not save_for_backward: that would object to logits which were overwritten.
+            ctx.gradient = gradient
+        ctx.mark_non_differentiable(logprob, entropy, outputs)
+        return token_loss.clone(), logprob, entropy, outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradient: Tensor | None = ctx.gradient
+        if gradient is None:
+            raise RuntimeError("the gradient of grpo_token_loss can be taken once: it stood in the logits' memory")
+        ctx.gradient = None
+        upstream = grads[0]
+        # Asking a CUDA device would wait for it; multiplying by 1 costs less.
+        if upstream.device.type != "cpu" or bool((upstream != 1).any()):
+            gradient.mul_(upstream[:, None].to(gradient.dtype))
+        return gradient, *(None,) * 7
+
+
+def _check_row(name: str, tensor: Tensor | None, logits: Tensor) -> None:
+    if tensor is None:
+        return
+    if tensor.shape != logits.shape[:1] or tensor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} must be fp32 [R] = [{logits.shape[0]}] for logits {list(logits.shape)}, "
+            f"got {tensor.dtype} {list(tensor.shape)}"
+        )
+    if tensor.device != logits.device:
+        raise ValueError(f"{name} are on {tensor.device}, logits on {logits.device}: they must be on one device")
