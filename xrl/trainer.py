@@ -85,7 +85,9 @@ class Trainer:
         """Sample, judge, score, learn, publish."""
         start = time.perf_counter()
         samples = broadcast_samples(self.sample(index) if self.lead else None, self.groups.control)
-        reports = self.actor.update(samples, self.algorithm.loss, self.token_weights)
+        reports = self.actor.update(
+            samples, self.algorithm.loss, self.token_weights, fused_loss=self.algorithm.fused_loss
+        )
         return_freed_memory()  # to the rollout workers, whose turn it is now
         self.publish(version=index)
         self.report(index, reports, seconds=time.perf_counter() - start)

@@ -110,7 +110,12 @@ def run_case(arguments: argparse.Namespace, groups: ParallelGroups, packing: str
 
     actor.optimizer.step = step_and_keep_gradients
     for _ in range(NUM_UPDATES):
-        (report,) = actor.update(samples, algorithm.loss, lambda lengths: token_weights(lengths, "token-mean"))
+        (report,) = actor.update(
+            samples,
+            algorithm.loss,
+            lambda lengths: token_weights(lengths, "token-mean"),
+            fused_loss=algorithm.fused_loss if arguments.fused else None,
+        )
         seen["loss"].append(report.metrics["loss"].value)
         seen["kl"].append(report.metrics["kl"].value)
         seen["grad_norm"].append(report.grad_norm)
@@ -138,6 +143,7 @@ def main() -> None:
     parser.add_argument("--sp", action="store_true")
     parser.add_argument("--distributed-optimizer", action="store_true")
     parser.add_argument("--recompute", default=None)
+    parser.add_argument("--fused", action="store_true", help="the loss through grpo_token_loss")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     parallel = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)

@@ -68,7 +68,10 @@ def test_layout_gives_the_losses_gradients_and_weights_of_one_rank(
 ) -> None:
     num_ranks, *flags = LAYOUTS[layout]
     out = tmp_path / "result.pt"
-    run_ranks(WORKER, num_ranks, *flags, f"--model={checkpoint}", f"--vocab-size={VOCAB_SIZE}", f"--out={out}")
+    # The one rank above went through log-probs and autograd: the fused loss must give the same.
+    run_ranks(
+        WORKER, num_ranks, *flags, "--fused", f"--model={checkpoint}", f"--vocab-size={VOCAB_SIZE}", f"--out={out}"
+    )
     results = torch.load(out)
     for case, found in results.items():
         assert_same(one_rank[case], found, f"{layout}, {case[0]}, {case[1]} micro-batches")

@@ -6,16 +6,18 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from xrl.actor.microbatch import Microbatch, MicrobatchMaker
 from xrl.actor.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from xrl.actor.pipeline import Pipeline
 from xrl.actor.split import split_groups
-from xrl.config import Settings
+from xrl.config import AlgorithmConfig, Settings
+from xrl.kernels.grpo_loss import grpo_token_loss
 from xrl.kernels.logprob import LogprobOutput, vocab_parallel_logprob
 from xrl.metrics.mean import Mean, merge
 from xrl.models.build import build_model, padded_vocab_size, train_dtype, transformer_config, uses_transformer_engine
@@ -29,6 +31,14 @@ from xrl.weights.load import load_weights
 Loss = Callable[[LossInputs], LossOutput]
 TokenWeights = Callable[[Sequence[int]], Sequence[float]]
 WhichWeights = Literal["actor", "reference"]
+
+
+class ShardArguments(TypedDict):
+    """Arguments of the kernels that tell one rank's part of the vocabulary."""
+
+    group: ProcessGroup | None
+    vocab_start: int
+    num_columns: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +89,14 @@ class Actor:
         )
         self.seconds: dict[str, float] = {}
 
-    def update(self, samples: Sequence[Sample], loss: Loss, token_weights: TokenWeights) -> list[UpdateReport]:
+    def update(
+        self,
+        samples: Sequence[Sample],
+        loss: Loss,
+        token_weights: TokenWeights,
+        *,
+        fused_loss: AlgorithmConfig | None = None,
+    ) -> list[UpdateReport]:
         """Learn from one rollout: `updates_per_rollout` optimizer updates, each on its own share of the groups.
 
         Collective.
@@ -88,6 +105,8 @@ class Actor:
             samples: the whole rollout, the same on every rank.
             loss: from the log-probs of a micro-batch to its share of the loss.
             token_weights: from the response lengths of an update's samples to the share of each sample's tokens.
+            fused_loss: settings with which `grpo_token_loss` computes the same as `loss` in fewer passes over the
+                logits; None where it cannot. Metrics come from `loss` either way.
         """
         algorithm = self.settings.algorithm
         parts = split_groups(samples, algorithm.updates_per_rollout)
@@ -101,7 +120,7 @@ class Actor:
         reference = [self.logprobs(update, weights="reference") if self.reference else [] for update in updates]
         middle = time.perf_counter()
         reports = [
-            self._one_update(part, update, loss, old_logprobs, reference_logprobs)
+            self._one_update(part, update, loss, old_logprobs, reference_logprobs, fused_loss)
             for part, update, old_logprobs, reference_logprobs in zip(parts, updates, old, reference, strict=True)
         ]
         self.seconds = {"logprobs": middle - start, "update": time.perf_counter() - middle}
@@ -125,25 +144,43 @@ class Actor:
         loss: Loss,
         old: Sequence[Tensor],
         reference: Sequence[Tensor],
+        fused_loss: AlgorithmConfig | None,
     ) -> UpdateReport:
         use_rollout = self.settings.algorithm.old_logprobs == "rollout"
 
         def microbatch_loss(logits: Tensor, number: int) -> LossOutput:
             microbatch = microbatches[number]
-            scored = self._score(logits, microbatch)
-            current = scored.logprob.detach()
-            old_logprobs = microbatch.rollout_logprobs if use_rollout else old[number] if old else current
-            return loss(
-                LossInputs(
-                    logprobs=scored.logprob,
-                    entropy=scored.entropy,
+            old_logprobs = microbatch.rollout_logprobs if use_rollout else old[number] if old else None
+            reference_logprobs = reference[number] if reference else None
+            if fused_loss is None:
+                scored = self._score(logits, microbatch)
+                logprobs, entropy = scored.logprob, scored.entropy
+            else:
+                fused = grpo_token_loss(
+                    logits,
+                    microbatch.response_ids,
+                    advantages=microbatch.advantages,
+                    config=fused_loss,
+                    weights=microbatch.weights,
                     old_logprobs=old_logprobs,
                     rollout_logprobs=microbatch.rollout_logprobs,
-                    reference_logprobs=reference[number] if reference else None,
+                    reference_logprobs=reference_logprobs,
+                    temperature=self.settings.rollout.temperature,
+                    **self._shard(),
+                )
+                logprobs, entropy = fused.logprob, fused.entropy
+            output = loss(
+                LossInputs(
+                    logprobs=logprobs,
+                    entropy=entropy,
+                    old_logprobs=logprobs.detach() if old_logprobs is None else old_logprobs,
+                    rollout_logprobs=microbatch.rollout_logprobs,
+                    reference_logprobs=reference_logprobs,
                     advantages=microbatch.advantages,
                     weights=microbatch.weights,
                 )
             )
+            return output if fused_loss is None else LossOutput(loss=fused.token_loss.sum(), metrics=output.metrics)
 
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -167,17 +204,23 @@ class Actor:
 
     def _score(self, logits: Tensor, microbatch: Microbatch) -> LogprobOutput:
         """Log-probs of the response tokens at the sampling temperature, from this rank's columns of the logits."""
-        columns = padded_vocab_size(self.shape, self.groups.layout.tensor_size) // self.groups.layout.tensor_size
-        first = columns * self.groups.tensor_rank
         return vocab_parallel_logprob(
             logits,
             microbatch.response_ids,
             temperature=self.settings.rollout.temperature,
-            group=self.groups.tensor if self.groups.layout.tensor_size > 1 else None,
-            vocab_start=first,
-            num_columns=min(columns, max(0, self.shape.vocab_size - first)),
             entropy_grad=bool(self.settings.algorithm.entropy_coef),
+            **self._shard(),
         )
+
+    def _shard(self) -> ShardArguments:
+        """Which columns of the vocabulary this rank holds, as the kernels take it."""
+        columns = padded_vocab_size(self.shape, self.groups.layout.tensor_size) // self.groups.layout.tensor_size
+        first = columns * self.groups.tensor_rank
+        return {
+            "group": self.groups.tensor if self.groups.layout.tensor_size > 1 else None,
+            "vocab_start": first,
+            "num_columns": min(columns, max(0, self.shape.vocab_size - first)),
+        }
 
     @contextlib.contextmanager
     def _weights_of(self, which: WhichWeights) -> Iterator[None]:

@@ -27,6 +27,9 @@ ALGORITHMS: Mapping[str, str] = MappingProxyType(
 class Algorithm(Protocol):
     """What the trainer asks of an algorithm."""
 
+    fused_loss: AlgorithmConfig | None
+    """Settings of `token_terms` where `loss` is their weighted sum, so that a fused kernel may stand in; else None."""
+
     def score(self, groups: Sequence[Group]) -> Scored:
         """Judged groups in, samples with advantages out."""
         ...

@@ -23,6 +23,7 @@ class GRPO:
 
     def __init__(self, config: AlgorithmConfig) -> None:
         self.config = config
+        self.fused_loss = config
 
     def score(self, groups: Sequence[Group]) -> Scored:
         """Fill in advantages; leave out what cannot be learned from, and count it."""

@@ -10,6 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# Its name from torch 2.13 on, and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax:
@@ -42,7 +45,7 @@ def find_shard(
         if group is not None:
             mine = torch.tensor([columns], device=logits.device)
             everyone = torch.empty(dist.get_world_size(group), dtype=mine.dtype, device=logits.device)
-            dist.all_gather_into_tensor(everyone, mine, group=group)
+            _all_gather(everyone, mine, group=group)
             vocab_start = int(everyone[: dist.get_rank(group)].sum())
     if vocab_start < 0:
         raise ValueError(f"vocab_start must be >= 0, got {vocab_start}")
@@ -67,9 +70,10 @@ def combine(
     else:
         # The chosen token's s is at most 0: infinity says that it is elsewhere.
         statistics = torch.cat([statistics[:3], torch.where(owned, statistics[3], math.inf)[None]])
-        shards = statistics.new_empty(dist.get_world_size(group), *statistics.shape)
-        dist.all_gather_into_tensor(shards, statistics, group=group)
-        maxima, sums, shifted, targets = shards.unbind(1)
+        num_shards = dist.get_world_size(group)
+        shards = statistics.new_empty(num_shards * len(statistics), statistics.shape[1])
+        _all_gather(shards, statistics, group=group)
+        maxima, sums, shifted, targets = shards.unflatten(0, (num_shards, -1)).unbind(1)
         maximum = maxima.amax(0)
         # A shard without possible tokens has maximum -inf and sums 0: it must add 0, not 0 * -inf.
         below = torch.where(maxima == -math.inf, 0.0, maxima - maximum) * inverse_temperature

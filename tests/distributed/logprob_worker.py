@@ -1,0 +1,94 @@
+"""One rank of the vocabulary-parallel test: kernels on this rank's columns, against the whole vocabulary in fp64.
+
+Every case must give every rank the whole's log-probs, and the gradient of its own columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.distributed as dist
+
+from xrl.config import AlgorithmConfig
+from xrl.kernels.backend import BackendName
+from xrl.kernels.grpo_loss import grpo_token_loss, reference_grpo_token_loss
+from xrl.kernels.logprob import reference_logprob, vocab_parallel_logprob
+
+ROWS = 33
+CONFIG = AlgorithmConfig(kl_coef=0.1, entropy_coef=0.02, dual_clip=3.0)
+
+
+def check(widths: list[int], *, padding: int, offset: float, backend: BackendName, told: bool) -> None:
+    """One way of cutting the vocabulary: `widths` columns a rank, each with `padding` columns of NaN behind them."""
+    generator = torch.Generator().manual_seed(sum(widths))
+    whole = torch.randn(ROWS, sum(widths), generator=generator) * 2 + offset
+    # A shard's columns are impossible in one row, all of them; the first and last id of every shard are asked for.
+    rank = dist.get_rank()
+    starts = [sum(widths[:index]) for index in range(len(widths))]
+    if any(widths[1:]):
+        whole[0, : widths[0]] = -torch.inf
+    edges = [start for start, width in zip(starts, widths, strict=True) if width]
+    edges += [start + width - 1 for start, width in zip(starts, widths, strict=True) if width]
+    ids = torch.randint(0, sum(widths), (ROWS,), generator=generator)
+    ids[0] = sum(widths) - 1
+    ids[1 : 1 + len(edges)] = torch.tensor(edges)
+    columns = slice(starts[rank], starts[rank] + widths[rank])
+    mine = torch.cat([whole[:, columns], torch.full((ROWS, padding), torch.nan)], dim=1).requires_grad_()
+    arguments = {"temperature": 0.7, "group": dist.group.WORLD, "num_columns": widths[rank], "backend": backend}
+    if told:
+        arguments["vocab_start"] = starts[rank]
+
+    grads = torch.randn(2, ROWS, generator=generator)
+    out = vocab_parallel_logprob(mine, ids, entropy_grad=True, **arguments)
+    torch.autograd.backward([out.logprob, out.entropy], list(grads))
+    exact = whole.double().requires_grad_()
+    wanted = reference_logprob(exact, ids, temperature=0.7)
+    torch.autograd.backward([wanted.logprob, wanted.entropy], list(grads.double()))
+    for name in ("logprob", "entropy", "logsumexp"):
+        found = getattr(out, name).detach().double()
+        torch.testing.assert_close(found, getattr(wanted, name).detach(), rtol=1e-6, atol=2e-5, msg=name)
+    torch.testing.assert_close(mine.grad[:, : widths[rank]].double(), exact.grad[:, columns], rtol=1e-4, atol=2e-5)
+    assert (mine.grad[:, widths[rank] :] == 0).all()
+
+    rows = {
+        "advantages": torch.randn(ROWS, generator=generator),
+        "weights": torch.rand(ROWS, generator=generator),
+        "old_logprobs": out.logprob.detach() + 0.3 * torch.randn(ROWS, generator=generator),
+        "reference_logprobs": out.logprob.detach() + 0.3 * torch.randn(ROWS, generator=generator),
+    }
+    leaf = mine.detach().clone().requires_grad_()
+    loss = grpo_token_loss(leaf * 1.0, ids, config=CONFIG, **rows, **arguments).token_loss
+    loss.sum().backward()
+    exact = whole.double().requires_grad_()
+    exact_rows = {name: row.double() for name, row in rows.items()}
+    expected = reference_grpo_token_loss(exact, ids, config=CONFIG, temperature=0.7, **exact_rows)
+    expected.sum().backward()
+    torch.testing.assert_close(loss.detach().double(), expected.detach(), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(leaf.grad[:, : widths[rank]].double(), exact.grad[:, columns], rtol=1e-4, atol=2e-5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", required=True)
+    arguments = parser.parse_args()
+    dist.init_process_group("gloo")
+    size = dist.get_world_size()
+    even, uneven, empty = [50] * size, [17 + 20 * rank for rank in range(size)], [40] * (size - 1) + [0]
+    for widths in (even, uneven, empty):
+        for offset in (0.0, 1e4):
+            check(widths, padding=3, offset=offset, backend=arguments.backend, told=True)
+        check(widths, padding=0, offset=-120.0, backend=arguments.backend, told=False)
+    # An id that no shard holds is seen by every rank.
+    try:
+        vocab_parallel_logprob(torch.zeros(1, 4), torch.tensor([4 * size]), group=dist.group.WORLD)
+    except ValueError as error:
+        assert "which no shard holds" in str(error)
+    else:
+        raise AssertionError("an id off every shard went through")
+    dist.barrier()  # a rank that leaves early takes the connections of the others with it
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
