@@ -15,6 +15,7 @@ from xrl.config import SettingsError
 from xrl.config.parse import parse_settings
 from xrl.launch.exit import EXIT_BAD_SETTINGS, run_main
 from xrl.launch.threads import set_thread_waiting
+from xrl.launch.variables import RANK_VARIABLES
 
 USAGE = """usage: xrl COMMAND [ARGUMENTS]
 
@@ -65,6 +66,8 @@ def train(arguments: list[str]) -> None:
     if num_ranks == 1:
         # A world of one needs no torchrun; training in this process shows its errors by itself.
         set_thread_waiting(os.environ)
+        for name in RANK_VARIABLES:  # of a launcher above us: this is a world of its own
+            os.environ.pop(name, None)
         from xrl.train import train as train_here
 
         run_main(lambda: train_here(settings))

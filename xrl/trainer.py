@@ -22,7 +22,7 @@ from xrl.metrics.journal import Journal
 from xrl.metrics.mean import Mean, merge
 from xrl.metrics.memory import cuda_peak_bytes, peak_rss_bytes, return_freed_memory
 from xrl.parallel.groups import ParallelGroups
-from xrl.rollout.collect import Collector
+from xrl.rollout.collect import Collected, Collector
 from xrl.rollout.evaluate import Evaluator
 from xrl.rollout.publish import Publisher
 from xrl.types import Sample, SamplingParams
@@ -103,6 +103,7 @@ class Trainer:
             num_samples=self.settings.data.samples_per_prompt,
             description="training samples",
         )
+        refuse_useless(index, collected)
         scored = self.algorithm.score(collected.groups)
         self.lead.journal.rollout(index, collected.groups, scored.advantages, len(scored.samples), scored.metrics)
         self.row = {
@@ -164,6 +165,18 @@ class Trainer:
         row["step_seconds"] = seconds
         row["tokens_per_s"] = row["response_tokens"] / seconds
         self.lead.journal.step(index, row)
+
+
+def refuse_useless(index: int, collected: Collected) -> None:
+    """A rollout of which nothing can be learned is a broken set-up, not a bad score.
+
+    Raises:
+        RuntimeError: every prompt failed, or every call of the judge did.
+    """
+    if not collected.groups:
+        raise RuntimeError(f"rollout {index}: all of its prompts failed; the logs of the rollout workers say why")
+    if all(rollout.judge_failed for group in collected.groups for rollout in group.rollouts):
+        raise RuntimeError(f"rollout {index}: the judge failed on every answer; the first failure is logged above")
 
 
 def peak_memory(groups: ParallelGroups) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -187,6 +188,12 @@ class Actor:
         outputs = self.pipeline.forward_backward(microbatches, microbatch_loss)
         lr = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(float(grad_norm)):
+            # These weights must not be published, nor saved as somebody's result.
+            raise RuntimeError(
+                f"the gradient norm is {float(grad_norm)}: the loss or the weights are not finite; "
+                f"check the model's weights, lower --lr, or set --clip-grad. Nothing of this update is saved"
+            )
         self.schedule.step(increment=1)
         metrics: dict[str, Mean] = {}
         if self.groups.reports_losses:

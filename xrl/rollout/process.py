@@ -13,18 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xrl.launch.threads import set_thread_waiting
+from xrl.launch.variables import RANK_VARIABLES
 
-# torchrun's description of the trainer's world: a worker is not part of it.
-_TRAINER_VARIABLES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 LOG_TAIL_LINES = 15
 
 
@@ -38,7 +28,8 @@ class WorkerProcess:
         environment = {
             name: value
             for name, value in os.environ.items()
-            if name not in _TRAINER_VARIABLES and not name.startswith(("TORCHELASTIC_", "TORCH_NCCL_"))
+            # A worker is not part of the trainer's world.
+            if name not in RANK_VARIABLES and not name.startswith(("TORCHELASTIC_", "TORCH_NCCL_"))
         }
         environment["OMP_NUM_THREADS"] = str(num_threads)
         set_thread_waiting(environment)

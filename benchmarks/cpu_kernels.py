@@ -1,0 +1,121 @@
+"""Log-prob kernels on the CPU against PyTorch, eager and compiled: `python benchmarks/cpu_kernels.py`.
+
+Log-prob and entropy of 2,048 rows at V = 32,768 and 151,936 in fp32 and bf16, forward alone and with the gradient of
+the log-prob; all contestants by turns in one run, on 2 threads. The read floor is the time in which PyTorch's integer
+maximum, which is as fast as the memory, reads the same logits once. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from xrl.kernels.logprob import vocab_parallel_logprob
+
+NUM_ROWS = 2048
+VOCABULARIES = (32_768, 151_936)
+DTYPES = (torch.float32, torch.bfloat16)
+
+Contestant = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def ours(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    out = vocab_parallel_logprob(logits, token_ids)
+    return out.logprob, out.entropy
+
+
+def eager(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """As a training script writes it; the entropy is only looked at."""
+    logp = logits.float().log_softmax(1)
+    with torch.no_grad():
+        entropy = -(logp.exp() * logp).sum(1)
+    return logp.gather(1, token_ids[:, None])[:, 0], entropy
+
+
+def forward(contestant: Contestant, logits: Tensor, token_ids: Tensor) -> None:
+    with torch.no_grad():
+        contestant(logits, token_ids)
+
+
+def forward_backward(contestant: Contestant, logits: Tensor, token_ids: Tensor) -> None:
+    logits.grad = None
+    contestant(logits, token_ids)[0].sum().backward()
+
+
+def by_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each call, after one that does not count; they take turns, so that drift hits them all."""
+    milliseconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                milliseconds[name].append(1e3 * (time.perf_counter() - start))
+    return {name: median(values) for name, values in milliseconds.items()}
+
+
+def measure(dtype: torch.dtype, vocab_size: int, repeats: int) -> dict[str, float]:
+    """Milliseconds by contestant and pass, and of the read floor."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(NUM_ROWS, vocab_size, generator=generator).to(dtype).requires_grad_()
+    token_ids = torch.randint(0, vocab_size, (NUM_ROWS,), generator=generator)
+    torch.compiler.reset()
+    contestants: dict[str, Contestant] = {"xrl": ours, "compile": torch.compile(eager, dynamic=False), "eager": eager}
+    words = logits.detach().view(torch.int32).flatten()
+    calls: dict[str, Callable[[], Any]] = {"read": words.max}
+    for name, contestant in contestants.items():
+        calls[f"{name} forward"] = lambda contestant=contestant: forward(contestant, logits, token_ids)  # type: ignore[misc]
+        calls[f"{name} both"] = lambda contestant=contestant: forward_backward(contestant, logits, token_ids)  # type: ignore[misc]
+    return by_turns(calls, repeats)
+
+
+def main() -> None:
+    """Measure the four cases and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7, help="calls of each contestant that count, by turns")
+    parser.add_argument("--num-threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.num_threads)
+    results = {
+        f"{str(dtype).removeprefix('torch.')} {vocab_size}": measure(dtype, vocab_size, options.repeats)
+        for dtype in DTYPES
+        for vocab_size in VOCABULARIES
+    }
+    table = Table(title=f"log-prob and entropy, {NUM_ROWS} rows, milliseconds (medians)")
+    for column in ("", "xrl", "compile", "eager", "compile / xrl", "xrl / read floor"):
+        table.add_column(column, justify="left" if not column else "right")
+    for case, found in results.items():
+        for which, words in (("forward", "forward"), ("both", "forward + backward")):
+            mine, compiled, plain = (found[f"{name} {which}"] for name in ("xrl", "compile", "eager"))
+            floor = f"{mine / found['read']:.2f}" if which == "forward" else ""
+            row = (f"{mine:.1f}", f"{compiled:.1f}", f"{plain:.1f}", f"{compiled / mine:.2f}", floor)
+            table.add_row(f"{case}, {words}", *row)
+    Console(width=120).print(table)
+
+    def ratios(rival: str) -> list[float]:
+        return [found[f"{rival} both"] / found["xrl both"] for found in results.values()]
+
+    def over_floor(dtype: str) -> float:
+        return max(found["xrl forward"] / found["read"] for case, found in results.items() if case.startswith(dtype))
+
+    figures = {
+        "min_forward_backward_vs_compile": min(ratios("compile")),
+        "min_forward_backward_vs_eager": min(ratios("eager")),
+        "bf16_forward_vs_read_floor": over_floor("bfloat16"),
+        "fp32_forward_vs_read_floor": over_floor("float32"),
+        "milliseconds": results,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
