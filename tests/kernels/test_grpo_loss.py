@@ -149,6 +149,16 @@ def test_gradient_that_arrives_multiplies_rows(backend: BackendName) -> None:
     torch.testing.assert_close(logits.grad, once * factors[:, None])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_in_fp64_give_what_they_give_in_fp32(backend: BackendName) -> None:
+    inputs, config = make_inputs(), CONFIGS["everything"]
+    names = ("advantages", "weights", "old_logprobs", "rollout_logprobs", "reference_logprobs")
+    out, gradient = run(inputs, config, backend=backend)
+    wide, wide_gradient = run(inputs | {name: inputs[name].double() for name in names}, config, backend=backend)
+    torch.testing.assert_close(wide.token_loss.float(), out.token_loss, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(wide_gradient, gradient, rtol=1e-4, atol=1e-7)
+
+
 def test_without_a_gradient_the_logits_stay_as_they_are() -> None:
     inputs = make_inputs()
     before = inputs["logits"].clone()

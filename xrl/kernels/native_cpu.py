@@ -77,7 +77,8 @@ def grpo_rows(
     """See `Backend.grpo_rows`."""
     out = torch.empty(10, logprob.shape[0], dtype=torch.float32)
     rows = [logprob, entropy, old, rollout, reference, advantages, weights]
-    rows = [None if row is None else row.contiguous() for row in rows]
+    # The kernel reads addresses: fp64, which callers may pass, would be read as pairs of fp32.
+    rows = [None if row is None else row.to(torch.float32).contiguous() for row in rows]
     _module().grpo_rows(*(_address(row) for row in rows), logprob.shape[0], params.as_tuple(), out.data_ptr())
     return out
 
