@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-Dpybind11_DIR={_pybind11_dir()}",
+            # AUTO builds the CUDA kernels where there is an nvcc; ON insists, OFF leaves them out.
+            f"-DXRL_WITH_CUDA={os.environ.get('XRL_WITH_CUDA', 'AUTO')}",
         ]
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *generator, *options], check=True)

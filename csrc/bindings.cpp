@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "check.h"
 #include "cpu/decode_attention.h"
@@ -17,6 +18,7 @@
 #include "cpu/rope_cache.h"
 #include "cpu/sample_tokens.h"
 #include "cpu/vector_math.h"
+#include "cuda_bindings.h"
 #include "dispatch.h"
 
 namespace py = pybind11;
@@ -234,4 +236,10 @@ PYBIND11_MODULE(_C, module) {
   bind<xrl::bfloat16>(module, "_bf16");
   module.def("grpo_rows", &grpo_rows);
   module.def("sample_tokens", &sample_tokens);
+#ifdef XRL_WITH_CUDA
+  xrl::bind_cuda(module);
+#else
+  module.def("cuda_built", [] { return false; });
+  module.def("cuda_architectures", [] { return std::vector<std::string>{}; });
+#endif
 }
