@@ -8,7 +8,7 @@ LAYOUT ?= single
 SEED ?= 0
 
 STAMP := $(VENV)/.setup-done
-BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(wildcard csrc/*) $(wildcard csrc/*/*)
 
 .PHONY: help setup demo test test-fast test-slow check check-static bench-setup clean
 .DEFAULT_GOAL := help

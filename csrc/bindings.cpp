@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "check.h"
@@ -20,6 +19,7 @@
 #include "cpu/vector_math.h"
 #include "cuda_bindings.h"
 #include "dispatch.h"
+#include "grpo_params.h"
 
 namespace py = pybind11;
 
@@ -71,32 +71,14 @@ void logprob_gradient(Address logits, int64_t num_rows, int64_t num_columns, int
                num_threads);
 }
 
-// What xrl/kernels/grpo_rows.py's GrpoRowParams.as_tuple makes: the fields of the struct below, in their order.
-using GrpoParamsTuple = std::tuple<float, float, float, float, float, int, float, float, int, bool>;
-
-xrl::GrpoRowParams grpo_params(const GrpoParamsTuple& values) {
-  const auto& [lowest_ratio, highest_ratio, lowest_importance, highest_importance, dual_clip, kl_type, kl_coef,
-               entropy_coef, importance, from_current] = values;
-  return {lowest_ratio,
-          highest_ratio,
-          lowest_importance,
-          highest_importance,
-          dual_clip,
-          static_cast<xrl::KlType>(kl_type),
-          kl_coef,
-          entropy_coef,
-          static_cast<xrl::ImportanceKind>(importance),
-          from_current};
-}
-
 void grpo_rows(Address logprob, Address entropy, Address old_logprobs, Address rollout_logprobs,
                Address reference_logprobs, Address advantages, Address weights, int64_t num_rows,
-               const GrpoParamsTuple& params, Address out) {
+               const xrl::GrpoParamsTuple& params, Address out) {
   const xrl::GrpoInputs inputs{at<const float>(old_logprobs), at<const float>(rollout_logprobs),
                                at<const float>(reference_logprobs), at<const float>(advantages),
                                at<const float>(weights)};
   py::gil_scoped_release release;
-  XRL_DISPATCH(grpo_rows, at<const float>(logprob), at<const float>(entropy), inputs, grpo_params(params),
+  XRL_DISPATCH(grpo_rows, at<const float>(logprob), at<const float>(entropy), inputs, xrl::grpo_params(params),
                xrl::GrpoOutputs{at<float>(out), num_rows});
 }
 

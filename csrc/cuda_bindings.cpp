@@ -7,12 +7,12 @@
 #include <cstdint>
 #include <sstream>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "check.h"
 #include "cuda/grpo_rows.h"
 #include "cuda/logprob.h"
+#include "grpo_params.h"
 
 namespace py = pybind11;
 
@@ -62,33 +62,15 @@ void logprob_gradient(Address logits, int64_t num_rows, int64_t num_columns, int
       xrl::OutputRows<T>{at<T>(out), out_stride, num_out_columns}, at<CUstream_st>(stream));
 }
 
-// What GrpoRowParams.as_tuple makes, see bindings.cpp.
-using GrpoParamsTuple = std::tuple<float, float, float, float, float, int, float, float, int, bool>;
-
-xrl::GrpoRowParams grpo_params(const GrpoParamsTuple& values) {
-  const auto& [lowest_ratio, highest_ratio, lowest_importance, highest_importance, dual_clip, kl_type, kl_coef,
-               entropy_coef, importance, from_current] = values;
-  return {lowest_ratio,
-          highest_ratio,
-          lowest_importance,
-          highest_importance,
-          dual_clip,
-          static_cast<xrl::KlType>(kl_type),
-          kl_coef,
-          entropy_coef,
-          static_cast<xrl::ImportanceKind>(importance),
-          from_current};
-}
-
 void grpo_rows(Address logprob, Address entropy, Address old_logprobs, Address rollout_logprobs,
                Address reference_logprobs, Address advantages, Address weights, int64_t num_rows,
-               const GrpoParamsTuple& params, Address out, Address stream) {
+               const xrl::GrpoParamsTuple& params, Address out, Address stream) {
   xrl::check(num_rows >= 0, "num_rows must be >= 0");
   xrl::cuda::grpo_rows(at<const float>(logprob), at<const float>(entropy),
                        xrl::GrpoInputs{at<const float>(old_logprobs), at<const float>(rollout_logprobs),
                                        at<const float>(reference_logprobs), at<const float>(advantages),
                                        at<const float>(weights)},
-                       grpo_params(params), xrl::GrpoOutputs{at<float>(out), num_rows}, at<CUstream_st>(stream));
+                       xrl::grpo_params(params), xrl::GrpoOutputs{at<float>(out), num_rows}, at<CUstream_st>(stream));
 }
 
 // XRL_CUDA_ARCHITECTURES is a list such as "sm_90,compute_90", from CMake.

@@ -61,7 +61,7 @@ class GrpoRowParams:
         return 1.0 - self.clip_low, 1.0 + self.clip_high, 1.0 / self.importance_bound, self.importance_bound
 
     def as_tuple(self) -> tuple[float | int | bool, ...]:
-        """As the compiled kernels take them: see GrpoParamsTuple in csrc/bindings.cpp."""
+        """As the compiled kernels take them: see csrc/grpo_params.h."""
         return (
             *self.bounds(),
             self.dual_clip,
