@@ -12,7 +12,7 @@ from xrl.algorithms.aggregation import token_weights
 from xrl.algorithms.grpo import GRPO
 from xrl.config import AlgorithmConfig
 from xrl.metrics.mean import merge
-from xrl.types import LossInputs
+from xrl.types import LossInputs, LossOutput
 
 EVERYTHING_ON = AlgorithmConfig(
     clip_high=0.28,
@@ -215,3 +215,12 @@ def test_a_tensor_that_would_broadcast_is_refused_by_name():
     whole = inputs([3])
     with pytest.raises(ValueError, match=r"advantages must be \[R\] = \[3\]"):
         GRPO(AlgorithmConfig()).loss(dataclasses.replace(whole, advantages=torch.ones(1)))
+
+
+def test_a_loss_of_ones_own_is_not_replaced_by_the_fused_one() -> None:
+    class Own(GRPO):
+        def loss(self, inputs: LossInputs) -> LossOutput:
+            return super().loss(inputs)
+
+    assert GRPO(AlgorithmConfig()).fused_loss == AlgorithmConfig()
+    assert Own(AlgorithmConfig()).fused_loss is None

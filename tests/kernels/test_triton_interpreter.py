@@ -1,4 +1,4 @@
-"""Triton's kernels in its interpreter, on small shapes; the checks are in `triton_worker.py`."""
+"""Triton's kernels in its interpreter, on small shapes; the checks are in `triton_*_worker.py`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).with_name("triton_worker.py")
-ROOT = WORKER.parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_in_the_interpreter_equal_plain_maths() -> None:
+@pytest.mark.parametrize("worker", ["triton_logprob_worker.py", "triton_rows_worker.py"])
+def test_kernels_in_the_interpreter_equal_plain_maths(worker: str) -> None:
     # In a process of its own: triton reads TRITON_INTERPRET when a kernel is defined.
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(WORKER)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / worker)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,

@@ -188,12 +188,6 @@ class Actor:
         outputs = self.pipeline.forward_backward(microbatches, microbatch_loss)
         lr = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
-        if not math.isfinite(float(grad_norm)):
-            # These weights must not be published, nor saved as somebody's result.
-            raise RuntimeError(
-                f"the gradient norm is {float(grad_norm)}: the loss or the weights are not finite; "
-                f"check the model's weights, lower --lr, or set --clip-grad. Nothing of this update is saved"
-            )
         self.schedule.step(increment=1)
         metrics: dict[str, Mean] = {}
         if self.groups.reports_losses:
@@ -201,6 +195,7 @@ class Actor:
                 metrics = merge(metrics, output.metrics)
         computed = sum(microbatch.num_tokens for microbatch in microbatches) if self.groups.reports_losses else 0
         metrics = self._merge_over_ranks({**metrics, "computed_tokens": Mean(computed, 1)})
+        _refuse_not_finite(loss=metrics["loss"].value if "loss" in metrics else 0.0, grad_norm=float(grad_norm))
         return UpdateReport(
             num_tokens=sum(len(sample.prompt_ids) + len(sample.response_ids) for sample in samples),
             computed_tokens=int(metrics.pop("computed_tokens").total),
@@ -253,3 +248,17 @@ class Actor:
         for part in everyone:
             merged = merge(merged, {name: Mean(total, count) for name, (total, count) in part.items()})
         return merged
+
+
+def _refuse_not_finite(*, loss: float, grad_norm: float) -> None:
+    """End the run: weights that such an update has touched must not be published, nor saved as somebody's result.
+
+    Raises:
+        RuntimeError: on every rank alike, since both values are the whole update's.
+    """
+    # Both, as megatron-core takes no norm where nothing is clipped.
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        raise RuntimeError(
+            f"the update's loss is {loss} and its gradient norm {grad_norm}: check the model's weights, or lower --lr. "
+            f"Nothing of this update is saved"
+        )

@@ -23,7 +23,8 @@ class GRPO:
 
     def __init__(self, config: AlgorithmConfig) -> None:
         self.config = config
-        self.fused_loss = config
+        # A subclass with a loss of its own must not have it replaced.
+        self.fused_loss = config if type(self).loss is GRPO.loss else None
 
     def score(self, groups: Sequence[Group]) -> Scored:
         """Fill in advantages; leave out what cannot be learned from, and count it."""

@@ -8,6 +8,7 @@ is read once.
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -56,5 +57,13 @@ def _load(kind: str, path: str) -> list[dict[str, Any]] | str:
             return str(error.__cause__ or error)
 
 
+def main() -> None:
+    # The rows alone go to stdout: whatever a library prints there would spoil them.
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    with out:
+        pickle.dump(_load(*sys.argv[1:]), out)
+
+
 if __name__ == "__main__":
-    sys.stdout.buffer.write(pickle.dumps(_load(*sys.argv[1:])))
+    main()

@@ -65,7 +65,7 @@ class PeakMemory:
         measure: Callable[[int | None], int] = pss_bytes,
         *,
         pid: int | None = None,
-        interval_s: float = 0.5,
+        interval_s: float = 0.25,
     ) -> None:
         self.bytes = 0
         self._measure = measure
