@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "check.h"
@@ -13,6 +14,8 @@
 #include "cpu/huge_pages.h"
 #include "cpu/layer_ops.h"
 #include "cpu/logprob.h"
+#include "cpu/packed_attention.h"
+#include "cpu/qkv_rope.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rope_cache.h"
 #include "cpu/sample_tokens.h"
@@ -183,6 +186,103 @@ void rotary(Address x, Address cosine, Address sine, int64_t num_tokens, int64_t
                at<T>(out), num_threads);
 }
 
+// Sequences of a pack: the addresses of starts, lengths and parents, their number and the step between their tokens.
+using SequencesTuple = std::tuple<Address, Address, Address, int64_t, int64_t>;
+
+xrl::PackedSequences packed_sequences(const SequencesTuple& tuple) {
+  const auto& [starts, lengths, parents, count, step] = tuple;
+  return {at<const int32_t>(starts), at<const int32_t>(lengths), at<const int32_t>(parents), count, step};
+}
+
+// (num_tokens, num_kv_heads, queries_per_key, head_dim)
+using QkvTuple = std::tuple<int64_t, int, int, int>;
+
+xrl::QkvShape qkv_shape(const QkvTuple& tuple) {
+  const auto& [num_tokens, num_kv_heads, queries_per_key, head_dim] = tuple;
+  xrl::check(num_kv_heads >= 1 && queries_per_key >= 1, "num_kv_heads and queries_per_key must be >= 1");
+  xrl::check(head_dim > 0 && head_dim % 32 == 0, "head_dim must be a multiple of 32, got " + std::to_string(head_dim));
+  return {num_tokens, num_kv_heads, queries_per_key, head_dim};
+}
+
+// (cosine, sine, q_weight, k_weight, eps)
+using RopeTuple = std::tuple<Address, Address, Address, Address, float>;
+
+template <typename T>
+xrl::QkvRope<T> qkv_rope(const RopeTuple& tuple) {
+  const auto& [cosine, sine, q_weight, k_weight, eps] = tuple;
+  return {at<const T>(cosine), at<const T>(sine), at<const T>(q_weight), at<const T>(k_weight), eps};
+}
+
+template <typename T>
+void qkv_rope_forward(Address mixed, const QkvTuple& shape, const RopeTuple& rope, Address query, Address key,
+                      int num_threads) {
+  const xrl::QkvShape qkv = qkv_shape(shape);
+  py::gil_scoped_release release;
+  XRL_DISPATCH(qkv_rope_forward, at<const T>(mixed), qkv, qkv_rope<T>(rope), at<T>(query), at<T>(key), num_threads);
+}
+
+template <typename T>
+void qkv_rope_backward(Address mixed, Address grad_query, Address grad_key, const QkvTuple& shape,
+                       const RopeTuple& rope, Address grad_mixed, Address grad_weights, int num_threads) {
+  const xrl::QkvShape qkv = qkv_shape(shape);
+  py::gil_scoped_release release;
+  XRL_DISPATCH(qkv_rope_backward, at<const T>(mixed), at<const T>(grad_query), at<const T>(grad_key), qkv,
+               qkv_rope<T>(rope), at<T>(grad_mixed), at<float>(grad_weights), num_threads);
+}
+
+// Where heads stand that lie side by side in a token.
+template <typename T>
+xrl::TokenHeads<T> dense_heads(Address place, int num_heads, int head_dim) {
+  return {at<T>(place), static_cast<int64_t>(num_heads) * head_dim, head_dim};
+}
+
+// The values inside of the QKV product's output.
+template <typename T>
+xrl::TokenHeads<T> values_of(Address mixed, const xrl::QkvShape& shape) {
+  const int64_t head_stride = static_cast<int64_t>(shape.queries_per_key + 2) * shape.head_dim;
+  return {at<T>(mixed) + (shape.queries_per_key + 1) * shape.head_dim, shape.num_kv_heads * head_stride, head_stride};
+}
+
+xrl::AttentionShape attention_shape(const xrl::QkvShape& shape, float scale) {
+  return {shape.num_kv_heads * shape.queries_per_key, shape.num_kv_heads, shape.head_dim, shape.num_tokens, scale};
+}
+
+template <typename T>
+void packed_attention_forward(Address query, Address key, Address mixed, const QkvTuple& shape, float scale,
+                              const SequencesTuple& sequences, Address out, Address log_sums, int num_threads) {
+  const xrl::QkvShape qkv = qkv_shape(shape);
+  const xrl::AttentionShape attention = attention_shape(qkv, scale);
+  const int dim = qkv.head_dim;
+  const xrl::AttentionForward<T> tensors{dense_heads<const T>(query, attention.num_heads, dim),
+                                         dense_heads<const T>(key, attention.num_kv_heads, dim),
+                                         values_of<const T>(mixed, qkv), dense_heads<T>(out, attention.num_heads, dim),
+                                         at<float>(log_sums)};
+  py::gil_scoped_release release;
+  XRL_DISPATCH(packed_attention_forward, tensors, packed_sequences(sequences), attention, num_threads);
+}
+
+template <typename T>
+void packed_attention_backward(Address query, Address key, Address mixed, Address out, Address log_sums,
+                               Address grad_out, const QkvTuple& shape, float scale, const SequencesTuple& sequences,
+                               Address grad_query, Address grad_key, Address grad_mixed, int num_threads) {
+  const xrl::QkvShape qkv = qkv_shape(shape);
+  const xrl::AttentionShape attention = attention_shape(qkv, scale);
+  const int dim = qkv.head_dim;
+  const int num_heads = attention.num_heads;
+  const int num_kv_heads = attention.num_kv_heads;
+  const xrl::AttentionBackward<T> tensors{dense_heads<const T>(query, num_heads, dim),
+                                          dense_heads<const T>(key, num_kv_heads, dim),
+                                          values_of<const T>(mixed, qkv),
+                                          dense_heads<const T>(out, num_heads, dim),
+                                          dense_heads<const T>(grad_out, num_heads, dim),
+                                          at<const float>(log_sums),
+                                          dense_heads<T>(grad_query, num_heads, dim),
+                                          dense_heads<T>(grad_key, num_kv_heads, dim),
+                                          values_of<T>(grad_mixed, qkv)};
+  py::gil_scoped_release release;
+  XRL_DISPATCH(packed_attention_backward, tensors, packed_sequences(sequences), attention, num_threads);
+}
+
 const char* cpu_isa() {
   switch (xrl::isa()) {
     case xrl::Isa::kAvx512:
@@ -207,6 +307,10 @@ void bind(py::module_& module, const std::string& suffix) {
   module.def(("decode_attention" + suffix).c_str(), &decode_attention<T>);
   module.def(("rms_norm" + suffix).c_str(), &rms_norm<T>);
   module.def(("rope_cache" + suffix).c_str(), &rope_cache<T>);
+  module.def(("qkv_rope_forward" + suffix).c_str(), &qkv_rope_forward<T>);
+  module.def(("qkv_rope_backward" + suffix).c_str(), &qkv_rope_backward<T>);
+  module.def(("packed_attention_forward" + suffix).c_str(), &packed_attention_forward<T>);
+  module.def(("packed_attention_backward" + suffix).c_str(), &packed_attention_backward<T>);
 }
 
 }  // namespace

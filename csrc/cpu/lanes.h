@@ -52,7 +52,16 @@ static inline void store_lanes(bfloat16* place, Lanes x) {
   std::memcpy(place, &half, sizeof half);
 }
 
-static inline Lanes all_lanes(float x) { return Lanes{} + x; }
+// Not Lanes{} + x, which the compiler must compute: 0 + -0 is 0.
+static inline Lanes all_lanes(float x) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_set1_ps(x);
+#elif defined(__AVX__)
+  return (Lanes)_mm256_set1_ps(x);
+#else
+  return Lanes{x, x, x, x};
+#endif
+}
 
 static inline float sum_lanes(Lanes x) {
 #if defined(__AVX512F__)

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "cpu/vector_math.h"
+#include "cpu/lanes.h"
 
 namespace xrl::XRL_ISA {
 namespace {
@@ -13,6 +13,46 @@ namespace {
 inline float sigmoid(float x) {
   const float e = exp_nonpositive(x < 0.0f ? x : -x);
   return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+inline Lanes sigmoid(Lanes x) {
+  const Lanes e = exp_nonpositive(x < 0.0f ? x : -x);
+  return (x < 0.0f ? e : all_lanes(1.0f)) / (1.0f + e);
+}
+
+// One element or one vector of elements, as V says.
+template <typename V, typename T>
+inline V load_as(const T* place) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return load(*place);
+  } else {
+    return load_lanes(place);
+  }
+}
+
+template <typename T>
+inline void store_as(T* place, float x) {
+  store(place, x);
+}
+
+template <typename T>
+inline void store_as(T* place, Lanes x) {
+  store_lanes(place, x);
+}
+
+template <typename V, typename T>
+inline void swiglu(const T* gate, const T* up, T* out) {
+  const V g = load_as<V>(gate);
+  store_as(out, g * sigmoid(g) * load_as<V>(up));
+}
+
+template <typename V, typename T>
+inline void swiglu_gradient(const T* gate, const T* up, const T* grad, T* d_gate, T* d_up) {
+  const V g = load_as<V>(gate);
+  const V s = sigmoid(g);
+  const V d = load_as<V>(grad);
+  store_as(d_gate, d * load_as<V>(up) * s * (1.0f + g * (1.0f - s)));
+  store_as(d_up, d * g * s);
 }
 
 }  // namespace
@@ -24,11 +64,9 @@ void swiglu_forward(const T* x, int64_t num_rows, int64_t size, T* out, int num_
     const T* gate = x + row * 2 * size;
     const T* up = gate + size;
     T* y = out + row * size;
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-      const float g = load(gate[i]);
-      store(y + i, g * sigmoid(g) * load(up[i]));
-    }
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) swiglu<Lanes>(gate + i, up + i, y + i);
+    for (; i < size; ++i) swiglu<float>(gate + i, up + i, y + i);
   }
 }
 
@@ -41,14 +79,9 @@ void swiglu_backward(const T* x, const T* grad, int64_t num_rows, int64_t size, 
     const T* dy = grad + row * size;
     T* d_gate = grad_x + row * 2 * size;
     T* d_up = d_gate + size;
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-      const float g = load(gate[i]);
-      const float s = sigmoid(g);
-      const float d = load(dy[i]);
-      store(d_gate + i, d * load(up[i]) * s * (1.0f + g * (1.0f - s)));
-      store(d_up + i, d * g * s);
-    }
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) swiglu_gradient<Lanes>(gate + i, up + i, dy + i, d_gate + i, d_up + i);
+    for (; i < size; ++i) swiglu_gradient<float>(gate + i, up + i, dy + i, d_gate + i, d_up + i);
   }
 }
 

@@ -1,11 +1,12 @@
-"""y = x W^T with its gradients, for training on the CPU, through oneDNN.
+"""y = x W^T with its gradients, for training on the CPU, by whichever library is faster there.
 
 PyTorch sends fp32 products to MKL, which leaves AVX-512 unused on CPUs that aren't Intel's: oneDNN is over twice as
-fast there, forward and backward. Elsewhere this is `torch.nn.functional.linear`.
+fast there. Without AVX-512, MKL is the faster one. Elsewhere this is `torch.nn.functional.linear`.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,18 +16,19 @@ from torch.nn import functional as F
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """[..., in_features] times [out_features, in_features] -> [..., out_features]; differentiable in both."""
-    if not _onednn_serves(x, weight):
+    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32 or x.numel() == 0:
         return F.linear(x, weight)
-    out: Tensor = _OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), weight)
+    out: Tensor = _CpuLinear.apply(x.reshape(-1, x.shape[-1]), weight)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
-    is_fp32_on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return is_fp32_on_cpu and x.numel() > 0 and bool(torch.backends.mkldnn.is_available())
+@cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN's fp32 products beat MKL's on this CPU."""
+    return bool(torch.backends.mkldnn.is_available()) and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-class _OneDnnLinear(torch.autograd.Function):
+class _CpuLinear(torch.autograd.Function):
     """x [M, K], weight [N, K]"""
 
     @staticmethod
@@ -58,4 +60,6 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, K] times weight [N, K], in any layout, transposed."""
+    if not onednn_is_faster():
+        return x @ weight.t()
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")

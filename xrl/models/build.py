@@ -20,6 +20,7 @@ from xrl.models.attention import PackedAttention
 from xrl.models.linear import ColumnParallelLinear, RowParallelLinear
 from xrl.models.mlp import SwiGLU
 from xrl.models.norm import RMSNorm
+from xrl.models.self_attention import SelfAttention
 from xrl.models.shape import ModelShape
 from xrl.parallel.groups import ParallelGroups
 
@@ -147,6 +148,7 @@ def _local_spec(config: TransformerConfig, shape: ModelShape) -> TransformerBloc
     layer.submodules.pre_mlp_layernorm = RMSNorm
     mlp = layer.submodules.mlp.submodules
     mlp.activation_func = SwiGLU
+    layer.submodules.self_attention.module = SelfAttention
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if shape.qk_norm:

@@ -9,6 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from xrl.data.packing import Pack, PackedCluster
+from xrl.kernels.self_attention import PackedSequences, can_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,10 @@ class Cluster:
 class AttentionInputs(PackedSeqParams):
     """Travels to the attention in megatron-core's `packed_seq_params` argument."""
 
-    cos: Tensor | None = None  # packed [T, d]; padded [S, d]
+    cos: Tensor | None = None  # packed [T, d]; padded [S, d], or [S * B, d] beside `sequences`
     sin: Tensor | None = None
-    clusters: tuple[Cluster, ...] | None = None  # None: padded rows
+    sequences: PackedSequences | None = None  # for kernels/self_attention.py, where that runs; else:
+    clusters: tuple[Cluster, ...] | None = None  # for models/attention.py; None: padded rows
 
 
 def attention_inputs(
@@ -48,17 +50,19 @@ def attention_inputs(
     Args:
         queries_per_key: query heads that share a key/value head (n / g).
     """
+    has_kernels = can_run(dtype=dtype, device=device, head_dim=head_dim)
+    positions = torch.tensor(pack.position_ids)
     if pack.padded_shape is not None:
-        positions = torch.arange(pack.padded_shape[1])
-        cos, sin = _rotary(positions, head_dim, rope_base)
-        return AttentionInputs(qkv_format="sbhd", cos=cos.to(device, dtype), sin=sin.to(device, dtype))
-    cos, sin = _rotary(torch.tensor(pack.position_ids), head_dim, rope_base)
-    return AttentionInputs(
-        qkv_format="thd",
-        cos=cos.to(device, dtype),
-        sin=sin.to(device, dtype),
-        clusters=tuple(_cluster(cluster, queries_per_key, dtype, device) for cluster in pack.clusters),
-    )
+        num_rows, width = pack.padded_shape
+        positions = torch.arange(width).repeat_interleave(num_rows if has_kernels else 1)
+    cos, sin = (x.to(device, dtype) for x in _rotary(positions, head_dim, rope_base))
+    qkv_format = "thd" if pack.padded_shape is None else "sbhd"
+    if has_kernels:
+        return AttentionInputs(qkv_format=qkv_format, cos=cos, sin=sin, sequences=_sequences(pack))
+    if pack.padded_shape is not None:
+        return AttentionInputs(qkv_format=qkv_format, cos=cos, sin=sin)
+    clusters = tuple(_cluster(cluster, queries_per_key, dtype, device) for cluster in pack.clusters)
+    return AttentionInputs(qkv_format=qkv_format, cos=cos, sin=sin, clusters=clusters)
 
 
 def flash_inputs(pack: Pack, *, device: torch.device) -> PackedSeqParams | None:
@@ -77,6 +81,32 @@ def flash_inputs(pack: Pack, *, device: torch.device) -> PackedSeqParams | None:
         cu_seqlens_kv=borders,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+    )
+
+
+def _sequences(pack: Pack) -> PackedSequences:
+    """Borders of the pack's sequences; of padded rows [S, B], which stand side by side, padding included."""
+    if pack.padded_shape is not None:
+        num_rows, width = pack.padded_shape
+        return PackedSequences(
+            starts=torch.arange(num_rows, dtype=torch.int32),
+            lengths=torch.full((num_rows,), width, dtype=torch.int32),
+            parents=torch.full((num_rows,), -1, dtype=torch.int32),
+            num_tokens=num_rows * width,
+            step=num_rows,
+        )
+    lengths: list[int] = []
+    parents: list[int] = []
+    for cluster in pack.clusters:
+        first_root = len(lengths)
+        lengths += [*cluster.root_lengths, *cluster.branch_lengths]
+        parents += [-1] * len(cluster.root_lengths) + [first_root + parent for parent in cluster.parents]
+    sizes = torch.tensor(lengths, dtype=torch.int32)
+    return PackedSequences(
+        starts=(sizes.cumsum(0) - sizes).to(torch.int32),
+        lengths=sizes,
+        parents=torch.tensor(parents, dtype=torch.int32),
+        num_tokens=sum(lengths),
     )
 
 

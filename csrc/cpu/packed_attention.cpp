@@ -1,0 +1,386 @@
+// One task is one sequence and one KV head. The keys a sequence sees are its prompt's and then its own, side by side:
+// query i of it sees the first prompt_length + i + 1 of them. Softmax as in FlashAttention-2 (arXiv:2307.08691): scores
+// are never held whole, and the backward pass computes them again.
+#include "cpu/packed_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/tile_product.h"
+
+namespace xrl::XRL_ISA {
+namespace {
+
+constexpr int kTileQueries = 6 * kProductRows;  // queries scored together
+constexpr int kTileKeys = 64;                   // columns of a transposed tile of keys, which then fits in L1
+constexpr int kSpanKeys = 4 * kTileKeys;        // scored before the softmax is brought up to date
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+
+static_assert(kTileKeys % kLanes == 0);
+
+struct FreeAligned {
+  void operator()(float* place) const { ::operator delete[](place, std::align_val_t{64}); }
+};
+using Floats = std::unique_ptr<float[], FreeAligned>;
+
+Floats make_floats(int64_t count) {
+  return Floats(static_cast<float*>(::operator new[](sizeof(float) * count, std::align_val_t{64})));
+}
+
+constexpr int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+// A sequence with the prompt it continues.
+struct Context {
+  int64_t start;
+  int length;
+  int64_t prompt_start;
+  int prompt_length;
+
+  Context(const PackedSequences& sequences, int64_t sequence)
+      : start(sequences.starts[sequence]), length(sequences.lengths[sequence]), prompt_start(0), prompt_length(0) {
+    const int32_t parent = sequences.parents[sequence];
+    if (parent < 0) return;
+    prompt_start = sequences.starts[parent];
+    prompt_length = sequences.lengths[parent];
+  }
+
+  int num_keys() const { return prompt_length + length; }
+
+  int64_t key_token(int key, int64_t step) const {
+    return key < prompt_length ? prompt_start + key * step : start + (key - prompt_length) * step;
+  }
+};
+
+int64_t most_keys(const PackedSequences& sequences) {
+  int64_t most = 0;
+  for (int64_t s = 0; s < sequences.count; ++s) most = std::max<int64_t>(most, Context(sequences, s).num_keys());
+  return round_up(most, kTileKeys);
+}
+
+template <typename T>
+inline const T* head_of(const TokenHeads<const T>& heads, int64_t token, int head) {
+  return heads.data + token * heads.token_stride + head * heads.head_stride;
+}
+
+template <typename T>
+inline T* head_of(const TokenHeads<T>& heads, int64_t token, int head) {
+  return heads.data + token * heads.token_stride + head * heads.head_stride;
+}
+
+// rows[i][:] = factor * head `head` of token start + i * step.
+template <typename T>
+inline void gather(const TokenHeads<const T>& heads, int head, int64_t start, int64_t step, int count, int dim,
+                   float factor, float* rows) {
+  for (int i = 0; i < count; ++i) {
+    const T* place = head_of(heads, start + i * step, head);
+    for (int d = 0; d < dim; d += kLanes) store_lanes(rows + i * dim + d, load_lanes(place + d) * factor);
+  }
+}
+
+// Keys or values of a context one below the other: rows[num_keys][dim].
+template <typename T>
+void gather_context(const TokenHeads<const T>& heads, int head, const Context& context, int64_t step, int dim,
+                    float* rows) {
+  gather(heads, head, context.prompt_start, step, context.prompt_length, dim, 1.0f, rows);
+  gather(heads, head, context.start, step, context.length, dim, 1.0f, rows + context.prompt_length * dim);
+}
+
+// The same transposed, tile by tile of kTileKeys keys: tiles[key / kTileKeys][d][key % kTileKeys].
+template <typename T>
+void gather_transposed(const TokenHeads<const T>& heads, int head, const Context& context, int64_t step, int dim,
+                       float* tiles) {
+  const int num_keys = context.num_keys();
+  for (int first = 0; first < num_keys; first += kTileKeys, tiles += dim * kTileKeys) {
+    const int count = std::min(kTileKeys, num_keys - first);
+    for (int j = 0; j < count; ++j) {
+      const T* place = head_of(heads, context.key_token(first + j, step), head);
+      for (int d = 0; d < dim; ++d) tiles[d * kTileKeys + j] = load(place[d]);
+    }
+    for (int d = 0; d < dim && count < kTileKeys; ++d) {
+      std::fill(tiles + d * kTileKeys + count, tiles + (d + 1) * kTileKeys, 0.0f);
+    }
+  }
+}
+
+struct ForwardScratch {
+  Floats keys, values, query, sums, scores;
+  float max_score[kTileQueries];
+  float weight[kTileQueries];  // sum of exp(score - max_score)
+
+  ForwardScratch(int64_t num_keys, int dim)
+      : keys(make_floats(num_keys * dim)),
+        values(make_floats(num_keys * dim)),
+        query(make_floats(kTileQueries * dim)),
+        sums(make_floats(kTileQueries * dim)),
+        scores(make_floats(kTileQueries * kSpanKeys)) {}
+};
+
+// Scores of one query's span into weights, of which the first `seen` count; rescale what came before.
+inline void update_softmax(ForwardScratch& scratch, int i, int seen, int count, int dim) {
+  float* scores = scratch.scores.get() + i * kSpanKeys;
+  const int end = static_cast<int>(round_up(count, kLanes));
+  for (int j = seen; j < end; ++j) scores[j] = kLowest;
+  if (seen <= 0) {
+    for (int j = 0; j < end; j += kLanes) store_lanes(scores + j, Lanes{});
+    return;
+  }
+  Lanes top = all_lanes(scratch.max_score[i]);
+  for (int j = 0; j < seen; j += kLanes) {
+    const Lanes s = load_lanes(scores + j);
+    top = s > top ? s : top;
+  }
+  const float max_score = highest_lane(top);
+  Lanes total = {};
+  for (int j = 0; j < end; j += kLanes) {
+    const Lanes weights = exp_nonpositive(load_lanes(scores + j) - max_score);
+    store_lanes(scores + j, weights);
+    total += weights;
+  }
+  if (max_score != scratch.max_score[i]) {
+    const float rescale = exp_nonpositive(scratch.max_score[i] - max_score);
+    float* sums = scratch.sums.get() + i * dim;
+    for (int d = 0; d < dim; d += kLanes) store_lanes(sums + d, load_lanes(sums + d) * rescale);
+    scratch.weight[i] *= rescale;
+    scratch.max_score[i] = max_score;
+  }
+  scratch.weight[i] += sum_lanes(total);
+}
+
+// Queries [first, first + count) of one head over all the keys they see.
+template <typename T>
+void attend(const AttentionForward<T>& tensors, const AttentionShape& shape, const Context& context, int64_t step,
+            int head, int first, int count, ForwardScratch& scratch) {
+  const int dim = shape.head_dim;
+  float* query = scratch.query.get();
+  float* sums = scratch.sums.get();
+  float* scores = scratch.scores.get();
+  const int64_t start = context.start + first * step;
+  gather(tensors.query, head, start, step, count, dim, shape.scale, query);
+  std::fill(sums, sums + count * dim, 0.0f);
+  std::fill(scratch.max_score, scratch.max_score + count, kLowest);
+  std::fill(scratch.weight, scratch.weight + count, 0.0f);
+
+  const int seen_by_first = context.prompt_length + first + 1;
+  const int num_keys = seen_by_first + count - 1;  // that the last query sees
+  for (int span = 0; span < num_keys; span += kSpanKeys) {
+    const int width = std::min(kSpanKeys, num_keys - span);
+    for (int j = 0; j < width; j += kTileKeys) {
+      product({query, dim, 1}, scratch.keys.get() + static_cast<int64_t>(span + j) * dim, kTileKeys, count,
+              std::min(kTileKeys, width - j), dim, scores + j, kSpanKeys, false);
+    }
+    for (int i = 0; i < count; ++i) {
+      update_softmax(scratch, i, std::clamp(seen_by_first + i - span, 0, width), width, dim);
+    }
+    product({scores, kSpanKeys, 1}, scratch.values.get() + static_cast<int64_t>(span) * dim, dim, count, dim, width,
+            sums, dim, true);
+  }
+  for (int i = 0; i < count; ++i) {
+    const int64_t token = start + i * step;
+    const float inverse = 1.0f / scratch.weight[i];
+    T* out = head_of(tensors.out, token, head);
+    for (int d = 0; d < dim; d += kLanes) store_lanes(out + d, load_lanes(sums + i * dim + d) * inverse);
+    tensors.log_sums[head * shape.num_tokens + token] = scratch.max_score[i] + std::log(scratch.weight[i]);
+  }
+}
+
+struct BackwardScratch {
+  Floats key_tiles, value_tiles, keys, grad_keys, grad_values;  // of one context
+  Floats query, grad_out, grad_query, weights, grad_scores;     // of one tile of queries
+  float log_sums[kTileQueries];
+  float shifts[kTileQueries];  // grad_out . out, which every key's gradient of the score has in common
+
+  BackwardScratch(int64_t num_keys, int dim)
+      : key_tiles(make_floats(num_keys * dim)),
+        value_tiles(make_floats(num_keys * dim)),
+        keys(make_floats(num_keys * dim)),
+        grad_keys(make_floats(num_keys * dim)),
+        grad_values(make_floats(num_keys * dim)),
+        query(make_floats(kTileQueries * dim)),
+        grad_out(make_floats(kTileQueries * dim)),
+        grad_query(make_floats(kTileQueries * dim)),
+        weights(make_floats(kTileQueries * kTileKeys)),
+        grad_scores(make_floats(kTileQueries * kTileKeys)) {}
+};
+
+// Scores and gradients of the weights, in place, into weights and gradients of the scores; `seen` keys count.
+inline void softmax_gradient(float* weights, float* grad_scores, float log_sum, float shift, int seen, int count) {
+  const int end = static_cast<int>(round_up(count, kLanes));
+  for (int j = std::max(0, seen); j < end; ++j) weights[j] = kLowest;
+  for (int j = 0; j < end; j += kLanes) {
+    const Lanes w = exp_nonpositive(load_lanes(weights + j) - log_sum);
+    store_lanes(weights + j, w);
+    store_lanes(grad_scores + j, w * (load_lanes(grad_scores + j) - shift));
+  }
+}
+
+// Queries [first, first + count) of one head; keys' and values' gradients are added to the scratch.
+template <typename T>
+void attend_backward(const AttentionBackward<T>& tensors, const AttentionShape& shape, const Context& context,
+                     int64_t step, int head, int first, int count, BackwardScratch& scratch) {
+  const int dim = shape.head_dim;
+  float* query = scratch.query.get();
+  float* grad_out = scratch.grad_out.get();
+  float* grad_query = scratch.grad_query.get();
+  float* weights = scratch.weights.get();
+  float* grad_scores = scratch.grad_scores.get();
+  const int64_t start = context.start + first * step;
+  gather(tensors.query, head, start, step, count, dim, shape.scale, query);
+  gather(tensors.grad_out, head, start, step, count, dim, 1.0f, grad_out);
+  for (int i = 0; i < count; ++i) {
+    const int64_t token = start + i * step;
+    const T* out = head_of(tensors.out, token, head);
+    Lanes shift = {};
+    for (int d = 0; d < dim; d += kLanes) shift += load_lanes(out + d) * load_lanes(grad_out + i * dim + d);
+    scratch.shifts[i] = sum_lanes(shift);
+    scratch.log_sums[i] = tensors.log_sums[head * shape.num_tokens + token];
+  }
+
+  const int seen_by_first = context.prompt_length + first + 1;
+  const int num_keys = seen_by_first + count - 1;
+  for (int tile = 0; tile < num_keys; tile += kTileKeys) {
+    const int width = std::min(kTileKeys, num_keys - tile);
+    const int64_t place = static_cast<int64_t>(tile) * dim;
+    product({query, dim, 1}, scratch.key_tiles.get() + place, kTileKeys, count, width, dim, weights, kTileKeys, false);
+    product({grad_out, dim, 1}, scratch.value_tiles.get() + place, kTileKeys, count, width, dim, grad_scores,
+            kTileKeys, false);
+    for (int i = 0; i < count; ++i) {
+      softmax_gradient(weights + i * kTileKeys, grad_scores + i * kTileKeys, scratch.log_sums[i], scratch.shifts[i],
+                       seen_by_first + i - tile, width);
+    }
+    product({weights, 1, kTileKeys}, grad_out, dim, width, dim, count, scratch.grad_values.get() + place, dim, true);
+    product({grad_scores, 1, kTileKeys}, query, dim, width, dim, count, scratch.grad_keys.get() + place, dim, true);
+    product({grad_scores, kTileKeys, 1}, scratch.keys.get() + place, dim, count, dim, width, grad_query, dim,
+            tile > 0);
+  }
+  for (int i = 0; i < count; ++i) {
+    T* out = head_of(tensors.grad_query, start + i * step, head);
+    for (int d = 0; d < dim; d += kLanes) store_lanes(out + d, load_lanes(grad_query + i * dim + d) * shape.scale);
+  }
+}
+
+// What the answers to a prompt add to the gradient of its keys and values: [answer][KV head][prompt token][dim], keys
+// and values apart, summed up afterwards in a fixed order, so that the result does not depend on the threads.
+struct PromptGradients {
+  std::vector<int64_t> offsets;  // of each sequence, in rows of num_kv_heads * dim
+  Floats keys, values;
+
+  PromptGradients(const PackedSequences& sequences, int num_kv_heads, int dim) : offsets(sequences.count) {
+    int64_t num_rows = 0;
+    for (int64_t s = 0; s < sequences.count; ++s) {
+      offsets[s] = num_rows * num_kv_heads * dim;
+      num_rows += Context(sequences, s).prompt_length;
+    }
+    keys = make_floats(num_rows * num_kv_heads * dim);
+    values = make_floats(num_rows * num_kv_heads * dim);
+  }
+};
+
+template <typename T>
+inline void scatter(const float* rows, const TokenHeads<T>& heads, int head, int64_t start, int64_t step, int count,
+                    int dim) {
+  for (int i = 0; i < count; ++i) {
+    T* place = head_of(heads, start + i * step, head);
+    for (int d = 0; d < dim; d += kLanes) store_lanes(place + d, load_lanes(rows + i * dim + d));
+  }
+}
+
+// Add to rows[count][dim] what every answer to sequence `prompt` found.
+inline void add_answers(const PackedSequences& sequences, int64_t prompt, const PromptGradients& found,
+                        const Floats& gradients, int kv_head, int count, int dim, float* rows) {
+  for (int64_t s = 0; s < sequences.count; ++s) {
+    if (sequences.parents[s] != prompt) continue;
+    const float* part = gradients.get() + found.offsets[s] + static_cast<int64_t>(kv_head) * count * dim;
+    for (int64_t i = 0; i < static_cast<int64_t>(count) * dim; i += kLanes) {
+      store_lanes(rows + i, load_lanes(rows + i) + load_lanes(part + i));
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void packed_attention_forward(const AttentionForward<T>& tensors, const PackedSequences& sequences,
+                              const AttentionShape& shape, int num_threads) {
+  const int repeats = shape.num_heads / shape.num_kv_heads;
+  const int64_t num_keys = most_keys(sequences);
+#pragma omp parallel num_threads(num_threads)
+  {
+    ForwardScratch scratch(num_keys, shape.head_dim);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < sequences.count * shape.num_kv_heads; ++task) {
+      const Context context(sequences, task / shape.num_kv_heads);
+      const int kv_head = static_cast<int>(task % shape.num_kv_heads);
+      gather_transposed(tensors.key, kv_head, context, sequences.step, shape.head_dim, scratch.keys.get());
+      gather_context(tensors.value, kv_head, context, sequences.step, shape.head_dim, scratch.values.get());
+      for (int head = kv_head * repeats; head < (kv_head + 1) * repeats; ++head) {
+        for (int first = 0; first < context.length; first += kTileQueries) {
+          attend(tensors, shape, context, sequences.step, head, first, std::min(kTileQueries, context.length - first),
+                 scratch);
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void packed_attention_backward(const AttentionBackward<T>& tensors, const PackedSequences& sequences,
+                               const AttentionShape& shape, int num_threads) {
+  const int repeats = shape.num_heads / shape.num_kv_heads;
+  const int dim = shape.head_dim;
+  const int64_t step = sequences.step;
+  const int64_t num_keys = most_keys(sequences);
+  PromptGradients found(sequences, shape.num_kv_heads, dim);
+  // Answers first and prompts last, which then add up what the answers found: two loops.
+  for (const bool answers : {true, false}) {
+#pragma omp parallel num_threads(num_threads)
+    {
+      BackwardScratch scratch(num_keys, dim);
+      float* grad_keys = scratch.grad_keys.get();
+      float* grad_values = scratch.grad_values.get();
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < sequences.count * shape.num_kv_heads; ++task) {
+        const int64_t sequence = task / shape.num_kv_heads;
+        const int kv_head = static_cast<int>(task % shape.num_kv_heads);
+        const Context context(sequences, sequence);
+        if ((sequences.parents[sequence] >= 0) != answers) continue;
+        gather_transposed(tensors.key, kv_head, context, step, dim, scratch.key_tiles.get());
+        gather_transposed(tensors.value, kv_head, context, step, dim, scratch.value_tiles.get());
+        gather_context(tensors.key, kv_head, context, step, dim, scratch.keys.get());
+        std::fill(grad_keys, grad_keys + context.num_keys() * dim, 0.0f);
+        std::fill(grad_values, grad_values + context.num_keys() * dim, 0.0f);
+        for (int head = kv_head * repeats; head < (kv_head + 1) * repeats; ++head) {
+          for (int first = 0; first < context.length; first += kTileQueries) {
+            attend_backward(tensors, shape, context, step, head, first,
+                            std::min(kTileQueries, context.length - first), scratch);
+          }
+        }
+        const int prompt_floats = context.prompt_length * dim;
+        if (answers) {
+          const int64_t offset = found.offsets[sequence] + static_cast<int64_t>(kv_head) * prompt_floats;
+          std::copy(grad_keys, grad_keys + prompt_floats, found.keys.get() + offset);
+          std::copy(grad_values, grad_values + prompt_floats, found.values.get() + offset);
+        } else {
+          add_answers(sequences, sequence, found, found.keys, kv_head, context.length, dim, grad_keys);
+          add_answers(sequences, sequence, found, found.values, kv_head, context.length, dim, grad_values);
+        }
+        scatter(grad_keys + prompt_floats, tensors.grad_key, kv_head, context.start, step, context.length, dim);
+        scatter(grad_values + prompt_floats, tensors.grad_value, kv_head, context.start, step, context.length, dim);
+      }
+    }
+  }
+}
+
+#define XRL_INSTANTIATE(T)                                                                                \
+  template void packed_attention_forward<T>(const AttentionForward<T>&, const PackedSequences&,           \
+                                            const AttentionShape&, int);                                  \
+  template void packed_attention_backward<T>(const AttentionBackward<T>&, const PackedSequences&,         \
+                                             const AttentionShape&, int);
+
+XRL_INSTANTIATE(float)
+XRL_INSTANTIATE(bfloat16)
+
+}  // namespace xrl::XRL_ISA

@@ -1,0 +1,220 @@
+"""From the QKV product to the attention's output, differentiable: QK norm, rotary embedding, attention over a pack.
+
+Nothing but the product and the output is kept for the backward pass: normalised and rotated heads and scores are
+computed again (arXiv:2307.08691 does so for the scores).
+
+Shapes: T tokens of the pack; n query heads and g key/value heads of size d, r = n / g; N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xrl.kernels.layer_ops import reference_rms_norm, reference_rotary
+from xrl.kernels.native import native_module
+
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+# Half a head must fill whole vectors of every instruction set.
+HEAD_DIM_MULTIPLE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSequences:
+    """Where the sequences of a pack stand. A sequence may continue another one, its prompt, which continues none.
+
+    Token i of sequence s is token starts[s] + i * step. Tokens that belong to no sequence all stand at the end.
+    """
+
+    starts: Tensor  # [N] int32
+    lengths: Tensor  # [N] int32, at least 1
+    parents: Tensor  # [N] int32 the sequence it continues, or -1
+    num_tokens: int  # of all sequences together
+    step: int = 1  # sequences side by side in memory (padded rows of shape [S, B]) have step B
+
+    def indices(self) -> list[Tensor]:
+        """Token numbers of each sequence."""
+        return [
+            torch.arange(length) * self.step + start
+            for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRules:
+    """What happens to query and key heads before they meet."""
+
+    cos: Tensor  # [T, d]
+    sin: Tensor  # [T, d]
+    q_weight: Tensor | None  # [d] of the QK norm; None: heads are not normalised
+    k_weight: Tensor | None  # [d]
+    eps: float
+    scale: float  # of the scores
+
+
+def can_run(*, dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
+    """Whether `self_attention` has kernels for such heads; `reference_self_attention` is a specification, slow."""
+    fits = dtype in _SUFFIX and device.type == "cpu" and head_dim % HEAD_DIM_MULTIPLE == 0
+    return fits and native_module() is not None
+
+
+def self_attention(mixed: Tensor, sequences: PackedSequences, rules: HeadRules, *, num_kv_heads: int) -> Tensor:
+    """Causal attention of every sequence over its prompt and itself; differentiable in `mixed` and the norms' weights.
+
+    Args:
+        mixed: [T, g * (r + 2) * d] for each token and KV head: r query heads, key, value, as megatron-core lays it out.
+
+    Returns:
+        [T, n * d]; zeros for tokens of no sequence
+    """
+    out: Tensor = _SelfAttention.apply(mixed, rules.q_weight, rules.k_weight, sequences, rules, num_kv_heads)
+    return out
+
+
+def reference_self_attention(
+    mixed: Tensor, sequences: PackedSequences, rules: HeadRules, *, num_kv_heads: int
+) -> Tensor:
+    """The specification of `self_attention`."""
+    dim = rules.cos.shape[-1]
+    heads = mixed.view(len(mixed), num_kv_heads, -1, dim)
+    repeats = heads.shape[2] - 2
+    query, key, value = heads[:, :, :repeats].flatten(1, 2), heads[:, :, -2], heads[:, :, -1]
+    if rules.q_weight is not None and rules.k_weight is not None:
+        query = reference_rms_norm(query, rules.q_weight, rules.eps)
+        key = reference_rms_norm(key, rules.k_weight, rules.eps)
+    query, key = (reference_rotary(x, rules.cos, rules.sin) for x in (query, key))
+    indices = sequences.indices()
+    out = torch.zeros_like(query)
+    for own, parent in zip(indices, sequences.parents.tolist(), strict=True):
+        seen = own if parent < 0 else torch.cat([indices[parent], own])
+        k, v = (x[seen].repeat_interleave(repeats, dim=1) for x in (key, value))
+        scores = torch.einsum("qnd,knd->nqk", query[own], k) * rules.scale
+        hidden = torch.ones(len(own), len(seen), dtype=torch.bool).triu(len(seen) - len(own) + 1)
+        out[own] = torch.einsum("nqk,knd->qnd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+    return out.flatten(1)
+
+
+class _SelfAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mixed: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        sequences: PackedSequences,
+        rules: HeadRules,
+        num_kv_heads: int,
+    ) -> Tensor:
+        call = _Call(mixed.contiguous(), sequences, rules, num_kv_heads)
+        query, key = call.rotated_heads()
+        out = torch.empty(len(mixed), call.num_heads * call.dim, dtype=mixed.dtype)
+        log_sums = torch.empty(call.num_heads, sequences.num_tokens)
+        call.kernel("packed_attention_forward")(
+            query.data_ptr(),
+            key.data_ptr(),
+            call.mixed.data_ptr(),
+            call.shape,
+            rules.scale,
+            call.places,
+            out.data_ptr(),
+            log_sums.data_ptr(),
+            call.num_threads,
+        )
+        _clear_behind(out, sequences.num_tokens)
+        ctx.save_for_backward(call.mixed, out, log_sums)
+        ctx.arguments = sequences, rules, num_kv_heads
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        mixed, out, log_sums = ctx.saved_tensors
+        sequences, rules, num_kv_heads = ctx.arguments
+        call = _Call(mixed, sequences, rules, num_kv_heads)
+        query, key = call.rotated_heads()
+        grad_query, grad_key, grad_mixed = torch.empty_like(query), torch.empty_like(key), torch.empty_like(mixed)
+        call.kernel("packed_attention_backward")(
+            query.data_ptr(),
+            key.data_ptr(),
+            mixed.data_ptr(),
+            out.data_ptr(),
+            log_sums.data_ptr(),
+            grads[0].contiguous().data_ptr(),
+            call.shape,
+            rules.scale,
+            call.places,
+            grad_query.data_ptr(),
+            grad_key.data_ptr(),
+            grad_mixed.data_ptr(),
+            call.num_threads,
+        )
+        # Zeros: the runtime may start fewer threads than it is asked for.
+        grad_weights = torch.zeros(call.num_threads, 2, call.dim)
+        call.kernel("qkv_rope_backward")(
+            mixed.data_ptr(),
+            grad_query.data_ptr(),
+            grad_key.data_ptr(),
+            call.shape,
+            call.rope,
+            grad_mixed.data_ptr(),
+            grad_weights.data_ptr(),
+            call.num_threads,
+        )
+        _clear_behind(grad_mixed, sequences.num_tokens)
+        if rules.q_weight is None:
+            return grad_mixed, None, None, None, None, None
+        grad_q_weight, grad_k_weight = grad_weights.sum(0).to(rules.q_weight.dtype)
+        return grad_mixed, grad_q_weight, grad_k_weight, None, None, None
+
+
+class _Call:
+    """The arguments that the kernels have in common."""
+
+    def __init__(self, mixed: Tensor, sequences: PackedSequences, rules: HeadRules, num_kv_heads: int) -> None:
+        self.mixed = mixed
+        self.dim = rules.cos.shape[-1]
+        repeats = mixed.shape[-1] // (num_kv_heads * self.dim) - 2
+        self.num_heads, self.num_kv_heads = num_kv_heads * repeats, num_kv_heads
+        self.shape = (sequences.num_tokens, num_kv_heads, repeats, self.dim)
+        weights = (rules.q_weight, rules.k_weight)
+        self.rope = (
+            rules.cos.data_ptr(),
+            rules.sin.data_ptr(),
+            *(0 if weight is None else weight.data_ptr() for weight in weights),
+            rules.eps,
+        )
+        self.places = (
+            sequences.starts.data_ptr(),
+            sequences.lengths.data_ptr(),
+            sequences.parents.data_ptr(),
+            len(sequences.starts),
+            sequences.step,
+        )
+        self.num_threads = torch.get_num_threads()
+
+    def kernel(self, name: str) -> Callable[..., None]:
+        kernel: Callable[..., None] = getattr(native_module(), f"{name}_{_SUFFIX[self.mixed.dtype]}")
+        return kernel
+
+    def rotated_heads(self) -> tuple[Tensor, Tensor]:
+        """Query [num_tokens, n, d] and key [num_tokens, g, d], normalised and rotated."""
+        num_tokens = self.shape[0]
+        query = self.mixed.new_empty(num_tokens, self.num_heads, self.dim)
+        key = self.mixed.new_empty(num_tokens, self.num_kv_heads, self.dim)
+        self.kernel("qkv_rope_forward")(
+            self.mixed.data_ptr(),
+            self.shape,
+            self.rope,
+            query.data_ptr(),
+            key.data_ptr(),
+            self.num_threads,
+        )
+        return query, key
+
+
+def _clear_behind(x: Tensor, num_tokens: int) -> None:
+    if num_tokens < len(x):
+        x[num_tokens:] = 0

@@ -1,0 +1,45 @@
+"""megatron-core's self-attention with everything between its two products in our own kernels, where there are some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer import attention as megatron
+from torch import Tensor
+
+from xrl.kernels.self_attention import HeadRules, self_attention
+from xrl.models.packed import AttentionInputs
+
+
+class SelfAttention(megatron.SelfAttention):
+    """Same parameters, same communication. Without such kernels megatron-core's own way, through `PackedAttention`."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        packed_seq_params: AttentionInputs | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[S, B, H] -> [S, B, H] and the projection's bias, which these models do not have."""
+        inputs = packed_seq_params
+        if inputs is None or inputs.sequences is None or inputs.cos is None or inputs.sin is None:
+            output: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs
+            )
+            return output
+        mixed, _ = self.linear_qkv(hidden_states)
+        rules = HeadRules(
+            cos=inputs.cos,
+            sin=inputs.sin,
+            q_weight=self.q_layernorm.weight if self.q_layernorm is not None else None,
+            k_weight=self.k_layernorm.weight if self.k_layernorm is not None else None,
+            eps=self.config.layernorm_epsilon,
+            scale=self.core_attention.scale,
+        )
+        out = self_attention(
+            mixed.flatten(0, 1), inputs.sequences, rules, num_kv_heads=self.num_query_groups_per_partition
+        )
+        projected: tuple[Tensor, Tensor | None] = self.linear_proj(out.view(*mixed.shape[:2], -1))
+        return projected
