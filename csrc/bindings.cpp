@@ -200,7 +200,7 @@ using QkvTuple = std::tuple<int64_t, int, int, int>;
 xrl::QkvShape qkv_shape(const QkvTuple& tuple) {
   const auto& [num_tokens, num_kv_heads, queries_per_key, head_dim] = tuple;
   xrl::check(num_kv_heads >= 1 && queries_per_key >= 1, "num_kv_heads and queries_per_key must be >= 1");
-  xrl::check(head_dim > 0 && head_dim % 32 == 0, "head_dim must be a multiple of 32, got " + std::to_string(head_dim));
+  xrl::check(head_dim > 0 && head_dim % 16 == 0, "head_dim must be a multiple of 16, got " + std::to_string(head_dim));
   return {num_tokens, num_kv_heads, queries_per_key, head_dim};
 }
 

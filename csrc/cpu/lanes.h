@@ -75,11 +75,36 @@ static inline float sum_lanes(Lanes x) {
 #endif
 }
 
+static inline float sum_lanes(float x) { return x; }
+
 static inline float highest_lane(Lanes x) {
   float highest = x[0];
   for (int lane = 1; lane < kLanes; ++lane) highest = x[lane] > highest ? x[lane] : highest;
   return highest;
 }
+
+// One element or one vector of elements, as V says: float or Lanes.
+template <typename V, typename T>
+static inline V load_as(const T* place) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return load(*place);
+  } else {
+    return load_lanes(place);
+  }
+}
+
+template <typename T>
+static inline void store_as(T* place, float x) {
+  store(place, x);
+}
+
+template <typename T>
+static inline void store_as(T* place, Lanes x) {
+  store_lanes(place, x);
+}
+
+template <typename V>
+constexpr int width_of = sizeof(V) / sizeof(float);
 
 // The vector twin of exp_nonpositive in vector_math.h.
 static inline Lanes exp_nonpositive(Lanes x) {

@@ -20,26 +20,6 @@ inline Lanes sigmoid(Lanes x) {
   return (x < 0.0f ? e : all_lanes(1.0f)) / (1.0f + e);
 }
 
-// One element or one vector of elements, as V says.
-template <typename V, typename T>
-inline V load_as(const T* place) {
-  if constexpr (sizeof(V) == sizeof(float)) {
-    return load(*place);
-  } else {
-    return load_lanes(place);
-  }
-}
-
-template <typename T>
-inline void store_as(T* place, float x) {
-  store(place, x);
-}
-
-template <typename T>
-inline void store_as(T* place, Lanes x) {
-  store_lanes(place, x);
-}
-
 template <typename V, typename T>
 inline void swiglu(const T* gate, const T* up, T* out) {
   const V g = load_as<V>(gate);

@@ -19,8 +19,8 @@ from xrl.kernels.layer_ops import reference_rms_norm, reference_rotary
 from xrl.kernels.native import native_module
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-# Half a head must fill whole vectors of every instruction set.
-HEAD_DIM_MULTIPLE = 32
+# A head must fill whole vectors of every instruction set.
+HEAD_DIM_MULTIPLE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
