@@ -135,6 +135,7 @@ class _SelfAttention(torch.autograd.Function):
         sequences, rules, num_kv_heads = ctx.arguments
         call = _Call(mixed, sequences, rules, num_kv_heads)
         query, key = call.rotated_heads()
+        grad_out = grads[0].contiguous()
         grad_query, grad_key, grad_mixed = torch.empty_like(query), torch.empty_like(key), torch.empty_like(mixed)
         call.kernel("packed_attention_backward")(
             query.data_ptr(),
@@ -142,7 +143,7 @@ class _SelfAttention(torch.autograd.Function):
             mixed.data_ptr(),
             out.data_ptr(),
             log_sums.data_ptr(),
-            grads[0].contiguous().data_ptr(),
+            grad_out.data_ptr(),
             call.shape,
             rules.scale,
             call.places,

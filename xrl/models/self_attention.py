@@ -33,8 +33,9 @@ class SelfAttention(megatron.SelfAttention):
         rules = HeadRules(
             cos=inputs.cos,
             sin=inputs.sin,
-            q_weight=self.q_layernorm.weight if self.q_layernorm is not None else None,
-            k_weight=self.k_layernorm.weight if self.k_layernorm is not None else None,
+            # Without QK norm the modules are identities, which have no weight.
+            q_weight=getattr(self.q_layernorm, "weight", None),
+            k_weight=getattr(self.k_layernorm, "weight", None),
             eps=self.config.layernorm_epsilon,
             scale=self.core_attention.scale,
         )
