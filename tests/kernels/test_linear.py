@@ -1,4 +1,4 @@
-"""The training product through oneDNN against plain PyTorch in fp64."""
+"""The training product, by the library chosen for this CPU, against plain PyTorch in fp64."""
 
 from __future__ import annotations
 
