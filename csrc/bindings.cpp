@@ -152,10 +152,12 @@ void swiglu_forward(Address x, int64_t num_rows, int64_t size, Address out, int 
 }
 
 template <typename T>
-void swiglu_backward(Address x, Address grad, int64_t num_rows, int64_t size, Address grad_x, int num_threads) {
+void swiglu_backward(Address x, Address grad, int64_t num_rows, int64_t size, Address grad_x, Address out,
+                     int num_threads) {
   check_sizes(num_rows, size, num_threads);
   py::gil_scoped_release release;
-  XRL_DISPATCH(swiglu_backward, at<const T>(x), at<const T>(grad), num_rows, size, at<T>(grad_x), num_threads);
+  XRL_DISPATCH(swiglu_backward, at<const T>(x), at<const T>(grad), num_rows, size, at<T>(grad_x), at<T>(out),
+               num_threads);
 }
 
 template <typename T>

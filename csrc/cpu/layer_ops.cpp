@@ -26,13 +26,28 @@ inline void swiglu(const T* gate, const T* up, T* out) {
   store_as(out, g * sigmoid(g) * load_as<V>(up));
 }
 
-template <typename V, typename T>
-inline void swiglu_gradient(const T* gate, const T* up, const T* grad, T* d_gate, T* d_up) {
+template <bool kWritesOut, typename V, typename T>
+inline void swiglu_gradient(const T* gate, const T* up, const T* grad, T* d_gate, T* d_up, T* out) {
+  // Everything is read before anything is written: the places may be the same.
   const V g = load_as<V>(gate);
-  const V s = sigmoid(g);
+  const V u = load_as<V>(up);
   const V d = load_as<V>(grad);
-  store_as(d_gate, d * load_as<V>(up) * s * (1.0f + g * (1.0f - s)));
-  store_as(d_up, d * g * s);
+  const V s = sigmoid(g);
+  const V silu = g * s;
+  store_as(d_gate, d * u * s * (1.0f + g * (1.0f - s)));
+  store_as(d_up, d * silu);
+  if (kWritesOut) store_as(out, silu * u);
+}
+
+template <bool kWritesOut, typename T>
+inline void swiglu_gradient_row(const T* x, const T* grad, int64_t size, T* grad_x, T* out) {
+  const T* up = x + size;
+  T* d_up = grad_x + size;
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    swiglu_gradient<kWritesOut, Lanes>(x + i, up + i, grad + i, grad_x + i, d_up + i, out + i);
+  }
+  for (; i < size; ++i) swiglu_gradient<kWritesOut, float>(x + i, up + i, grad + i, grad_x + i, d_up + i, out + i);
 }
 
 }  // namespace
@@ -51,17 +66,18 @@ void swiglu_forward(const T* x, int64_t num_rows, int64_t size, T* out, int num_
 }
 
 template <typename T>
-void swiglu_backward(const T* x, const T* grad, int64_t num_rows, int64_t size, T* grad_x, int num_threads) {
+void swiglu_backward(const T* x, const T* grad, int64_t num_rows, int64_t size, T* grad_x, T* out,
+                     int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (int64_t row = 0; row < num_rows; ++row) {
-    const T* gate = x + row * 2 * size;
-    const T* up = gate + size;
+    const T* in = x + row * 2 * size;
     const T* dy = grad + row * size;
-    T* d_gate = grad_x + row * 2 * size;
-    T* d_up = d_gate + size;
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) swiglu_gradient<Lanes>(gate + i, up + i, dy + i, d_gate + i, d_up + i);
-    for (; i < size; ++i) swiglu_gradient<float>(gate + i, up + i, dy + i, d_gate + i, d_up + i);
+    T* dx = grad_x + row * 2 * size;
+    if (out == nullptr) {
+      swiglu_gradient_row<false, T>(in, dy, size, dx, dx);
+    } else {
+      swiglu_gradient_row<true>(in, dy, size, dx, out + row * size);
+    }
   }
 }
 
@@ -134,7 +150,7 @@ void rotary(const T* x, const T* cosine, const T* sine, int64_t num_tokens, int6
 
 #define XRL_INSTANTIATE(T)                                                                                          \
   template void swiglu_forward<T>(const T*, int64_t, int64_t, T*, int);                                             \
-  template void swiglu_backward<T>(const T*, const T*, int64_t, int64_t, T*, int);                                  \
+  template void swiglu_backward<T>(const T*, const T*, int64_t, int64_t, T*, T*, int);                              \
   template void rms_norm_forward<T>(const T*, const T*, int64_t, int64_t, float, T*, float*, int);                  \
   template void rms_norm_backward<T>(const T*, const T*, const float*, const T*, int64_t, int64_t, T*, float*, int); \
   template void rotary<T>(const T*, const T*, const T*, int64_t, int64_t, int64_t, float, T*, int);

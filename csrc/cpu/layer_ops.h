@@ -8,8 +8,10 @@
   /* out[r, c] = silu(x[r, c]) * x[r, c + size], x of rows of 2 * size */                                           \
   template <typename T>                                                                                             \
   void swiglu_forward(const T* x, int64_t num_rows, int64_t size, T* out, int num_threads);                         \
+  /* grad_x may be x. out, where it is not null, gets the forward's result again, and may be grad */                \
   template <typename T>                                                                                             \
-  void swiglu_backward(const T* x, const T* grad, int64_t num_rows, int64_t size, T* grad_x, int num_threads);      \
+  void swiglu_backward(const T* x, const T* grad, int64_t num_rows, int64_t size, T* grad_x, T* out,                \
+                       int num_threads);                                                                            \
   /* out = x * inverse_rms * weight; inverse_rms[r] = 1 / sqrt(mean(x[r]^2) + eps) is kept for the backward */      \
   template <typename T>                                                                                             \
   void rms_norm_forward(const T* x, const T* weight, int64_t num_rows, int64_t size, float eps, T* out,             \

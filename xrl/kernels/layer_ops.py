@@ -20,7 +20,7 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467); x [..., H], weight [H]."""
-    if not _is_native(x, weight):
+    if not is_native(x, weight):
         return reference_rms_norm(x, weight, eps)
     out: Tensor = _RMSNorm.apply(x, weight, eps)
     return out
@@ -33,10 +33,38 @@ def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up (arXiv:2002.05202), with x [..., 2 H] = gate before up -> [..., H]."""
-    if not _is_native(x):
+    if not is_native(x):
         return reference_swiglu(x)
     out: Tensor = _SwiGLU.apply(x)
     return out
+
+
+def swiglu_into(x: Tensor, out: Tensor) -> None:
+    """`swiglu` of x [..., 2 H] into out [..., H] by the kernel, without autograd; both contiguous."""
+    size = out.shape[-1]
+    _kernel("swiglu_forward", x.dtype)(
+        x.data_ptr(), out.numel() // max(1, size), size, out.data_ptr(), torch.get_num_threads()
+    )
+
+
+def swiglu_gradient_into(x: Tensor, grad: Tensor, grad_x: Tensor, out: Tensor | None = None) -> None:
+    """The gradient of `swiglu` by the kernel; all contiguous.
+
+    Args:
+        x, grad: [..., 2 H] and [..., H]
+        grad_x: [..., 2 H] result; may be x
+        out: [..., H] gets `swiglu(x)` once more; may be grad
+    """
+    size = grad.shape[-1]
+    _kernel("swiglu_backward", x.dtype)(
+        x.data_ptr(),
+        grad.data_ptr(),
+        grad.numel() // max(1, size),
+        size,
+        grad_x.data_ptr(),
+        0 if out is None else out.data_ptr(),
+        torch.get_num_threads(),
+    )
 
 
 def reference_swiglu(x: Tensor) -> Tensor:
@@ -52,7 +80,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: [T, ..., d]
         cos, sin: [T, d], of x's dtype; carry no gradient
     """
-    if not _is_native(x, cos, sin):
+    if not is_native(x, cos, sin):
         return reference_rotary(x, cos, sin)
     out: Tensor = _Rotary.apply(x, cos, sin)
     return out
@@ -65,7 +93,8 @@ def reference_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.view(shape) + torch.cat((-second, first), dim=-1) * sin.view(shape)
 
 
-def _is_native(*tensors: Tensor) -> bool:
+def is_native(*tensors: Tensor) -> bool:
+    """Whether the kernels of this file take such tensors together."""
     dtype = tensors[0].dtype
     return (
         dtype in _SUFFIX
@@ -127,23 +156,16 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
-        size = x.shape[-1] // 2
-        out = x.new_empty(*x.shape[:-1], size)
-        _kernel("swiglu_forward", x.dtype)(
-            x.data_ptr(), x.numel() // (2 * size), size, out.data_ptr(), torch.get_num_threads()
-        )
+        out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        swiglu_into(x, out)
         ctx.save_for_backward(x)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        size = grad.shape[-1]
         grad_x = torch.empty_like(x)
-        _kernel("swiglu_backward", x.dtype)(
-            x.data_ptr(), grad.data_ptr(), x.numel() // (2 * size), size, grad_x.data_ptr(), torch.get_num_threads()
-        )
+        swiglu_gradient_into(x, grads[0].contiguous(), grad_x)
         return grad_x
 
 

@@ -1,4 +1,4 @@
-"""y = x W^T with its gradients, for training on the CPU, by whichever library is faster there.
+"""Matrix products of the training pass on the CPU, with their gradients, by whichever library is faster there.
 
 PyTorch sends fp32 products to MKL, which leaves AVX-512 unused on CPUs that aren't Intel's: oneDNN is over twice as
 fast there. Without AVX-512, MKL is the faster one. Elsewhere this is `torch.nn.functional.linear`.
@@ -34,20 +34,24 @@ class _CpuLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight)
+        return product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
         needs_x, needs_weight = ctx.needs_input_grad
-        grad_x = _product(grad, weight.t()) if needs_x else None
-        grad_weight = _weight_gradient(grad, x, weight) if needs_weight else None
+        grad_x = product(grad, weight.t()) if needs_x else None
+        grad_weight = weight_gradient(grad, x, weight) if needs_weight else None
         return grad_x, grad_weight
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
-    """grad^T x, added to Megatron's gradient buffer where there is one; then there is nothing left to return.
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    """grad^T x of y = x W^T, added to Megatron's gradient buffer where there is one; then nothing is left to return.
+
+    Args:
+        grad, x: [M, N], [M, K]
+        weight: [N, K], for its buffer
 
     MKL beats oneDNN at this product, and adds to what is there without a further pass.
     """
@@ -58,8 +62,8 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
     return None
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K] times weight [N, K], in any layout, transposed."""
-    if not onednn_is_faster():
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, K] times weight [N, K], in any layout, transposed; without autograd."""
+    if x.dtype != torch.float32 or not onednn_is_faster():
         return x @ weight.t()
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")

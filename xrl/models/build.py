@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core import tensor_parallel
@@ -18,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from xrl.config import ModelConfig, ParallelConfig
 from xrl.models.attention import PackedAttention
 from xrl.models.linear import ColumnParallelLinear, RowParallelLinear
-from xrl.models.mlp import SwiGLU
+from xrl.models.mlp import GatedMLP, SwiGLU
 from xrl.models.norm import RMSNorm
 from xrl.models.self_attention import SelfAttention
 from xrl.models.shape import ModelShape
@@ -52,46 +55,47 @@ def transformer_config(
     recompute = {}
     if model.recompute_granularity == "full":
         recompute = {"recompute_method": "uniform", "recompute_num_layers": model.recompute_num_layers}
-    return TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_kv_heads,
-        kv_channels=shape.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_eps,
-        qk_layernorm=shape.qk_norm,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        attention_softmax_in_fp32=True,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        # Packs differ in length: the stages tell each other. megatron-core ties this to a dispatcher, dense or not.
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
-        # The weights come from a checkpoint; initialising them costs time and CUDA random states for nothing.
-        perform_initialization=False,
-        use_cpu_initialization=not on_cuda,
-        # Despite its name: the activation is a module of the layer spec, here our SwiGLU.
-        use_te_activation_func=not transformer_engine,
-        bias_activation_fusion=transformer_engine,
-        bias_dropout_fusion=on_cuda,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        recompute_granularity=model.recompute_granularity,
-        **recompute,
-    )
+    with _without_remarks():
+        return TransformerConfig(
+            num_layers=shape.num_layers,
+            hidden_size=shape.hidden_size,
+            ffn_hidden_size=shape.ffn_hidden_size,
+            num_attention_heads=shape.num_heads,
+            num_query_groups=shape.num_kv_heads,
+            kv_channels=shape.head_dim,
+            normalization="RMSNorm",
+            layernorm_epsilon=shape.norm_eps,
+            qk_layernorm=shape.qk_norm,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            add_bias_linear=False,
+            add_qkv_bias=shape.qkv_bias,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            attention_softmax_in_fp32=True,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            sequence_parallel=parallel.sequence_parallel,
+            # Packs differ in length: the stages tell each other. megatron-core ties this to a dispatcher, dense or not.
+            variable_seq_lengths=True,
+            moe_token_dispatcher_type="alltoall",
+            # The weights come from a checkpoint; initialising them costs time and CUDA random states for nothing.
+            perform_initialization=False,
+            use_cpu_initialization=not on_cuda,
+            # Despite its name: the activation is a module of the layer spec, here our SwiGLU.
+            use_te_activation_func=not transformer_engine,
+            bias_activation_fusion=transformer_engine,
+            bias_dropout_fusion=on_cuda,
+            masked_softmax_fusion=False,
+            persist_layer_norm=False,
+            gradient_accumulation_fusion=False,
+            recompute_granularity=model.recompute_granularity,
+            **recompute,
+        )
 
 
 def build_model(
@@ -108,19 +112,34 @@ def build_model(
     make_spec: Callable[..., ModuleSpec | TransformerBlockSubmodules] = (
         _engine_spec if transformer_engine else _local_spec
     )
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=make_spec(config, shape),
-        vocab_size=padded_vocab_size(shape, groups.layout.tensor_size),
-        max_sequence_length=shape.max_positions,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
-        share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope" if transformer_engine else "none",
-        rotary_base=int(shape.rope_base),
-    )
+    with _without_remarks():
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=make_spec(config, shape),
+            vocab_size=padded_vocab_size(shape, groups.layout.tensor_size),
+            max_sequence_length=shape.max_positions,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope" if transformer_engine else "none",
+            rotary_base=int(shape.rope_base),
+        )
     _mark_tensor_parallel(model)
     return model.to(groups.device)
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keep back what megatron-core says of its own defaults, and of layers that are not its own: nothing to act on."""
+    logger = logging.getLogger("megatron.core.transformer.transformer_layer")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _mark_tensor_parallel(model: GPTModel) -> None:
@@ -157,6 +176,7 @@ def _local_spec(config: TransformerConfig, shape: ModelShape) -> TransformerBloc
     if not torch.cuda.is_available():
         attention.linear_qkv = mlp.linear_fc1 = ColumnParallelLinear
         attention.linear_proj = mlp.linear_fc2 = RowParallelLinear
+        layer.submodules.mlp.module = GatedMLP
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from megatron.core import tensor_parallel
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from xrl.kernels.linear import linear
 
@@ -24,15 +23,17 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
         bias: Tensor | None,
         allreduce_dgrad: bool,
         sequence_parallel: bool,
-        tp_group: ProcessGroup | None,
         **_: object,
     ) -> Tensor:
-        if sequence_parallel:
-            input = tensor_parallel.gather_from_sequence_parallel_region(input, group=tp_group)
-        elif allreduce_dgrad:
-            input = tensor_parallel.copy_to_tensor_model_parallel_region(input, group=tp_group)
-        out = linear(input, weight)
+        # megatron-core has spread the input already where neither is asked for.
+        out = linear(self.spread(input) if sequence_parallel or allreduce_dgrad else input, weight)
         return out if bias is None else out + bias
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The whole input for this rank's product; in the backward pass the ranks' gradients are added up."""
+        if self.sequence_parallel:
+            return tensor_parallel.gather_from_sequence_parallel_region(x, group=self.tp_group)
+        return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.tp_group)
 
 
 class RowParallelLinear(tensor_parallel.RowParallelLinear):
@@ -40,3 +41,9 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **_: object) -> Tensor:
         return linear(input, weight)
+
+    def combine(self, x: Tensor) -> Tensor:
+        """The sum of the ranks' products; each rank gets its tokens of it under sequence parallelism."""
+        if self.sequence_parallel:
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(x, group=self.tp_group)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=self.tp_group)
