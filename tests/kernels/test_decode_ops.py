@@ -108,8 +108,6 @@ def test_packed_linear_and_what_it_fuses_equal_plain_products(dtype: torch.dtype
         product = torch.nn.functional.linear(x.double(), weight.double(), None if offset is None else offset.double())
         tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 0.2}
         torch.testing.assert_close(linear(x).double(), product, **tolerance)
-        torch.testing.assert_close(linear.silu(x).double(), torch.nn.functional.silu(product), **tolerance)
-        torch.testing.assert_close(linear.times(x, other).double(), product * other, **tolerance)
         torch.testing.assert_close(linear.plus(x, other).double(), product + other, **tolerance)
 
 

@@ -1,7 +1,7 @@
 """The gated MLP of a decoder layer as one operation, for training on the CPU: two products around SwiGLU.
 
-Apart, the second product keeps SwiGLU's result for its weight's gradient. Here that is computed again, while SwiGLU's own
-gradient reads the same numbers, and gradients overwrite what they were made from.
+As three operations, the second product keeps SwiGLU's result for its weight's gradient. Here that is computed again,
+while SwiGLU's own gradient reads the same numbers, and gradients overwrite what they were made from.
 """
 
 from __future__ import annotations

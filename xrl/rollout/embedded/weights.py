@@ -25,8 +25,7 @@ class LayerWeights:
     k_norm: Tensor | None  # [D]
     attention_out: PackedLinear
     mlp_norm: Tensor  # [H]
-    gate: PackedLinear
-    up: PackedLinear
+    gate_up: PackedLinear  # in one product
     down: PackedLinear
 
 
@@ -189,8 +188,7 @@ class DecoderWeights:
             k_norm=vector("self_attn.k_norm.weight"),
             attention_out=linear("self_attn.o_proj"),
             mlp_norm=self._copy(tensors["post_attention_layernorm.weight"]),
-            gate=linear("mlp.gate_proj"),
-            up=linear("mlp.up_proj"),
+            gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
             down=linear("mlp.down_proj"),
         )
 
