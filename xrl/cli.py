@@ -111,14 +111,14 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def _take_number(arguments: list[str], flag: str) -> tuple[int, list[str]]:
     """The value of one of our own flags, and the arguments without it."""
+    spellings = {flag, "--" + flag.removeprefix("--").replace("-", "_")}  # torchrun takes both
     rest: list[str] = []
     text = "1"
     remaining = iter(arguments)
     for argument in remaining:
-        if argument == flag:
-            text = next(remaining, "")
-        elif argument.startswith(f"{flag}="):
-            text = argument.partition("=")[2]
+        option, equals, value = argument.partition("=")
+        if option in spellings:
+            text = value if equals else next(remaining, "")
         else:
             rest.append(argument)
     if not text.isdigit() or int(text) < 1:

@@ -40,9 +40,7 @@ def train(settings: Settings) -> None:
 
     setup_logging(rank=int(os.environ.get("RANK", "0")))
     with contextlib.ExitStack() as stack, announce_errors():
-        groups = initialize(
-            settings.parallel, seed=settings.run.seed, longest_rollout_s=settings.rollout.longest_wait_s
-        )
+        groups = initialize(settings.parallel, seed=settings.run.seed)
         stack.callback(shutdown)
         lead = build_lead(settings, groups, stack) if groups.rank == 0 else None
         num_rollouts = share_rollout_count(lead, groups)

@@ -164,7 +164,13 @@ class Trainer:
         row |= {f"seconds/{phase}": value for phase, value in self.actor.seconds.items()}
         row["step_seconds"] = seconds
         row["tokens_per_s"] = row["response_tokens"] / seconds
-        self.lead.journal.step(index, row)
+        self.lead.journal.step(index, row, [update_row(update) for update in reports] if len(reports) > 1 else [])
+
+
+def update_row(update: UpdateReport) -> dict[str, float]:
+    """What one of a rollout's several updates did."""
+    metrics = {name: mean.value for name, mean in update.metrics.items()}
+    return {**metrics, "grad_norm": update.grad_norm, "lr": update.lr}
 
 
 def refuse_useless(index: int, collected: Collected) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 import typing
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from xrl.config import Settings, SettingsError
 from xrl.config.flags import FLAGS
-from xrl.config.parse import dump_settings, parse_settings
+from xrl.config.parse import ELSEWHERE, dump_settings, parse_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ["--model", "m", "--data", "d.jsonl"]
@@ -272,3 +273,29 @@ def test_every_setting_has_a_sentence_of_help() -> None:
     assert found.returncode == 0
     # A field without a docstring would show the flag with its default alone.
     assert "Ranks that share each layer's matrices" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("flag", "ours"),
+    [("--global-batch-size", "--rollout-batch-size"), ("--tp", "--tensor-model-parallel-size"), ("--beta", "--kl-coef")],
+)
+def test_word_of_another_project_is_translated(flag: str, ours: str) -> None:
+    with pytest.raises(SettingsError, match=f"flag {flag} is unknown; here it is {ours}"):
+        parse_settings([*NEEDED, flag, "2"])
+
+
+def test_every_translation_names_flags_that_exist() -> None:
+    for ours in ELSEWHERE.values():
+        for option in re.findall(r"--[a-z-]+", ours):
+            assert option.removeprefix("--").replace("-", "_") in FLAGS, option
+
+
+def test_null_is_refused_where_a_value_is_needed(config: Write) -> None:
+    with pytest.raises(SettingsError, match="line 1: data needs a path, found null"):
+        parse_settings(["--config", str(config("data: null\n"))])
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63)])
+def test_seed_must_leave_room_for_those_made_from_it(seed: int) -> None:
+    with pytest.raises(SettingsError, match="--seed must be between"):
+        parse_settings([*NEEDED, "--seed", str(seed)])

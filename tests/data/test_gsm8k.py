@@ -111,3 +111,25 @@ def test_folder_without_gsm8k_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").touch()
     with pytest.raises(SettingsError, match="test.jsonl is empty"):
         convert(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("final", ["banana", "", "5 apples", "1/2", "$5"])
+def test_final_answer_must_be_a_number(tmp_path: Path, final: str) -> None:
+    write_lines(tmp_path / "train.jsonl", {"question": "?", "answer": f"So.\n#### {final}"})
+    with pytest.raises(SettingsError, match="line 1 is a row whose `answer` does not end in `#### <number>`"):
+        convert(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("final", "ground_truth"), [("-3", "-3"), ("2,125.50", "2125.50"), (".5", ".5")])
+def test_numbers_of_every_kind_are_taken(tmp_path: Path, final: str, ground_truth: str) -> None:
+    write_lines(tmp_path / "train.jsonl", {"question": "?", "answer": f"So.\n#### {final}"})
+    convert(tmp_path, tmp_path / "out")
+    assert load_rows(tmp_path / "out" / "train.jsonl")[0].ground_truth == ground_truth
+
+
+def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", *SOURCES)
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SettingsError, match="--out-dir .*out cannot be made a folder"):
+        convert(tmp_path, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"

@@ -123,3 +123,14 @@ def test_checking_a_dataset_loads_neither_torch_nor_datasets(tmp_path: Path) -> 
     )
     script += "min_rows=1); sys.exit(any(name in sys.modules for name in ('torch', 'datasets', 'pyarrow')))"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_values_stay_what_the_file_says(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "When?", "ground_truth": "2020-01-01", "extra_info": {"weight": 5}},
+        {"prompt": "How much?", "ground_truth": 5, "extra_info": {"weight": 2.5, "only": "here"}},
+        {"prompt": "And?", "ground_truth": 2.5},
+    ]
+    loaded = load_rows(write_lines(tmp_path, *rows))
+    assert [row.ground_truth for row in loaded] == ["2020-01-01", "5", "2.5"]
+    assert [row.extra for row in loaded] == [{"weight": 5}, {"weight": 2.5, "only": "here"}, {}]

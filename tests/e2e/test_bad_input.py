@@ -76,6 +76,11 @@ def test_the_command_refuses_before_it_starts_ranks(flags: list[str]) -> None:
     assert_refused(found, "--tensor-model-parallel-size 4", "1 or 2 would work")
 
 
+def test_worker_without_a_model() -> None:
+    found = run("-m", "xrl.cli", "worker", "--model", "nowhere", "--max-model-len", "8")
+    assert_refused(found, "nowhere/config.json cannot be read")
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_ranks_of_torchrun_say_it_once(flags: list[str]) -> None:

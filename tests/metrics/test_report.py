@@ -117,3 +117,7 @@ def test_evaluation_has_a_line_of_its_own():
 def test_numbers_never_show_as_zero_unless_they_are(value):
     shown = update_line(1, {"kl": value}).split()[-1]
     assert (float(shown) == 0) == (value == 0)
+
+
+def test_update_line_of_one_of_several_updates_says_which():
+    assert update_line(3, {"loss": 0.5}, num_rollouts=9, update=(2, 4)) == "rollout_idx 3/9, update 2/4: loss 0.5000"

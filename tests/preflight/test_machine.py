@@ -20,3 +20,13 @@ def test_transformer_engine_must_be_installed(refusal: Refusal) -> None:
 @pytest.mark.skipif(_has_cuda_driver(), reason="this machine has a CUDA driver")
 def test_nccl_needs_cuda(refusal: Refusal) -> None:
     assert "--distributed-backend nccl needs CUDA" in refusal("--distributed-backend", "nccl")
+
+
+def test_unknown_kernels_are_refused(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XRL_KERNEL_BACKEND", "fast")
+    assert "XRL_KERNEL_BACKEND=fast is unknown, known are: auto, reference, native, triton" in refusal()
+
+
+@pytest.mark.skipif(_has_cuda_driver(), reason="this machine has a CUDA driver")
+def test_triton_needs_its_package_and_cuda(refusal: Refusal) -> None:
+    assert "--kernel-backend triton needs" in refusal("--kernel-backend", "triton")

@@ -9,6 +9,7 @@ import pytest
 
 from tests.small_runs import Refusal, check, edit_json
 from tests.tiny_models import make_checkpoint
+from xrl.preflight.model import check_model
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -66,6 +67,12 @@ def test_unsupported_architecture_lists_the_supported_ones(
         {"num_hidden_layers": 0},
         {"vocab_size": "98"},
         {"num_key_value_heads": 3},
+        {"rope_theta": "10000"},
+        {"rope_theta": -1.0},
+        {"rope_parameters": {"rope_theta": "10000"}},
+        {"rms_norm_eps": "small"},
+        {"rms_norm_eps": 0},
+        {"tie_word_embeddings": "false"},
     ],
     ids=lambda field: "-".join(field),
 )
@@ -79,3 +86,10 @@ def test_field_that_changes_the_maths_is_named(refusal: Refusal, model: Path, fi
 def test_rope_scaling_by_default_passes(model: Path, data: Path, tmp_path: Path, rope: dict[str, str] | None) -> None:
     edit_json(model / "config.json", rope_scaling=rope)
     check(model, data, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings"])
+def test_null_means_the_default(model: Path, name: str) -> None:
+    edit_json(model / "config.json", **{name: None}, rope_parameters=None)
+    shape = check_model(model)
+    assert (shape.max_positions, shape.norm_eps, shape.rope_base) >= (1, 0.0, 1.0)

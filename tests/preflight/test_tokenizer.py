@@ -45,3 +45,15 @@ def test_unigram_tokens_are_numbered_by_their_place(tmp_path: Path) -> None:
     check_tokenizer(tmp_path, vocab_size=2)
     with pytest.raises(SettingsError, match="token 'b' has id 1"):
         check_tokenizer(tmp_path, vocab_size=1)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_damaged_file_beside_the_tokenizer_is_named(refusal: Refusal, model: Path, name: str) -> None:
+    (model / name).write_text("{")
+    assert f"{model}/{name}, line 1 is not JSON" in refusal()
+
+
+@pytest.mark.parametrize("found", ["</s>", [1, "2"], True])
+def test_end_of_text_must_be_token_ids(refusal: Refusal, model: Path, found: object) -> None:
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
+    assert "generation_config.json: eos_token_id must be a token id or a list of them" in refusal()

@@ -13,7 +13,8 @@ from typing import Any
 from xrl.rollout.engine import EngineError, EngineNotReady
 from xrl.types import Completion, GenerateRequest, WeightBucket
 
-ANSWER, FAIL, FAIL_ONCE, HANG, DIE = range(100, 105)
+ANSWER, FAIL, FAIL_ONCE, HANG, DIE, LINGER = range(100, 106)
+LINGER_S = 0.7
 
 
 class ScriptedEngine:
@@ -23,18 +24,23 @@ class ScriptedEngine:
         self.weights_version = -1
         self.total = 0.0
         self.pending = 0.0
-        self.failed: set[str] = set()
+        self.failed: set[tuple[int, ...]] = set()
+        self.in_flight: dict[str, Future[list[Completion]]] = {}
 
     def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
         if self.weights_version < 0:
             raise EngineNotReady("no weights yet")
+        if request.id in self.in_flight:
+            raise ValueError(f"request id {request.id!r} is already in flight")
         future: Future[list[Completion]] = Future()
         action = request.token_ids[0]
         if action == DIE:
             threading.Timer(0.1, os._exit, args=(9,)).start()
-        elif action == FAIL or (action == FAIL_ONCE and request.id not in self.failed):
-            self.failed.add(request.id)
+        elif action == FAIL or (action == FAIL_ONCE and tuple(request.token_ids) not in self.failed):
+            self.failed.add(tuple(request.token_ids))
             future.set_exception(EngineError("scripted failure"))
+        elif action == LINGER:
+            self.in_flight[request.id] = future
         elif action != HANG:
             completion = Completion(
                 token_ids=list(request.token_ids),
@@ -46,7 +52,14 @@ class ScriptedEngine:
         return future
 
     def abort(self, request_id: str | None = None) -> None:
-        pass
+        """Not at once: as an engine in the middle of a step."""
+        for name in list(self.in_flight) if request_id is None else [request_id]:
+            threading.Timer(LINGER_S, self._end, args=(name,)).start()
+
+    def _end(self, name: str) -> None:
+        future = self.in_flight.pop(name, None)
+        if future is not None:
+            future.set_result([])
 
     def sleep(self) -> None:
         pass
@@ -55,6 +68,8 @@ class ScriptedEngine:
         pass
 
     def load_layer(self, bucket: WeightBucket) -> None:
+        if self.in_flight:
+            raise EngineError(f"cannot take weights with {len(self.in_flight)} requests in flight")
         if bucket.layer == "bad":
             raise EngineError("tensor w has the wrong shape")
         self.pending += float(sum(tensor.sum() for tensor in bucket.tensors.values()))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from xrl.config import SettingsError
-from xrl.rollout import ENGINES, create_engine
+from xrl.rollout import ENGINES, check_engine, create_engine
 
 
 def test_unknown_engine_is_refused_with_the_known_ones(tmp_path: Path) -> None:
@@ -15,6 +15,16 @@ def test_unknown_engine_is_refused_with_the_known_ones(tmp_path: Path) -> None:
         create_engine(
             "warp", model_dir=tmp_path, dtype="float32", device="cpu", max_batch_size=1, num_threads=1, max_model_len=8
         )
+
+
+@pytest.mark.parametrize("name", ["no.such.package:make", "nosuchmodule:make", ":make", "json:"])
+def test_engine_of_ones_own_must_be_importable(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"--engine '{name}'"):
+        check_engine(name)
+
+
+def test_engine_of_ones_own_is_taken() -> None:
+    check_engine("tests.rollout.scripted_engine:make")
 
 
 def test_the_table_lists_the_embedded_engine() -> None:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from tests.rollout.scripted_engine import ANSWER, DIE, FAIL, FAIL_ONCE, HANG
+from tests.rollout.scripted_engine import ANSWER, DIE, FAIL, FAIL_ONCE, HANG, LINGER
 from xrl.config import RolloutConfig
 from xrl.rollout.pool import RolloutCounts, WorkerGone, WorkerPool
 from xrl.rollout.publish import Publisher
@@ -104,6 +104,17 @@ def test_request_without_an_answer_runs_into_the_time_out(make_pool: MakePool) -
     assert results[0] is None
     assert results[1]
     assert counts.failed == 1
+
+
+def test_request_that_ran_into_the_time_out_may_still_be_ending_in_the_engine(make_pool: MakePool) -> None:
+    pool = make_pool(1, rollout_timeout_s=0.3, rollout_max_retries=1)
+    results, counts = generate(pool, [request(0, LINGER)])
+    assert results == {0: None}
+    assert counts == RolloutCounts(sent=1, failed=1, retried=1)
+    log = pool.workers[0].log.read_text()
+    assert "already in flight" not in log  # neither try stood in the other's way
+    # The next weights wait for it.
+    Publisher(pool).publish([bucket("layers.0", 1.0, version=1)], version=1)
 
 
 def test_prompts_of_a_worker_that_dies_go_to_the_other_one(make_pool: MakePool) -> None:

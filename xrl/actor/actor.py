@@ -167,6 +167,7 @@ class Actor:
                     rollout_logprobs=microbatch.rollout_logprobs,
                     reference_logprobs=reference_logprobs,
                     temperature=self.settings.rollout.temperature,
+                    backend=self.settings.model.kernel_backend,
                     **self._shard(),
                 )
                 logprobs, entropy = fused.logprob, fused.entropy
@@ -211,6 +212,7 @@ class Actor:
             microbatch.response_ids,
             temperature=self.settings.rollout.temperature,
             entropy_grad=bool(self.settings.algorithm.entropy_coef),
+            backend=self.settings.model.kernel_backend,
             **self._shard(),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from xrl.config.errors import SettingsError
 
@@ -22,6 +22,10 @@ class ModelConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers: transformer-engine's, or our own (local); auto takes transformer-engine on CUDA when installed."""
 
+    kernel_backend: Literal["auto", "reference", "native", "triton"] = "auto"
+    """What computes log-probs and loss: plain PyTorch (reference), compiled kernels (native) or Triton; auto takes the
+    fastest that runs, or what XRL_KERNEL_BACKEND says."""
+
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass: whole layers (full) or core attention only (selective)."""
 
@@ -31,3 +35,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.recompute_num_layers < 1:
             raise SettingsError(f"--recompute-num-layers must be >= 1, got {self.recompute_num_layers}")
+
+
+KERNEL_BACKENDS: tuple[str, ...] = get_args(get_type_hints(ModelConfig)["kernel_backend"])

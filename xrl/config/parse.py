@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import tyro
@@ -20,6 +21,25 @@ from xrl.config.errors import SettingsError
 from xrl.config.flags import FLAGS
 from xrl.config.settings import Settings
 
+# What users of Megatron, torchrun and TRL would write -> what it is called here.
+ELSEWHERE: Mapping[str, str] = MappingProxyType(
+    {
+        "global_batch_size": "--rollout-batch-size (prompts) times --samples-per-prompt, over --updates-per-rollout",
+        "train_iters": "--num-rollouts, or --num-epochs",
+        "max_steps": "--num-rollouts",
+        "tp": "--tensor-model-parallel-size",
+        "pp": "--pipeline-model-parallel-size",
+        "cp": "--context-parallel-size",
+        "nproc_per_node": "a flag of `xrl train` and of torchrun: it goes before the settings",
+        "num_generations": "--samples-per-prompt",
+        "max_completion_length": "--max-response-length",
+        "learning_rate": "--lr",
+        "beta": "--kl-coef",
+        "load": "--model",
+        "save": "--work-dir",
+        "data_path": "--data",
+    }
+)
 _SECTIONS = {field.name for field in dataclasses.fields(Settings)}
 
 
@@ -72,7 +92,10 @@ def yaml_to_arguments(file: Path) -> list[str]:
             _refuse_unknown(f"{file}, line {line}: key {key.value!r}", key.value.replace("-", "_"), list(FLAGS))
         if not isinstance(value, yaml.ScalarNode):
             raise SettingsError(f"{file}, line {line}: {key.value} needs {flag.needed}, found a nested value")
-        text = "None" if value.tag == "tag:yaml.org,2002:null" else value.value
+        is_null = value.tag == "tag:yaml.org,2002:null"
+        if is_null and not flag.is_optional:
+            raise SettingsError(f"{file}, line {line}: {key.value} needs {flag.needed}, found null")
+        text = "None" if is_null else value.value
         arguments += flag.arguments(text, where=f"{file}, line {line}: {key.value}")
     return arguments
 
@@ -157,6 +180,8 @@ def _normalize(typed: list[str]) -> list[str]:
 
 
 def _refuse_unknown(what: str, name: str, known: list[str]) -> NoReturn:
+    if name in ELSEWHERE:
+        raise SettingsError(f"{what} is unknown; here it is {ELSEWHERE[name]}")
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; the nearest is --{near[0].replace('_', '-')}" if near else "; --help lists all"
     raise SettingsError(f"{what} is unknown{hint}")

@@ -74,8 +74,3 @@ class RolloutConfig:
                 f"does not score, so every ratio would be biased: use --top-k 0 --top-p 1, "
                 f"or say --allow-biased-sampling"
             )
-
-    @property
-    def longest_wait_s(self) -> float:
-        """How long a rollout may take when every try of a prompt runs into the time-out."""
-        return self.rollout_timeout_s * (self.rollout_max_retries + 1)

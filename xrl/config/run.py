@@ -16,7 +16,7 @@ class RunConfig:
     """Each run writes a folder of its own, named by its start time, below this one."""
 
     seed: int = 1234
-    """Seeds data order and sampling."""
+    """Seeds data order and sampling; at most 2^62 either way."""
 
     log_interval: int = 1
     """Rollouts between console lines."""
@@ -31,6 +31,8 @@ class RunConfig:
     """Write TensorBoard events."""
 
     def __post_init__(self) -> None:
+        if abs(self.seed) > 2**62:  # a rollout's own seed is a little further on, and must be a 64-bit number too
+            raise SettingsError(f"--seed must be between -2^62 and 2^62, got {self.seed}")
         for name in ("log_interval", "save_interval", "save_keep"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from xrl.data.rows import numbered_lines, parse_json_object
 SPLITS = ("train", "test")
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 MAX_REPORTED_ROWS = 5
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 
 
 def convert(input_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[str, int]:
@@ -30,7 +32,8 @@ def convert(input_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[
         rows written of each split found
 
     Raises:
-        SettingsError: no input, bad rows (the first five are named; nothing is written), or an output in the way.
+        SettingsError: no input, bad rows (the first five are named; nothing is written), an output in the way, or a
+            folder that cannot be made.
     """
     files = {split: found for split in SPLITS if (found := _find_split(input_dir, split))}
     if not files:
@@ -41,7 +44,10 @@ def convert(input_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[
     contents = _convert_splits(files)
     for split, rows in contents.items():
         _check_output(out_dir / f"{split}.jsonl", _as_bytes(rows), overwrite=overwrite)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--out-dir {out_dir} cannot be made a folder: {error.strerror}") from error
     for split, rows in contents.items():
         _write_atomically(out_dir / f"{split}.jsonl", _as_bytes(rows))
     return {split: len(rows) for split, rows in contents.items()}
@@ -55,7 +61,7 @@ def convert_row(question: str, answer: str, *, split: str, index: int) -> dict[s
     """
     _, marker, final = answer.rpartition("####")
     ground_truth = final.strip().replace(",", "")
-    if not marker or not ground_truth:
+    if not marker or not _NUMBER.fullmatch(ground_truth):
         raise ValueError("a row whose `answer` does not end in `#### <number>`")
     return {
         "data_source": "openai/gsm8k",
@@ -129,7 +135,7 @@ def _as_bytes(rows: list[str]) -> bytes:
 
 
 def _check_output(path: Path, content: bytes, *, overwrite: bool) -> None:
-    if path.exists() and not overwrite and path.read_bytes() != content:
+    if path.is_file() and not overwrite and path.read_bytes() != content:
         raise SettingsError(f"{path} exists with other content: give another --out-dir, or --overwrite to replace it")
 
 

@@ -63,14 +63,14 @@ def load_rows(path: Path, *, what: str = "--data") -> list[PromptRow]:
     """
     # `datasets` says neither which line is not JSON nor what a row lacks, so the file is checked before it is loaded.
     check_dataset(path, min_rows=1, what=what)
-    kind = "parquet" if path.suffix in PARQUET_SUFFIXES else "json"
+    is_parquet = path.suffix in PARQUET_SUFFIXES
     try:
-        rows = read_table(kind, path)
+        # JSON as lines of text: as one table, values would be changed to fit their column ("2020-01-01" to a date).
+        rows = read_table("parquet" if is_parquet else "text", path)
     except ValueError as error:
-        raise SettingsError(
-            f"{what} {path} cannot be read as one table ({error}): "
-            f"give every row the same fields with the same types, and no blank lines"
-        ) from error
+        raise SettingsError(f"{what} {path} cannot be read: {error}") from error
+    if not is_parquet:
+        rows = [parse_json_object(row["text"]) for row in rows if row["text"].strip()]
     return [_parse_row(row, number, f"{path}, row {number + 1}") for number, row in enumerate(rows)]
 
 
@@ -82,7 +82,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def parse_json_object(line: bytes) -> dict[str, Any]:
+def parse_json_object(line: bytes | str) -> dict[str, Any]:
     """One JSONL line as a dictionary.
 
     Raises:

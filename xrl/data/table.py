@@ -3,7 +3,7 @@
 `datasets` brings pandas and pyarrow along, about 150 MB that a training process would hold to its end for a file that
 is read once.
 
-    python -m xrl.data.table json|parquet FILE     the rows on stdout, pickled
+    python -m xrl.data.table text|parquet FILE     the rows on stdout, pickled
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def read_table(kind: str, path: Path) -> list[dict[str, Any]]:
     """Every row of a file, in order.
 
     Args:
-        kind: `json` (lines) or `parquet`: the builder of `datasets`.
+        kind: `text` (a row a line, in the field `text`) or `parquet`: the builder of `datasets`.
 
     Raises:
-        ValueError: the file cannot be read as one table, with the reason.
+        ValueError: the file cannot be read, with the reason.
         RuntimeError: the process ended of something else; its output is shown.
     """
     process = subprocess.run(

@@ -6,15 +6,25 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xrl.config import SettingsError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a Hugging Face folder; nothing is fetched from a hub."""
+    """The tokenizer in a Hugging Face folder; nothing is fetched from a hub.
+
+    Raises:
+        SettingsError: its files are damaged.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except Exception as error:  # whatever the library meets in damaged files
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"the tokenizer in {model_dir} cannot be loaded: {type(error).__name__}: {reason}") from error
     return tokenizer
 
 

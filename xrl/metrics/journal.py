@@ -51,10 +51,18 @@ class Journal:
             self.say(rollout_finished_line(index, path))
             self.say(prepared_line(num_samples, metrics))
 
-    def step(self, index: int, metrics: Mapping[str, float]) -> None:
-        """A rollout is learned from and the new weights are out."""
+    def step(self, index: int, metrics: Mapping[str, float], updates: Sequence[Mapping[str, float]] = ()) -> None:
+        """A rollout is learned from and the new weights are out.
+
+        Args:
+            metrics: of the rollout and all its updates together.
+            updates: of each update, where there were several: a line each.
+        """
         self._metrics.write(index, metrics)
         if self._speaks(index):
+            for number, update in enumerate(updates, start=1):
+                place = (number, len(updates))
+                self.say(update_line(index, update, num_rollouts=self.num_rollouts, update=place))
             self.say(update_line(index, metrics, num_rollouts=self.num_rollouts))
 
     def evaluation(self, index: int, metrics: Mapping[str, float]) -> None:

@@ -93,15 +93,24 @@ UPDATE_FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
-def update_line(rollout_id: int, metrics: Mapping[str, float], *, num_rollouts: int | None = None) -> str:
+def update_line(
+    rollout_id: int,
+    metrics: Mapping[str, float],
+    *,
+    num_rollouts: int | None = None,
+    update: tuple[int, int] | None = None,
+) -> str:
     """One readable line per update; metrics that are missing are skipped.
 
     Args:
         rollout_id: number of the rollout that was learned from.
         metrics: flat names to values. Names that start with "seconds/" are phases, listed in the order given.
         num_rollouts: rollouts in the whole run, where known.
+        update: (2, 4) for the second of the rollout's four updates; left out: the rollout as a whole.
     """
     place = f"rollout_idx {rollout_id}" if num_rollouts is None else f"rollout_idx {rollout_id}/{num_rollouts}"
+    if update is not None:
+        place += f", update {update[0]}/{update[1]}"
     parts = [f"{words} {_shown(show, metrics[name])}" for name, words, show in UPDATE_FIELDS if name in metrics]
     phases = {
         name.removeprefix(SECONDS_PREFIX): value

@@ -51,10 +51,10 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
         head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
         vocab_size=config["vocab_size"],
-        max_positions=config.get("max_position_embeddings", 32768),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        max_positions=config.get("max_position_embeddings") or 32768,
+        norm_eps=config.get("rms_norm_eps") or 1e-6,
         rope_base=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=bool(config.get("tie_word_embeddings")),
         qkv_bias=architecture == "Qwen2ForCausalLM",
         qk_norm=architecture == "Qwen3ForCausalLM",
     )

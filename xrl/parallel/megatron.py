@@ -14,12 +14,13 @@ from xrl.parallel.groups import ParallelGroups
 from xrl.parallel.layout import Layout
 
 
-def initialize(config: ParallelConfig, *, seed: int, longest_rollout_s: float = 0.0) -> ParallelGroups:
-    """Join the world torchrun describes (or be a world of one) and lay the model-parallel groups over it.
+# On the control group ranks wait for rank 0: for samples, judges, evaluations, checkpoints. Each of those has time-outs
+# of its own, which rank 0 reports; a rank that dies closes its connections, which ends the wait of all others.
+CONTROL_TIMEOUT = timedelta(days=365)
 
-    Args:
-        longest_rollout_s: ranks wait this long for rank 0's samples before the control group gives up.
-    """
+
+def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
+    """Join the world torchrun describes (or be a world of one) and lay the model-parallel groups over it."""
     device = _device(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -44,7 +45,7 @@ def initialize(config: ParallelConfig, *, seed: int, longest_rollout_s: float = 
         distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    control = dist.new_group(backend="gloo", timeout=timeout + timedelta(seconds=longest_rollout_s))
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return ParallelGroups(
         layout=Layout.of_world(
             world_size,

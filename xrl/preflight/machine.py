@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 
 from xrl.config import Settings, SettingsError
+from xrl.config.model import KERNEL_BACKENDS
 
 
 def check_machine(settings: Settings) -> None:
@@ -14,6 +16,7 @@ def check_machine(settings: Settings) -> None:
     Raises:
         SettingsError: transformer-engine is not installed, or there is no CUDA driver for it or for NCCL.
     """
+    _check_kernel_backend(settings.model.kernel_backend)
     if settings.model.transformer_impl == "transformer_engine":
         if importlib.util.find_spec("transformer_engine") is None:
             raise SettingsError(
@@ -29,6 +32,24 @@ def check_machine(settings: Settings) -> None:
         raise SettingsError(
             "--distributed-backend nccl needs CUDA devices, and this machine has no CUDA driver: use gloo or auto"
         )
+
+
+def _check_kernel_backend(name: str) -> None:
+    what = f"--kernel-backend {name}"
+    if name == "auto":
+        name = os.environ.get("XRL_KERNEL_BACKEND", "auto")
+        what = f"XRL_KERNEL_BACKEND={name}"
+    if name not in KERNEL_BACKENDS:
+        raise SettingsError(f"{what} is unknown, known are: {', '.join(KERNEL_BACKENDS)}")
+    if name == "native" and importlib.util.find_spec("xrl._C") is None:
+        raise SettingsError(f"{what} needs the compiled kernels, which are not built: pip install -e .")
+    if name != "triton":
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise SettingsError(f"{what} needs the package triton, which is not installed: pip install 'xrl[cuda]'")
+    # With TRITON_INTERPRET=1 it runs anywhere, slowly.
+    if not _has_cuda_driver() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SettingsError(f"{what} needs a CUDA device, and this machine has no CUDA driver")
 
 
 def _has_cuda_driver() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ _SIZES = (
     "vocab_size",
 )
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_OPTIONAL_NUMBERS = ("rms_norm_eps", "rope_theta")
 
 
 def check_model(folder: Path) -> ModelShape:
@@ -41,6 +43,7 @@ def check_model(folder: Path) -> ModelShape:
             f"{file}: architecture {found or 'none'} is not supported, the known ones are: {', '.join(ARCHITECTURES)}"
         )
     _check_sizes(config, file)
+    _check_numbers(config, file)
     for problem in (*_unsupported(config, found), *_unsupported_rope(config)):
         raise SettingsError(f"{file}: {problem}")
     return _checked_shape(config, file)
@@ -72,6 +75,19 @@ def _check_sizes(config: Mapping[str, Any], file: Path) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise SettingsError(f"{file}: {name} must be a whole number >= 1, found {json.dumps(value)}")
+
+
+def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
+    rope = config.get("rope_parameters")
+    inner = rope.get("rope_theta") if isinstance(rope, dict) else None
+    found = {name: config.get(name) for name in _OPTIONAL_NUMBERS} | {"rope_parameters.rope_theta": inner}
+    for name, value in found.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value < math.inf):
+            raise SettingsError(f"{file}: {name} must be a number > 0, found {json.dumps(value)}")
+    tied = config.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        raise SettingsError(f"{file}: tie_word_embeddings must be true or false, found {json.dumps(tied)}")
 
 
 def _checked_shape(config: Mapping[str, Any], file: Path) -> ModelShape:

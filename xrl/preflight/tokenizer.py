@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
     """Refuse a folder without a tokenizer, or with one of another model.
 
     Raises:
-        SettingsError: no tokenizer files, or one of their ids is >= vocab_size.
+        SettingsError: no tokenizer files, a file beside them that is damaged, or an id >= vocab_size.
     """
+    _check_companions(folder)
     whole = folder / _WHOLE
     if whole.is_file():
         _check_ids(whole, _ids(read_json_object(whole)), vocab_size)
@@ -29,6 +31,18 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
                 _check_ids(file, read_json_object(file).items(), vocab_size)
     else:
         raise SettingsError(f"--model {folder} has no tokenizer: {_WHOLE} (or {' and '.join(_PARTS)}) is needed")
+
+
+def _check_companions(folder: Path) -> None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        if (folder / name).is_file():
+            read_json_object(folder / name)
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        found = read_json_object(file).get("eos_token_id") if file.is_file() else None
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+            raise SettingsError(f"{file}: eos_token_id must be a token id or a list of them, found {json.dumps(found)}")
 
 
 def _ids(tokenizer: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -35,12 +36,23 @@ def check_engine(name: str) -> None:
     """Refuse an engine that nobody knows, without importing one.
 
     Raises:
-        SettingsError: neither a row of the table nor a `package.module:factory` of the user's own.
+        SettingsError: neither a row of the table nor a `package.module:factory` whose module can be found.
     """
-    if name not in ENGINES and ":" not in name:
+    if name in ENGINES:
+        return
+    module, _, factory = name.partition(":")
+    if not module or not factory:
         raise SettingsError(
             f"--engine {name!r} is unknown: take one of {', '.join(sorted(ENGINES))}, or an engine of your own as "
             f"package.module:factory"
+        )
+    try:
+        found = find_spec(module)
+    except (ImportError, ValueError):  # of a package above it
+        found = None
+    if found is None:
+        raise SettingsError(
+            f"--engine {name!r}: there is no module {module} to import: install it, or put its folder on PYTHONPATH"
         )
 
 

@@ -19,6 +19,8 @@ from xrl.types import Completion, GenerateRequest, Group, Prompt, Rollout, Sampl
 
 logger = logging.getLogger("xrl")
 
+# Between lines on how far a rollout is, where there is no terminal for a bar.
+PROGRESS_S = 30.0
 # Odd and large: seeds of neighbouring prompts and neighbouring rollouts never meet.
 _SEED_STEP = 0x9E3779B97F4A7C15
 
@@ -56,10 +58,12 @@ class Collector:
         counts = RolloutCounts()
         requests = [_request(place, prompt, sampling, num_samples) for place, prompt in enumerate(prompts)]
         judged: dict[int, list[tuple[Completion, str, Future[Verdict]]]] = {}
+        has_terminal = sys.stderr.isatty()
+        said = start
         with tqdm(
             total=len(prompts),
             desc=f"rollout_controller for {description}",
-            disable=not sys.stderr.isatty(),
+            disable=not has_terminal,
             leave=False,
         ) as bar:
             for place, completions in self.pool.generate(requests, counts):
@@ -69,6 +73,9 @@ class Collector:
                     counts.finished -= 1
                     counts.failed += 1
                 bar.update()
+                if not has_terminal and time.perf_counter() - said > PROGRESS_S:
+                    said = time.perf_counter()
+                    logger.info("%s: %d of %d prompts done", description, counts.finished + counts.failed, len(prompts))
         groups = [
             Group(rollouts=tuple(_rollout(prompts[place], *parts) for parts in judged[place]))
             for place in sorted(judged)

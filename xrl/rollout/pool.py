@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import queue
 import threading
@@ -241,11 +242,13 @@ class WorkerPool:
         for attempt in range(self.config.rollout_max_retries + 1):
             rollout.counts.retried += attempt > 0
             worker = await self._take_worker(request, rollout, avoid)
+            # A name of its own for each try: the engine may not be rid of the last one yet.
+            this_try = dataclasses.replace(request, id=f"{request.id}.{attempt}") if attempt else request
             try:
                 answers = await self._post(
                     worker,
                     protocol.GENERATE,
-                    protocol.request_to_json(request),
+                    protocol.request_to_json(this_try),
                     timeout_s=self.config.rollout_timeout_s,
                 )
                 rollout.counts.finished += 1

@@ -22,15 +22,18 @@ from pathlib import Path
 import torch
 from aiohttp import web
 
+from xrl.config import SettingsError
 from xrl.rollout import create_engine, protocol
 from xrl.rollout.engine import Engine, EngineError, EngineNotReady
-from xrl.types import WeightBucket
+from xrl.types import Completion, WeightBucket
 from xrl.weights.transport.shared_memory import BucketManifest, SharedMemoryReceiver
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # HTTP status of each kind of error; whatever else an engine raises is 500. No error ends the worker.
 STATUS = ((EngineNotReady, 503), (EngineError, 500), (ValueError, 400), (KeyError, 400), (TypeError, 400))
+# An engine ends an aborted request after the step it is in.
+ABORT_TIMEOUT_S = 30.0
 # A bucket's manifest is small; prompts of a million tokens are not.
 MAX_BODY_BYTES = 256 * 2**20
 
@@ -44,6 +47,7 @@ class Worker:
         self.stopping = asyncio.Event()
         self._numbers = itertools.count()
         self._num_running = 0
+        self._abandoned: set[asyncio.Future[list[Completion]]] = set()
 
     def application(self) -> web.Application:
         application = web.Application(
@@ -72,10 +76,14 @@ class Worker:
         body = await http.json()
         request = protocol.request_from_json(body, default_id=f"request-{next(self._numbers)}")
         self._num_running += 1
+        running = asyncio.wrap_future(self.engine.submit(request))
         try:
-            completions = await asyncio.wrap_future(self.engine.submit(request))
+            # Shielded: a cancelled future would say that the request has ended, while the engine is still at it.
+            completions = await asyncio.shield(running)
         except asyncio.CancelledError:
             self.engine.abort(request.id)  # the client is gone
+            self._abandoned.add(running)
+            running.add_done_callback(self._forget)
             raise
         finally:
             self._num_running -= 1
@@ -91,6 +99,7 @@ class Worker:
         return web.json_response({})
 
     async def sleep(self, _: web.Request) -> web.Response:
+        await self._end_of_abandoned()
         await asyncio.to_thread(self.engine.sleep)
         return web.json_response({})
 
@@ -100,6 +109,7 @@ class Worker:
 
     async def load_layer(self, http: web.Request) -> web.Response:
         manifest = BucketManifest.from_json(await http.json())
+        await self._end_of_abandoned()
         await asyncio.to_thread(self._load, manifest)
         return web.json_response({})
 
@@ -111,6 +121,16 @@ class Worker:
     async def shutdown(self, _: web.Request) -> web.Response:
         self.stopping.set()
         return web.json_response({})
+
+    async def _end_of_abandoned(self) -> None:
+        """Wait until the engine has ended what nobody waits for any more; what needs it idle comes next."""
+        if self._abandoned:
+            await asyncio.wait(set(self._abandoned), timeout=ABORT_TIMEOUT_S)
+
+    def _forget(self, request: asyncio.Future[list[Completion]]) -> None:
+        self._abandoned.discard(request)
+        if not request.cancelled():
+            request.exception()  # seen, so that asyncio does not warn of it
 
     def _load(self, manifest: BucketManifest) -> None:
         tensors = self.receiver.read(manifest)
@@ -176,15 +196,19 @@ def main() -> None:
     if arguments.parent_pid is not None:
         threading.Thread(target=_end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
     torch.set_num_threads(arguments.num_threads)
-    engine = create_engine(
-        arguments.engine,
-        model_dir=arguments.model,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        max_batch_size=arguments.max_batch_size,
-        num_threads=arguments.num_threads,
-        max_model_len=arguments.max_model_len,
-    )
+    try:
+        engine = create_engine(
+            arguments.engine,
+            model_dir=arguments.model,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            max_batch_size=arguments.max_batch_size,
+            num_threads=arguments.num_threads,
+            max_model_len=arguments.max_model_len,
+        )
+    except SettingsError as error:
+        print(f"xrl: error: {error}", file=sys.stderr)
+        sys.exit(2)
     try:
         asyncio.run(serve(engine, host=arguments.host, port=arguments.port))
     finally:

@@ -82,11 +82,15 @@ def write_hf_folder(
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_weights(partial, buckets, dtype, max_shard_bytes)
-    _copy_other_files(source, partial, dtype)
-    for file in partial.iterdir():
-        _flush(file)
-    os.rename(partial, target)
+    try:
+        _write_weights(partial, buckets, dtype, max_shard_bytes)
+        _copy_other_files(source, partial, dtype)
+        for file in partial.iterdir():
+            _flush(file)
+        os.rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _flush(target.parent)
 
 
