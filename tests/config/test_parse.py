@@ -277,7 +277,11 @@ def test_every_setting_has_a_sentence_of_help() -> None:
 
 @pytest.mark.parametrize(
     ("flag", "ours"),
-    [("--global-batch-size", "--rollout-batch-size"), ("--tp", "--tensor-model-parallel-size"), ("--beta", "--kl-coef")],
+    [
+        ("--global-batch-size", "--rollout-batch-size"),
+        ("--tp", "--tensor-model-parallel-size"),
+        ("--beta", "--kl-coef"),
+    ],
 )
 def test_word_of_another_project_is_translated(flag: str, ours: str) -> None:
     with pytest.raises(SettingsError, match=f"flag {flag} is unknown; here it is {ours}"):

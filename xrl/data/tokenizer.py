@@ -24,7 +24,9 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     except Exception as error:  # whatever the library meets in damaged files
         reason = " ".join(str(error).split())
-        raise SettingsError(f"the tokenizer in {model_dir} cannot be loaded: {type(error).__name__}: {reason}") from error
+        raise SettingsError(
+            f"the tokenizer in {model_dir} cannot be loaded: {type(error).__name__}: {reason}"
+        ) from error
     return tokenizer
 
 
