@@ -133,3 +133,10 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="--out-dir .*out cannot be made a folder"):
         convert(tmp_path, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_folder_in_the_way_of_an_output_is_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", *SOURCES)
+    (tmp_path / "out" / "train.jsonl").mkdir(parents=True)
+    with pytest.raises(SettingsError, match="is in the way and is not a file"):
+        convert(tmp_path, tmp_path / "out", overwrite=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 
 from tests.rollout.scripted_engine import ANSWER, DIE, FAIL, FAIL_ONCE, HANG, LINGER
 from xrl.config import RolloutConfig
+from xrl.rollout import protocol
 from xrl.rollout.pool import RolloutCounts, WorkerGone, WorkerPool
 from xrl.rollout.publish import Publisher
 from xrl.types import Completion, GenerateRequest, SamplingParams, WeightBucket
@@ -153,6 +156,13 @@ def test_worker_without_weights_refuses_to_generate(make_pool: MakePool) -> None
     results, counts = generate(pool, [request(0)])
     assert results == {0: None}
     assert counts.failed == 1
+
+
+def test_refused_requests_do_not_count_as_running(make_pool: MakePool) -> None:
+    pool = make_pool(1, update=False, rollout_max_retries=0)
+    generate(pool, [request(0)])
+    with urllib.request.urlopen(pool.workers[0].url + protocol.HEALTH) as answer:
+        assert json.load(answer)["num_running"] == 0
 
 
 def test_every_update_takes_effect_on_every_worker(make_pool: MakePool) -> None:

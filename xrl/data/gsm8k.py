@@ -135,7 +135,9 @@ def _as_bytes(rows: list[str]) -> bytes:
 
 
 def _check_output(path: Path, content: bytes, *, overwrite: bool) -> None:
-    if path.is_file() and not overwrite and path.read_bytes() != content:
+    if path.exists() and not path.is_file():
+        raise SettingsError(f"{path} is in the way and is not a file: give another --out-dir")
+    if path.exists() and not overwrite and path.read_bytes() != content:
         raise SettingsError(f"{path} exists with other content: give another --out-dir, or --overwrite to replace it")
 
 

@@ -14,7 +14,8 @@ def check_machine(settings: Settings) -> None:
     """Refuse layers and backends that this machine cannot run.
 
     Raises:
-        SettingsError: transformer-engine is not installed, or there is no CUDA driver for it or for NCCL.
+        SettingsError: transformer-engine or the kernels asked for are not there, or there is no CUDA driver for them or
+            for NCCL.
     """
     _check_kernel_backend(settings.model.kernel_backend)
     if settings.model.transformer_impl == "transformer_engine":

@@ -75,8 +75,8 @@ class Worker:
     async def generate(self, http: web.Request) -> web.Response:
         body = await http.json()
         request = protocol.request_from_json(body, default_id=f"request-{next(self._numbers)}")
-        self._num_running += 1
         running = asyncio.wrap_future(self.engine.submit(request))
+        self._num_running += 1
         try:
             # Shielded: a cancelled future would say that the request has ended, while the engine is still at it.
             completions = await asyncio.shield(running)
