@@ -13,6 +13,8 @@ import torch.distributed as dist
 from xrl.config import AlgorithmConfig
 from xrl.kernels.backend import BackendName
 from xrl.kernels.grpo_loss import grpo_token_loss, reference_grpo_token_loss
+from xrl.kernels.linear_grpo import linear_grpo_loss, reference_linear_grpo_loss
+from xrl.kernels.linear_logprob import linear_logprob, reference_linear_logprob
 from xrl.kernels.logprob import reference_logprob, vocab_parallel_logprob
 
 ROWS = 33
@@ -68,6 +70,74 @@ def check(widths: list[int], *, padding: int, offset: float, backend: BackendNam
     torch.testing.assert_close(leaf.grad[:, : widths[rank]].double(), exact.grad[:, columns], rtol=1e-4, atol=2e-5)
 
 
+def check_linear(widths: list[int], *, padding: int, sequence_parallel: bool, backend: BackendName) -> None:
+    """The ops from hidden states, against whole logits on one rank; several chunks, rows repeated and masked."""
+    generator = torch.Generator().manual_seed(sum(widths))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    length, width, vocab_size = 6 * size, 16, sum(widths)
+    hidden = torch.randn(length, width, generator=generator)
+    weight = torch.randn(vocab_size, width, generator=generator)
+    ids = torch.randint(0, vocab_size, (ROWS,), generator=generator)
+    ids[0], ids[1] = 0, vocab_size - 1
+    rows = torch.randint(0, length, (ROWS,), generator=generator)
+    start = sum(widths[:rank])
+    columns, slice_of_sequence = slice(start, start + widths[rank]), slice(6 * rank, 6 * (rank + 1))
+    mine = torch.cat([weight[columns], torch.full((padding, width), 9.0)])
+    arguments = {
+        "rows": rows,
+        "temperature": 0.7,
+        "group": dist.group.WORLD,
+        "sequence_parallel": sequence_parallel,
+        "num_columns": widths[rank],
+        "vocab_start": start,
+        "backend": backend,
+        "chunk_bytes": 4 * len(mine) * 8,
+    }
+
+    def leaves() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        here = hidden[slice_of_sequence] if sequence_parallel else hidden
+        return (
+            here.clone().requires_grad_(),
+            mine.clone().requires_grad_(),
+            hidden.double().requires_grad_(),
+            weight.double().requires_grad_(),
+        )
+
+    def compare(my_hidden, my_weight, exact_hidden, exact_weight) -> None:
+        wanted = exact_hidden.grad[slice_of_sequence] if sequence_parallel else exact_hidden.grad
+        torch.testing.assert_close(my_hidden.grad.double(), wanted, rtol=1e-4, atol=2e-5)
+        found = my_weight.grad.double()
+        torch.testing.assert_close(found[: widths[rank]], exact_weight.grad[columns], rtol=1e-4, atol=2e-5)
+        assert (found[widths[rank] :] == 0).all()
+
+    grads = torch.randn(2, ROWS, generator=generator)
+    grads[:, ::4] = 0.0
+    tensors = leaves()
+    out = linear_logprob(*tensors[:2], ids, entropy_grad=True, **arguments)
+    torch.autograd.backward([out.logprob, out.entropy], list(grads))
+    wanted = reference_linear_logprob(*tensors[2:], ids, rows=rows, temperature=0.7)
+    torch.autograd.backward([wanted.logprob, wanted.entropy], list(grads.double()))
+    for name in ("logprob", "entropy", "logsumexp"):
+        found = getattr(out, name).detach().double()
+        torch.testing.assert_close(found, getattr(wanted, name).detach(), rtol=1e-6, atol=2e-5, msg=name)
+    compare(*tensors)
+
+    token_rows = {
+        "advantages": torch.randn(ROWS, generator=generator) * (torch.rand(ROWS, generator=generator) > 0.3),
+        "weights": torch.rand(ROWS, generator=generator) * (torch.rand(ROWS, generator=generator) > 0.3),
+        "old_logprobs": out.logprob.detach() + 0.3 * torch.randn(ROWS, generator=generator),
+    }
+    tensors = leaves()
+    config = AlgorithmConfig(dual_clip=3.0)
+    loss = linear_grpo_loss(*tensors[:2], ids, config=config, **token_rows, **arguments).loss
+    loss.backward()
+    exact_rows = {name: row.double() for name, row in token_rows.items()}
+    expected = reference_linear_grpo_loss(*tensors[2:], ids, rows=rows, config=config, temperature=0.7, **exact_rows)
+    expected.backward()
+    torch.testing.assert_close(loss.detach().double(), expected.detach(), rtol=1e-4, atol=2e-5)
+    compare(*tensors)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", required=True)
@@ -79,6 +149,8 @@ def main() -> None:
         for offset in (0.0, 1e4):
             check(widths, padding=3, offset=offset, backend=arguments.backend, told=True)
         check(widths, padding=0, offset=-120.0, backend=arguments.backend, told=False)
+        for sequence_parallel in (False, True):
+            check_linear(widths, padding=3, sequence_parallel=sequence_parallel, backend=arguments.backend)
     # An id that no shard holds is seen by every rank.
     try:
         vocab_parallel_logprob(torch.zeros(1, 4), torch.tensor([4 * size]), group=dist.group.WORLD)

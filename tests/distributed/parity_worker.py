@@ -72,7 +72,12 @@ def data_config(packing: str, num_microbatches: int, num_replicas: int, samples:
 
 def make_settings(arguments: argparse.Namespace, data: DataConfig) -> Settings:
     return Settings(
-        model=ModelConfig(model=arguments.model, bf16=False, recompute_granularity=arguments.recompute),
+        model=ModelConfig(
+            model=arguments.model,
+            bf16=False,
+            recompute_granularity=arguments.recompute,
+            fused_linear_logprob=arguments.linear,
+        ),
         data=data,
         parallel=ParallelConfig(
             tensor_model_parallel_size=arguments.tp,
@@ -143,7 +148,8 @@ def main() -> None:
     parser.add_argument("--sp", action="store_true")
     parser.add_argument("--distributed-optimizer", action="store_true")
     parser.add_argument("--recompute", default=None)
-    parser.add_argument("--fused", action="store_true", help="the loss through grpo_token_loss")
+    parser.add_argument("--fused", action="store_true", help="the loss through the fused kernels")
+    parser.add_argument("--linear", action="store_true", help="log-probs and loss from hidden states")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     parallel = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)

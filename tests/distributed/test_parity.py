@@ -26,6 +26,15 @@ LAYOUTS = {
     "tp2pp2dp2": (8, "--tp=2", "--pp=2", "--distributed-optimizer"),
 }
 
+# From hidden states: with log-probs and autograd, and with the loss that forms its gradient in the forward pass.
+LINEAR_LAYOUTS = {
+    "one rank": (1,),
+    "one rank, fused": (1, "--fused"),
+    "tp2pp2": (4, "--tp=2", "--pp=2"),
+    "tp2-sp, fused": (2, "--tp=2", "--sp", "--fused"),
+    "tp2pp2dp2, fused": (8, "--tp=2", "--pp=2", "--distributed-optimizer", "--fused"),
+}
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -74,4 +83,19 @@ def test_layout_gives_the_losses_gradients_and_weights_of_one_rank(
     )
     results = torch.load(out)
     for case, found in results.items():
+        assert_same(one_rank[case], found, f"{layout}, {case[0]}, {case[1]} micro-batches")
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LINEAR_LAYOUTS)
+def test_without_whole_logits_everything_stays_the_same(
+    layout: str, one_rank: dict, checkpoint: Path, tmp_path: Path
+) -> None:
+    num_ranks, *flags = LINEAR_LAYOUTS[layout]
+    out = tmp_path / "result.pt"
+    run_ranks(
+        WORKER, num_ranks, *flags, "--linear", f"--model={checkpoint}", f"--vocab-size={VOCAB_SIZE}", f"--out={out}"
+    )
+    for case, found in torch.load(out).items():
         assert_same(one_rank[case], found, f"{layout}, {case[0]}, {case[1]} micro-batches")

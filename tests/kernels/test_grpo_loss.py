@@ -177,10 +177,10 @@ def test_second_backward_pass_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"advantages": torch.zeros(3)}, r"advantages must be fp32 \[R\] = \[64\] for logits \[64, 997\]"),
+        ({"advantages": torch.zeros(3)}, r"advantages must be fp32 \[R\] = \[64\], got torch.float32"),
         ({"old_logprobs": torch.zeros(R, dtype=torch.int64)}, "old_logprobs must be fp32"),
         ({"rollout_logprobs": torch.zeros(R, 1)}, r"rollout_logprobs must be fp32 .* got torch.float32 \[64, 1\]"),
-        ({"weights": torch.zeros(R, device="meta")}, "weights are on meta, logits on cpu"),
+        ({"weights": torch.zeros(R, device="meta")}, "weights are on meta, not on cpu"),
         ({"token_ids": torch.full((R,), V)}, "which no shard holds"),
         ({"reference_logprobs": None}, "needs reference_logprobs, got None"),
         ({"rollout_logprobs": None}, "needs rollout_logprobs, got None"),
@@ -191,3 +191,11 @@ def test_bad_input_is_named(changes: dict[str, Any], message: str) -> None:
     inputs = make_inputs() | changes
     with pytest.raises(ValueError, match=message):
         _call(inputs["logits"], inputs, CONFIGS["everything"], {})
+
+
+def test_without_a_gradient_the_logits_stay() -> None:
+    inputs = make_inputs()
+    logits = inputs["logits"].clone().requires_grad_()
+    with torch.no_grad():
+        _call(logits, inputs, CONFIGS["plain"], {})
+    assert torch.equal(logits, inputs["logits"])

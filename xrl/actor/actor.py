@@ -7,19 +7,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from xrl.actor.microbatch import Microbatch, MicrobatchMaker
 from xrl.actor.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from xrl.actor.pipeline import Pipeline
+from xrl.actor.scorer import TokenScorer
 from xrl.actor.split import split_groups
 from xrl.config import AlgorithmConfig, Settings
-from xrl.kernels.grpo_loss import grpo_token_loss
-from xrl.kernels.logprob import LogprobOutput, vocab_parallel_logprob
 from xrl.metrics.mean import Mean, merge
 from xrl.models.build import build_model, padded_vocab_size, train_dtype, transformer_config, uses_transformer_engine
 from xrl.models.head import ResponseRows
@@ -32,14 +30,6 @@ from xrl.weights.load import load_weights
 Loss = Callable[[LossInputs], LossOutput]
 TokenWeights = Callable[[Sequence[int]], Sequence[float]]
 WhichWeights = Literal["actor", "reference"]
-
-
-class ShardArguments(TypedDict):
-    """Arguments of the kernels that tell one rank's part of the vocabulary."""
-
-    group: ProcessGroup | None
-    vocab_start: int
-    num_columns: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +63,25 @@ class Actor:
             if settings.algorithm.kl_coef
             else None
         )
-        head = ResponseRows(sequence_parallel=settings.parallel.sequence_parallel, tensor_group=groups.tensor)
+        head = ResponseRows(
+            sequence_parallel=settings.parallel.sequence_parallel,
+            tensor_group=groups.tensor,
+            hands_on_hidden=settings.model.fused_linear_logprob,
+        )
         if groups.is_last_stage:
             head.attach(self.model.output_layer)
         self.ddp = wrap_data_parallel(self.model, settings.parallel)
         self.optimizer = build_optimizer(self.ddp, settings.optimizer, settings.parallel, dtype=self.dtype)
         self.schedule = build_schedule(self.optimizer, settings.optimizer, num_updates=num_updates)
         self.pipeline = Pipeline(self.ddp, head, data_parallel_size=groups.layout.data_size)
+        self.scorer = TokenScorer(
+            settings=settings,
+            groups=groups,
+            head=head,
+            vocab_size=self.shape.vocab_size,
+            columns=padded_vocab_size(self.shape, groups.layout.tensor_size) // groups.layout.tensor_size,
+            upstream=self.pipeline.upstream,
+        )
         self.microbatches = MicrobatchMaker(
             data=settings.data,
             shape=self.shape,
@@ -106,8 +108,8 @@ class Actor:
             samples: the whole rollout, the same on every rank.
             loss: from the log-probs of a micro-batch to its share of the loss.
             token_weights: from the response lengths of an update's samples to the share of each sample's tokens.
-            fused_loss: settings with which `grpo_token_loss` computes the same as `loss` in fewer passes over the
-                logits; None where it cannot. Metrics come from `loss` either way.
+            fused_loss: settings with which the fused kernels compute the same as `loss` in fewer passes over the
+                logits; None where they cannot. Metrics come from `loss` either way.
         """
         algorithm = self.settings.algorithm
         parts = split_groups(samples, algorithm.updates_per_rollout)
@@ -131,7 +133,7 @@ class Actor:
         """Log-probs [R] of each micro-batch's response tokens; on the last stage, empty on the others. Collective."""
         with self._weights_of(weights):
             return self.pipeline.forward(
-                microbatches, lambda logits, microbatch: self._score(logits, microbatch).logprob
+                microbatches, lambda output, microbatch: self.scorer.logprobs(output, microbatch).logprob
             )
 
     def weights(self, *, version: int) -> Iterator[WeightBucket]:
@@ -149,28 +151,18 @@ class Actor:
     ) -> UpdateReport:
         use_rollout = self.settings.algorithm.old_logprobs == "rollout"
 
-        def microbatch_loss(logits: Tensor, number: int) -> LossOutput:
+        def microbatch_loss(head_output: Tensor, number: int) -> LossOutput:
             microbatch = microbatches[number]
             old_logprobs = microbatch.rollout_logprobs if use_rollout else old[number] if old else None
             reference_logprobs = reference[number] if reference else None
             if fused_loss is None:
-                scored = self._score(logits, microbatch)
-                logprobs, entropy = scored.logprob, scored.entropy
+                scored = self.scorer.logprobs(head_output, microbatch)
+                fused, logprobs, entropy = None, scored.logprob, scored.entropy
             else:
-                fused = grpo_token_loss(
-                    logits,
-                    microbatch.response_ids,
-                    advantages=microbatch.advantages,
-                    config=fused_loss,
-                    weights=microbatch.weights,
-                    old_logprobs=old_logprobs,
-                    rollout_logprobs=microbatch.rollout_logprobs,
-                    reference_logprobs=reference_logprobs,
-                    temperature=self.settings.rollout.temperature,
-                    backend=self.settings.model.kernel_backend,
-                    **self._shard(),
+                fused, tokens = self.scorer.grpo_loss(
+                    head_output, microbatch, fused_loss, old=old_logprobs, reference=reference_logprobs
                 )
-                logprobs, entropy = fused.logprob, fused.entropy
+                logprobs, entropy = tokens.logprob, tokens.entropy
             output = loss(
                 LossInputs(
                     logprobs=logprobs,
@@ -182,7 +174,7 @@ class Actor:
                     weights=microbatch.weights,
                 )
             )
-            return output if fused_loss is None else LossOutput(loss=fused.token_loss.sum(), metrics=output.metrics)
+            return output if fused is None else LossOutput(loss=fused, metrics=output.metrics)
 
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -204,27 +196,6 @@ class Actor:
             grad_norm=float(grad_norm),
             lr=lr,
         )
-
-    def _score(self, logits: Tensor, microbatch: Microbatch) -> LogprobOutput:
-        """Log-probs of the response tokens at the sampling temperature, from this rank's columns of the logits."""
-        return vocab_parallel_logprob(
-            logits,
-            microbatch.response_ids,
-            temperature=self.settings.rollout.temperature,
-            entropy_grad=bool(self.settings.algorithm.entropy_coef),
-            backend=self.settings.model.kernel_backend,
-            **self._shard(),
-        )
-
-    def _shard(self) -> ShardArguments:
-        """Which columns of the vocabulary this rank holds, as the kernels take it."""
-        columns = padded_vocab_size(self.shape, self.groups.layout.tensor_size) // self.groups.layout.tensor_size
-        first = columns * self.groups.tensor_rank
-        return {
-            "group": self.groups.tensor if self.groups.layout.tensor_size > 1 else None,
-            "vocab_start": first,
-            "num_columns": min(columns, max(0, self.shape.vocab_size - first)),
-        }
 
     @contextlib.contextmanager
     def _weights_of(self, which: WhichWeights) -> Iterator[None]:

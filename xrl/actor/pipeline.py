@@ -25,6 +25,8 @@ class Pipeline:
         self.model = model
         self.head = head
         self.data_parallel_size = data_parallel_size
+        # What the backward pass brings to each micro-batch's loss: replicas are averaged, and their sum is wanted.
+        self.upstream = float(data_parallel_size)
         # Schedules differ with and without stages; megatron-core picks one.
         self.run = get_forward_backward_func()
 
@@ -32,7 +34,9 @@ class Pipeline:
     def forward(
         self, microbatches: Sequence[Microbatch], collect: Callable[[Tensor, Microbatch], T], *, all_rows: bool = False
     ) -> list[T]:
-        """What `collect` makes of each micro-batch's logits [R, V / tp]; on the last stage, empty on the others.
+        """What `collect` makes of the head's output for each micro-batch; on the last stage, empty on the others.
+
+        The output is the logits [R, V / tp], or hidden states [S * B, h] where the head hands them on.
 
         Args:
             all_rows: logits of every token, [S * B, V / tp], not only those that predict a response token.
@@ -41,7 +45,7 @@ class Pipeline:
         def step(iterator: Iterator[Microbatch], model: Model, *_: Any) -> tuple[Tensor, Callable[..., T]]:
             microbatch = next(iterator)
             output = self._forward(model, microbatch, all_rows=all_rows)
-            return output, lambda logits, non_loss_data=True: collect(_rows(logits), microbatch)
+            return output, lambda output, non_loss_data=True: collect(_rows(output), microbatch)
 
         was_training = self.model.training
         self.model.eval()
@@ -64,13 +68,13 @@ class Pipeline:
         """Accumulate the gradient of the summed losses; returns the losses on the last stage, nothing on the others.
 
         Args:
-            loss: (logits [R, V / tp], number of the micro-batch) -> its share of the loss.
+            loss: (the head's output as in `forward`, number of the micro-batch) -> its share of the loss.
         """
         # megatron-core averages over micro-batches and replicas; our losses are shares of one sum already.
         scale = len(microbatches) * self.data_parallel_size
 
-        def finish(number: int, logits: Tensor) -> tuple[Tensor, LossOutput]:
-            output = loss(_rows(logits), number)
+        def finish(number: int, head_output: Tensor) -> tuple[Tensor, LossOutput]:
+            output = loss(_rows(head_output), number)
             return output.loss * scale, LossOutput(loss=output.loss.detach(), metrics=output.metrics)
 
         def step(
@@ -101,6 +105,6 @@ class Pipeline:
         return output
 
 
-def _rows(logits: Tensor) -> Tensor:
-    """[1, R, V / tp] or [B, S, V / tp] -> [R, V / tp], in the order of the flattened [S, B]."""
-    return logits.transpose(0, 1).flatten(0, 1)
+def _rows(output: Tensor) -> Tensor:
+    """[1, R, *] or [B, S, *] -> [R, *], in the order of the flattened [S, B]."""
+    return output.transpose(0, 1).flatten(0, 1)

@@ -26,6 +26,10 @@ class ModelConfig:
     """What computes log-probs and loss: plain PyTorch (reference), compiled kernels (native) or Triton; auto takes the
     fastest that runs, or what XRL_KERNEL_BACKEND says."""
 
+    fused_linear_logprob: bool = False
+    """Compute log-probs and loss from hidden states, a chunk of rows at a time, so that the logits are never held
+    whole: less memory where the vocabulary is large."""
+
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass: whole layers (full) or core attention only (selective)."""
 

@@ -14,10 +14,10 @@ from torch.distributed import ProcessGroup
 
 from xrl.algorithms.token_terms import token_terms
 from xrl.config import AlgorithmConfig
-from xrl.kernels.backend import BackendName, choose_backend
+from xrl.kernels.backend import Backend, BackendName, choose_backend
 from xrl.kernels.grpo_rows import ROW_OUTPUTS, GrpoRowParams
 from xrl.kernels.logprob import adjacent, check_found, check_logits, reference_logprob
-from xrl.kernels.shards import combine, find_shard
+from xrl.kernels.shards import Softmax, combine, find_shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,21 @@ class GrpoLossOutput:
     clipped_high: Tensor
     clipped_dual: Tensor
     importance_bounded: Tensor
+
+    @classmethod
+    def of(cls, token_loss: Tensor, logprob: Tensor, entropy: Tensor, outputs: Tensor) -> GrpoLossOutput:
+        """From the rows of `Backend.grpo_rows`, [10, R]."""
+        named = dict(zip(ROW_OUTPUTS, outputs.unbind(), strict=True))
+        flags = ("clipped_low", "clipped_high", "clipped_dual", "importance_bounded")
+        return cls(
+            token_loss=token_loss,
+            logprob=logprob,
+            entropy=entropy,
+            ratio=named["ratio"],
+            kl=named["kl"],
+            importance=named["importance"],
+            **{name: named[name] != 0 for name in flags},
+        )
 
 
 def grpo_token_loss(
@@ -78,39 +93,33 @@ def grpo_token_loss(
             settings need and that are missing; on the CPU an id of an unmasked row that no shard holds.
     """
     check_logits(logits, token_ids, temperature)
-    weights = torch.ones_like(advantages) if weights is None else weights.to(advantages.dtype)
-    rows = {
-        "advantages": advantages,
-        "weights": weights,
-        "old_logprobs": old_logprobs,
-        "rollout_logprobs": rollout_logprobs,
-        "reference_logprobs": reference_logprobs,
-    }
-    for name, tensor in rows.items():
-        _check_row(name, tensor, logits)
-    if config.kl_coef and reference_logprobs is None:
-        raise ValueError(f"kl_coef is {config.kl_coef:g}, which needs reference_logprobs, got None")
-    if config.importance_correction != "off" and rollout_logprobs is None:
-        raise ValueError(
-            f"importance_correction is {config.importance_correction}, which needs rollout_logprobs, got None"
-        )
-    vocab_start, num_columns = find_shard(logits, group=group, vocab_start=vocab_start, num_columns=num_columns)
+    rows = check_token_rows(
+        config,
+        num_rows=logits.shape[0],
+        device=logits.device,
+        advantages=advantages,
+        weights=weights,
+        old_logprobs=old_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        reference_logprobs=reference_logprobs,
+    )
+    vocab_start, num_columns = find_shard(
+        logits.shape[1], logits.device, group=group, vocab_start=vocab_start, num_columns=num_columns
+    )
     shard = {"inverse_temperature": 1.0 / temperature, "vocab_start": vocab_start, "num_columns": num_columns}
     params = GrpoRowParams.of(config, with_reference=reference_logprobs is not None)
     token_loss, logprob, entropy, outputs = _GrpoTokenLoss.apply(
-        logits, token_ids, rows, params, shard, group, in_place, backend
+        logits,
+        token_ids,
+        rows,
+        params,
+        shard,
+        group,
+        in_place,
+        backend,
+        torch.is_grad_enabled() and logits.requires_grad,  # inside the function gradients are off
     )
-    named = dict(zip(ROW_OUTPUTS, outputs.unbind(), strict=True))
-    flags = ("clipped_low", "clipped_high", "clipped_dual", "importance_bounded")
-    return GrpoLossOutput(
-        token_loss=token_loss,
-        logprob=logprob,
-        entropy=entropy,
-        ratio=named["ratio"],
-        kl=named["kl"],
-        importance=named["importance"],
-        **{name: named[name] != 0 for name in flags},
-    )
+    return GrpoLossOutput.of(token_loss, logprob, entropy, outputs)
 
 
 def reference_grpo_token_loss(
@@ -154,27 +163,14 @@ class _GrpoTokenLoss(torch.autograd.Function):
         group: ProcessGroup | None,
         in_place: bool,
         backend: BackendName,
+        needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         compact = adjacent(logits.detach())
         chosen = choose_backend(backend, device=compact.device, dtype=compact.dtype)
         softmax = combine(chosen.statistics(compact, token_ids, **shard), token_ids, group=group, **shard)
-        weights = rows["weights"]
-        assert weights is not None
-        masked = weights == 0
-        check_found(softmax.found | masked, token_ids)
-        logprob, entropy = softmax.logprob.masked_fill(masked, 0.0), softmax.entropy.masked_fill(masked, 0.0)
-        outputs = chosen.grpo_rows(
-            logprob=logprob,
-            entropy=entropy,
-            old=rows["old_logprobs"],
-            rollout=rows["rollout_logprobs"],
-            reference=rows["reference_logprobs"],
-            advantages=rows["advantages"],  # type: ignore[arg-type]
-            weights=weights,
-            params=params,
-        ).masked_fill(masked, 0.0)
+        logprob, entropy, outputs = row_outputs(chosen, softmax, token_ids, rows, params)
         token_loss, grad_logprob, grad_entropy = outputs[:3]
-        if ctx.needs_input_grad[0]:
+        if needs_grad:
             # A copy made for its layout is ours to overwrite; otherwise the logits are, if the caller says so.
             overwrite = in_place or compact.data_ptr() != logits.data_ptr()
             gradient = compact if overwrite else torch.empty(compact.shape, dtype=compact.dtype, device=compact.device)
@@ -204,16 +200,57 @@ class _GrpoTokenLoss(torch.autograd.Function):
         # Asking a CUDA device would wait for it; multiplying by 1 costs less.
         if upstream.device.type != "cpu" or bool((upstream != 1).any()):
             gradient.mul_(upstream[:, None].to(gradient.dtype))
-        return gradient, *(None,) * 7
+        return gradient, *(None,) * 8
 
 
-def _check_row(name: str, tensor: Tensor | None, logits: Tensor) -> None:
-    if tensor is None:
-        return
-    if tensor.shape != logits.shape[:1] or tensor.dtype not in (torch.float32, torch.float64):
+def check_token_rows(
+    config: AlgorithmConfig, *, num_rows: int, device: torch.device, **rows: Tensor | None
+) -> dict[str, Tensor | None]:
+    """The arguments that are one number a token, by name; weights of 1 where none were given.
+
+    Raises:
+        ValueError: naming the tensor, its shape and what was expected; or one that the settings need is missing.
+    """
+    advantages, weights = rows["advantages"], rows["weights"]
+    assert advantages is not None
+    rows["weights"] = torch.ones_like(advantages) if weights is None else weights.to(advantages.dtype)
+    for name, tensor in rows.items():
+        if tensor is None:
+            continue
+        if tensor.shape != (num_rows,) or tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} must be fp32 [R] = [{num_rows}], got {tensor.dtype} {list(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name} are on {tensor.device}, not on {device}: they must be on one device")
+    if config.kl_coef and rows["reference_logprobs"] is None:
+        raise ValueError(f"kl_coef is {config.kl_coef:g}, which needs reference_logprobs, got None")
+    if config.importance_correction != "off" and rows["rollout_logprobs"] is None:
         raise ValueError(
-            f"{name} must be fp32 [R] = [{logits.shape[0]}] for logits {list(logits.shape)}, "
-            f"got {tensor.dtype} {list(tensor.shape)}"
+            f"importance_correction is {config.importance_correction}, which needs rollout_logprobs, got None"
         )
-    if tensor.device != logits.device:
-        raise ValueError(f"{name} are on {tensor.device}, logits on {logits.device}: they must be on one device")
+    return rows
+
+
+def row_outputs(
+    backend: Backend, softmax: Softmax, token_ids: Tensor, rows: dict[str, Tensor | None], params: GrpoRowParams
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-prob [R], entropy [R], `Backend.grpo_rows` [10, R]), 0 where masked.
+
+    Raises:
+        ValueError: no shard holds the token of an unmasked row (seen on the CPU only).
+    """
+    advantages, weights = rows["advantages"], rows["weights"]
+    assert advantages is not None and weights is not None
+    masked = weights == 0
+    check_found(softmax.found | masked, token_ids)
+    logprob, entropy = softmax.logprob.masked_fill(masked, 0.0), softmax.entropy.masked_fill(masked, 0.0)
+    outputs = backend.grpo_rows(
+        logprob=logprob,
+        entropy=entropy,
+        old=rows["old_logprobs"],
+        rollout=rows["rollout_logprobs"],
+        reference=rows["reference_logprobs"],
+        advantages=advantages,
+        weights=weights,
+        params=params,
+    )
+    return logprob, entropy, outputs.masked_fill(masked, 0.0)

@@ -60,7 +60,9 @@ def vocab_parallel_logprob(
             CUDA such an id gives NaN: looking at values there would wait for the device.
     """
     check_logits(logits, token_ids, temperature)
-    vocab_start, num_columns = find_shard(logits, group=group, vocab_start=vocab_start, num_columns=num_columns)
+    vocab_start, num_columns = find_shard(
+        logits.shape[1], logits.device, group=group, vocab_start=vocab_start, num_columns=num_columns
+    )
     logprob, entropy, maximum, log_sum, found = torch.ops.xrl.vocab_parallel_logprob(
         logits,
         token_ids,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,25 +27,28 @@ class Softmax:
 
 
 def find_shard(
-    logits: Tensor, *, group: ProcessGroup | None, vocab_start: int | None, num_columns: int | None
+    width: int,
+    device: torch.device,
+    *,
+    group: ProcessGroup | None,
+    vocab_start: int | None,
+    num_columns: int | None,
 ) -> tuple[int, int]:
-    """(id of the first column, columns that count) of this rank's shard.
+    """(id of the first column, columns that count) of this rank's shard, which has `width` columns.
 
     Left out, a shard begins where those of lower ranks end, which takes a collective, and all its columns count.
 
     Raises:
         ValueError: out of range.
     """
-    columns = logits.shape[1] if num_columns is None else num_columns
-    if not 0 <= columns <= logits.shape[1]:
-        raise ValueError(
-            f"num_columns must be in [0, {logits.shape[1]}] for logits {list(logits.shape)}, got {columns}"
-        )
+    columns = width if num_columns is None else num_columns
+    if not 0 <= columns <= width:
+        raise ValueError(f"num_columns must be in [0, {width}], as this rank holds {width} columns, got {columns}")
     if vocab_start is None:
         vocab_start = 0
         if group is not None:
-            mine = torch.tensor([columns], device=logits.device)
-            everyone = torch.empty(dist.get_world_size(group), dtype=mine.dtype, device=logits.device)
+            mine = torch.tensor([columns], device=device)
+            everyone = torch.empty(dist.get_world_size(group), dtype=mine.dtype, device=device)
             _all_gather(everyone, mine, group=group)
             vocab_start = int(everyone[: dist.get_rank(group)].sum())
     if vocab_start < 0:
@@ -62,28 +66,60 @@ def combine(
     group: ProcessGroup | None,
 ) -> Softmax:
     """The softmax of the whole vocabulary from every shard's `Backend.statistics` [4, R]. One collective."""
+    return start_combining(
+        statistics,
+        token_ids,
+        inverse_temperature=inverse_temperature,
+        vocab_start=vocab_start,
+        num_columns=num_columns,
+        group=group,
+    )()
+
+
+def start_combining(
+    statistics: Tensor,
+    token_ids: Tensor,
+    *,
+    inverse_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    group: ProcessGroup | None,
+) -> Callable[[], Softmax]:
+    """Begin what `combine` does. What is returned waits for the other shards: call it after what can run meanwhile."""
     local = token_ids.long() - vocab_start
     owned = (local >= 0) & (local < num_columns)
     if group is None:
         maximum, total, total_shifted, target = statistics.unbind()
-        found = owned
-    else:
-        # The chosen token's s is at most 0: infinity says that it is elsewhere.
-        statistics = torch.cat([statistics[:3], torch.where(owned, statistics[3], math.inf)[None]])
-        num_shards = dist.get_world_size(group)
-        shards = statistics.new_empty(num_shards * len(statistics), statistics.shape[1])
-        _all_gather(shards, statistics, group=group)
-        maxima, sums, shifted, targets = shards.unflatten(0, (num_shards, -1)).unbind(1)
-        maximum = maxima.amax(0)
-        # A shard without possible tokens has maximum -inf and sums 0: it must add 0, not 0 * -inf.
-        below = torch.where(maxima == -math.inf, 0.0, maxima - maximum) * inverse_temperature
-        scale = below.exp()
-        # Where the scale is 0, so is the term, whatever it is multiplied by.
-        total = (sums * scale).sum(0)
-        total_shifted = torch.where(scale == 0, 0.0, (shifted + sums * below) * scale).sum(0)
-        here = targets != math.inf
-        target = torch.where(here, targets + below, 0.0).sum(0)
-        found = here.any(0)
+        return lambda: _softmax(maximum, total, total_shifted, target, found=owned)
+    # The chosen token's s is at most 0: infinity says that it is elsewhere.
+    mine = torch.cat([statistics[:3], torch.where(owned, statistics[3], math.inf)[None]])
+    num_shards = dist.get_world_size(group)
+    shards = mine.new_empty(num_shards * len(mine), mine.shape[1])
+    work = _all_gather(shards, mine, group=group, async_op=True)
+
+    def finish(_sent: Tensor = mine) -> Softmax:  # which must live until it has been sent
+        work.wait()
+        return _merge(shards.unflatten(0, (num_shards, -1)), inverse_temperature=inverse_temperature)
+
+    return finish
+
+
+def _merge(shards: Tensor, *, inverse_temperature: float) -> Softmax:
+    """Of statistics [shards, 4, R], the chosen token's s infinite where a shard doesn't hold it."""
+    maxima, sums, shifted, targets = shards.unbind(1)
+    maximum = maxima.amax(0)
+    # A shard without possible tokens has maximum -inf and sums 0: it must add 0, not 0 * -inf.
+    below = torch.where(maxima == -math.inf, 0.0, maxima - maximum) * inverse_temperature
+    scale = below.exp()
+    # Where the scale is 0, so is the term, whatever it is multiplied by.
+    total = (sums * scale).sum(0)
+    total_shifted = torch.where(scale == 0, 0.0, (shifted + sums * below) * scale).sum(0)
+    here = targets != math.inf
+    target = torch.where(here, targets + below, 0.0).sum(0)
+    return _softmax(maximum, total, total_shifted, target, found=here.any(0))
+
+
+def _softmax(maximum: Tensor, total: Tensor, total_shifted: Tensor, target: Tensor, *, found: Tensor) -> Softmax:
     log_sum = total.log()
     return Softmax(
         maximum=maximum,

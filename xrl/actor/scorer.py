@@ -1,0 +1,121 @@
+"""Log-probs and GRPO loss of a micro-batch from what the output head gives: logits, or hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from xrl.actor.microbatch import Microbatch
+from xrl.config import AlgorithmConfig, Settings
+from xrl.kernels.backend import BackendName
+from xrl.kernels.grpo_loss import GrpoLossOutput, grpo_token_loss
+from xrl.kernels.linear_grpo import linear_grpo_loss
+from xrl.kernels.linear_logprob import linear_logprob
+from xrl.kernels.logprob import LogprobOutput, vocab_parallel_logprob
+from xrl.models.head import ResponseRows
+from xrl.parallel.groups import ParallelGroups
+
+
+class _KernelArguments(TypedDict):
+    """What all kernels take: which columns of the vocabulary this rank holds, the temperature, the backend."""
+
+    group: ProcessGroup | None
+    vocab_start: int
+    num_columns: int
+    temperature: float
+    backend: BackendName
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScorer:
+    """Kernels with the arguments that stay the same over a run. Log-probs are at the sampling temperature."""
+
+    settings: Settings
+    groups: ParallelGroups
+    head: ResponseRows
+    vocab_size: int
+    columns: int  # that each tensor rank holds, padding included
+    upstream: float  # the gradient that the backward pass brings to a micro-batch's loss
+
+    def logprobs(self, head_output: Tensor, microbatch: Microbatch) -> LogprobOutput:
+        """Of the response tokens, [R].
+
+        Args:
+            head_output: logits [R, V / tp], or hidden states [S * B, h] where the head hands them on.
+        """
+        entropy_grad = bool(self.settings.algorithm.entropy_coef)
+        if not self.head.hands_on_hidden:
+            return vocab_parallel_logprob(
+                head_output, microbatch.response_ids, entropy_grad=entropy_grad, **self._arguments()
+            )
+        return linear_logprob(
+            head_output,
+            self._weight(),
+            microbatch.response_ids,
+            rows=microbatch.rows,
+            sequence_parallel=self.head.sequence_parallel,
+            entropy_grad=entropy_grad,
+            **self._arguments(),
+        )
+
+    def grpo_loss(
+        self,
+        head_output: Tensor,
+        microbatch: Microbatch,
+        config: AlgorithmConfig,
+        *,
+        old: Tensor | None,
+        reference: Tensor | None,
+    ) -> tuple[Tensor, GrpoLossOutput]:
+        """(the micro-batch's share of the loss [], what it is made of), by the kernels that form the gradient at once.
+
+        Args:
+            head_output: as in `logprobs`; logits hold their gradient afterwards.
+            old, reference: log-probs [R], or None.
+        """
+        if not self.head.hands_on_hidden:
+            tokens = grpo_token_loss(
+                head_output,
+                microbatch.response_ids,
+                config=config,
+                advantages=microbatch.advantages,
+                weights=microbatch.weights,
+                old_logprobs=old,
+                rollout_logprobs=microbatch.rollout_logprobs,
+                reference_logprobs=reference,
+                **self._arguments(),
+            )
+            return tokens.token_loss.sum(), tokens
+        out = linear_grpo_loss(
+            head_output,
+            self._weight(),
+            microbatch.response_ids,
+            rows=microbatch.rows,
+            sequence_parallel=self.head.sequence_parallel,
+            upstream=self.upstream,
+            config=config,
+            advantages=microbatch.advantages,
+            weights=microbatch.weights,
+            old_logprobs=old,
+            rollout_logprobs=microbatch.rollout_logprobs,
+            reference_logprobs=reference,
+            **self._arguments(),
+        )
+        return out.loss, out.tokens
+
+    def _weight(self) -> Tensor:
+        assert self.head.weight is not None
+        return self.head.weight
+
+    def _arguments(self) -> _KernelArguments:
+        first = self.columns * self.groups.tensor_rank
+        return {
+            "group": self.groups.tensor if self.groups.layout.tensor_size > 1 else None,
+            "vocab_start": first,
+            "num_columns": min(self.columns, max(0, self.vocab_size - first)),
+            "temperature": self.settings.rollout.temperature,
+            "backend": self.settings.model.kernel_backend,
+        }
