@@ -50,6 +50,8 @@ def _prepare_process(num_ranks: int) -> None:
     # torchrun logs every failure again, in its own words; whoever wants to read them sets its LOGLEVEL.
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)
+    # A shell starts background commands with SIGINT ignored, and Python leaves it at that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # torch's C++ part warns of every connection that a failure breaks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))

@@ -53,6 +53,11 @@ class Run:
         return code
 
 
+def _ignore_sigint() -> None:
+    """As a shell does for commands in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def started(folder: Path, *command: str, **variables: str) -> Iterator[Run]:
     """Run Python with `command` while the block runs; whatever is left after it is killed."""
@@ -63,7 +68,13 @@ def started(folder: Path, *command: str, **variables: str) -> Iterator[Run]:
     folder.mkdir(exist_ok=True)
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
         process = subprocess.Popen(
-            [sys.executable, *command], stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True
+            [sys.executable, *command],
+            stdout=out,
+            stderr=err,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_ignore_sigint,
         )
     processes: list[psutil.Process] = []
     try:
