@@ -30,11 +30,17 @@ demo: setup ## train a tiny model with GRPO and show what it learned (LAYOUT=sin
 
 test: setup test-fast test-slow ## every test that needs no GPU, the fast ones first
 
+# Two tests at a time, a thread each; those of whole runs, which measure how soon a run ends, one by one.
+PYTEST := $(BIN)/python -m pytest -q
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist=worksteal
+SLOW_IN_PARALLEL := tests/distributed tests/kernels
+
 test-fast: setup
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(PARALLEL) -m "not slow and not gpu"
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(PARALLEL) -m "slow and not gpu" $(SLOW_IN_PARALLEL)
+	$(PYTEST) -m "slow and not gpu" $(addprefix --ignore=,$(SLOW_IN_PARALLEL))
 
 check: check-static test-fast ## what a change must pass: lint, format, types, import floors, fast tests
 

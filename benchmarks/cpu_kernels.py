@@ -2,15 +2,22 @@
 
 Log-prob and entropy of 2,048 rows at V = 32,768 and 151,936 in fp32 and bf16, forward alone and with the gradient of
 the log-prob; all contestants by turns in one run, on 2 threads. The read floor is the time in which PyTorch's integer
-maximum, which is as fast as the memory, reads the same logits once. The last line is JSON.
+maximum, which is as fast as the memory, reads the same logits once.
+
+Then log-probs from hidden states, with the gradients of hidden states and weight, in fp32: each contestant in a process
+of its own, by turns, with its peak memory. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,6 +31,13 @@ from xrl.kernels.logprob import vocab_parallel_logprob
 NUM_ROWS = 2048
 VOCABULARIES = (32_768, 151_936)
 DTYPES = (torch.float32, torch.bfloat16)
+
+WORKER = Path(__file__).with_name("linear_worker.py")
+LINEAR_CONTESTANTS = ("xrl logprob", "xrl grpo", "compile", "eager")
+LINEAR_CASES = (
+    {"rows": 8192, "hidden-size": 256, "vocab-size": 32_768},
+    {"rows": 1024, "hidden-size": 256, "vocab-size": 151_936},
+)
 
 Contestant = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -78,10 +92,57 @@ def measure(dtype: torch.dtype, vocab_size: int, repeats: int) -> dict[str, floa
     return by_turns(calls, repeats)
 
 
+def measure_linear(case: Mapping[str, int], options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Median milliseconds and peak MB of each contestant, after a call that does not count."""
+    flags = [f"--{name}={value}" for name, value in case.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.num_threads), "OMP_WAIT_POLICY": "passive"}
+    workers = {
+        name: subprocess.Popen(
+            [sys.executable, str(WORKER), "--contestant", name, f"--num-threads={options.num_threads}", *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for name in LINEAR_CONTESTANTS
+    }
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+    for turn in range(options.linear_repeats + 1):
+        for name, worker in workers.items():
+            assert worker.stdin is not None and worker.stdout is not None
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+            answer = worker.stdout.readline()
+            if not answer:
+                sys.exit(f"linear_worker.py --contestant '{name}' ended with exit code {worker.wait()}")
+            if turn:
+                seen[name].append(json.loads(answer))
+    for worker in workers.values():
+        worker.communicate()
+    return {
+        name: {
+            "milliseconds": 1e3 * median(call["seconds"] for call in calls),
+            "peak_mb": median(call["peak_bytes"] for call in calls) / 1e6,
+        }
+        for name, calls in seen.items()
+    }
+
+
+def print_linear(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    table = Table(title="from hidden states, both gradients, fp32 (medians)")
+    for column in ("", *LINEAR_CONTESTANTS):
+        table.add_column(column, justify="left" if not column else "right")
+    for case, found in results.items():
+        for key, words in (("milliseconds", "milliseconds"), ("peak_mb", "peak memory, MB")):
+            table.add_row(f"{case}, {words}", *(f"{found[name][key]:,.0f}" for name in LINEAR_CONTESTANTS))
+    Console(width=120).print(table)
+
+
 def main() -> None:
-    """Measure the four cases and print a table."""
+    """Measure all cases and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="calls of each contestant that count, by turns")
+    parser.add_argument("--linear-repeats", type=int, default=3)
     parser.add_argument("--num-threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
@@ -101,6 +162,10 @@ def main() -> None:
             table.add_row(f"{case}, {words}", *row)
     Console(width=120).print(table)
 
+    linear = {f"{case['rows']} rows, V = {case['vocab-size']}": measure_linear(case, options) for case in LINEAR_CASES}
+    print_linear(linear)
+    small, large = linear.values()
+
     def ratios(rival: str) -> list[float]:
         return [found[f"{rival} both"] / found["xrl both"] for found in results.values()]
 
@@ -112,7 +177,11 @@ def main() -> None:
         "min_forward_backward_vs_eager": min(ratios("eager")),
         "bf16_forward_vs_read_floor": over_floor("bfloat16"),
         "fp32_forward_vs_read_floor": over_floor("float32"),
+        "linear_memory_ratio": small["eager"]["peak_mb"] / small["xrl logprob"]["peak_mb"],
+        "linear_speed_vs_compile": small["compile"]["milliseconds"] / small["xrl logprob"]["milliseconds"],
+        "linear_large_vocab_memory_ratio": large["eager"]["peak_mb"] / large["xrl logprob"]["peak_mb"],
         "milliseconds": results,
+        "linear": linear,
     }
     print(json.dumps(figures))
 

@@ -1,6 +1,6 @@
 """One rank of the parity test: the same batch and weights at whatever layout torchrun starts this with.
 
-Rank 0 writes what it saw to --out: loss, whole gradients, gradient norm, weights after three updates.
+Rank 0 writes what it saw to --out: loss, whole gradients, gradient norm, weights after the last update.
 """
 
 from __future__ import annotations
@@ -29,9 +29,16 @@ from xrl.parallel.megatron import initialize, shutdown
 from xrl.types import Sample
 from xrl.weights.export import export_weights
 
-NUM_UPDATES = 3
 PACKINGS = ("shared", "packed", "padded")
 MICROBATCHES = (1, 4)  # on each replica
+# How log-probs and loss are computed: by log-probs and autograd or by the loss that forms its gradient at once, and
+# from logits or from hidden states.
+WAYS = {
+    "plain": {"fused": False, "linear": False},
+    "fused": {"fused": True, "linear": False},
+    "linear": {"fused": False, "linear": True},
+    "linear fused": {"fused": True, "linear": True},
+}
 
 
 def make_samples(vocab_size: int) -> list[Sample]:
@@ -70,13 +77,14 @@ def data_config(packing: str, num_microbatches: int, num_replicas: int, samples:
     raise AssertionError(f"no token budget gives {num_microbatches} micro-batches")
 
 
-def make_settings(arguments: argparse.Namespace, data: DataConfig) -> Settings:
+def make_settings(arguments: argparse.Namespace, data: DataConfig, *, linear: bool) -> Settings:
     return Settings(
         model=ModelConfig(
             model=arguments.model,
             bf16=False,
             recompute_granularity=arguments.recompute,
-            fused_linear_logprob=arguments.linear,
+            fused_linear_logprob=linear,
+            kernel_backend=arguments.backend,
         ),
         data=data,
         parallel=ParallelConfig(
@@ -91,12 +99,20 @@ def make_settings(arguments: argparse.Namespace, data: DataConfig) -> Settings:
     )
 
 
-def run_case(arguments: argparse.Namespace, groups: ParallelGroups, packing: str, num_microbatches: int) -> dict:
+def run_case(
+    arguments: argparse.Namespace,
+    groups: ParallelGroups,
+    packing: str,
+    num_microbatches: int,
+    *,
+    fused: bool,
+    linear: bool,
+) -> dict:
     vocab_size = arguments.vocab_size
     samples = make_samples(vocab_size)
     data = data_config(packing, num_microbatches, groups.layout.data_size, samples)
-    settings = make_settings(arguments, dataclasses.replace(data, max_prompt_length=12))
-    actor = Actor(settings, groups, num_updates=NUM_UPDATES)
+    settings = make_settings(arguments, dataclasses.replace(data, max_prompt_length=12), linear=linear)
+    actor = Actor(settings, groups, num_updates=arguments.updates)
     algorithm = GRPO(settings.algorithm)
     seen: dict[str, list] = {"loss": [], "grad_norm": [], "kl": []}
     gradients: dict[str, torch.Tensor] = {}
@@ -114,12 +130,12 @@ def run_case(arguments: argparse.Namespace, groups: ParallelGroups, packing: str
         return step()
 
     actor.optimizer.step = step_and_keep_gradients
-    for _ in range(NUM_UPDATES):
+    for _ in range(arguments.updates):
         (report,) = actor.update(
             samples,
             algorithm.loss,
             lambda lengths: token_weights(lengths, "token-mean"),
-            fused_loss=algorithm.fused_loss if arguments.fused else None,
+            fused_loss=algorithm.fused_loss if fused else None,
         )
         seen["loss"].append(report.metrics["loss"].value)
         seen["kl"].append(report.metrics["kl"].value)
@@ -148,14 +164,20 @@ def main() -> None:
     parser.add_argument("--sp", action="store_true")
     parser.add_argument("--distributed-optimizer", action="store_true")
     parser.add_argument("--recompute", default=None)
-    parser.add_argument("--fused", action="store_true", help="the loss through the fused kernels")
-    parser.add_argument("--linear", action="store_true", help="log-probs and loss from hidden states")
+    parser.add_argument("--ways", choices=WAYS, nargs="+")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--packing", choices=PACKINGS, nargs="+", default=PACKINGS)
+    parser.add_argument("--microbatches", type=int, nargs="+", default=MICROBATCHES)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     parallel = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)
     groups = initialize(parallel, seed=1)
     results = {
-        (packing, count): run_case(arguments, groups, packing, count) for packing in PACKINGS for count in MICROBATCHES
+        (way, packing, count): run_case(arguments, groups, packing, count, **WAYS[way])
+        for way in arguments.ways
+        for packing in arguments.packing
+        for count in arguments.microbatches
     }
     if groups.rank == 0:
         torch.save(results, arguments.out)

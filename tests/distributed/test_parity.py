@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_ranks
-from tests.distributed.parity_worker import MICROBATCHES, PACKINGS
+from tests.distributed.parity_worker import MICROBATCHES, PACKINGS, WAYS
 from tests.tiny_models import make_checkpoint
 
 WORKER = Path(__file__).with_name("parity_worker.py")
@@ -25,15 +25,8 @@ LAYOUTS = {
     "tp2pp2-sp-recompute": (4, "--tp=2", "--pp=2", "--sp", "--recompute=full"),
     "tp2pp2dp2": (8, "--tp=2", "--pp=2", "--distributed-optimizer"),
 }
-
-# From hidden states: with log-probs and autograd, and with the loss that forms its gradient in the forward pass.
-LINEAR_LAYOUTS = {
-    "one rank": (1,),
-    "one rank, fused": (1, "--fused"),
-    "tp2pp2": (4, "--tp=2", "--pp=2"),
-    "tp2-sp, fused": (2, "--tp=2", "--sp", "--fused"),
-    "tp2pp2dp2, fused": (8, "--tp=2", "--pp=2", "--distributed-optimizer", "--fused"),
-}
+# Where log-probs and loss are computed from hidden states too.
+LINEAR_WAYS = {"tp2": ("linear",), "tp2-sp": ("linear", "linear fused"), "tp2pp2dp2": ("linear fused",)}
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +36,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def run_worker(num_ranks: int, checkpoint: Path, out: Path, *flags: str) -> None:
+    run_ranks(WORKER, num_ranks, f"--model={checkpoint}", f"--vocab-size={VOCAB_SIZE}", f"--out={out}", *flags)
+
+
 @pytest.fixture(scope="module")
 def one_rank(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("one") / "result.pt"
-    run_ranks(WORKER, 1, f"--model={checkpoint}", f"--vocab-size={VOCAB_SIZE}", f"--out={out}")
+    run_worker(1, checkpoint, out, "--ways", *WAYS)
     return torch.load(out)
 
 
@@ -62,11 +59,12 @@ def assert_same(expected: dict, found: dict, case: str) -> None:
 
 
 @pytest.mark.distributed
-def test_packing_and_microbatches_change_nothing_on_one_rank(one_rank: dict) -> None:
-    reference = one_rank[("padded", 1)]
-    for packing in PACKINGS:
-        for count in MICROBATCHES:
-            assert_same(reference, one_rank[(packing, count)], f"{packing}, {count} micro-batches")
+@pytest.mark.slow
+def test_ways_packing_and_microbatches_change_nothing_on_one_rank(one_rank: dict) -> None:
+    reference = one_rank[("plain", "padded", 1)]
+    assert len(one_rank) == len(WAYS) * len(PACKINGS) * len(MICROBATCHES)
+    for case, found in one_rank.items():
+        assert_same(reference, found, str(case))
 
 
 @pytest.mark.distributed
@@ -76,26 +74,26 @@ def test_layout_gives_the_losses_gradients_and_weights_of_one_rank(
     layout: str, one_rank: dict, checkpoint: Path, tmp_path: Path
 ) -> None:
     num_ranks, *flags = LAYOUTS[layout]
+    ways = ("fused", *LINEAR_WAYS.get(layout, ()))
     out = tmp_path / "result.pt"
-    # The one rank above went through log-probs and autograd: the fused loss must give the same.
-    run_ranks(
-        WORKER, num_ranks, *flags, "--fused", f"--model={checkpoint}", f"--vocab-size={VOCAB_SIZE}", f"--out={out}"
-    )
+    run_worker(num_ranks, checkpoint, out, *flags, "--ways", *ways)
     results = torch.load(out)
-    for case, found in results.items():
-        assert_same(one_rank[case], found, f"{layout}, {case[0]}, {case[1]} micro-batches")
+    assert len(results) == len(ways) * len(PACKINGS) * len(MICROBATCHES)
+    for (way, packing, count), found in results.items():
+        assert_same(one_rank[("plain", packing, count)], found, f"{layout}, {way}, {packing}, {count} micro-batches")
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LINEAR_LAYOUTS)
-def test_without_whole_logits_everything_stays_the_same(
-    layout: str, one_rank: dict, checkpoint: Path, tmp_path: Path
-) -> None:
-    num_ranks, *flags = LINEAR_LAYOUTS[layout]
-    out = tmp_path / "result.pt"
-    run_ranks(
-        WORKER, num_ranks, *flags, "--linear", f"--model={checkpoint}", f"--vocab-size={VOCAB_SIZE}", f"--out={out}"
-    )
-    for case, found in torch.load(out).items():
-        assert_same(one_rank[case], found, f"{layout}, {case[0]}, {case[1]} micro-batches")
+def test_twenty_updates_with_fused_kernels_give_the_losses_of_plain_pytorch(checkpoint: Path, tmp_path: Path) -> None:
+    losses: dict[str, torch.Tensor] = {}
+    for backend, ways in (("reference", ("plain",)), ("auto", ("fused", "linear fused"))):
+        out = tmp_path / f"{backend}.pt"
+        case = ("--updates=20", "--packing=shared", "--microbatches=4", f"--backend={backend}")
+        run_worker(1, checkpoint, out, *case, "--ways", *ways)
+        for (way, *_), found in torch.load(out).items():
+            losses[way] = torch.tensor(found["loss"], dtype=torch.float64)
+    plain = losses.pop("plain")
+    assert len(plain) == 20 and plain[-1] < plain[0] - 0.1 and len(losses) == 2
+    for way, found in losses.items():
+        torch.testing.assert_close(found, plain, rtol=TOLERANCE, atol=TOLERANCE, msg=way)

@@ -199,3 +199,16 @@ def test_without_a_gradient_the_logits_stay() -> None:
     with torch.no_grad():
         _call(logits, inputs, CONFIGS["plain"], {})
     assert torch.equal(logits, inputs["logits"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_that_was_told_in_advance_is_in_it_already(backend: BackendName) -> None:
+    inputs, config = make_inputs(), CONFIGS["everything"]
+    _, once = run(inputs, config, backend=backend)
+    logits = inputs["logits"].clone().requires_grad_()
+    options = {"backend": backend, "upstream": 4.0}
+    _call(logits * 1.0, inputs, config, options).token_loss.backward(torch.full((R,), 4.0))
+    torch.testing.assert_close(logits.grad, 4 * once)
+    out = _call(logits * 1.0, inputs, config, options)
+    with pytest.raises(RuntimeError, match="told upstream=4, and another gradient arrived"):
+        out.token_loss.sum().backward()

@@ -177,7 +177,7 @@ def test_weight_gradient_goes_straight_to_megatrons_buffer_where_the_upstream_is
     torch.testing.assert_close(parameter.main_grad, 1 + 4 * weight, rtol=1e-4, atol=1e-5)
 
     out = linear_grpo_loss(**arguments, config=config, upstream=4.0)
-    with pytest.raises(RuntimeError, match="told upstream=4, and another gradient arrived: 1"):
+    with pytest.raises(RuntimeError, match="told upstream=4, and another gradient arrived"):
         out.loss.backward()
 
 

@@ -86,6 +86,7 @@ class TokenScorer:
                 old_logprobs=old,
                 rollout_logprobs=microbatch.rollout_logprobs,
                 reference_logprobs=reference,
+                upstream=self.upstream,
                 **self._arguments(),
             )
             return tokens.token_loss.sum(), tokens

@@ -66,6 +66,7 @@ def grpo_token_loss(
     vocab_start: int | None = None,
     num_columns: int | None = None,
     in_place: bool = True,
+    upstream: float | None = None,
     backend: BackendName = "auto",
 ) -> GrpoLossOutput:
     """The loss of `xrl.algorithms.token_terms` for each token, and its gradient, in one go.
@@ -73,7 +74,7 @@ def grpo_token_loss(
         token_loss_r = weight_r * (i_r * clipped_r + kl_coef * kl_r - entropy_coef * entropy_r)
 
     A token's loss depends on its own row alone, so the gradient is known as soon as the row's softmax is: it is formed
-    in the forward pass. The backward pass only multiplies rows by the gradient that arrives, where that isn't 1.
+    in the forward pass. The backward pass only multiplies rows by the gradient that arrives, unless it was told.
 
     Args:
         logits: [R, V] floating point. Afterwards they HOLD THEIR GRADIENT, if they need one and `in_place` is set:
@@ -87,8 +88,12 @@ def grpo_token_loss(
         reference_logprobs: [R] of the frozen model, for the KL.
         temperature, group, vocab_start, num_columns, backend: as in `vocab_parallel_logprob`.
         in_place: let the gradient take the logits' memory; otherwise it gets its own.
+        upstream: the gradient that the backward pass will bring to every token's loss. Told in advance, it costs
+            nothing; left out, the gradient is multiplied by what arrives, in a pass over it (on the CPU only where that
+            is not 1).
 
     Raises:
+        RuntimeError: in the backward pass, if something other than `upstream` arrives.
         ValueError: a wrong shape, type, device, temperature or backend; reference or rollout log-probs that the
             settings need and that are missing; on the CPU an id of an unmasked row that no shard holds.
     """
@@ -116,6 +121,7 @@ def grpo_token_loss(
         shard,
         group,
         in_place,
+        upstream,
         backend,
         torch.is_grad_enabled() and logits.requires_grad,  # inside the function gradients are off
     )
@@ -162,6 +168,7 @@ class _GrpoTokenLoss(torch.autograd.Function):
         shard: dict[str, Any],
         group: ProcessGroup | None,
         in_place: bool,
+        upstream: float | None,
         backend: BackendName,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -174,6 +181,7 @@ class _GrpoTokenLoss(torch.autograd.Function):
             # A copy made for its layout is ours to overwrite; otherwise the logits are, if the caller says so.
             overwrite = in_place or compact.data_ptr() != logits.data_ptr()
             gradient = compact if overwrite else torch.empty(compact.shape, dtype=compact.dtype, device=compact.device)
+            factor = 1.0 if upstream is None else upstream
             chosen.gradient(
                 compact,
                 token_ids,
@@ -182,11 +190,12 @@ class _GrpoTokenLoss(torch.autograd.Function):
                 maximum=softmax.maximum,
                 log_sum=softmax.log_sum,
                 entropy=softmax.entropy,
-                grad_logprob=grad_logprob,
-                grad_entropy=grad_entropy if params.entropy_coef else None,
+                grad_logprob=grad_logprob * factor,
+                grad_entropy=grad_entropy * factor if params.entropy_coef else None,
             )
             # Not save_for_backward: that would object to logits which were overwritten.
             ctx.gradient = gradient
+            ctx.upstream = upstream
         ctx.mark_non_differentiable(logprob, entropy, outputs)
         return token_loss.clone(), logprob, entropy, outputs
 
@@ -196,11 +205,26 @@ class _GrpoTokenLoss(torch.autograd.Function):
         if gradient is None:
             raise RuntimeError("the gradient of grpo_token_loss can be taken once: it stood in the logits' memory")
         ctx.gradient = None
-        upstream = grads[0]
+        arrived = grads[0]
+        if ctx.upstream is not None:
+            require_upstream(arrived, ctx.upstream)
         # Asking a CUDA device would wait for it; multiplying by 1 costs less.
-        if upstream.device.type != "cpu" or bool((upstream != 1).any()):
-            gradient.mul_(upstream[:, None].to(gradient.dtype))
-        return gradient, *(None,) * 8
+        elif arrived.device.type != "cpu" or bool((arrived != 1).any()):
+            gradient.mul_(arrived[:, None].to(gradient.dtype))
+        return gradient, *(None,) * 9
+
+
+def require_upstream(arrived: Tensor, expected: float) -> None:
+    """Raise RuntimeError where a gradient is formed already, and for another factor.
+
+    They may be 1e-5 apart: schedules multiply and divide.
+    """
+    message = f"the loss was told upstream={expected:g}, and another gradient arrived"
+    is_expected = ((arrived - expected).abs() <= 1e-5 * abs(expected)).all()
+    if arrived.device.type == "cuda":
+        torch._assert_async(is_expected, message)  # without waiting for the device
+    elif not is_expected:
+        raise RuntimeError(message)
 
 
 def check_token_rows(

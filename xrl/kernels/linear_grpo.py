@@ -16,7 +16,13 @@ from torch.distributed import ProcessGroup
 
 from xrl.config import AlgorithmConfig
 from xrl.kernels.backend import Backend, BackendName, choose_backend
-from xrl.kernels.grpo_loss import GrpoLossOutput, check_token_rows, reference_grpo_token_loss, row_outputs
+from xrl.kernels.grpo_loss import (
+    GrpoLossOutput,
+    check_token_rows,
+    reference_grpo_token_loss,
+    require_upstream,
+    row_outputs,
+)
 from xrl.kernels.grpo_rows import ROW_OUTPUTS, GrpoRowParams
 from xrl.kernels.linear_logprob import check_arguments
 from xrl.kernels.output_head import HeadGradients, OutputHead, cut, main_grad, new_accumulator, one_ahead
@@ -257,20 +263,10 @@ class _LinearGrpoLoss(torch.autograd.Function):
         ctx.gradients = None
         arrived = grads[0]
         if ctx.upstream is not None:
-            _require(arrived, ctx.upstream)
+            require_upstream(arrived, ctx.upstream)
             return grad_hidden, *(None,) * 7
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(arrived)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(arrived).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, *(None,) * 6
-
-
-def _require(arrived: Tensor, expected: float) -> None:
-    """Raise where a gradient is formed already, and for another factor (1e-5 apart: schedules divide and multiply)."""
-    message = f"linear_grpo_loss was told upstream={expected:g}, and another gradient arrived"
-    is_expected = (arrived - expected).abs() <= 1e-5 * abs(expected)
-    if arrived.device.type == "cuda":
-        torch._assert_async(is_expected, message)  # without waiting for the device
-    elif not is_expected:
-        raise RuntimeError(f"{message}: {float(arrived):g}")
