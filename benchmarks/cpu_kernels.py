@@ -66,12 +66,17 @@ def forward_backward(contestant: Contestant, logits: Tensor, token_ids: Tensor) 
 
 
 def by_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each call, after one that does not count; they take turns, so that drift hits them all."""
+    """Median milliseconds of each call, after one that does not count.
+
+    They take turns, so that drift hits them all, and each turn begins with another one: what memory costs depends on
+    who gave some back before.
+    """
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
     for turn in range(repeats + 1):
-        for name, call in calls.items():
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()
-            call()
+            calls[name]()
             if turn:
                 milliseconds[name].append(1e3 * (time.perf_counter() - start))
     return {name: median(values) for name, values in milliseconds.items()}

@@ -42,6 +42,20 @@ static inline Lanes load_lanes(const bfloat16* place) {
   return (Lanes)(__builtin_convertvector(half, LaneBits) << 16);
 }
 
+// Four registers of columns. Those of bf16 come in an order of their own, which costs less and changes no sum.
+static inline void load_four(const float* place, Lanes (&x)[4]) {
+  for (int part = 0; part < 4; ++part) x[part] = load_lanes(place + part * kLanes);
+}
+
+static inline void load_four(const bfloat16* place, Lanes (&x)[4]) {
+  for (int pair = 0; pair < 2; ++pair) {
+    LaneBits bits;  // two columns a lane
+    std::memcpy(&bits, place + pair * 2 * kLanes, sizeof bits);
+    x[2 * pair] = (Lanes)(bits << 16);
+    x[2 * pair + 1] = (Lanes)(bits & 0xffff0000u);
+  }
+}
+
 static inline void store_lanes(float* place, Lanes x) { std::memcpy(place, &x, sizeof x); }
 
 static inline void store_lanes(bfloat16* place, Lanes x) {

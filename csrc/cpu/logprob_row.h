@@ -36,24 +36,27 @@ static inline Lanes hold_exponent(Lanes t) {
 #endif
 }
 
-// 2^t for kLowestExponent <= t, to 2e-7; NaN for NaN.
+// 2^t for kLowestExponent <= t, to 2e-7; exactly 1 for 0, NaN for NaN.
 static inline Lanes exp2_lanes(Lanes t) {
 #if defined(__AVX512F__)
-  const __m512 exponent = _mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Lanes r = t - (Lanes)exponent;
+  // Its place above the next lower integer, and below, that integer's power: both are single instructions.
+  const Lanes r = (Lanes)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  // Minimax polynomial of 2^r on [0, 1).
+  Lanes p = r * 1.867130070e-3f + 9.017030322e-3f;
+  p = p * r + 5.579991310e-2f;
+  p = p * r + 2.401644502e-1f;
+  p = p * r + 6.931513118e-1f;
+  p = p * r + 1.0f;
+  return (Lanes)_mm512_scalef_ps((__m512)p, (__m512)t);
 #else
   const Lanes shifted = t + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
   const Lanes r = t - (shifted - 12582912.0f);
-#endif
   // Minimax polynomial of 2^r on [-1/2, 1/2].
   Lanes p = r * 1.321867248e-3f + 9.671697938e-3f;
   p = p * r + 5.550892952e-2f;
   p = p * r + 2.402223800e-1f;
   p = p * r + 6.931468559e-1f;
   p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return (Lanes)_mm512_scalef_ps((__m512)p, exponent);
-#else
   // Without scalef the exponent bits are shifted in, which has no way to 0: what is below the normal numbers is cut.
   const Lanes power = (Lanes)(((LaneBits)shifted + 127u) << 23);
   return t < all_lanes(-126.0f) ? Lanes{} : p * power;
@@ -101,10 +104,12 @@ static inline SoftmaxSums softmax_sums(const T* x, int64_t num_columns, float in
     const T* block = x + start;
     Lanes m0 = all_lanes(kNone), m1 = m0, m2 = m0, m3 = m0;
     for (int64_t column = 0; column < whole; column += 4 * kLanes) {
-      m0 = larger(m0, load_lanes(block + column));
-      m1 = larger(m1, load_lanes(block + column + kLanes));
-      m2 = larger(m2, load_lanes(block + column + 2 * kLanes));
-      m3 = larger(m3, load_lanes(block + column + 3 * kLanes));
+      Lanes logits[4];
+      load_four(block + column, logits);
+      m0 = larger(m0, logits[0]);
+      m1 = larger(m1, logits[1]);
+      m2 = larger(m2, logits[2]);
+      m3 = larger(m3, logits[3]);
     }
     float block_highest = highest_lane(larger(larger(m0, m1), larger(m2, m3)));
     for (int64_t column = whole; column < count; ++column) {
@@ -125,10 +130,12 @@ static inline SoftmaxSums softmax_sums(const T* x, int64_t num_columns, float in
     const float maximum = highest == kNone ? 0.0f : highest;
     BlockSums a, b, c, d;
     for (int64_t column = 0; column < whole; column += 4 * kLanes) {
-      a.add(load_lanes(block + column), maximum, scale);
-      b.add(load_lanes(block + column + kLanes), maximum, scale);
-      c.add(load_lanes(block + column + 2 * kLanes), maximum, scale);
-      d.add(load_lanes(block + column + 3 * kLanes), maximum, scale);
+      Lanes logits[4];
+      load_four(block + column, logits);
+      a.add(logits[0], maximum, scale);
+      b.add(logits[1], maximum, scale);
+      c.add(logits[2], maximum, scale);
+      d.add(logits[3], maximum, scale);
     }
     for (int64_t column = whole; column < count; column += kLanes) {
       const int64_t rest = count - column;

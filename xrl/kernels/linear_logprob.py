@@ -50,7 +50,7 @@ def linear_logprob(
         temperature, group, vocab_start, num_columns, entropy_grad, backend: as in `vocab_parallel_logprob`.
         sequence_parallel: `hidden` is this rank's slice of a sequence cut into equal parts along `group`; `rows` count
             over the whole. Chunks are gathered, the sequence never is.
-        chunk_bytes: how much the logits of a chunk may take; left out: 32 MiB on the CPU, 1 GiB on CUDA.
+        chunk_bytes: how much the logits of a chunk may take; left out: 31 MiB on the CPU, 1 GiB on CUDA.
 
     Raises:
         ValueError: a wrong shape, type, device, temperature or backend, or (on the CPU) an id that no shard holds.
