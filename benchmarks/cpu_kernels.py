@@ -61,8 +61,8 @@ def forward(contestant: Contestant, logits: Tensor, token_ids: Tensor) -> None:
 
 
 def forward_backward(contestant: Contestant, logits: Tensor, token_ids: Tensor) -> None:
-    logits.grad = None
     contestant(logits, token_ids)[0].sum().backward()
+    logits.grad = None  # here, so that giving back a gradient's memory is on the account of who took it
 
 
 def by_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
