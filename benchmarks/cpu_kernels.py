@@ -2,7 +2,9 @@
 
 Log-prob and entropy of 2,048 rows at V = 32,768 and 151,936 in fp32 and bf16, forward alone and with the gradient of
 the log-prob; all contestants by turns in one run, on 2 threads. The read floor is the time in which PyTorch's integer
-maximum, which is as fast as the memory, reads the same logits once.
+maximum, which is as fast as the memory, reads the same logits once. The allocator keeps what is freed (MALLOC_*
+variables, set by this script), as those do that people use to train on CPUs: a gradient from memory that is fresh
+from the system costs several times its computation in page faults, of which who wins is a matter of luck.
 
 Then log-probs from hidden states, with the gradients of hidden states and weight, in fp32: each contestant in a process
 of its own, by turns, with its peak memory. The last line is JSON.
@@ -32,6 +34,7 @@ NUM_ROWS = 2048
 VOCABULARIES = (32_768, 151_936)
 DTYPES = (torch.float32, torch.bfloat16)
 
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 WORKER = Path(__file__).with_name("linear_worker.py")
 LINEAR_CONTESTANTS = ("xrl logprob", "xrl grpo", "compile", "eager")
 LINEAR_CASES = (
@@ -100,7 +103,9 @@ def measure(dtype: torch.dtype, vocab_size: int, repeats: int) -> dict[str, floa
 def measure_linear(case: Mapping[str, int], options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Median milliseconds and peak MB of each contestant, after a call that does not count."""
     flags = [f"--{name}={value}" for name, value in case.items()]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.num_threads), "OMP_WAIT_POLICY": "passive"}
+    # Peaks of memory are told apart only where it is given back.
+    usual = {name: value for name, value in os.environ.items() if name not in KEEP_MEMORY}
+    environment = {**usual, "OMP_NUM_THREADS": str(options.num_threads), "OMP_WAIT_POLICY": "passive"}
     workers = {
         name: subprocess.Popen(
             [sys.executable, str(WORKER), "--contestant", name, f"--num-threads={options.num_threads}", *flags],
@@ -143,6 +148,12 @@ def print_linear(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> No
     Console(width=120).print(table)
 
 
+def keep_memory() -> None:
+    """Start again with an allocator that gives nothing back to the system; it reads its settings at the start."""
+    if os.environ.keys() < {*KEEP_MEMORY, *os.environ}:
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
+
+
 def main() -> None:
     """Measure all cases and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,6 +161,7 @@ def main() -> None:
     parser.add_argument("--linear-repeats", type=int, default=3)
     parser.add_argument("--num-threads", type=int, default=2)
     options = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(options.num_threads)
     results = {
         f"{str(dtype).removeprefix('torch.')} {vocab_size}": measure(dtype, vocab_size, options.repeats)

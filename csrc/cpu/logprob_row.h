@@ -16,7 +16,7 @@ namespace xrl {
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLowestExponent = -160.0f;
-// Columns that stay in the L1 cache between the search for their maximum and their sum.
+// Columns summed in fp32, before they are added up in fp64.
 constexpr int64_t kBlockColumns = 2048;
 
 // s = (logit - maximum) / temperature: subtracted first, so that logits of any size keep their digits.
@@ -63,8 +63,6 @@ static inline Lanes exp2_lanes(Lanes t) {
 #endif
 }
 
-static inline float exp2_one(float t) { return exp2_lanes(hold_exponent(all_lanes(t)))[0]; }
-
 // The last columns of a row, fewer than a register holds; the rest of the register is filled with -inf.
 template <typename T>
 static inline Lanes load_tail(const T* place, int64_t count) {
@@ -75,76 +73,99 @@ static inline Lanes load_tail(const T* place, int64_t count) {
 
 static inline Lanes larger(Lanes a, Lanes b) { return b > a ? b : a; }
 
-// A block's exponentials, summed. `scale` is log2(e) / temperature. Without a name, as the linker would merge members.
+// Without names, as the linker would merge members.
 namespace {
+// Columns of a block, their exponentials summed. `scale` is log2(e) / temperature.
 struct BlockSums {
+  Lanes highest = all_lanes(-std::numeric_limits<float>::infinity());
   Lanes exp{};
   Lanes shifted{};
 
-  inline void add(Lanes logits, float maximum, float scale) {
-    const Lanes t = hold_exponent((logits - maximum) * scale);
+  inline void add(Lanes logits, float reference, float scale) {
+    highest = larger(highest, logits);
+    const Lanes t = hold_exponent((logits - reference) * scale);
     const Lanes e = exp2_lanes(t);
     exp += e;
     shifted += e * t;
   }
 };
+
+// Over a row: sums of 2^t and 2^t * t, with t = (logit - reference) * scale.
+struct RowSums {
+  float reference;
+  double exp;
+  double shifted;
+
+  // As if `raised`, which is not below it, had been the reference.
+  inline void raise_reference(float raised, float scale) {
+    const double shift = (static_cast<double>(reference) - raised) * scale;
+    const double factor = std::exp2(shift);
+    // 2^(t + s) * (t + s) = 2^s * (2^t * t + 2^t * s); where 2^s is 0, so is all of it.
+    shifted = factor == 0.0 ? 0.0 : factor * (shifted + exp * shift);
+    exp *= factor;
+    reference = raised;
+  }
+};
 }  // namespace
 
-// Sums over a row, read once: block by block, and what was summed is scaled down when a block has a larger maximum.
+template <typename T>
+static inline BlockSums block_sums(const T* block, int64_t count, float reference, float scale) {
+  const int64_t whole = count - count % (4 * kLanes);
+  BlockSums a, b, c, d;
+  for (int64_t column = 0; column < whole; column += 4 * kLanes) {
+    Lanes first[2], second[2];  // in any order: they are summed
+    load_two(block + column, first);
+    load_two(block + column + 2 * kLanes, second);
+    a.add(first[0], reference, scale);
+    b.add(first[1], reference, scale);
+    c.add(second[0], reference, scale);
+    d.add(second[1], reference, scale);
+  }
+  for (int64_t column = whole; column < count; column += kLanes) {
+    const int64_t rest = count - column;
+    a.add(rest < kLanes ? load_tail(block + column, rest) : load_lanes(block + column), reference, scale);
+  }
+  a.highest = larger(larger(a.highest, b.highest), larger(c.highest, d.highest));
+  a.exp = (a.exp + b.exp) + (c.exp + d.exp);
+  a.shifted = (a.shifted + b.shifted) + (c.shifted + d.shifted);
+  return a;
+}
+
+template <typename T>
+static inline float highest_logit(const T* block, int64_t count) {
+  Lanes highest = all_lanes(-std::numeric_limits<float>::infinity());
+  for (int64_t column = 0; column < count; column += kLanes) {
+    const int64_t rest = count - column;
+    highest = larger(highest, rest < kLanes ? load_tail(block + column, rest) : load_lanes(block + column));
+  }
+  return highest_lane(highest);
+}
+
+// Sums over a row, read once. What is subtracted from the logits need not be their maximum, only near it: the maximum
+// of the first block serves until one goes far beyond it.
 template <typename T>
 static inline SoftmaxSums softmax_sums(const T* x, int64_t num_columns, float inverse_temperature) {
   constexpr float kNone = -std::numeric_limits<float>::infinity();
+  constexpr float kFar = 40.0f;  // powers of 2: sums are far from overflow
   const float scale = inverse_temperature * kLog2E;
   float highest = kNone;  // of the raw logits
-  double sum_exp = 0.0;
-  double sum_shifted = 0.0;  // in units of log2
+  RowSums sums{kNone, 0.0, 0.0};
   for (int64_t start = 0; start < num_columns; start += kBlockColumns) {
     const int64_t count = num_columns - start < kBlockColumns ? num_columns - start : kBlockColumns;
-    const int64_t whole = count - count % (4 * kLanes);
-    const T* block = x + start;
-    Lanes m0 = all_lanes(kNone), m1 = m0, m2 = m0, m3 = m0;
-    for (int64_t column = 0; column < whole; column += 4 * kLanes) {
-      Lanes logits[4];
-      load_four(block + column, logits);
-      m0 = larger(m0, logits[0]);
-      m1 = larger(m1, logits[1]);
-      m2 = larger(m2, logits[2]);
-      m3 = larger(m3, logits[3]);
+    if (sums.reference == kNone) sums.reference = highest_logit(x + start, count);
+    // As long as there was nothing but -inf, 0 will do: exponentials of -inf are 0.
+    BlockSums block = block_sums(x + start, count, sums.reference == kNone ? 0.0f : sums.reference, scale);
+    const float block_highest = highest_lane(block.highest);
+    if ((block_highest - sums.reference) * scale > kFar) {
+      sums.raise_reference(block_highest, scale);
+      block = block_sums(x + start, count, sums.reference, scale);
     }
-    float block_highest = highest_lane(larger(larger(m0, m1), larger(m2, m3)));
-    for (int64_t column = whole; column < count; ++column) {
-      const float value = load(block[column]);
-      block_highest = value > block_highest ? value : block_highest;
-    }
-    if (block_highest > highest) {
-      if (highest != kNone) {
-        const double shift = (static_cast<double>(highest) - block_highest) * scale;
-        const double factor = exp2_one(static_cast<float>(shift));
-        // exp(s + d) * (s + d) = exp(d) * (exp(s) * s + exp(s) * d); where exp(d) is 0, so is all of it.
-        sum_shifted = factor == 0.0 ? 0.0 : factor * (sum_shifted + sum_exp * shift);
-        sum_exp *= factor;
-      }
-      highest = block_highest;
-    }
-    // A block of nothing but -inf so far has no maximum to subtract: 0 will do, its exponentials are 0.
-    const float maximum = highest == kNone ? 0.0f : highest;
-    BlockSums a, b, c, d;
-    for (int64_t column = 0; column < whole; column += 4 * kLanes) {
-      Lanes logits[4];
-      load_four(block + column, logits);
-      a.add(logits[0], maximum, scale);
-      b.add(logits[1], maximum, scale);
-      c.add(logits[2], maximum, scale);
-      d.add(logits[3], maximum, scale);
-    }
-    for (int64_t column = whole; column < count; column += kLanes) {
-      const int64_t rest = count - column;
-      a.add(rest < kLanes ? load_tail(block + column, rest) : load_lanes(block + column), maximum, scale);
-    }
-    sum_exp += sum_lanes((a.exp + b.exp) + (c.exp + d.exp));
-    sum_shifted += sum_lanes((a.shifted + b.shifted) + (c.shifted + d.shifted));
+    highest = block_highest > highest ? block_highest : highest;
+    sums.exp += sum_lanes(block.exp);
+    sums.shifted += sum_lanes(block.shifted);
   }
-  return {highest, sum_exp, sum_shifted * kLn2};
+  if (highest != sums.reference) sums.raise_reference(highest, scale);
+  return {highest, sums.exp, sums.shifted * kLn2};
 }
 
 // What the gradient of a row is made of: d loss / d logit_v = -p_v * (on_logprob + on_entropy * (logp_v + entropy)),
@@ -159,18 +180,25 @@ struct RowGradient {
 
 // Writes a register past the caches where the line is not read again soon, `place` aligned to it.
 template <bool kStream>
-static inline void write_lanes(float* place, Lanes x) {
+static inline void write_bytes(void* place, Lanes x) {
 #if defined(__AVX512F__)
-  if (kStream) return _mm512_stream_ps(place, (__m512)x);
+  if (kStream) return _mm512_stream_ps(static_cast<float*>(place), (__m512)x);
 #elif defined(__AVX__)
-  if (kStream) return _mm256_stream_ps(place, (__m256)x);
+  if (kStream) return _mm256_stream_ps(static_cast<float*>(place), (__m256)x);
 #endif
-  store_lanes(place, x);
+  std::memcpy(place, &x, sizeof x);
+}
+
+// What load_two has read, in its order.
+template <bool kStream>
+static inline void write_two(float* place, Lanes first, Lanes second) {
+  write_bytes<kStream>(place, first);
+  write_bytes<kStream>(place + kLanes, second);
 }
 
 template <bool kStream>
-static inline void write_lanes(bfloat16* place, Lanes x) {
-  store_lanes(place, x);
+static inline void write_two(bfloat16* place, Lanes even, Lanes odd) {
+  write_bytes<kStream>(place, (Lanes)((round_to_bf16(even) >> 16) | (round_to_bf16(odd) & 0xffff0000u)));
 }
 
 template <bool kEntropy>
@@ -194,10 +222,10 @@ static inline void row_gradient(const T* x, int64_t num_columns, float inverse_t
     while (column < num_columns && reinterpret_cast<std::uintptr_t>(out + column) % sizeof(Lanes) != 0) one(column++);
   }
   for (; column + 2 * kLanes <= num_columns; column += 2 * kLanes) {
-    const Lanes a = gradient_lanes<kEntropy>(load_lanes(x + column), scale, row);
-    const Lanes b = gradient_lanes<kEntropy>(load_lanes(x + column + kLanes), scale, row);
-    write_lanes<kStream>(out + column, a);
-    write_lanes<kStream>(out + column + kLanes, b);
+    Lanes logits[2];
+    load_two(x + column, logits);
+    write_two<kStream>(out + column, gradient_lanes<kEntropy>(logits[0], scale, row),
+                       gradient_lanes<kEntropy>(logits[1], scale, row));
   }
   while (column < num_columns) one(column++);
 }

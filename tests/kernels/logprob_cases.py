@@ -62,6 +62,17 @@ def cases(*, large: bool = True) -> Iterator[Case]:
     padded = torch.cat([logits, torch.full((4, 61), torch.nan)], dim=1)
     yield Case(name="padding of NaN", logits=padded, token_ids=ids, num_columns=1003)
 
+    if large:
+        # Kernels go block by block: their maximum, and what was summed before, must follow.
+        rising, ids = _random(3, 9001, seed=52)
+        rising += torch.linspace(-300, 300, 9001)
+        ids[0] = 9000
+        yield Case(name="rising from block to block", logits=rising, token_ids=ids)
+        yield Case(name="falling from block to block", logits=rising.flip(1).contiguous(), token_ids=8999 - ids % 9000)
+        jump, ids = _random(3, 9001, seed=53)
+        jump[:, 7000] = 200.0
+        yield Case(name="one logit far above all before it", logits=jump.bfloat16(), token_ids=ids)
+
     wide, ids = _random(6, 1024, seed=51)
     yield Case(name="strided rows", logits=wide[::2, :1000], token_ids=ids[::2] % 1000)
     yield Case(name="rows at odd addresses", logits=wide[:, 1:], token_ids=ids % 1023)

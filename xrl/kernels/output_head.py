@@ -20,8 +20,8 @@ from xrl.kernels.linear import product
 
 T = TypeVar("T")
 
-# Logits held at a time. On the CPU as much as malloc keeps for the next chunk: blocks from 32 MiB on come fresh from the
-# system every time, at a page fault each 4 KiB. On CUDA enough rows to keep tensor cores busy.
+# Logits held at a time. On the CPU as much as malloc keeps for the next chunk: blocks from 32 MiB on come fresh from
+# the system every time, at a page fault each 4 KiB. On CUDA enough rows to keep tensor cores busy.
 CHUNK_BYTES = MappingProxyType({"cpu": 31 << 20, "cuda": 1 << 30})
 _ROWS_MULTIPLE = 64
 # Columns that are widened to fp32 at a time where there is no product of narrow factors with a wide result.
