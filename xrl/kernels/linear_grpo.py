@@ -164,15 +164,14 @@ class _Call:
         for place in cut(
             len(rows), num_columns=num_columns, device=self.head.weight.device, chunk_bytes=self.chunk_bytes
         ):
-            hidden, ids = self.head.pick(rows[place]), token_ids[place]
-            logits = self.head.logits(hidden)
-            statistics = self.choose(logits).statistics(logits, ids, **self.shard)
-            yield _Chunk(
-                place=place,
-                hidden=hidden,
-                logits=logits,
-                softmax=start_combining(statistics, ids, group=group, **self.shard),
-            )
+            yield self._begin(place, rows[place], token_ids[place])
+
+    def _begin(self, place: slice, rows: Tensor, token_ids: Tensor) -> _Chunk:
+        hidden = self.head.pick(rows)
+        logits = self.head.logits(hidden)
+        statistics = self.choose(logits).statistics(logits, token_ids, **self.shard)
+        softmax = start_combining(statistics, token_ids, group=self.head.group, **self.shard)
+        return _Chunk(place=place, hidden=hidden, logits=logits, softmax=softmax)
 
     def add_gradient(
         self,
@@ -245,6 +244,7 @@ class _LinearGrpoLoss(torch.autograd.Function):
             if needs_hidden or needs_weight:
                 grad_logprob, grad_entropy = factor * outputs[1], factor * outputs[2]
                 call.add_gradient(gradients, chunk, some_rows[place], ids, softmax, grad_logprob, grad_entropy)
+            del chunk  # and its logits, before the next one's are made
 
         ctx.gradients = gradients.of_hidden(), None if buffer is not None else accumulator
         ctx.upstream = None if buffer is None else upstream

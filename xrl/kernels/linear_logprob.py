@@ -181,6 +181,7 @@ def _logprob_op(
     for chunk, _, logits in call.chunks(rows):
         chosen = choose_backend(backend, device=logits.device, dtype=logits.dtype)  # type: ignore[arg-type]
         statistics[:, chunk] = chosen.statistics(logits, token_ids[chunk], **call.shard)
+        del logits  # before the next chunk's are made
     # One collective serves all chunks: four floats a row are little enough to keep.
     softmax = combine(statistics, token_ids, group=call.head.group, **call.shard)
     return softmax.logprob, softmax.entropy, softmax.maximum.clone(), softmax.log_sum, softmax.found
@@ -237,6 +238,7 @@ def _gradient_op(
             grad_entropy=None if grad_entropy is None else grad_entropy[these],
         )
         gradients.add(live_rows[chunk], picked, logits)
+        del logits  # before the next chunk's are made
     grad_hidden = gradients.of_hidden()
     assert grad_hidden is not None
     return grad_hidden
