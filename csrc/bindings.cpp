@@ -86,6 +86,28 @@ void grpo_rows(Address logprob, Address entropy, Address old_logprobs, Address r
 }
 
 template <typename T>
+void grpo_single_pass(Address logits, int64_t num_rows, int64_t num_columns, int64_t row_stride, Address token_ids,
+                      int64_t vocab_start, float inverse_temperature, Address old_logprobs, Address rollout_logprobs,
+                      Address reference_logprobs, Address advantages, Address weights,
+                      const xrl::GrpoParamsTuple& params, float factor, Address gradient, int64_t gradient_stride,
+                      int64_t num_gradient_columns, Address out, int num_threads) {
+  check_rows(num_rows, num_columns, row_stride, num_threads);
+  xrl::check(gradient == 0 || num_gradient_columns >= num_columns, "num_gradient_columns must be >= num_columns");
+  const xrl::ChosenTokens tokens{at<const int64_t>(token_ids), vocab_start, inverse_temperature};
+  const xrl::GrpoInputs inputs{at<const float>(old_logprobs), at<const float>(rollout_logprobs),
+                               at<const float>(reference_logprobs), at<const float>(advantages),
+                               at<const float>(weights)};
+  const xrl::OutputRows<T> gradient_out{at<T>(gradient), gradient_stride, num_gradient_columns};
+  py::gil_scoped_release release;
+  if (gradient != 0 && gradient != logits) {
+    xrl::advise_huge_pages(at<void>(gradient), sizeof(T) * num_rows * gradient_stride);
+  }
+  XRL_DISPATCH(grpo_single_pass, rows<T>(logits, num_rows, num_columns, row_stride), tokens, inputs,
+               xrl::grpo_params(params), factor, gradient_out, xrl::SinglePassOutputs{at<float>(out), num_rows},
+               num_threads);
+}
+
+template <typename T>
 void decode_attention(Address query, Address out, int num_heads, int64_t query_stride, Address keys, Address values,
                       int num_kv_heads, int block_size, int head_dim, Address group_starts, int num_groups,
                       Address prompt_blocks, int64_t prompt_blocks_stride, Address prompt_lengths, Address row_blocks,
@@ -301,6 +323,7 @@ template <typename T>
 void bind(py::module_& module, const std::string& suffix) {
   module.def(("logprob_statistics" + suffix).c_str(), &logprob_statistics<T>);
   module.def(("logprob_gradient" + suffix).c_str(), &logprob_gradient<T>);
+  module.def(("grpo_single_pass" + suffix).c_str(), &grpo_single_pass<T>);
   module.def(("swiglu_forward" + suffix).c_str(), &swiglu_forward<T>);
   module.def(("swiglu_backward" + suffix).c_str(), &swiglu_backward<T>);
   module.def(("rms_norm_forward" + suffix).c_str(), &rms_norm_forward<T>);

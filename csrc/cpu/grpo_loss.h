@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/logprob.h"
 #include "grpo_row.h"
 
 namespace xrl {
@@ -22,10 +23,20 @@ struct GrpoOutputs {
   int64_t num_rows;
 };
 
+// [12, R]: log-prob and entropy, then what GrpoOutputs holds.
+struct SinglePassOutputs {
+  float* data;
+  int64_t num_rows;
+};
+
 }  // namespace xrl
 
 #define XRL_DECLARE_GRPO_LOSS(ISA)                                                                                    \
   namespace xrl::ISA {                                                                                                \
+  template <typename T>                                                                                               \
+  void grpo_single_pass(const LogitRows<T>& logits, const ChosenTokens& tokens, const GrpoInputs& inputs,             \
+                        const GrpoRowParams& params, float factor, const OutputRows<T>& gradient,                     \
+                        const SinglePassOutputs& out, int num_threads);                                               \
   void grpo_rows(const float* logprob, const float* entropy, const GrpoInputs& inputs, const GrpoRowParams& params,   \
                  const GrpoOutputs& out);                                                                             \
   }

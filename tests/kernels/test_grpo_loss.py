@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from xrl.config import AlgorithmConfig
-from xrl.kernels.backend import BackendName
+from xrl.kernels import grpo_loss, native_cpu
+from xrl.kernels.backend import BackendName, SinglePassBackend
 from xrl.kernels.grpo_loss import GrpoLossOutput, grpo_token_loss, reference_grpo_token_loss
 from xrl.kernels.logprob import reference_logprob
 
@@ -212,3 +213,21 @@ def test_gradient_that_was_told_in_advance_is_in_it_already(backend: BackendName
     out = _call(logits * 1.0, inputs, config, options)
     with pytest.raises(RuntimeError, match="told upstream=4, and another gradient arrived"):
         out.token_loss.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_single_pass_over_rows_equals_two(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(dtype=dtype)
+    assert isinstance(native_cpu, SinglePassBackend)
+    once, gradient = run(inputs, CONFIGS[name], backend="native")
+    # Not what any backend is: ranks that share the vocabulary take two passes.
+    monkeypatch.setattr(grpo_loss, "SinglePassBackend", int)
+    twice, wanted = run(inputs, CONFIGS[name], backend="native")
+    for field in ("token_loss", "logprob", "entropy", "ratio", "kl", "importance"):
+        torch.testing.assert_close(getattr(once, field), getattr(twice, field), rtol=2e-6, atol=1e-6, msg=field)
+    for field in ("clipped_low", "clipped_high", "clipped_dual", "importance_bounded"):
+        assert torch.equal(getattr(once, field), getattr(twice, field)), field
+    difference = (gradient.float() - wanted.float()).abs().amax(1)
+    tolerance = 5e-6 if dtype == torch.float32 else 4e-3
+    assert (difference <= tolerance * wanted.float().abs().amax(1)).all()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -76,6 +76,35 @@ class Backend(Protocol):
         params: GrpoRowParams,
     ) -> Tensor:
         """[10, R]: the GRPO loss of each token and its gradient, in the order of `grpo_rows.ROW_OUTPUTS`."""
+        ...
+
+
+@runtime_checkable
+class SinglePassBackend(Backend, Protocol):
+    """A backend that also does a whole row while it is near: optional, for a vocabulary on one rank."""
+
+    def grpo_single_pass(
+        self,
+        logits: Tensor,
+        token_ids: Tensor,
+        gradient: Tensor | None,
+        *,
+        inverse_temperature: float,
+        vocab_start: int,
+        num_columns: int,
+        old: Tensor | None,
+        rollout: Tensor | None,
+        reference: Tensor | None,
+        advantages: Tensor,
+        weights: Tensor,
+        params: GrpoRowParams,
+        factor: float,
+    ) -> Tensor:
+        """[12, R]: log-prob, entropy, then `grpo_rows`; all 0 in masked rows, which are not read.
+
+        The gradient of the logits, times `factor`, goes to `gradient` [R, V], which may be the logits; None: nowhere.
+        A token that is not in this shard has log-prob NaN.
+        """
         ...
 
 

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from xrl.algorithms.token_terms import token_terms
 from xrl.config import AlgorithmConfig
-from xrl.kernels.backend import Backend, BackendName, choose_backend
+from xrl.kernels.backend import Backend, BackendName, SinglePassBackend, choose_backend
 from xrl.kernels.grpo_rows import ROW_OUTPUTS, GrpoRowParams
 from xrl.kernels.logprob import adjacent, check_found, check_logits, reference_logprob
 from xrl.kernels.shards import Softmax, combine, find_shard
@@ -173,31 +173,36 @@ class _GrpoTokenLoss(torch.autograd.Function):
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         compact = adjacent(logits.detach())
-        chosen = choose_backend(backend, device=compact.device, dtype=compact.dtype)
-        softmax = combine(chosen.statistics(compact, token_ids, **shard), token_ids, group=group, **shard)
-        logprob, entropy, outputs = row_outputs(chosen, softmax, token_ids, rows, params)
-        token_loss, grad_logprob, grad_entropy = outputs[:3]
+        gradient = None
         if needs_grad:
             # A copy made for its layout is ours to overwrite; otherwise the logits are, if the caller says so.
             overwrite = in_place or compact.data_ptr() != logits.data_ptr()
             gradient = compact if overwrite else torch.empty(compact.shape, dtype=compact.dtype, device=compact.device)
-            factor = 1.0 if upstream is None else upstream
-            chosen.gradient(
-                compact,
-                token_ids,
-                gradient,
-                **shard,
-                maximum=softmax.maximum,
-                log_sum=softmax.log_sum,
-                entropy=softmax.entropy,
-                grad_logprob=grad_logprob * factor,
-                grad_entropy=grad_entropy * factor if params.entropy_coef else None,
-            )
+        factor = 1.0 if upstream is None else upstream
+        chosen = choose_backend(backend, device=compact.device, dtype=compact.dtype)
+        if group is None and isinstance(chosen, SinglePassBackend):
+            logprob, entropy, outputs = _single_pass(chosen, compact, token_ids, gradient, rows, params, shard, factor)
+        else:
+            softmax = combine(chosen.statistics(compact, token_ids, **shard), token_ids, group=group, **shard)
+            logprob, entropy, outputs = row_outputs(chosen, softmax, token_ids, rows, params)
+            if gradient is not None:
+                chosen.gradient(
+                    compact,
+                    token_ids,
+                    gradient,
+                    **shard,
+                    maximum=softmax.maximum,
+                    log_sum=softmax.log_sum,
+                    entropy=softmax.entropy,
+                    grad_logprob=outputs[1] * factor,
+                    grad_entropy=outputs[2] * factor if params.entropy_coef else None,
+                )
+        if gradient is not None:
             # Not save_for_backward: that would object to logits which were overwritten.
             ctx.gradient = gradient
             ctx.upstream = upstream
         ctx.mark_non_differentiable(logprob, entropy, outputs)
-        return token_loss.clone(), logprob, entropy, outputs
+        return outputs[0].clone(), logprob, entropy, outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -212,6 +217,38 @@ class _GrpoTokenLoss(torch.autograd.Function):
         elif arrived.device.type != "cpu" or bool((arrived != 1).any()):
             gradient.mul_(arrived[:, None].to(gradient.dtype))
         return gradient, *(None,) * 9
+
+
+def _single_pass(
+    backend: SinglePassBackend,
+    logits: Tensor,
+    token_ids: Tensor,
+    gradient: Tensor | None,
+    rows: dict[str, Tensor | None],
+    params: GrpoRowParams,
+    shard: dict[str, Any],
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `row_outputs` gives, and the gradient written, where this rank holds the whole vocabulary."""
+    advantages, weights = rows["advantages"], rows["weights"]
+    assert advantages is not None and weights is not None
+    column = token_ids.long() - shard["vocab_start"]
+    # Before anything is overwritten.
+    check_found((column >= 0) & (column < shard["num_columns"]) | (weights == 0), token_ids)
+    out = backend.grpo_single_pass(
+        logits,
+        token_ids,
+        gradient,
+        **shard,
+        old=rows["old_logprobs"],
+        rollout=rows["rollout_logprobs"],
+        reference=rows["reference_logprobs"],
+        advantages=advantages,
+        weights=weights,
+        params=params,
+        factor=factor,
+    )
+    return out[0], out[1], out[2:]
 
 
 def require_upstream(arrived: Tensor, expected: float) -> None:

@@ -83,6 +83,42 @@ def grpo_rows(
     return out
 
 
+def grpo_single_pass(
+    logits: Tensor,
+    token_ids: Tensor,
+    gradient: Tensor | None,
+    *,
+    inverse_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    old: Tensor | None,
+    rollout: Tensor | None,
+    reference: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    params: GrpoRowParams,
+    factor: float,
+) -> Tensor:
+    """See `SinglePassBackend.grpo_single_pass`."""
+    out = torch.empty(12, logits.shape[0], dtype=torch.float32)
+    ids = token_ids.to(torch.int64).contiguous()
+    rows = [old, rollout, reference, advantages, weights]
+    rows = [None if row is None else row.to(torch.float32).contiguous() for row in rows]
+    _kernel("grpo_single_pass", logits)(
+        *_rows(logits, num_columns),
+        ids.data_ptr(),
+        vocab_start,
+        inverse_temperature,
+        *(_address(row) for row in rows),
+        params.as_tuple(),
+        factor,
+        *((0, 0, 0) if gradient is None else (gradient.data_ptr(), gradient.stride(0), gradient.shape[1])),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def _module() -> Any:
     module = native_module()
     assert module is not None
