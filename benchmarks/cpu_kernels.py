@@ -150,7 +150,7 @@ def print_linear(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> No
 
 def keep_memory() -> None:
     """Start again with an allocator that gives nothing back to the system; it reads its settings at the start."""
-    if os.environ.keys() < {*KEEP_MEMORY, *os.environ}:
+    if not KEEP_MEMORY.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
 
 

@@ -55,10 +55,12 @@ void grpo_single_pass(const LogitRows<T>& logits, const ChosenTokens& tokens, co
     if (inputs.weights[index] != 0.0f) {
       const SoftmaxSums sums = softmax_sums(x, logits.num_columns, tokens.inverse_temperature);
       const float log_sum = std::log(static_cast<float>(sums.sum_exp));
-      const bool owned = target >= 0 && target < logits.num_columns;
       entropy = log_sum - static_cast<float>(sums.sum_exp_shifted / sums.sum_exp);
-      logprob = owned ? shifted_target(x, logits.num_columns, target, sums.maximum, tokens.inverse_temperature) - log_sum
-                      : std::numeric_limits<float>::quiet_NaN();
+      logprob = std::numeric_limits<float>::quiet_NaN();
+      if (target >= 0 && target < logits.num_columns) {
+        logprob =
+            shifted_target(x, logits.num_columns, target, sums.maximum, tokens.inverse_temperature) - log_sum;
+      }
       values = grpo_token(read(inputs, index, logprob, entropy, params.importance_from_current), params);
       slopes = {sums.maximum, log_sum, entropy, values.grad_logprob * slope_factor,
                 params.entropy_coef == 0.0f ? 0.0f : values.grad_entropy * slope_factor};

@@ -142,11 +142,12 @@ static inline float highest_logit(const T* block, int64_t count) {
 }
 
 // Sums over a row, read once. What is subtracted from the logits need not be their maximum, only near it: the maximum
-// of the first block serves until one goes far beyond it.
+// of the first block serves until one goes beyond it by kFar. More, and the largest term, which is not exactly 1 then,
+// would bring an error into the sum that counts beside 1 - p of a token with p near 1.
 template <typename T>
 static inline SoftmaxSums softmax_sums(const T* x, int64_t num_columns, float inverse_temperature) {
   constexpr float kNone = -std::numeric_limits<float>::infinity();
-  constexpr float kFar = 40.0f;  // powers of 2: sums are far from overflow
+  constexpr float kFar = 4.0f;  // powers of 2
   const float scale = inverse_temperature * kLog2E;
   float highest = kNone;  // of the raw logits
   RowSums sums{kNone, 0.0, 0.0};

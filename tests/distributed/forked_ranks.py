@@ -40,7 +40,10 @@ def run_rank(rank: int, num_ranks: int, port: int, script: str) -> int:
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(f"rank {rank}: {end.code}", file=sys.stderr)
+        return 1
     except BaseException:
         print(f"rank {rank}:\n{traceback.format_exc()}", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +22,19 @@ def run_ranks(script: Path, num_ranks: int, *arguments: object, timeout_s: float
         "OMP_WAIT_POLICY": "passive",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    finished = subprocess.run(
+    process = subprocess.Popen(
         [*command, str(script), *map(str, arguments)],
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout_s,
-        check=False,
+        start_new_session=True,
     )
-    assert finished.returncode == 0, f"{script.name} {arguments}:\n{finished.stdout[-2000:]}\n{finished.stderr[-6000:]}"
+    try:
+        output, errors = process.communicate(timeout=timeout_s)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)  # ranks that hang too
+        output, errors = process.communicate()
+        print(f"{output[-2000:]}\n{errors[-6000:]}")
+        raise
+    assert process.returncode == 0, f"{script.name} {arguments}:\n{output[-2000:]}\n{errors[-6000:]}"

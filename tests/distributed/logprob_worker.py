@@ -91,7 +91,7 @@ def check_linear(widths: list[int], *, padding: int, sequence_parallel: bool, ba
         "num_columns": widths[rank],
         "vocab_start": start,
         "backend": backend,
-        "chunk_bytes": 4 * len(mine) * 8,
+        "chunk_bytes": 4 * max(widths) * 8,  # the same on every rank, whatever it holds
     }
 
     def leaves() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -181,6 +181,16 @@ def test_weight_gradient_goes_straight_to_megatrons_buffer_where_the_upstream_is
         out.loss.backward()
 
 
+def test_upstream_counts_without_megatrons_buffer_too() -> None:
+    inputs, config = make_inputs(), CONFIGS["everything"]
+    _, hidden, weight = run(inputs, config)
+    _, *scaled = run(inputs, config, arrives=4.0, upstream=4.0)
+    torch.testing.assert_close(scaled[0], 4 * hidden)
+    torch.testing.assert_close(scaled[1], 4 * weight)
+    with pytest.raises(RuntimeError, match="told upstream=4, and another gradient arrived"):
+        run(inputs, config, arrives=1.0, upstream=4.0)
+
+
 def test_without_a_gradient_nothing_is_formed() -> None:
     inputs = make_inputs()
     weight = torch.nn.Parameter(inputs["weight"])

@@ -119,6 +119,9 @@ def test_gradient_goes_where_it_is_asked_for() -> None:
     weight = inputs["weight"].requires_grad_()
     linear_logprob(**(inputs | {"weight": weight})).logprob.sum().backward()
     assert inputs["hidden"].grad is None and weight.grad is not None
+    hidden = inputs["hidden"].requires_grad_()
+    linear_logprob(**(inputs | {"weight": weight.detach()})).logprob.sum().backward()
+    assert hidden.grad is not None
 
 
 def test_weight_gradient_is_added_to_megatrons_buffer() -> None:

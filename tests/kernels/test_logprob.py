@@ -89,6 +89,21 @@ def test_one_hot_rows_have_no_entropy_and_a_finite_gradient(backend: BackendName
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("column", [50, 7000])
+@pytest.mark.parametrize("gap", [0.5, 2.0, 5.0, 10.0, 15.0])
+def test_confident_tokens_keep_their_gradient(gap: float, column: int, backend: BackendName) -> None:
+    """1 - p is as exact as fp32 holds the sum of the row, wherever in the row the token is."""
+    logits = 0.1 * torch.randn(8, 9001, generator=torch.Generator().manual_seed(4))
+    logits[:, column] = gap + torch.tensor(9001.0).log()
+    case = Case(name="", logits=logits, token_ids=torch.full((8,), column))
+    grads = (torch.ones(8), torch.zeros(8))
+    logprob, *_, gradient = run(case, backend, grads)
+    *_, wanted = expected(case, grads)
+    assert (logprob <= 0).all() and (gradient[:, column] >= 0).all()
+    torch.testing.assert_close(gradient[:, column].double(), wanted[:, column], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_impossible_tokens_and_nan_come_through(backend: BackendName) -> None:
     case = CASES["chosen token -inf"]
     logprob, entropy, _, _ = run(case, backend, upstream(case))

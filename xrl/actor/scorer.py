@@ -44,7 +44,8 @@ class TokenScorer:
         """Of the response tokens, [R].
 
         Args:
-            head_output: logits [R, V / tp], or hidden states [S * B, h] where the head hands them on.
+            head_output: logits [R, V / tp], or hidden states [S * B, h] where the head hands them on, of which each
+                tensor rank has its part, [S / tp * B, h], under sequence parallelism.
         """
         entropy_grad = bool(self.settings.algorithm.entropy_coef)
         if not self.head.hands_on_hidden:

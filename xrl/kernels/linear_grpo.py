@@ -25,7 +25,7 @@ from xrl.kernels.grpo_loss import (
 )
 from xrl.kernels.grpo_rows import ROW_OUTPUTS, GrpoRowParams
 from xrl.kernels.linear_logprob import check_arguments
-from xrl.kernels.output_head import HeadGradients, OutputHead, cut, main_grad, new_accumulator, one_ahead
+from xrl.kernels.output_head import HeadGradients, OutputHead, cut, main_grad, new_accumulator, one_ahead, rows_in_chunk
 from xrl.kernels.shards import Softmax, start_combining
 
 TokenRows = dict[str, Tensor | None]
@@ -81,8 +81,9 @@ def linear_grpo_loss(
         temperature, group, vocab_start, num_columns, backend: as in `vocab_parallel_logprob`.
         upstream: the gradient that the backward pass will bring to the loss. With it the weight's gradient goes
             straight into Megatron's `main_grad`, if there is one, in the FORWARD pass, and `weight.grad` stays None:
-            a forward pass whose backward pass never comes then leaves its gradient there. Left out: gradients wait in
-            buffers of their own ([V, H] fp32 for the weight) and are multiplied by whatever arrives.
+            a forward pass whose backward pass never comes then leaves its gradient there. Without `main_grad`, or with
+            `upstream` left out, gradients wait in buffers of their own ([V, H] fp32 for the weight); left out, they are
+            multiplied by whatever arrives.
 
     Raises:
         ValueError: as `linear_logprob` and `grpo_token_loss` do.
@@ -116,7 +117,14 @@ def linear_grpo_loss(
         ),
         shard={"inverse_temperature": 1.0 / temperature, "vocab_start": vocab_start, "num_columns": num_columns},
         params=GrpoRowParams.of(config, with_reference=reference_logprobs is not None),
-        chunk_bytes=chunk_bytes,
+        # While a chunk's statistics travel, the next one is made.
+        chunk_rows=rows_in_chunk(
+            weight.shape[0],
+            group=group,
+            device=weight.device,
+            chunk_bytes=chunk_bytes,
+            num_alive=1 if group is None else 2,
+        ),
         backend=backend,
     )
     # Inside the function gradients are off, and it cannot tell.
@@ -150,7 +158,7 @@ class _Call:
     head: OutputHead
     shard: dict[str, Any]
     params: GrpoRowParams
-    chunk_bytes: int | None
+    chunk_rows: int
     backend: BackendName
 
     def choose(self, logits: Tensor) -> Backend:
@@ -158,12 +166,7 @@ class _Call:
 
     def begin(self, rows: Tensor, token_ids: Tensor) -> Iterator[_Chunk]:
         """Each chunk as soon as its statistics are under way to the other shards."""
-        # Of two chunks under way each gets half the memory.
-        group, width = self.head.group, self.head.weight.shape[0]
-        num_columns = width if group is None else 2 * width
-        for place in cut(
-            len(rows), num_columns=num_columns, device=self.head.weight.device, chunk_bytes=self.chunk_bytes
-        ):
+        for place in cut(len(rows), most=self.chunk_rows):
             yield self._begin(place, rows[place], token_ids[place])
 
     def _begin(self, place: slice, rows: Tensor, token_ids: Tensor) -> _Chunk:
@@ -227,7 +230,7 @@ class _LinearGrpoLoss(torch.autograd.Function):
         buffer = main_grad(weight) if needs_weight and upstream is not None else None
         accumulator = new_accumulator(weight) if needs_weight and buffer is None else buffer
         gradients = HeadGradients(call.head, hidden=needs_hidden, weight=accumulator)
-        factor = 1.0 if buffer is None or upstream is None else upstream
+        factor = 1.0 if upstream is None else upstream
 
         all_weights = token_rows["weights"]
         assert all_weights is not None
@@ -247,7 +250,7 @@ class _LinearGrpoLoss(torch.autograd.Function):
             del chunk  # and its logits, before the next one's are made
 
         ctx.gradients = gradients.of_hidden(), None if buffer is not None else accumulator
-        ctx.upstream = None if buffer is None else upstream
+        ctx.upstream = upstream
         ctx.weight_dtype = weight.dtype
         everything = results.new_zeros(len(results), len(rows))
         everything[:, unmasked] = results
@@ -264,9 +267,7 @@ class _LinearGrpoLoss(torch.autograd.Function):
         arrived = grads[0]
         if ctx.upstream is not None:
             require_upstream(arrived, ctx.upstream)
-            return grad_hidden, *(None,) * 7
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(arrived)
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(arrived).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, *(None,) * 6
+        else:
+            grad_hidden = None if grad_hidden is None else grad_hidden.mul_(arrived)
+            grad_weight = None if grad_weight is None else grad_weight.mul_(arrived)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.weight_dtype), *(None,) * 6

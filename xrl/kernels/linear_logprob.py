@@ -15,7 +15,16 @@ from torch.distributed import ProcessGroup, distributed_c10d
 
 from xrl.kernels.backend import BackendName, choose_backend
 from xrl.kernels.logprob import LogprobOutput, check_found, check_ids, check_temperature, reference_logprob
-from xrl.kernels.output_head import HeadGradients, OutputHead, check_head, cut, main_grad, new_accumulator
+from xrl.kernels.output_head import (
+    HeadGradients,
+    OutputHead,
+    check_head,
+    cut,
+    main_grad,
+    new_accumulator,
+    rows_in_chunk,
+    wide_dtype,
+)
 from xrl.kernels.shards import combine, find_shard
 
 
@@ -36,11 +45,12 @@ def linear_logprob(
 ) -> LogprobOutput:
     """`vocab_parallel_logprob` of logits = hidden[rows] @ weight^T, of which only a chunk of rows exists at a time.
 
-    Two matrix products more than with whole logits would be one: the backward pass computes each chunk's logits again,
-    so four in all. Rows whose gradients are 0 are left out of it. Log-probs come from fp32 logits, also in bf16.
+    Four matrix products, one more than with whole logits: the backward pass computes each chunk's logits again, without
+    rows whose gradients are 0. Log-probs come from fp32 logits, also in bf16.
 
     Under tensor parallelism every rank passes the same hidden states and gets the same gradient of them, summed over
-    the ranks. Where `weight` has Megatron's `main_grad`, its gradient is added there and `weight.grad` stays None.
+    the ranks. Where `weight` has Megatron's `main_grad`, its gradient is added there and `weight.grad` stays None; not
+    inside `torch.compile`, which does not see that attribute.
 
     Args:
         hidden: [T, H] fp32 or bf16.
@@ -55,7 +65,7 @@ def linear_logprob(
     Raises:
         ValueError: a wrong shape, type, device, temperature or backend, or (on the CPU) an id that no shard holds.
     """
-    arguments = check_arguments(
+    chosen_rows, vocab_start, num_columns = check_arguments(
         hidden,
         weight,
         token_ids,
@@ -67,7 +77,7 @@ def linear_logprob(
         num_columns=num_columns,
         chunk_bytes=chunk_bytes,
     )
-    chosen_rows, vocab_start, num_columns = arguments
+    chunk_rows = rows_in_chunk(weight.shape[0], group=group, device=weight.device, chunk_bytes=chunk_bytes)
     logprob, entropy, maximum, log_sum, found = torch.ops.xrl.linear_logprob(
         hidden,
         weight,
@@ -78,7 +88,7 @@ def linear_logprob(
         sequence_parallel,
         vocab_start,
         num_columns,
-        chunk_bytes,
+        chunk_rows,
         backend,
     )
     check_found(found, token_ids)
@@ -127,7 +137,7 @@ class _Call:
 
     head: OutputHead
     shard: dict[str, Any]
-    chunk_bytes: int | None
+    chunk_rows: int
     backend: str
 
     @classmethod
@@ -140,21 +150,20 @@ class _Call:
         sequence_parallel: bool,
         vocab_start: int,
         num_columns: int,
-        chunk_bytes: int | None,
+        chunk_rows: int,
         backend: str,
     ) -> _Call:
         group = None if group_name is None else distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
         return cls(
             head=OutputHead(hidden=hidden, weight=weight, group=group, sequence_parallel=sequence_parallel),
             shard={"inverse_temperature": 1.0 / temperature, "vocab_start": vocab_start, "num_columns": num_columns},
-            chunk_bytes=chunk_bytes,
+            chunk_rows=chunk_rows,
             backend=backend,
         )
 
     def chunks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(place in `rows`, hidden states [C, H], logits [C, V]) of each chunk."""
-        width, device = self.head.weight.shape[0], self.head.weight.device
-        for chunk in cut(len(rows), num_columns=width, device=device, chunk_bytes=self.chunk_bytes):
+        for chunk in cut(len(rows), most=self.chunk_rows):
             hidden = self.head.pick(rows[chunk])
             yield chunk, hidden, self.head.logits(hidden)
 
@@ -170,14 +179,14 @@ def _logprob_op(
     sequence_parallel: bool,
     vocab_start: int,
     num_columns: int,
-    chunk_bytes: int | None,
+    chunk_rows: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, maximum of the logits, log of the sum of exp, whether the token was found), all [R]."""
     call = _Call.of(
-        hidden, weight, temperature, group_name, sequence_parallel, vocab_start, num_columns, chunk_bytes, backend
+        hidden, weight, temperature, group_name, sequence_parallel, vocab_start, num_columns, chunk_rows, backend
     )
-    statistics = hidden.new_empty(4, len(rows), dtype=_wide(hidden))
+    statistics = hidden.new_empty(4, len(rows), dtype=wide_dtype(hidden))
     for chunk, _, logits in call.chunks(rows):
         chosen = choose_backend(backend, device=logits.device, dtype=logits.dtype)  # type: ignore[arg-type]
         statistics[:, chunk] = chosen.statistics(logits, token_ids[chunk], **call.shard)
@@ -189,7 +198,7 @@ def _logprob_op(
 
 @_logprob_op.register_fake
 def _(hidden: Tensor, weight: Tensor, token_ids: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = [hidden.new_empty(token_ids.shape[0], dtype=_wide(hidden)) for _ in range(4)]
+    rows = [hidden.new_empty(token_ids.shape[0], dtype=wide_dtype(hidden)) for _ in range(4)]
     return rows[0], rows[1], rows[2], rows[3], hidden.new_empty(token_ids.shape[0], dtype=torch.bool)
 
 
@@ -204,25 +213,26 @@ def _gradient_op(
     sequence_parallel: bool,
     vocab_start: int,
     num_columns: int,
-    chunk_bytes: int | None,
+    chunk_rows: int,
     backend: str,
     maximum: Tensor,
     log_sum: Tensor,
     entropy: Tensor,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
+    needs_hidden: bool,
     grad_weight: Tensor | None,
 ) -> Tensor:
-    """The gradient of the hidden states, [T, H]; that of the weight is added to `grad_weight`."""
+    """The gradient of the hidden states, [T, H], or nothing; that of the weight is added to `grad_weight`."""
     call = _Call.of(
-        hidden, weight, temperature, group_name, sequence_parallel, vocab_start, num_columns, chunk_bytes, backend
+        hidden, weight, temperature, group_name, sequence_parallel, vocab_start, num_columns, chunk_rows, backend
     )
     moves = grad_logprob != 0
     if grad_entropy is not None:
         moves = moves | (grad_entropy != 0)
     live = moves.nonzero()[:, 0]
     live_rows = rows[live]
-    gradients = HeadGradients(call.head, hidden=True, weight=grad_weight)
+    gradients = HeadGradients(call.head, hidden=needs_hidden, weight=grad_weight)
     for chunk, picked, logits in call.chunks(live_rows):
         these = live[chunk]
         chosen = choose_backend(backend, device=logits.device, dtype=logits.dtype)  # type: ignore[arg-type]
@@ -240,13 +250,13 @@ def _gradient_op(
         gradients.add(live_rows[chunk], picked, logits)
         del logits  # before the next chunk's are made
     grad_hidden = gradients.of_hidden()
-    assert grad_hidden is not None
-    return grad_hidden
+    return hidden.new_empty(0) if grad_hidden is None else grad_hidden
 
 
 @_gradient_op.register_fake
-def _(hidden: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(hidden)
+def _(hidden: Tensor, *rest: Any) -> Tensor:
+    needs_hidden = rest[-2]
+    return torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -277,6 +287,7 @@ def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
         entropy,
         torch.zeros_like(entropy) if grad_logprob is None else grad_logprob,
         grad_entropy,
+        needs_hidden,
         accumulator,
     )
     grad_weight = accumulator.to(weight.dtype) if accumulator is not None and buffer is None else None
@@ -284,7 +295,3 @@ def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
 
 
 _logprob_op.register_autograd(_backward, setup_context=_save)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -80,9 +80,7 @@ class HeadGradients:
         """
         self.head = head
         self.weight = weight
-        self.sums = (
-            torch.zeros(head.hidden.shape, dtype=_wide(head.hidden), device=head.hidden.device) if hidden else None
-        )
+        self.sums = new_accumulator(head.hidden) if hidden else None
         self.pending: tuple[Work, Tensor, Tensor] | None = None
 
     def add(self, rows: Tensor, hidden: Tensor, gradient: Tensor) -> None:
@@ -129,21 +127,37 @@ class HeadGradients:
 
 def new_accumulator(tensor: Tensor) -> Tensor:
     """Zeros for the gradient of a tensor, wide enough to add up many chunks."""
-    return torch.zeros(tensor.shape, dtype=_wide(tensor), device=tensor.device)
+    return torch.zeros(tensor.shape, dtype=wide_dtype(tensor), device=tensor.device)
 
 
 def main_grad(weight: Tensor) -> Tensor | None:
     """Megatron's gradient buffer of a weight, where it has one that chunks may be added to."""
     buffer: Tensor | None = getattr(weight, "main_grad", None)
-    return buffer if buffer is not None and buffer.dtype == _wide(weight) else None
+    return buffer if buffer is not None and buffer.dtype == wide_dtype(weight) else None
 
 
-def cut(num_rows: int, *, num_columns: int, device: torch.device, chunk_bytes: int | None) -> list[slice]:
-    """Chunks of nearly equal size whose logits fit in `chunk_bytes` (see CHUNK_BYTES), if a single row does."""
+def rows_in_chunk(
+    width: int, *, group: ProcessGroup | None, device: torch.device, chunk_bytes: int | None, num_alive: int = 1
+) -> int:
+    """How many rows of logits fit in `chunk_bytes` (see CHUNK_BYTES), at least one; the same on every rank of `group`.
+
+    Collective: ranks whose shards differ in width must still cut the rows alike, as each chunk is exchanged.
+
+    Args:
+        width: columns of this rank's logits.
+        num_alive: chunks that are there at a time.
+    """
+    if group is not None:
+        widest = torch.tensor([width], device=device)
+        dist.all_reduce(widest, op=dist.ReduceOp.MAX, group=group)
+        width = int(widest)
     budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) if chunk_bytes is None else chunk_bytes
-    most = max(1, budget // (4 * max(num_columns, 1)))
-    if most > _ROWS_MULTIPLE:
-        most -= most % _ROWS_MULTIPLE
+    most = max(1, budget // (4 * max(width, 1) * num_alive))
+    return most - most % _ROWS_MULTIPLE if most > _ROWS_MULTIPLE else most
+
+
+def cut(num_rows: int, *, most: int) -> list[slice]:
+    """Chunks of at most `most` rows, nearly equal in size."""
     size = -(-num_rows // max(1, -(-num_rows // most)))
     if size > _ROWS_MULTIPLE:
         size = min(most, -(-size // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
@@ -213,7 +227,8 @@ def _check_in_range(rows: Tensor, length: int) -> None:
         raise ValueError(f"rows must be in [0, {length}), got {lowest} to {highest}")
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What log-probs and sums of a tensor are computed in."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
