@@ -50,7 +50,9 @@ def one_rank(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 def assert_same(expected: dict, found: dict, case: str) -> None:
     for key in ("loss", "grad_norm", "kl"):
         for update, (left, right) in enumerate(zip(expected[key], found[key], strict=True)):
-            assert abs(left - right) <= TOLERANCE * abs(left), f"{case}: {key} of update {update}: {left} and {right}"
+            # The KL of the first update, of a model to itself, is nothing but rounding.
+            allowed = TOLERANCE * abs(left) + 1e-12
+            assert abs(left - right) <= allowed, f"{case}: {key} of update {update}: {left} and {right}"
     for key in ("gradients", "weights"):
         assert expected[key].keys() == found[key].keys()
         for name, left in expected[key].items():
