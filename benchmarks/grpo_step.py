@@ -3,12 +3,14 @@
 Qwen3 with 6.4M random parameters, 32 prompts x 8 samples x exactly 128 new tokens, fp32 on CPU, 2 threads. Each library
 runs in processes of its own, by turns; the first step of each run warms up and does not count. Memory is the highest
 sum, over all processes of a library, of proportional set size (a page shared by n processes counts 1/n in each),
-from start to end. TRL's settings are explained in `trl_step.py`. The last line is JSON.
+from start to end of a last run that is not timed: adding up the pages four times a second takes time from the cores.
+TRL's settings are explained in `trl_step.py`. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -39,12 +41,12 @@ NUM_PROMPTS, NUM_SAMPLES = 32, 8
 
 @dataclass(kw_only=True)
 class Measurements:
-    """What was seen of one library, all runs together."""
+    """What was seen of one library, all timed runs together, and its peak memory."""
 
     step_seconds: list[float] = field(default_factory=list)
     step_tokens: list[int] = field(default_factory=list)  # sampled in that step
     phase_seconds: dict[str, list[float]] = field(default_factory=dict)
-    peak_bytes: list[int] = field(default_factory=list)  # one a run
+    peak_bytes: int = 0
 
     def add_phases(self, **seconds: float) -> None:
         for phase, value in seconds.items():
@@ -58,7 +60,7 @@ class Measurements:
             "generation_tokens_per_s": median(n / s for n, s in zip(self.step_tokens, generation, strict=True)),
             "step_seconds": median(self.step_seconds),
             "phase_seconds": {phase: median(values) for phase, values in self.phase_seconds.items()},
-            "peak_mb": median(self.peak_bytes) / 1e6,
+            "peak_mb": self.peak_bytes / 1e6,
             "all_step_seconds": [round(value, 2) for value in self.step_seconds],
         }
 
@@ -90,8 +92,8 @@ def write_inputs(folder: Path, num_steps: int) -> tuple[Path, Path]:
     return model, prompts
 
 
-def run_process(command: Sequence[str], options: argparse.Namespace) -> tuple[str, int]:
-    """Run to the end and return what it printed, and its peak memory in bytes.
+def run_process(command: Sequence[str], options: argparse.Namespace, *, watch_memory: bool) -> tuple[str, int]:
+    """Run to the end and return what it printed, and its peak memory in bytes if that was watched.
 
     Raises:
         SystemExit: it failed; its last lines are shown.
@@ -99,39 +101,44 @@ def run_process(command: Sequence[str], options: argparse.Namespace) -> tuple[st
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(options.num_threads),
-        "OMP_WAIT_POLICY": "passive",  # waiting threads sleep, as processes share the cores
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
-            with PeakMemory(pid=process.pid) as memory:
+            with PeakMemory(pid=process.pid) if watch_memory else contextlib.nullcontext() as memory:
                 output, _ = process.communicate()
         finally:
             process.terminate()
         if process.returncode:
             errors.seek(0)
             sys.exit(f"{' '.join(command)} failed:\n{output[-2000:]}\n{errors.read()[-4000:]}")
-    return output, memory.bytes
+    return output, memory.bytes if memory else 0
 
 
-def measure_trl(model: Path, prompts: Path, options: argparse.Namespace, seen: Measurements) -> None:
-    """One run of TRL's GRPOTrainer."""
+def measure_trl(
+    model: Path, prompts: Path, options: argparse.Namespace, seen: Measurements, *, watch_memory: bool
+) -> None:
+    """One run of TRL's GRPOTrainer: for its peak memory, or for its times."""
     command = [sys.executable, str(BENCHMARKS / "trl_step.py"), "--model", str(model), "--prompts", str(prompts)]
     command += ["--steps", str(options.steps), "--warmup-steps", "1", "--new-tokens", str(options.new_tokens)]
     command += ["--prompts-per-step", str(NUM_PROMPTS), "--samples-per-prompt", str(NUM_SAMPLES)]
     command += ["--num-threads", str(options.num_threads)]
-    output, peak_bytes = run_process(command, options)
+    output, peak_bytes = run_process(command, options, watch_memory=watch_memory)
+    if watch_memory:
+        seen.peak_bytes = peak_bytes
+        return
     report = json.loads(output.splitlines()[-1])
     for step, generation in zip(report["step_seconds"], report["generation_seconds"], strict=True):
         seen.add_phases(generation=generation, update=step - generation)
     seen.step_seconds += report["step_seconds"]
     seen.step_tokens += report["completion_tokens"]
-    seen.peak_bytes.append(peak_bytes)
 
 
-def measure_xrl(model: Path, prompts: Path, options: argparse.Namespace, seen: Measurements) -> None:
-    """One run of ours: one rank, one rollout worker."""
+def measure_xrl(
+    model: Path, prompts: Path, options: argparse.Namespace, seen: Measurements, *, watch_memory: bool
+) -> None:
+    """The same of ours: one rank, one rollout worker."""
     flags = {
         "model": model,
         "data": prompts,
@@ -151,16 +158,18 @@ def measure_xrl(model: Path, prompts: Path, options: argparse.Namespace, seen: M
     with tempfile.TemporaryDirectory() as work_dir:
         command = [sys.executable, "-m", "xrl.cli", "train", "--work-dir", work_dir, "--ignore-eos", "--no-shuffle"]
         command += ["--no-tensorboard", *(f"--{name}={value}" for name, value in flags.items())]
-        _, peak_bytes = run_process(command, options)
+        _, peak_bytes = run_process(command, options, watch_memory=watch_memory)
         (metrics,) = Path(work_dir).glob("*/metrics.jsonl")
         rows = [row for row in read_rows(metrics) if "step_seconds" in row]
+    if watch_memory:
+        seen.peak_bytes = peak_bytes
+        return
     for row in rows[1:]:
         phases = {name.removeprefix("seconds/"): row[name] for name in row if name.startswith("seconds/")}
         phases["generation"] = phases.pop("rollout")  # judging included
         seen.add_phases(**phases, other=row["step_seconds"] - sum(phases.values()))
         seen.step_seconds.append(row["step_seconds"])
         seen.step_tokens.append(int(row["response_tokens"]))
-    seen.peak_bytes.append(peak_bytes)
 
 
 def print_table(ours: dict[str, Any], theirs: dict[str, Any], ratios: dict[str, float]) -> None:
@@ -185,7 +194,7 @@ def print_table(ours: dict[str, Any], theirs: dict[str, Any], ratios: dict[str, 
 def parse_options() -> argparse.Namespace:
     """What may be changed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each library, by turns")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each library, by turns")
     parser.add_argument("--steps", type=int, default=2, help="steps that count in each run")
     parser.add_argument("--new-tokens", type=int, default=128, help="length of every answer")
     parser.add_argument("--num-threads", type=int, default=2)
@@ -199,11 +208,13 @@ def main() -> None:
     ours, theirs = Measurements(), Measurements()
     with tempfile.TemporaryDirectory() as folder:
         model, prompts = write_inputs(Path(folder), num_steps=options.steps + 1)
-        for repeat in range(1, options.repeats + 1):
-            print(f"run {repeat} of {options.repeats}: TRL ...", flush=True)
-            measure_trl(model, prompts, options, theirs)
-            print(f"run {repeat} of {options.repeats}: xrl ...", flush=True)
-            measure_xrl(model, prompts, options, ours)
+        for run in range(1, options.repeats + 2):
+            is_last = run > options.repeats
+            words = "for memory" if is_last else f"{run} of {options.repeats}"
+            print(f"run {words}: TRL ...", flush=True)
+            measure_trl(model, prompts, options, theirs, watch_memory=is_last)
+            print(f"run {words}: xrl ...", flush=True)
+            measure_xrl(model, prompts, options, ours, watch_memory=is_last)
     xrl, trl = ours.summary(), theirs.summary()
     ratios = {
         "end_to_end_ratio": xrl["tokens_per_s"] / trl["tokens_per_s"],

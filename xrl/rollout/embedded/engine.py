@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -52,9 +53,10 @@ class EmbeddedEngine:
         self._decoder = Decoder(self._shape, self._weights, max_model_len)
         self._scheduler = self._new_scheduler()
 
-        # Guards what follows. The scheduler belongs to the loop thread while jobs are in flight, to others only
-        # when none is, and jobs leave self._in_flight only after the step that ended them.
+        # Guards what follows. Scheduler and weights belong to the loop thread: others hand it tasks, and only while
+        # no job is in flight. Jobs leave self._in_flight only after the step that ended them.
         self._changed = threading.Condition()
+        self._tasks: list[tuple[Callable[[], None], Future[None]]] = []
         self._inbox: list[Job] = []
         self._in_flight: dict[str, Job] = {}
         self._abort_requested = False
@@ -87,24 +89,32 @@ class EmbeddedEngine:
         with self._changed:
             self._check_idle("sleep")
             self._is_asleep = True
-            self._scheduler = self._new_scheduler()  # with an empty cache
-            self._weights.offload()
+            done = self._on_loop(self._offload)
+        done.result()
 
     def wake(self) -> None:
         with self._changed:
-            self._weights.restore()
+            self._check_open()
+            done = self._on_loop(self._weights.restore)
+        done.result()
+        with self._changed:
             self._is_asleep = False
 
     def load_layer(self, bucket: WeightBucket) -> None:
-        with self._changed, torch.inference_mode():
+        with self._changed:
             self._check_idle("take weights")
             self._not_ready = f"the update to weights version {bucket.version} is not finished"
-            self._weights.load(bucket.tensors, version=bucket.version, source=bucket.layer)
+            done = self._on_loop(
+                lambda: self._weights.load(bucket.tensors, version=bucket.version, source=bucket.layer)
+            )
+        done.result()
 
     def finish_update(self, version: int) -> None:
         with self._changed:
             self._check_idle("take weights")
-            self._weights.finish()
+            done = self._on_loop(self._weights.finish)
+        done.result()
+        with self._changed:
             self.weights_version = version
             self._not_ready = None
 
@@ -117,6 +127,17 @@ class EmbeddedEngine:
         self._scheduler = self._new_scheduler()
         self._weights.clear()
 
+    def _on_loop(self, task: Callable[[], None]) -> Future[None]:
+        """Let the loop thread do it, soon. Call with the lock held, wait for the result without.
+
+        Whatever thread computes gets OpenMP threads of its own, and where those of all threads together are more than
+        the cores, they no longer spin while they wait: every step of the loop would pay for waking them.
+        """
+        done: Future[None] = Future()
+        self._tasks.append((task, done))
+        self._changed.notify()
+        return done
+
     def _run(self) -> None:
         """The loop thread: step while there is work."""
         torch.set_num_threads(self._num_threads)  # OpenMP counts threads for each thread that starts them
@@ -128,10 +149,12 @@ class EmbeddedEngine:
                         self._scheduler = self._new_scheduler()  # with an empty cache
                         return_freed_memory()
                         self._changed.wait_for(self._has_work)
-                    if not self._in_flight:
-                        return
+                    tasks, self._tasks = self._tasks, []
                     inbox, self._inbox = self._inbox, []
                     aborting, self._abort_requested = self._abort_requested, False
+                    if not tasks and not self._in_flight:
+                        return
+                _run_tasks(tasks)
                 try:
                     done = self._step(inbox, aborting)
                 except Exception as error:
@@ -141,7 +164,7 @@ class EmbeddedEngine:
                     self._resolve(done)
 
     def _has_work(self) -> bool:
-        return bool(self._in_flight) or self._is_closed
+        return bool(self._in_flight or self._tasks) or self._is_closed
 
     def _step(self, inbox: list[Job], aborting: bool) -> list[Job]:
         for job in inbox:
@@ -167,6 +190,10 @@ class EmbeddedEngine:
             failure = EngineError(f"the embedded engine failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
             job.future.set_exception(failure)
+
+    def _offload(self) -> None:
+        self._scheduler = self._new_scheduler()  # with an empty cache
+        self._weights.offload()
 
     def _new_scheduler(self) -> Scheduler:
         cache = KVCache(self._shape, self._weights.dtype, self._weights.device)
@@ -195,19 +222,31 @@ class EmbeddedEngine:
                 f"tokens exceed max_model_len {self._max_model_len}"
             )
 
-    def _check_ready(self) -> None:
+    def _check_open(self) -> None:
         if self._is_closed:
             raise EngineError("the embedded engine is closed")
+
+    def _check_ready(self) -> None:
+        self._check_open()
         if self._is_asleep:
             raise EngineNotReady("the embedded engine cannot generate: it is asleep")
         if self._not_ready is not None:
             raise EngineNotReady(f"the embedded engine cannot generate: {self._not_ready}")
 
     def _check_idle(self, action: str) -> None:
-        if self._is_closed:
-            raise EngineError("the embedded engine is closed")
+        self._check_open()
         if self._in_flight:
             raise EngineError(f"the embedded engine cannot {action} with {len(self._in_flight)} requests in flight")
+
+
+def _run_tasks(tasks: Sequence[tuple[Callable[[], None], Future[None]]]) -> None:
+    for task, done in tasks:
+        try:
+            task()
+        except Exception as error:  # of the one who asked for it
+            done.set_exception(error)
+        else:
+            done.set_result(None)
 
 
 def _read_supported_shape(model_dir: Path, max_model_len: int) -> ModelShape:

@@ -103,7 +103,11 @@ class Scheduler:
             min(job.request.num_samples, self.max_batch_size) * _num_blocks(job.request.sampling.max_new_tokens)
             for job in jobs
         )
-        self.cache.reserve(responses + sum(map(_num_blocks, lengths)))
+        # Rows that run have taken only the blocks they have filled: the rest is theirs too.
+        running = sum(
+            _num_blocks(row.job.request.sampling.max_new_tokens) - len(row.blocks) for row in self._running
+        )
+        self.cache.reserve(running + responses + sum(map(_num_blocks, lengths)))
         start = 0
         for job, length in zip(jobs, lengths, strict=True):
             job.prompt_blocks = self.cache.allocate(_num_blocks(length))
