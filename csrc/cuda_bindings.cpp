@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cuda/grpo_cluster.h"
 #include "cuda/grpo_rows.h"
 #include "cuda/logprob.h"
 #include "grpo_params.h"
@@ -73,6 +74,27 @@ void grpo_rows(Address logprob, Address entropy, Address old_logprobs, Address r
                        xrl::grpo_params(params), xrl::GrpoOutputs{at<float>(out), num_rows}, at<CUstream_st>(stream));
 }
 
+// False, with nothing done, where the rows or the device do not allow it. No address for `gradient`: none is wanted.
+template <typename T>
+bool grpo_single_pass(Address logits, int64_t num_rows, int64_t num_columns, int64_t row_stride, Address token_ids,
+                      bool ids_are_64_bit, int64_t vocab_start, float inverse_temperature, Address old_logprobs,
+                      Address rollout_logprobs, Address reference_logprobs, Address advantages, Address weights,
+                      const xrl::GrpoParamsTuple& params, float factor, Address gradient, int64_t gradient_stride,
+                      int64_t num_gradient_columns, Address out, Address stream) {
+  check_rows(num_rows, num_columns, row_stride);
+  if (gradient != 0) {
+    check_rows(num_rows, num_gradient_columns, gradient_stride);
+    xrl::check(num_gradient_columns >= num_columns, "num_gradient_columns must be >= num_columns");
+  }
+  return xrl::cuda::grpo_cluster(
+      xrl::LogitRows<T>{at<const T>(logits), num_rows, num_columns, row_stride},
+      xrl::cuda::ChosenTokens{at<const void>(token_ids), ids_are_64_bit, vocab_start, inverse_temperature},
+      xrl::GrpoInputs{at<const float>(old_logprobs), at<const float>(rollout_logprobs),
+                      at<const float>(reference_logprobs), at<const float>(advantages), at<const float>(weights)},
+      xrl::grpo_params(params), factor, xrl::OutputRows<T>{at<T>(gradient), gradient_stride, num_gradient_columns},
+      xrl::SinglePassOutputs{at<float>(out), num_rows}, at<CUstream_st>(stream));
+}
+
 // XRL_CUDA_ARCHITECTURES is a list such as "sm_90,compute_90", from CMake.
 std::vector<std::string> architectures() {
   std::vector<std::string> names;
@@ -85,6 +107,7 @@ template <typename T>
 void bind(py::module_& module, const std::string& suffix) {
   module.def(("cuda_logprob_statistics" + suffix).c_str(), &logprob_statistics<T>);
   module.def(("cuda_logprob_gradient" + suffix).c_str(), &logprob_gradient<T>);
+  module.def(("cuda_grpo_single_pass" + suffix).c_str(), &grpo_single_pass<T>);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 # in the environment, chooses other devices than the usual ones.
 include(CheckLanguage)
 
-set(XRL_OLDEST_NVCC 11.8)  # the first that knows sm_90
+set(XRL_OLDEST_NVCC 12.0)  # the first that knows the bulk copies of sm_90
 
 # The usual place need not be on the PATH.
 if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})

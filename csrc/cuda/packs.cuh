@@ -12,6 +12,7 @@ template <typename T>
 constexpr int kPackColumns = 16 / sizeof(T);
 
 constexpr float kMinusInfinity = -__builtin_inff();
+constexpr float kNotANumber = __builtin_nanf("");
 
 static __device__ __forceinline__ float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
 static __device__ __forceinline__ float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }

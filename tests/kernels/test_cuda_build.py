@@ -16,7 +16,10 @@ from xrl.kernels.native import native_module
 CSRC = Path(__file__).parents[2] / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 # What each file holds, so that a kernel which is lost is noticed.
-NUM_KERNELS = {"logprob.cu": 4, "grpo_rows.cu": 1, "launch.cu": 0}
+NUM_KERNELS = {"logprob.cu": 4, "grpo_rows.cu": 1, "grpo_cluster.cu": 2, "launch.cu": 0}
+# With so many, a multiprocessor holds four blocks of 256 threads; two of a cluster, whose shared memory is the limit.
+MAX_REGISTERS = {"grpo_cluster.cu": 128}
+USUAL_MAX_REGISTERS = 64
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on the PATH or in /usr/local/cuda")
 
@@ -47,8 +50,7 @@ def test_no_kernel_spills_registers_or_uses_local_memory(file: str, architecture
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
     assert len(usage) == len(registers) == NUM_KERNELS[file], said
     assert all(numbers == ("0", "0", "0") for numbers in usage), said
-    # With 64, a multiprocessor holds four blocks of 256 threads.
-    assert all(number <= 64 for number in registers), said
+    assert all(number <= MAX_REGISTERS.get(file, USUAL_MAX_REGISTERS) for number in registers), said
 
 
 @pytest.mark.slow
@@ -61,6 +63,19 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(tmp_path: Path) -> None:
         assert re.search(r"ld\.global\.cs\.v4\.[bu]32", kernel), kernel[:200]
         if "gradient_kernel" in kernel.split("(")[0]:
             assert re.search(r"st\.global\.cs\.v4\.[bu]32", kernel), kernel[:200]
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_a_cluster_reads_its_rows_by_bulk_copies_alone(tmp_path: Path) -> None:
+    compile_kernels("grpo_cluster.cu", "compute_90", "-ptx", tmp_path / "kernels.ptx")
+    kernels = (tmp_path / "kernels.ptx").read_text().split(".entry ")[1:]
+    assert len(kernels) == NUM_KERNELS["grpo_cluster.cu"]
+    for kernel in kernels:
+        assert "cp.async.bulk.shared::cluster.global" in kernel
+        assert "barrier.cluster.arrive" in kernel and "barrier.cluster.wait" in kernel
+        assert not re.search(r"ld\.global\S*\.v4", kernel)
+        assert re.search(r"st\.global\.cs\.v4\.[bu]32", kernel)
 
 
 def test_module_loads_without_a_driver_and_says_what_it_was_built_for() -> None:

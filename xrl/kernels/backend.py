@@ -99,8 +99,9 @@ class SinglePassBackend(Backend, Protocol):
         weights: Tensor,
         params: GrpoRowParams,
         factor: float,
-    ) -> Tensor:
-        """[12, R]: log-prob, entropy, then `grpo_rows`; all 0 in masked rows, which are not read.
+    ) -> Tensor | None:
+        """[12, R]: log-prob, entropy, then `grpo_rows`; all 0 in masked rows, which are not read. None, with nothing
+        done, where these rows or this device do not allow it.
 
         The gradient of the logits, times `factor`, goes to `gradient` [R, V], which may be the logits; None: nowhere.
         A token that is not in this shard has log-prob NaN.

@@ -180,8 +180,11 @@ class _GrpoTokenLoss(torch.autograd.Function):
             gradient = compact if overwrite else torch.empty(compact.shape, dtype=compact.dtype, device=compact.device)
         factor = 1.0 if upstream is None else upstream
         chosen = choose_backend(backend, device=compact.device, dtype=compact.dtype)
+        single = None
         if group is None and isinstance(chosen, SinglePassBackend):
-            logprob, entropy, outputs = _single_pass(chosen, compact, token_ids, gradient, rows, params, shard, factor)
+            single = _single_pass(chosen, compact, token_ids, gradient, rows, params, shard, factor)
+        if single is not None:
+            logprob, entropy, outputs = single[0], single[1], single[2:]
         else:
             softmax = combine(chosen.statistics(compact, token_ids, **shard), token_ids, group=group, **shard)
             logprob, entropy, outputs = row_outputs(chosen, softmax, token_ids, rows, params)
@@ -228,14 +231,14 @@ def _single_pass(
     params: GrpoRowParams,
     shard: dict[str, Any],
     factor: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `row_outputs` gives, and the gradient written, where this rank holds the whole vocabulary."""
+) -> Tensor | None:
+    """`SinglePassBackend.grpo_single_pass`, where this rank holds the whole vocabulary."""
     advantages, weights = rows["advantages"], rows["weights"]
     assert advantages is not None and weights is not None
     column = token_ids.long() - shard["vocab_start"]
     # Before anything is overwritten.
     check_found((column >= 0) & (column < shard["num_columns"]) | (weights == 0), token_ids)
-    out = backend.grpo_single_pass(
+    return backend.grpo_single_pass(
         logits,
         token_ids,
         gradient,
@@ -248,7 +251,6 @@ def _single_pass(
         params=params,
         factor=factor,
     )
-    return out[0], out[1], out[2:]
 
 
 def require_upstream(arrived: Tensor, expected: float) -> None:
