@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from gpu_checks import DEVICE, NUM_ROWS, VOCAB_SIZE, Findings, check_backend, loss_inputs
@@ -28,7 +29,8 @@ from rich.table import Table
 from torch import Tensor
 
 from xrl.config import AlgorithmConfig
-from xrl.kernels.backend import BackendName, why_not
+from xrl.kernels import grpo_loss as loss_module
+from xrl.kernels.backend import BackendName, SinglePassBackend, choose_backend, why_not
 from xrl.kernels.grpo_loss import grpo_token_loss
 from xrl.kernels.linear_grpo import linear_grpo_loss
 from xrl.kernels.linear_logprob import linear_logprob
@@ -112,6 +114,12 @@ def our_loss(
     return grpo_token_loss(logits, batch.ids, config=config, backend=backend, **inputs).token_loss
 
 
+def in_two_passes(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """As where ranks share the vocabulary. That a cluster of blocks holds a row pays if this takes longer."""
+    with mock.patch.object(loss_module, "SinglePassBackend", int):  # which is no backend
+        return loss(logits)
+
+
 def forward_contestants(batch: Batch, backends: list[BackendName]) -> dict[str, Callable[[], Any]]:
     """Log-prob and entropy of all rows."""
     calls: dict[str, Callable[[], Any]] = {
@@ -139,6 +147,8 @@ def loss_contestants(batch: Batch, backends: list[BackendName]) -> dict[str, tup
     for name in backends:
         calls[f"xrl {name}"] = partial(our_loss, batch, batch.inputs, TIMED, name), rows
         calls[f"xrl {name}, 1 row in 5 live"] = partial(our_loss, batch, batch.sparse, WITHOUT_KL, name), rows
+        if isinstance(choose_backend(name, device=DEVICE, dtype=rows.dtype), SinglePassBackend):
+            calls[f"xrl {name}, two passes"] = partial(in_two_passes, calls[f"xrl {name}"][0]), rows
     if liger():
         calls["liger"] = partial(liger_loss, batch), batch.work
     return calls
@@ -249,7 +259,7 @@ def measure_linear(backends: list[BackendName], repeats: int) -> dict[str, dict[
     live = torch.rand(NUM_ROWS, generator=generator, device=DEVICE)
     sparse = inputs | {"weights": (live < 0.5).float(), "advantages": noise.sign() * (live >= 0.15)}
 
-    def ours(backend: BackendName, rows: dict[str, Tensor], config: AlgorithmConfig) -> None:
+    def ours(backend: BackendName, rows: dict[str, Any], config: AlgorithmConfig) -> None:
         out = linear_grpo_loss(hidden, weight, ids, config=config, upstream=1.0, backend=backend, **rows)
         torch.autograd.grad(out.loss, hidden)
 

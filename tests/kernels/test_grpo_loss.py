@@ -231,3 +231,34 @@ def test_single_pass_over_rows_equals_two(name: str, dtype: torch.dtype, monkeyp
     difference = (gradient.float() - wanted.float()).abs().amax(1)
     tolerance = 5e-6 if dtype == torch.float32 else 4e-3
     assert (difference <= tolerance * wanted.float().abs().amax(1)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("upstream", [None, 3.0])
+def test_compiled_graph_has_no_break_and_gives_the_same(upstream: float | None, dtype: torch.dtype) -> None:
+    inputs, config = make_inputs(dtype=dtype), CONFIGS["everything"]
+
+    def loss(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = _call(x * 1.0, inputs, config, {"upstream": upstream})
+        return 3.0 * out.token_loss.sum(), out.ratio, out.clipped_low
+
+    results = []
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = inputs["logits"].clone().requires_grad_()
+        outputs = call(leaf)
+        outputs[0].backward()
+        results.append((*(each.detach() for each in outputs), leaf.grad))
+    assert all(torch.equal(compiled, plain) for compiled, plain in zip(*results, strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_graph_notices_another_gradient_than_it_was_told_of() -> None:
+    inputs = make_inputs()
+
+    def loss(x: Tensor) -> Tensor:
+        return _call(x * 1.0, inputs, CONFIGS["plain"], {"upstream": 4.0}).token_loss.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="told upstream=4, and another gradient arrived"):
+        compiled(inputs["logits"].clone().requires_grad_()).backward()

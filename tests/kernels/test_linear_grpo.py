@@ -232,3 +232,29 @@ def test_bad_input_is_named(changes: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         linear_grpo_loss(**(arguments | changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("upstream", [None, 3.0])
+@pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight",)])
+def test_compiled_graph_has_no_break_and_gives_the_same(
+    frozen: tuple[str, ...], upstream: float | None, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(dtype=dtype)
+    rest = {name: value for name, value in inputs.items() if name not in ("hidden", "weight")}
+
+    def loss(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        out = linear_grpo_loss(
+            hidden, weight, **rest, config=CONFIGS["everything"], chunk_bytes=CHUNK, upstream=upstream
+        )
+        return 3.0 * out.loss, out.tokens.ratio
+
+    results = []
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [inputs[name].clone().requires_grad_(name not in frozen) for name in ("hidden", "weight")]
+        outputs = call(*leaves)
+        outputs[0].backward()
+        gradients = [leaf.grad for leaf in leaves if leaf.requires_grad]
+        results.append([each.detach() for each in outputs] + gradients)
+    assert all(torch.equal(compiled, plain) for compiled, plain in zip(*results, strict=True))

@@ -5,12 +5,13 @@ Shapes: R rows, V columns of this rank's shard of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 
 from xrl.algorithms.token_terms import token_terms
 from xrl.config import AlgorithmConfig
@@ -87,7 +88,7 @@ def grpo_token_loss(
         rollout_logprobs: [R] from the engine, for importance weights; left out: they are 1.
         reference_logprobs: [R] of the frozen model, for the KL.
         temperature, group, vocab_start, num_columns, backend: as in `vocab_parallel_logprob`.
-        in_place: let the gradient take the logits' memory; otherwise it gets its own.
+        in_place: let the gradient take the logits' memory; otherwise, and inside `torch.compile`, it gets its own.
         upstream: the gradient that the backward pass will bring to every token's loss. Told in advance, it costs
             nothing; left out, the gradient is multiplied by what arrives, in a pass over it (on the CPU only where that
             is not 1).
@@ -113,18 +114,23 @@ def grpo_token_loss(
     )
     shard = {"inverse_temperature": 1.0 / temperature, "vocab_start": vocab_start, "num_columns": num_columns}
     params = GrpoRowParams.of(config, with_reference=reference_logprobs is not None)
-    token_loss, logprob, entropy, outputs = _GrpoTokenLoss.apply(
-        logits,
-        token_ids,
-        rows,
-        params,
-        shard,
-        group,
-        in_place,
-        upstream,
-        backend,
-        torch.is_grad_enabled() and logits.requires_grad,  # inside the function gradients are off
-    )
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad  # inside a function gradients are off
+    if torch.compiler.is_compiling():
+        token_loss, logprob, entropy, outputs, _ = torch.ops.xrl.grpo_token_loss(
+            logits,
+            token_ids,
+            **rows,
+            params=params.as_numbers(),
+            **shard,
+            group_name=None if group is None else group.group_name,
+            upstream=upstream,
+            backend=backend,
+            needs_grad=needs_grad,
+        )
+    else:
+        token_loss, logprob, entropy, outputs = _GrpoTokenLoss.apply(
+            logits, token_ids, rows, params, shard, group, in_place, upstream, backend, needs_grad
+        )
     return GrpoLossOutput.of(token_loss, logprob, entropy, outputs)
 
 
@@ -177,29 +183,11 @@ class _GrpoTokenLoss(torch.autograd.Function):
         if needs_grad:
             # A copy made for its layout is ours to overwrite; otherwise the logits are, if the caller says so.
             overwrite = in_place or compact.data_ptr() != logits.data_ptr()
-            gradient = compact if overwrite else torch.empty(compact.shape, dtype=compact.dtype, device=compact.device)
+            gradient = compact if overwrite else _like(compact)
         factor = 1.0 if upstream is None else upstream
-        chosen = choose_backend(backend, device=compact.device, dtype=compact.dtype)
-        single = None
-        if group is None and isinstance(chosen, SinglePassBackend):
-            single = _single_pass(chosen, compact, token_ids, gradient, rows, params, shard, factor)
-        if single is not None:
-            logprob, entropy, outputs = single[0], single[1], single[2:]
-        else:
-            softmax = combine(chosen.statistics(compact, token_ids, **shard), token_ids, group=group, **shard)
-            logprob, entropy, outputs = row_outputs(chosen, softmax, token_ids, rows, params)
-            if gradient is not None:
-                chosen.gradient(
-                    compact,
-                    token_ids,
-                    gradient,
-                    **shard,
-                    maximum=softmax.maximum,
-                    log_sum=softmax.log_sum,
-                    entropy=softmax.entropy,
-                    grad_logprob=outputs[1] * factor,
-                    grad_entropy=outputs[2] * factor if params.entropy_coef else None,
-                )
+        logprob, entropy, outputs = _compute(
+            compact, token_ids, gradient, rows, params, shard, group=group, factor=factor, backend=backend
+        )
         if gradient is not None:
             # Not save_for_backward: that would object to logits which were overwritten.
             ctx.gradient = gradient
@@ -213,13 +201,140 @@ class _GrpoTokenLoss(torch.autograd.Function):
         if gradient is None:
             raise RuntimeError("the gradient of grpo_token_loss can be taken once: it stood in the logits' memory")
         ctx.gradient = None
-        arrived = grads[0]
-        if ctx.upstream is not None:
-            require_upstream(arrived, ctx.upstream)
-        # Asking a CUDA device would wait for it; multiplying by 1 costs less.
-        elif arrived.device.type != "cpu" or bool((arrived != 1).any()):
-            gradient.mul_(arrived[:, None].to(gradient.dtype))
+        _scale(gradient, grads[0], ctx.upstream)
         return gradient, *(None,) * 9
+
+
+@torch.library.custom_op("xrl::grpo_token_loss", mutates_args=())
+def _loss_op(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    reference_logprobs: Tensor | None,
+    params: Sequence[float],
+    inverse_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    group_name: str | None,
+    upstream: float | None,
+    backend: str,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `_GrpoTokenLoss` computes as one node of a compiled graph, and the gradient: [R, V], empty where not needed.
+
+    Such a graph keeps values, not memory: the gradient gets its own.
+    """
+    compact = adjacent(logits)
+    gradient = _like(compact) if needs_grad else None
+    rows = {
+        "advantages": advantages,
+        "weights": weights,
+        "old_logprobs": old_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+        "reference_logprobs": reference_logprobs,
+    }
+    shard = {"inverse_temperature": inverse_temperature, "vocab_start": vocab_start, "num_columns": num_columns}
+    logprob, entropy, outputs = _compute(
+        compact,
+        token_ids,
+        gradient,
+        rows,
+        GrpoRowParams.from_numbers(params),
+        shard,
+        group=None if group_name is None else distributed_c10d._resolve_process_group(group_name),  # type: ignore[attr-defined, arg-type]
+        factor=1.0 if upstream is None else upstream,
+        backend=backend,  # type: ignore[arg-type]
+    )
+    # Outputs of an op may not share memory.
+    logprob, entropy, outputs = (each.clone() for each in (logprob, entropy, outputs))
+    return outputs[0].clone(), logprob, entropy, outputs, logits.new_empty(0, 0) if gradient is None else gradient
+
+
+@_loss_op.register_fake
+def _(logits: Tensor, token_ids: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needs_grad = others[-1]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = [logits.new_empty(len(token_ids), dtype=dtype) for _ in range(3)]
+    outputs = logits.new_empty(len(ROW_OUTPUTS), len(token_ids), dtype=dtype)
+    return rows[0], rows[1], rows[2], outputs, _like(logits) if needs_grad else logits.new_empty(0, 0)
+
+
+@torch.library.custom_op("xrl::scaled_gradient", mutates_args=())
+def _scaled_op(gradient: Tensor, arrived: Tensor, upstream: float | None) -> Tensor:
+    """The gradient times what arrives a row: an op of its own, as a graph cannot look at values."""
+    scaled = gradient.clone()
+    _scale(scaled, arrived, upstream)
+    return scaled
+
+
+@_scaled_op.register_fake
+def _(gradient: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[4])
+    ctx.upstream = inputs[12]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    (gradient,) = ctx.saved_tensors
+    return torch.ops.xrl.scaled_gradient(gradient, grad.contiguous(), ctx.upstream), *(None,) * 14
+
+
+_loss_op.register_autograd(_backward, setup_context=_save)
+
+
+def _like(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _scale(gradient: Tensor, arrived: Tensor, upstream: float | None) -> None:
+    """Multiply rows by what the backward pass brings, unless that was told and is in them already."""
+    if upstream is not None:
+        require_upstream(arrived, upstream)
+    # Asking a CUDA device would wait for it; multiplying by 1 costs less.
+    elif arrived.device.type != "cpu" or bool((arrived != 1).any()):
+        gradient.mul_(arrived[:, None].to(gradient.dtype))
+
+
+def _compute(
+    logits: Tensor,
+    token_ids: Tensor,
+    gradient: Tensor | None,
+    rows: dict[str, Tensor | None],
+    params: GrpoRowParams,
+    shard: dict[str, Any],
+    *,
+    group: ProcessGroup | None,
+    factor: float,
+    backend: BackendName,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `row_outputs` gives; the gradient times `factor` goes to `gradient`, which may be the logits."""
+    chosen = choose_backend(backend, device=logits.device, dtype=logits.dtype)
+    if group is None and isinstance(chosen, SinglePassBackend):
+        single = _single_pass(chosen, logits, token_ids, gradient, rows, params, shard, factor)
+        if single is not None:
+            return single[0], single[1], single[2:]
+    softmax = combine(chosen.statistics(logits, token_ids, **shard), token_ids, group=group, **shard)
+    logprob, entropy, outputs = row_outputs(chosen, softmax, token_ids, rows, params)
+    if gradient is not None:
+        chosen.gradient(
+            logits,
+            token_ids,
+            gradient,
+            **shard,
+            maximum=softmax.maximum,
+            log_sum=softmax.log_sum,
+            entropy=softmax.entropy,
+            grad_logprob=outputs[1] * factor,
+            grad_entropy=outputs[2] * factor if params.entropy_coef else None,
+        )
+    return logprob, entropy, outputs
 
 
 def _single_pass(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xrl.config import AlgorithmConfig
@@ -52,6 +54,17 @@ class GrpoRowParams:
             importance_bound=config.importance_bound,
             importance_from_current=config.old_logprobs == "rollout",
         )
+
+    def as_numbers(self) -> list[float]:
+        """The fields in their order: what an op of a compiled graph can be given."""
+        return [float(value) for value in dataclasses.astuple(self)]
+
+    @classmethod
+    def from_numbers(cls, values: Sequence[float]) -> GrpoRowParams:
+        """From what `as_numbers` gives."""
+        kinds = {"float": float, "int": int, "bool": bool}
+        fields = zip(dataclasses.fields(cls), values, strict=True)
+        return cls(**{field.name: kinds[str(field.type)](value) for field, value in fields})
 
     def bounds(self) -> tuple[float, float, float, float]:
         """Lowest and highest ratio, lowest and highest importance weight: worked out once, in full precision.

@@ -6,13 +6,13 @@ C of them in a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 
 from xrl.config import AlgorithmConfig
 from xrl.kernels.backend import Backend, BackendName, choose_backend
@@ -25,7 +25,16 @@ from xrl.kernels.grpo_loss import (
 )
 from xrl.kernels.grpo_rows import ROW_OUTPUTS, GrpoRowParams
 from xrl.kernels.linear_logprob import check_arguments
-from xrl.kernels.output_head import HeadGradients, OutputHead, cut, main_grad, new_accumulator, one_ahead, rows_in_chunk
+from xrl.kernels.output_head import (
+    HeadGradients,
+    OutputHead,
+    cut,
+    main_grad,
+    new_accumulator,
+    one_ahead,
+    rows_in_chunk,
+    wide_dtype,
+)
 from xrl.kernels.shards import Softmax, start_combining
 
 TokenRows = dict[str, Tensor | None]
@@ -42,7 +51,6 @@ class LinearGrpoLossOutput:
     tokens: GrpoLossOutput  # each [R], without a gradient
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -72,7 +80,7 @@ def linear_grpo_loss(
     an advantage) of the last two. Under tensor parallelism, the exchange of a chunk's four floats a row and the sum of
     its gradients over the ranks run while the next chunk is computed.
 
-    `torch.compile` breaks its graph here: how many rows are left out is known only at run time.
+    Inside `torch.compile` gradients always wait in buffers of their own.
 
     Args:
         hidden, weight, token_ids, rows, sequence_parallel, chunk_bytes: as in `linear_logprob`. Of masked rows,
@@ -111,25 +119,40 @@ def linear_grpo_loss(
         rollout_logprobs=rollout_logprobs,
         reference_logprobs=reference_logprobs,
     )
-    call = _Call(
-        head=OutputHead(
-            hidden=hidden.detach(), weight=weight.detach(), group=group, sequence_parallel=sequence_parallel
-        ),
-        shard={"inverse_temperature": 1.0 / temperature, "vocab_start": vocab_start, "num_columns": num_columns},
-        params=GrpoRowParams.of(config, with_reference=reference_logprobs is not None),
-        # While a chunk's statistics travel, the next one is made.
-        chunk_rows=rows_in_chunk(
-            weight.shape[0],
-            group=group,
-            device=weight.device,
-            chunk_bytes=chunk_bytes,
-            num_alive=1 if group is None else 2,
-        ),
-        backend=backend,
+    shard = {"inverse_temperature": 1.0 / temperature, "vocab_start": vocab_start, "num_columns": num_columns}
+    params = GrpoRowParams.of(config, with_reference=reference_logprobs is not None)
+    # While a chunk's statistics travel, the next one is made.
+    num_alive = 1 if group is None else 2
+    chunk_rows = rows_in_chunk(
+        weight.shape[0], group=group, device=weight.device, chunk_bytes=chunk_bytes, num_alive=num_alive
     )
     # Inside the function gradients are off, and it cannot tell.
     wanted = torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and weight.requires_grad
-    loss, *tokens = _LinearGrpoLoss.apply(hidden, weight, token_ids, chosen_rows, token_rows, call, upstream, wanted)
+    if torch.compiler.is_compiling():
+        loss, *tokens, _, _ = torch.ops.xrl.linear_grpo_loss(
+            hidden,
+            weight,
+            token_ids,
+            chosen_rows,
+            **token_rows,
+            params=params.as_numbers(),
+            **shard,
+            group_name=None if group is None else group.group_name,
+            sequence_parallel=sequence_parallel,
+            chunk_rows=chunk_rows,
+            backend=backend,
+            upstream=upstream,
+            wants_hidden=wanted[0],
+            wants_weight=wanted[1],
+        )
+    else:
+        head = OutputHead(
+            hidden=hidden.detach(), weight=weight.detach(), group=group, sequence_parallel=sequence_parallel
+        )
+        call = _Call(head=head, shard=shard, params=params, chunk_rows=chunk_rows, backend=backend)
+        loss, *tokens = _LinearGrpoLoss.apply(
+            hidden, weight, token_ids, chosen_rows, token_rows, call, upstream, wanted
+        )
     return LinearGrpoLossOutput(loss=loss, tokens=GrpoLossOutput.of(tokens[-1][0], *tokens))
 
 
@@ -210,6 +233,30 @@ class _Call:
         )
         gradients.add(rows, hidden, logits)
 
+    def compute(
+        self, token_ids: Tensor, rows: Tensor, token_rows: TokenRows, gradients: HeadGradients | None, *, factor: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(log-prob [R], entropy [R], `Backend.grpo_rows` [10, R]); gradients, times `factor`, are added up."""
+        all_weights = token_rows["weights"]
+        assert all_weights is not None
+        unmasked = (all_weights != 0).nonzero()[:, 0]
+        some = {name: None if values is None else values[unmasked] for name, values in token_rows.items()}
+        some_rows, some_ids = rows[unmasked], token_ids[unmasked]
+        results = all_weights.new_zeros(2 + len(ROW_OUTPUTS), len(unmasked))
+        for chunk in one_ahead(self.begin(some_rows, some_ids), ahead=self.head.group is not None):
+            place, softmax = chunk.place, chunk.softmax()
+            ids = some_ids[place]
+            chunk_rows = {name: None if values is None else values[place] for name, values in some.items()}
+            logprob, entropy, outputs = row_outputs(self.choose(chunk.logits), softmax, ids, chunk_rows, self.params)
+            results[0, place], results[1, place], results[2:, place] = logprob, entropy, outputs
+            if gradients is not None:
+                grad_logprob, grad_entropy = factor * outputs[1], factor * outputs[2]
+                self.add_gradient(gradients, chunk, some_rows[place], ids, softmax, grad_logprob, grad_entropy)
+            del chunk  # and its logits, before the next one's are made
+        everything = results.new_zeros(len(results), len(rows))
+        everything[:, unmasked] = results
+        return everything[0], everything[1], everything[2:]
+
 
 class _LinearGrpoLoss(torch.autograd.Function):
     """(loss [], log-prob [R], entropy [R], rows of `Backend.grpo_rows` [10, R])"""
@@ -230,31 +277,16 @@ class _LinearGrpoLoss(torch.autograd.Function):
         buffer = main_grad(weight) if needs_weight and upstream is not None else None
         accumulator = new_accumulator(weight) if needs_weight and buffer is None else buffer
         gradients = HeadGradients(call.head, hidden=needs_hidden, weight=accumulator)
-        factor = 1.0 if upstream is None else upstream
-
-        all_weights = token_rows["weights"]
-        assert all_weights is not None
-        unmasked = (all_weights != 0).nonzero()[:, 0]
-        some = {name: None if values is None else values[unmasked] for name, values in token_rows.items()}
-        some_rows, some_ids = rows[unmasked], token_ids[unmasked]
-        results = all_weights.new_zeros(2 + len(ROW_OUTPUTS), len(unmasked))
-        for chunk in one_ahead(call.begin(some_rows, some_ids), ahead=call.head.group is not None):
-            place, softmax = chunk.place, chunk.softmax()
-            ids = some_ids[place]
-            chunk_rows = {name: None if values is None else values[place] for name, values in some.items()}
-            logprob, entropy, outputs = row_outputs(call.choose(chunk.logits), softmax, ids, chunk_rows, call.params)
-            results[0, place], results[1, place], results[2:, place] = logprob, entropy, outputs
-            if needs_hidden or needs_weight:
-                grad_logprob, grad_entropy = factor * outputs[1], factor * outputs[2]
-                call.add_gradient(gradients, chunk, some_rows[place], ids, softmax, grad_logprob, grad_entropy)
-            del chunk  # and its logits, before the next one's are made
-
+        logprob, entropy, outputs = call.compute(
+            token_ids,
+            rows,
+            token_rows,
+            gradients if needs_hidden or needs_weight else None,
+            factor=1.0 if upstream is None else upstream,
+        )
         ctx.gradients = gradients.of_hidden(), None if buffer is not None else accumulator
         ctx.upstream = upstream
         ctx.weight_dtype = weight.dtype
-        everything = results.new_zeros(len(results), len(rows))
-        everything[:, unmasked] = results
-        logprob, entropy, outputs = everything[0], everything[1], everything[2:]
         ctx.mark_non_differentiable(logprob, entropy, outputs)
         return outputs[0].sum(), logprob, entropy, outputs
 
@@ -271,3 +303,95 @@ class _LinearGrpoLoss(torch.autograd.Function):
             grad_hidden = None if grad_hidden is None else grad_hidden.mul_(arrived)
             grad_weight = None if grad_weight is None else grad_weight.mul_(arrived)
         return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.weight_dtype), *(None,) * 6
+
+
+@torch.library.custom_op("xrl::linear_grpo_loss", mutates_args=())
+def _loss_op(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    rows: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    reference_logprobs: Tensor | None,
+    params: Sequence[float],
+    inverse_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    group_name: str | None,
+    sequence_parallel: bool,
+    chunk_rows: int,
+    backend: str,
+    upstream: float | None,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `_LinearGrpoLoss` computes as one node of a compiled graph, and both gradients, empty where not wanted.
+
+    Such a graph keeps values, not memory: `main_grad` stays out of it.
+    """
+    group = None if group_name is None else distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
+    call = _Call(
+        head=OutputHead(hidden=hidden, weight=weight, group=group, sequence_parallel=sequence_parallel),
+        shard={"inverse_temperature": inverse_temperature, "vocab_start": vocab_start, "num_columns": num_columns},
+        params=GrpoRowParams.from_numbers(params),
+        chunk_rows=chunk_rows,
+        backend=backend,  # type: ignore[arg-type]
+    )
+    token_rows: TokenRows = {
+        "advantages": advantages,
+        "weights": weights,
+        "old_logprobs": old_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+        "reference_logprobs": reference_logprobs,
+    }
+    accumulator = new_accumulator(weight) if wants_weight else None
+    gradients = HeadGradients(call.head, hidden=wants_hidden, weight=accumulator)
+    logprob, entropy, outputs = call.compute(
+        token_ids,
+        rows,
+        token_rows,
+        gradients if wants_hidden or wants_weight else None,
+        factor=1.0 if upstream is None else upstream,
+    )
+    grad_hidden = gradients.of_hidden()
+    return (
+        outputs[0].sum(),
+        logprob.clone(),  # outputs of an op may not share memory
+        entropy.clone(),
+        outputs.clone(),
+        hidden.new_empty(0) if grad_hidden is None else grad_hidden,
+        hidden.new_empty(0) if accumulator is None else accumulator,
+    )
+
+
+@_loss_op.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, rows: Tensor, advantages: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wants_hidden, wants_weight = others[-2:]
+    num_rows = len(token_ids)
+    shapes: tuple[tuple[int, ...], ...] = ((), (num_rows,), (num_rows,), (len(ROW_OUTPUTS), num_rows))
+    loss, logprob, entropy, outputs = (advantages.new_empty(shape) for shape in shapes)
+    grad_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
+    grad_weight = weight.new_empty(weight.shape, dtype=wide_dtype(weight)) if wants_weight else hidden.new_empty(0)
+    return loss, logprob, entropy, outputs, grad_hidden, grad_weight
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[4:])
+    ctx.upstream, ctx.wanted, ctx.weight_dtype = inputs[17], inputs[18:], inputs[1].dtype
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    grad_hidden, grad_weight = (
+        torch.ops.xrl.scaled_gradient(gradient, grad.reshape(1), ctx.upstream) if is_wanted else None
+        for gradient, is_wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    )
+    return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.weight_dtype), *(None,) * 18
+
+
+_loss_op.register_autograd(_backward, setup_context=_save)

@@ -1,4 +1,4 @@
-"""The primitives of `backend.SinglePassBackend` through the compiled CUDA kernels, on the current stream of the tensors' device.
+"""`backend.SinglePassBackend` by the compiled CUDA kernels, on the current stream of the tensors' device.
 
 Tensors may be freed as soon as a function returns: torch gives their memory to later work of the same stream only.
 """

@@ -104,9 +104,7 @@ class Scheduler:
             for job in jobs
         )
         # Rows that run have taken only the blocks they have filled: the rest is theirs too.
-        running = sum(
-            _num_blocks(row.job.request.sampling.max_new_tokens) - len(row.blocks) for row in self._running
-        )
+        running = sum(_num_blocks(row.job.request.sampling.max_new_tokens) - len(row.blocks) for row in self._running)
         self.cache.reserve(running + responses + sum(map(_num_blocks, lengths)))
         start = 0
         for job, length in zip(jobs, lengths, strict=True):
