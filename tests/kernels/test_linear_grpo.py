@@ -250,6 +250,7 @@ def test_compiled_graph_has_no_break_and_gives_the_same(
         )
         return 3.0 * out.loss, out.tokens.ratio
 
+    torch.compiler.reset()  # how often one function is compiled is limited
     results = []
     for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         leaves = [inputs[name].clone().requires_grad_(name not in frozen) for name in ("hidden", "weight")]
