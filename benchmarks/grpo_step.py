@@ -99,7 +99,7 @@ def run_process(command: Sequence[str], options: argparse.Namespace, *, watch_me
         SystemExit: it failed; its last lines are shown.
     """
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
         "OMP_NUM_THREADS": str(options.num_threads),
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }

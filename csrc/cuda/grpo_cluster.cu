@@ -17,7 +17,7 @@
 namespace xrl::cuda {
 namespace {
 
-// Of the 227 KiB of a multiprocessor, for two blocks.
+// A multiprocessor has 228 KiB, for two blocks and 1 KiB more each.
 constexpr int kMaxSliceBytes = 100 << 10;
 // The largest that every device allows.
 constexpr int kMaxBlocks = 8;

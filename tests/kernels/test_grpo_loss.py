@@ -234,14 +234,17 @@ def test_single_pass_over_rows_equals_two(name: str, dtype: torch.dtype, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("upstream", [None, 3.0])
-def test_compiled_graph_has_no_break_and_gives_the_same(upstream: float | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("upstream", [None, 0.3])
+def test_compiled_graph_has_no_break_and_gives_the_same(
+    upstream: float | None, dtype: torch.dtype, backend: BackendName
+) -> None:
     inputs, config = make_inputs(dtype=dtype), CONFIGS["everything"]
 
     def loss(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out = _call(x * 1.0, inputs, config, {"upstream": upstream})
-        return 3.0 * out.token_loss.sum(), out.ratio, out.clipped_low
+        out = _call(x * 1.0, inputs, config, {"upstream": upstream, "backend": backend})
+        return 0.3 * out.token_loss.sum(), out.ratio, out.clipped_low
 
     torch.compiler.reset()  # how often one function is compiled is limited
     results = []

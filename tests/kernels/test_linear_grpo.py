@@ -235,8 +235,8 @@ def test_bad_input_is_named(changes: dict, message: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("upstream", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("upstream", [None, 0.3])
 @pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight",)])
 def test_compiled_graph_has_no_break_and_gives_the_same(
     frozen: tuple[str, ...], upstream: float | None, dtype: torch.dtype
@@ -248,7 +248,7 @@ def test_compiled_graph_has_no_break_and_gives_the_same(
         out = linear_grpo_loss(
             hidden, weight, **rest, config=CONFIGS["everything"], chunk_bytes=CHUNK, upstream=upstream
         )
-        return 3.0 * out.loss, out.tokens.ratio
+        return 0.3 * out.loss, out.tokens.ratio
 
     torch.compiler.reset()  # how often one function is compiled is limited
     results = []
@@ -259,3 +259,23 @@ def test_compiled_graph_has_no_break_and_gives_the_same(
         gradients = [leaf.grad for leaf in leaves if leaf.requires_grad]
         results.append([each.detach() for each in outputs] + gradients)
     assert all(torch.equal(compiled, plain) for compiled, plain in zip(*results, strict=True))
+
+
+@pytest.mark.slow
+def test_other_numbers_of_rows_compile_once_more_at_most() -> None:
+    inputs = make_inputs()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def loss(hidden: Tensor, weight: Tensor, rows: Tensor, ids: Tensor, advantages: Tensor) -> Tensor:
+        return linear_grpo_loss(hidden, weight, ids, rows=rows, advantages=advantages, config=CONFIGS["plain"]).loss
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=count)
+    for num_rows in (64, 63, 40, 17, 5):
+        tokens = (inputs[name][:num_rows] for name in ("rows", "token_ids", "advantages"))
+        compiled(inputs["hidden"], inputs["weight"], *tokens)
+    assert len(graphs) <= 2

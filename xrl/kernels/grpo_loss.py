@@ -91,7 +91,7 @@ def grpo_token_loss(
         in_place: let the gradient take the logits' memory; otherwise, and inside `torch.compile`, it gets its own.
         upstream: the gradient that the backward pass will bring to every token's loss. Told in advance, it costs
             nothing; left out, the gradient is multiplied by what arrives, in a pass over it (on the CPU only where that
-            is not 1).
+            is not 1). Inside `torch.compile` the gradient is copied in any case.
 
     Raises:
         RuntimeError: in the backward pass, if something other than `upstream` arrives.
@@ -257,8 +257,9 @@ def _loss_op(
 def _(logits: Tensor, token_ids: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     needs_grad = others[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    rows = [logits.new_empty(len(token_ids), dtype=dtype) for _ in range(3)]
-    outputs = logits.new_empty(len(ROW_OUTPUTS), len(token_ids), dtype=dtype)
+    num_rows = token_ids.shape[0]  # not len(), which would make a constant of it
+    rows = [logits.new_empty(num_rows, dtype=dtype) for _ in range(3)]
+    outputs = logits.new_empty(len(ROW_OUTPUTS), num_rows, dtype=dtype)
     return rows[0], rows[1], rows[2], outputs, _like(logits) if needs_grad else logits.new_empty(0, 0)
 
 
@@ -299,7 +300,7 @@ def _scale(gradient: Tensor, arrived: Tensor, upstream: float | None) -> None:
         require_upstream(arrived, upstream)
     # Asking a CUDA device would wait for it; multiplying by 1 costs less.
     elif arrived.device.type != "cpu" or bool((arrived != 1).any()):
-        gradient.mul_(arrived[:, None].to(gradient.dtype))
+        gradient.mul_(arrived[:, None])
 
 
 def _compute(
@@ -350,9 +351,9 @@ def _single_pass(
     """`SinglePassBackend.grpo_single_pass`, where this rank holds the whole vocabulary."""
     advantages, weights = rows["advantages"], rows["weights"]
     assert advantages is not None and weights is not None
-    column = token_ids.long() - shard["vocab_start"]
-    # Before anything is overwritten.
-    check_found((column >= 0) & (column < shard["num_columns"]) | (weights == 0), token_ids)
+    if logits.device.type == "cpu":  # before anything is overwritten
+        column = token_ids.long() - shard["vocab_start"]
+        check_found((column >= 0) & (column < shard["num_columns"]) | (weights == 0), token_ids)
     return backend.grpo_single_pass(
         logits,
         token_ids,

@@ -372,10 +372,10 @@ def _(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, rows: Tensor, advantages: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wants_hidden, wants_weight = others[-2:]
-    num_rows = len(token_ids)
+    num_rows = token_ids.shape[0]  # not len(), which would make a constant of it
     shapes: tuple[tuple[int, ...], ...] = ((), (num_rows,), (num_rows,), (len(ROW_OUTPUTS), num_rows))
     loss, logprob, entropy, outputs = (advantages.new_empty(shape) for shape in shapes)
-    grad_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
+    grad_hidden = hidden.new_empty(hidden.shape if wants_hidden else 0)
     grad_weight = weight.new_empty(weight.shape, dtype=wide_dtype(weight)) if wants_weight else hidden.new_empty(0)
     return loss, logprob, entropy, outputs, grad_hidden, grad_weight
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,23 +80,35 @@ def grpo_rows(
     params: GrpoRowParams,
 ) -> Tensor:
     """See `Backend.grpo_rows`: `xrl.algorithms.token_terms` and its gradient."""
-    with torch.enable_grad():
-        logprob = logprob.detach().requires_grad_()
-        entropy = entropy.detach().requires_grad_()
-        old = logprob.detach() if old is None else old
-        terms = token_terms(
-            logprobs=logprob,
-            entropy=entropy,
-            old_logprobs=old,
-            rollout_logprobs=old if rollout is None else rollout,
-            reference_logprobs=reference if params.kl_type else None,
-            advantages=advantages,
-            config=_config(params),
-        )
-        grad_logprob, grad_entropy = torch.autograd.grad(
-            terms.loss.sum(), (logprob, entropy), allow_unused=True, materialize_grads=True
-        )
-    return _outputs(terms, grad_logprob, grad_entropy, weights, no_rollout=rollout is None)
+
+    def differentiate() -> tuple[TokenTerms, Tensor, Tensor] | None:
+        """None where autograd records nothing."""
+        with torch.enable_grad(), torch.cuda.stream(stream):
+            x, h = logprob.detach().requires_grad_(), entropy.detach().requires_grad_()
+            denominator = x.detach() if old is None else old
+            terms = token_terms(
+                logprobs=x,
+                entropy=h,
+                old_logprobs=denominator,
+                rollout_logprobs=denominator if rollout is None else rollout,
+                reference_logprobs=reference if params.kl_type else None,
+                advantages=advantages,
+                config=_config(params),
+            )
+            if not terms.loss.requires_grad:
+                return None
+            on_logprob, on_entropy = torch.autograd.grad(
+                terms.loss.sum(), (x, h), allow_unused=True, materialize_grads=True
+            )
+            return terms, on_logprob, on_entropy
+
+    stream = torch.cuda.current_stream(logprob.device) if logprob.is_cuda else None  # of the device; None changes none
+    found = differentiate()
+    if found is None:  # as inside an operation of a compiled graph, but for a thread that is not in it
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            found = thread.submit(differentiate).result()
+        assert found is not None
+    return _outputs(*found, weights, no_rollout=rollout is None)
 
 
 def _outputs(

@@ -195,7 +195,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if arguments.parent_pid is not None:
         threading.Thread(target=_end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
-    torch.set_num_threads(1)  # here; the engine computes in a thread of its own
+    torch.set_num_threads(arguments.num_threads)
     try:
         engine = create_engine(
             arguments.engine,

@@ -50,9 +50,9 @@ class EmbeddedEngine:
         self.weights_version = -1
         self._max_model_len, self._max_batch_size, self._num_threads = max_model_len, max_batch_size, num_threads
         self._weights = DecoderWeights(self._shape, _DTYPES[dtype], torch.device(device))
-        self._decoder = Decoder(self._shape, self._weights, max_model_len)
-        self._scheduler = self._new_scheduler()
 
+        # Held over a whole change of state, so that two do not mix; taken before self._changed.
+        self._one_at_a_time = threading.Lock()
         # Guards what follows. Scheduler and weights belong to the loop thread: others hand it tasks, and only while
         # no job is in flight. Jobs leave self._in_flight only after the step that ended them.
         self._changed = threading.Condition()
@@ -65,6 +65,9 @@ class EmbeddedEngine:
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="embedded-engine", daemon=True)
         self._thread.start()
+        with self._changed:
+            built = self._on_loop(self._build)
+        built.result()
 
     def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
         self._check_request(request)
@@ -86,37 +89,41 @@ class EmbeddedEngine:
                     job.aborted = self._abort_requested = True
 
     def sleep(self) -> None:
-        with self._changed:
-            self._check_idle("sleep")
-            self._is_asleep = True
-            done = self._on_loop(self._offload)
-        done.result()
+        with self._one_at_a_time:
+            with self._changed:
+                self._check_idle("sleep")
+                self._is_asleep = True
+                done = self._on_loop(self._offload)
+            done.result()
 
     def wake(self) -> None:
-        with self._changed:
-            self._check_open()
-            done = self._on_loop(self._weights.restore)
-        done.result()
-        with self._changed:
-            self._is_asleep = False
+        with self._one_at_a_time:
+            with self._changed:
+                self._check_open()
+                done = self._on_loop(self._weights.restore)
+            done.result()
+            with self._changed:
+                self._is_asleep = False
 
     def load_layer(self, bucket: WeightBucket) -> None:
-        with self._changed:
-            self._check_idle("take weights")
-            self._not_ready = f"the update to weights version {bucket.version} is not finished"
-            done = self._on_loop(
-                lambda: self._weights.load(bucket.tensors, version=bucket.version, source=bucket.layer)
-            )
-        done.result()
+        with self._one_at_a_time:
+            with self._changed:
+                self._check_idle("take weights")
+                self._not_ready = f"the update to weights version {bucket.version} is not finished"
+                done = self._on_loop(
+                    lambda: self._weights.load(bucket.tensors, version=bucket.version, source=bucket.layer)
+                )
+            done.result()
 
     def finish_update(self, version: int) -> None:
-        with self._changed:
-            self._check_idle("take weights")
-            done = self._on_loop(self._weights.finish)
-        done.result()
-        with self._changed:
-            self.weights_version = version
-            self._not_ready = None
+        with self._one_at_a_time:
+            with self._changed:
+                self._check_idle("take weights")
+                done = self._on_loop(self._weights.finish)
+            done.result()
+            with self._changed:
+                self.weights_version = version
+                self._not_ready = None
 
     def close(self) -> None:
         self.abort()
@@ -155,6 +162,7 @@ class EmbeddedEngine:
                     if not tasks and not self._in_flight:
                         return
                 _run_tasks(tasks)
+                tasks.clear()  # and what they hold, before the next wait
                 try:
                     done = self._step(inbox, aborting)
                 except Exception as error:
@@ -190,6 +198,10 @@ class EmbeddedEngine:
             failure = EngineError(f"the embedded engine failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
             job.future.set_exception(failure)
+
+    def _build(self) -> None:
+        self._decoder = Decoder(self._shape, self._weights, self._max_model_len)
+        self._scheduler = self._new_scheduler()
 
     def _offload(self) -> None:
         self._scheduler = self._new_scheduler()  # with an empty cache
