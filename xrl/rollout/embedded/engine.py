@@ -64,10 +64,16 @@ class EmbeddedEngine:
         self._is_asleep = False
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="embedded-engine", daemon=True)
-        self._thread.start()
         with self._changed:
-            built = self._on_loop(self._build)
-        built.result()
+            built = self._on_loop(self._build)  # before the loop's first wait, which takes it for granted
+        self._thread.start()
+        try:
+            built.result()
+        except BaseException:
+            with self._changed:
+                self._is_closed = True
+                self._changed.notify()
+            raise
 
     def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
         self._check_request(request)
