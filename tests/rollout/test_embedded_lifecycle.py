@@ -1,6 +1,8 @@
 """Updates, sleep, aborts and failures of the embedded engine."""
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from tests.rollout.engines import buckets, generate, push, request
 from tests.tiny_models import make_model
 from xrl.config import SettingsError
 from xrl.rollout import create_engine
+from xrl.rollout.embedded.engine import IDLE_S
 from xrl.rollout.embedded.model import Decoder
 from xrl.rollout.engine import Engine, EngineError, EngineNotReady
 from xrl.types import WeightBucket
@@ -24,6 +27,33 @@ def test_generating_before_the_first_weights_is_refused(make_engine: MakeEngine)
     assert engine.weights_version == -1
     with pytest.raises(EngineNotReady, match="no weights"):
         engine.submit(request([1]))
+
+
+def test_an_engine_that_cannot_be_built_says_so_and_leaves_no_thread(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Decoder, "__init__", fail)
+    before = set(threading.enumerate())
+    with pytest.raises(MemoryError, match="no room"):
+        make_engine(make_model(), load=False)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+    assert set(threading.enumerate()) <= before
+
+
+def test_an_engine_may_be_slow_to_build(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def start_and_linger(thread: threading.Thread) -> None:
+        start(thread)
+        time.sleep(4 * IDLE_S)  # longer than the loop waits before it gives its cache back
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_linger)
+    model = make_model()
+    assert generate(make_engine(model), [1])
 
 
 def test_an_incomplete_update_names_what_is_missing_and_can_be_completed(make_engine: MakeEngine) -> None:

@@ -67,13 +67,7 @@ class EmbeddedEngine:
         with self._changed:
             built = self._on_loop(self._build)  # before the loop's first wait, which takes it for granted
         self._thread.start()
-        try:
-            built.result()
-        except BaseException:
-            with self._changed:
-                self._is_closed = True
-                self._changed.notify()
-            raise
+        built.result()
 
     def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
         self._check_request(request)
@@ -165,10 +159,13 @@ class EmbeddedEngine:
                     tasks, self._tasks = self._tasks, []
                     inbox, self._inbox = self._inbox, []
                     aborting, self._abort_requested = self._abort_requested, False
-                    if not tasks and not self._in_flight:
+                    is_busy = bool(self._in_flight)
+                    if not tasks and not is_busy:
                         return
                 _run_tasks(tasks)
                 tasks.clear()  # and what they hold, before the next wait
+                if not is_busy:
+                    continue
                 try:
                     done = self._step(inbox, aborting)
                 except Exception as error:
@@ -206,8 +203,13 @@ class EmbeddedEngine:
             job.future.set_exception(failure)
 
     def _build(self) -> None:
-        self._decoder = Decoder(self._shape, self._weights, self._max_model_len)
-        self._scheduler = self._new_scheduler()
+        try:
+            self._decoder = Decoder(self._shape, self._weights, self._max_model_len)
+            self._scheduler = self._new_scheduler()
+        except BaseException:
+            with self._changed:
+                self._is_closed = True  # ends the loop
+            raise
 
     def _offload(self) -> None:
         self._scheduler = self._new_scheduler()  # with an empty cache
