@@ -14,6 +14,7 @@
 #include "cpu/huge_pages.h"
 #include "cpu/layer_ops.h"
 #include "cpu/logprob.h"
+#include "cpu/matmul.h"
 #include "cpu/packed_attention.h"
 #include "cpu/qkv_rope.h"
 #include "cpu/rms_norm.h"
@@ -182,6 +183,46 @@ void swiglu_backward(Address x, Address grad, int64_t num_rows, int64_t size, Ad
                num_threads);
 }
 
+// (address, row_stride, column_stride)
+using MatrixTuple = std::tuple<Address, int64_t, int64_t>;
+
+xrl::StridedMatrix matrix(const MatrixTuple& tuple) {
+  const auto& [data, row_stride, column_stride] = tuple;
+  return {at<const float>(data), row_stride, column_stride};
+}
+
+void matmul(const MatrixTuple& a, const MatrixTuple& b, int64_t rows, int64_t columns, int64_t depth, Address c,
+            int64_t c_stride, bool adds, int num_threads) {
+  check_sizes(rows, columns, num_threads);
+  check_sizes(depth, columns, num_threads);
+  py::gil_scoped_release release;
+  XRL_DISPATCH(matmul, matrix(a), matrix(b), rows, columns, depth, at<float>(c), c_stride, adds, num_threads);
+}
+
+int64_t packed_size(int64_t depth, int64_t columns, bool is_gated) {
+  int64_t size = 0;
+  XRL_DISPATCH(packed_size, depth, columns, is_gated, &size);
+  return size;
+}
+
+void pack_weight(const MatrixTuple& weight, int64_t depth, int64_t columns, bool is_gated, Address packed,
+                 int num_threads) {
+  check_sizes(depth, columns, num_threads);
+  py::gil_scoped_release release;
+  XRL_DISPATCH(pack_weight, matrix(weight), depth, columns, is_gated, at<float>(packed), num_threads);
+}
+
+void packed_matmul(Address a, int64_t a_stride, Address packed, int64_t depth, int64_t columns, bool is_gated,
+                   Address addend, int64_t addend_stride, int64_t rows, Address c, int64_t c_stride,
+                   int num_threads) {
+  check_sizes(rows, columns, num_threads);
+  xrl::check(addend == 0 || !is_gated, "a gated product takes no addend");
+  py::gil_scoped_release release;
+  XRL_DISPATCH(packed_matmul, xrl::StridedMatrix{at<const float>(a), a_stride, 1},
+               xrl::PackedWeight{at<const float>(packed), depth, columns, is_gated},
+               xrl::Addend{at<const float>(addend), addend_stride}, rows, at<float>(c), c_stride, num_threads);
+}
+
 template <typename T>
 void rms_norm_forward(Address x, Address weight, int64_t num_rows, int64_t size, float eps, Address out,
                       Address inverse_rms, int num_threads) {
@@ -346,6 +387,10 @@ PYBIND11_MODULE(_C, module) {
   bind<float>(module, "_f32");
   bind<xrl::bfloat16>(module, "_bf16");
   module.def("grpo_rows", &grpo_rows);
+  module.def("matmul", &matmul);
+  module.def("packed_size", &packed_size);
+  module.def("pack_weight", &pack_weight);
+  module.def("packed_matmul", &packed_matmul);
   module.def("sample_tokens", &sample_tokens);
 #ifdef XRL_WITH_CUDA
   xrl::bind_cuda(module);

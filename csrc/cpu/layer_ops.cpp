@@ -5,25 +5,14 @@
 #include <cmath>
 
 #include "cpu/lanes.h"
+#include "cpu/swiglu.h"
 
 namespace xrl::XRL_ISA {
 namespace {
 
-// exp of a number <= 0 only, so that nothing overflows.
-inline float sigmoid(float x) {
-  const float e = exp_nonpositive(x < 0.0f ? x : -x);
-  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
-}
-
-inline Lanes sigmoid(Lanes x) {
-  const Lanes e = exp_nonpositive(x < 0.0f ? x : -x);
-  return (x < 0.0f ? e : all_lanes(1.0f)) / (1.0f + e);
-}
-
 template <typename V, typename T>
-inline void swiglu(const T* gate, const T* up, T* out) {
-  const V g = load_as<V>(gate);
-  store_as(out, g * sigmoid(g) * load_as<V>(up));
+inline void swiglu_at(const T* gate, const T* up, T* out) {
+  store_as(out, swiglu(load_as<V>(gate), load_as<V>(up)));
 }
 
 template <bool kWritesOut, typename V, typename T>
@@ -60,8 +49,8 @@ void swiglu_forward(const T* x, int64_t num_rows, int64_t size, T* out, int num_
     const T* up = gate + size;
     T* y = out + row * size;
     int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) swiglu<Lanes>(gate + i, up + i, y + i);
-    for (; i < size; ++i) swiglu<float>(gate + i, up + i, y + i);
+    for (; i + kLanes <= size; i += kLanes) swiglu_at<Lanes>(gate + i, up + i, y + i);
+    for (; i < size; ++i) swiglu_at<float>(gate + i, up + i, y + i);
   }
 }
 

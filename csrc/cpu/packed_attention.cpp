@@ -6,10 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "cpu/aligned_floats.h"
 #include "cpu/tile_product.h"
 
 namespace xrl::XRL_ISA {
@@ -21,17 +20,6 @@ constexpr int kSpanKeys = 4 * kTileKeys;        // scored before the softmax is 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 static_assert(kTileKeys % kLanes == 0);
-
-struct FreeAligned {
-  void operator()(float* place) const { ::operator delete[](place, std::align_val_t{64}); }
-};
-using Floats = std::unique_ptr<float[], FreeAligned>;
-
-Floats make_floats(int64_t count) {
-  return Floats(static_cast<float*>(::operator new[](sizeof(float) * count, std::align_val_t{64})));
-}
-
-constexpr int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 // A sequence with the prompt it continues.
 struct Context {

@@ -6,37 +6,36 @@
 #include <cstdint>
 
 #include "cpu/lanes.h"
+#include "cpu/strided_matrix.h"
 
 namespace xrl {
-
-// A matrix whose element (row, column) stands at data[row * row_stride + column * column_stride].
-struct StridedMatrix {
-  const float* data;
-  int64_t row_stride;
-  int64_t column_stride;
-};
 
 constexpr int kProductRows = 6;
 // As many sums as the registers hold: 24 of 32 with AVX-512, 12 of 16 with the others.
 constexpr int kProductVectors = XRL_LANES == 16 ? 4 : 2;
 
-// C[M, V lanes] (+)= A[M, depth] B[depth, V lanes].
+// C[M, V lanes] = A[M, depth] B[depth, V lanes] + addend, where that isn't null; it may be C.
 template <int M, int V>
-static inline void tile_product(const StridedMatrix& a, const float* b, int64_t b_stride, int depth, float* c,
-                                int64_t c_stride, bool adds) {
+static inline void tile_product(const StridedMatrix& a, const float* b, int64_t b_stride, int depth,
+                                const float* addend, int64_t addend_stride, float* c, int64_t c_stride) {
   Lanes sums[M][V];
   for (int i = 0; i < M; ++i) {
-    for (int v = 0; v < V; ++v) sums[i][v] = adds ? load_lanes(c + i * c_stride + v * kLanes) : Lanes{};
+    for (int v = 0; v < V; ++v) {
+      sums[i][v] = addend == nullptr ? Lanes{} : load_lanes(addend + i * addend_stride + v * kLanes);
+    }
   }
-  const float* column = a.data;
+  // Every third row by a pointer: an address can add once or twice the stride, and pointers to all would not fit the
+  // registers.
+  const float* third[(M + 2) / 3];
+  for (int i = 0; i < M; i += 3) third[i / 3] = a.data + i * a.row_stride;
   for (int k = 0; k < depth; ++k) {
     Lanes row[V];
     for (int v = 0; v < V; ++v) row[v] = load_lanes(b + v * kLanes);
     for (int i = 0; i < M; ++i) {
-      const Lanes factor = all_lanes(column[i * a.row_stride]);
+      const Lanes factor = all_lanes(third[i / 3][i % 3 * a.row_stride]);
       for (int v = 0; v < V; ++v) sums[i][v] += factor * row[v];
     }
-    column += a.column_stride;
+    for (int i = 0; i < M; i += 3) third[i / 3] += a.column_stride;
     b += b_stride;
   }
   for (int i = 0; i < M; ++i) {
@@ -47,11 +46,14 @@ static inline void tile_product(const StridedMatrix& a, const float* b, int64_t 
 template <int M>
 static inline void row_product(const StridedMatrix& a, const float* b, int64_t b_stride, int columns, int depth,
                                float* c, int64_t c_stride, bool adds) {
+  const auto addend = [&](int j) { return adds ? c + j : nullptr; };
   int j = 0;
   for (; j + kProductVectors * kLanes <= columns; j += kProductVectors * kLanes) {
-    tile_product<M, kProductVectors>(a, b + j, b_stride, depth, c + j, c_stride, adds);
+    tile_product<M, kProductVectors>(a, b + j, b_stride, depth, addend(j), c_stride, c + j, c_stride);
   }
-  for (; j < columns; j += kLanes) tile_product<M, 1>(a, b + j, b_stride, depth, c + j, c_stride, adds);
+  for (; j < columns; j += kLanes) {
+    tile_product<M, 1>(a, b + j, b_stride, depth, addend(j), c_stride, c + j, c_stride);
+  }
 }
 
 // C[rows, columns] (+)= A[rows, depth] B[depth, columns], with `columns` rounded up to whole vectors: B and C must be

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xrl.kernels.layer_ops import is_native, reference_swiglu, swiglu_gradient_into, swiglu_into
-from xrl.kernels.linear import product, weight_gradient
+from xrl.kernels.linear import weight_gradient
+from xrl.kernels.matmul import matmul
 
 
 def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -41,13 +42,13 @@ def reference_gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        hidden = product(x, gate_up)
+        hidden = matmul(x, gate_up.t())
         activated = hidden.new_empty(len(hidden), hidden.shape[1] // 2)
         swiglu_into(hidden, activated)
         ctx.save_for_backward(x, gate_up, down)
         # Not saved: autograd would refuse that the backward pass overwrites it.
         ctx.hidden = hidden
-        return product(activated, down)
+        return matmul(activated, down.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -57,9 +58,9 @@ class _GatedMLP(torch.autograd.Function):
             raise RuntimeError("gated_mlp: the backward pass can run once: it overwrites what the forward pass kept")
         grad = grads[0].contiguous()
         needs_x, needs_gate_up, needs_down = ctx.needs_input_grad
-        activated = product(grad, down.t())  # its gradient, until the next line
+        activated = matmul(grad, down)  # its gradient, until the next line
         swiglu_gradient_into(hidden, activated, hidden, out=activated)
         grad_down = weight_gradient(grad, activated, down) if needs_down else None
         grad_gate_up = weight_gradient(hidden, x, gate_up) if needs_gate_up else None
-        grad_x = product(hidden, gate_up.t()) if needs_x else None
+        grad_x = matmul(hidden, gate_up) if needs_x else None
         return grad_x, grad_gate_up, grad_down

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from xrl.kernels.linear import product
+from xrl.kernels.matmul import has_matmul, matmul, matmul_into
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class OutputHead:
         """[C, H] -> [C, V] in fp32 (fp64 for fp64): rounded to bf16 they would cost a log-prob up to 0.02."""
         weight = self.weight.detach()
         if hidden.dtype in (torch.float32, torch.float64):
-            return product(hidden, weight)
+            return matmul(hidden, weight.t())
         if hidden.device.type == "cuda":
             return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         wide = hidden.float()
@@ -97,7 +97,7 @@ class HeadGradients:
             _add_product(self.weight, gradient, hidden)
         if self.sums is None:
             return
-        grad_hidden = product(gradient, self.head.weight.detach().t())
+        grad_hidden = matmul(gradient, self.head.weight.detach())
         if self.head.group is None:
             self.sums.index_add_(0, rows, grad_hidden.to(self.sums.dtype))
             return
@@ -234,7 +234,9 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 def _add_product(out: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """out [V, H] += gradient^T [V, C] hidden [C, H]"""
-    if out.dtype == gradient.dtype:
+    if has_matmul(out, gradient, hidden):
+        matmul_into(gradient.t(), hidden, out, adds=True)
+    elif out.dtype == gradient.dtype:
         out.addmm_(gradient.t(), hidden)
     elif out.device.type == "cuda":
         torch.addmm(out, gradient.t(), hidden, out_dtype=out.dtype, out=out)

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xrl.kernels.decode_attention import PagedContext, decode_attention
-from xrl.kernels.layer_ops import swiglu
 from xrl.kernels.rms_norm import rms_norm
 from xrl.kernels.rope_cache import rope_cache
 from xrl.models.shape import ModelShape
@@ -92,5 +91,5 @@ class Decoder:
             rope_cache(qkv, self.cos, self.sin, positions, layer.q_norm, layer.k_norm, eps, keys, values, slots)
             x = layer.attention_out.plus(attend(qkv, index).flatten(1), x)
             h = rms_norm(x, layer.mlp_norm, eps)
-            x = layer.down.plus(swiglu(layer.gate_up(h)), x)
+            x = layer.down.plus(layer.gate_up(h), x)
         return rms_norm(x, weights.final_norm, eps)

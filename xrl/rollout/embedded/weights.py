@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xrl.kernels.packed_linear import PackedLinear
+from xrl.kernels.packed_linear import PackedLinear, PackedSwiGLU
 from xrl.models.shape import ModelShape
 from xrl.rollout.engine import EngineError
 
@@ -25,7 +25,7 @@ class LayerWeights:
     k_norm: Tensor | None  # [D]
     attention_out: PackedLinear
     mlp_norm: Tensor  # [H]
-    gate_up: PackedLinear  # in one product
+    gate_up: PackedSwiGLU  # both projections in one product
     down: PackedLinear
 
 
@@ -188,7 +188,7 @@ class DecoderWeights:
             k_norm=vector("self_attn.k_norm.weight"),
             attention_out=linear("self_attn.o_proj"),
             mlp_norm=self._copy(tensors["post_attention_layernorm.weight"]),
-            gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
+            gate_up=PackedSwiGLU(joined(("mlp.gate_proj", "mlp.up_proj"), "weight")),
             down=linear("mlp.down_proj"),
         )
 
