@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "cpu/decode_attention.h"
+#include "cpu/gated_mlp.h"
 #include "cpu/grpo_loss.h"
 #include "cpu/huge_pages.h"
 #include "cpu/layer_ops.h"
@@ -223,6 +224,32 @@ void packed_matmul(Address a, int64_t a_stride, Address packed, int64_t depth, i
                xrl::Addend{at<const float>(addend), addend_stride}, rows, at<float>(c), c_stride, num_threads);
 }
 
+// (gate_up, down, inputs, ffn, outputs)
+using GatedMlpTuple = std::tuple<Address, Address, int64_t, int64_t, int64_t>;
+
+xrl::GatedMlp gated_mlp(const GatedMlpTuple& tuple) {
+  const auto& [gate_up, down, inputs, ffn, outputs] = tuple;
+  xrl::check(inputs >= 1 && ffn >= 1 && outputs >= 1, "inputs, ffn and outputs must be >= 1");
+  return {at<const float>(gate_up), at<const float>(down), inputs, ffn, outputs};
+}
+
+void gated_mlp_forward(Address x, const GatedMlpTuple& mlp, int64_t rows, Address hidden, Address out,
+                       int num_threads) {
+  const xrl::GatedMlp weights = gated_mlp(mlp);
+  check_sizes(rows, weights.ffn, num_threads);
+  py::gil_scoped_release release;
+  XRL_DISPATCH(gated_mlp_forward, at<const float>(x), weights, rows, at<float>(hidden), at<float>(out), num_threads);
+}
+
+void gated_mlp_backward(Address grad, const GatedMlpTuple& mlp, int64_t rows, Address hidden, Address activated,
+                        Address grad_x, int num_threads) {
+  const xrl::GatedMlp weights = gated_mlp(mlp);
+  check_sizes(rows, weights.ffn, num_threads);
+  py::gil_scoped_release release;
+  XRL_DISPATCH(gated_mlp_backward, at<const float>(grad), weights, rows, at<float>(hidden), at<float>(activated),
+               at<float>(grad_x), num_threads);
+}
+
 template <typename T>
 void rms_norm_forward(Address x, Address weight, int64_t num_rows, int64_t size, float eps, Address out,
                       Address inverse_rms, int num_threads) {
@@ -391,6 +418,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("packed_size", &packed_size);
   module.def("pack_weight", &pack_weight);
   module.def("packed_matmul", &packed_matmul);
+  module.def("gated_mlp_forward", &gated_mlp_forward);
+  module.def("gated_mlp_backward", &gated_mlp_backward);
   module.def("sample_tokens", &sample_tokens);
 #ifdef XRL_WITH_CUDA
   xrl::bind_cuda(module);

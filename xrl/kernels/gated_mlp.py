@@ -1,7 +1,8 @@
 """The gated MLP of a decoder layer as one operation, for training on the CPU: two products around SwiGLU.
 
 As three operations, the second product keeps SwiGLU's result for its weight's gradient. Here that is computed again,
-while SwiGLU's own gradient reads the same numbers, and gradients overwrite what they were made from.
+while SwiGLU's own gradient reads the same numbers, and gradients overwrite what they were made from. Our kernel goes
+through both products and SwiGLU a tile of rows at a time: what lies between them stays in the caches.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from torch.nn import functional as F
 
 from xrl.kernels.layer_ops import is_native, reference_swiglu, swiglu_gradient_into, swiglu_into
 from xrl.kernels.linear import weight_gradient
-from xrl.kernels.matmul import matmul
+from xrl.kernels.matmul import has_matmul
+from xrl.kernels.native import native_module
+
+_MOST_PACKED_BYTES = 64 << 20
 
 
 def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -30,7 +34,7 @@ def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """
     if not is_native(x, gate_up, down) or x.numel() == 0:
         return reference_gated_mlp(x, gate_up, down)
-    out: Tensor = _GatedMLP.apply(x.reshape(-1, x.shape[-1]), gate_up, down)
+    out: Tensor = _GatedMLP.apply(x.reshape(-1, x.shape[-1]).contiguous(), gate_up.contiguous(), down.contiguous())
     return out.view(*x.shape[:-1], len(down))
 
 
@@ -42,13 +46,20 @@ def reference_gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        hidden = matmul(x, gate_up.t())
-        activated = hidden.new_empty(len(hidden), hidden.shape[1] // 2)
-        swiglu_into(hidden, activated)
+        hidden = x.new_empty(x.shape[0], gate_up.shape[0])
         ctx.save_for_backward(x, gate_up, down)
         # Not saved: autograd would refuse that the backward pass overwrites it.
         ctx.hidden = hidden
-        return matmul(activated, down.t())
+        if _is_fused(x, gate_up, down):
+            out = x.new_empty(x.shape[0], down.shape[0])
+            _kernels().gated_mlp_forward(
+                x.data_ptr(), _weights(gate_up, down), len(x), hidden.data_ptr(), out.data_ptr(), torch.get_num_threads()
+            )
+            return out
+        torch.matmul(x, gate_up.t(), out=hidden)
+        activated = hidden.new_empty(len(hidden), hidden.shape[1] // 2)
+        swiglu_into(hidden, activated)
+        return activated @ down.t()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -58,9 +69,37 @@ class _GatedMLP(torch.autograd.Function):
             raise RuntimeError("gated_mlp: the backward pass can run once: it overwrites what the forward pass kept")
         grad = grads[0].contiguous()
         needs_x, needs_gate_up, needs_down = ctx.needs_input_grad
-        activated = matmul(grad, down)  # its gradient, until the next line
-        swiglu_gradient_into(hidden, activated, hidden, out=activated)
+        grad_x = torch.empty_like(x) if needs_x else None
+        if _is_fused(x, gate_up, down):
+            activated = hidden.new_empty(len(hidden), down.shape[1])
+            _kernels().gated_mlp_backward(
+                grad.data_ptr(),
+                _weights(gate_up, down),
+                len(x),
+                hidden.data_ptr(),
+                activated.data_ptr(),
+                0 if grad_x is None else grad_x.data_ptr(),
+                torch.get_num_threads(),
+            )
+        else:
+            activated = grad @ down  # its gradient, until the next line
+            swiglu_gradient_into(hidden, activated, hidden, out=activated)
+            if grad_x is not None:
+                torch.matmul(hidden, gate_up, out=grad_x)
         grad_down = weight_gradient(grad, activated, down) if needs_down else None
         grad_gate_up = weight_gradient(hidden, x, gate_up) if needs_gate_up else None
-        grad_x = matmul(hidden, gate_up) if needs_x else None
         return grad_x, grad_gate_up, grad_down
+
+
+def _is_fused(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether the kernel serves: it packs both weights at every call, which must not take much memory."""
+    size = 4 * (gate_up.numel() + down.numel())
+    return size <= _MOST_PACKED_BYTES and has_matmul(x, gate_up, down)
+
+
+def _weights(gate_up: Tensor, down: Tensor) -> tuple[int, int, int, int, int]:
+    return gate_up.data_ptr(), down.data_ptr(), gate_up.shape[1], down.shape[1], down.shape[0]
+
+
+def _kernels() -> Any:
+    return native_module()
