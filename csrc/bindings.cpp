@@ -184,6 +184,13 @@ void swiglu_backward(Address x, Address grad, int64_t num_rows, int64_t size, Ad
                num_threads);
 }
 
+void populate_pages(const std::vector<Address>& areas, std::size_t num_bytes, int num_threads) {
+  std::vector<char*> places;
+  for (const Address area : areas) places.push_back(at<char>(area));
+  py::gil_scoped_release release;
+  xrl::populate_pages(places, num_bytes, num_threads);
+}
+
 // (address, row_stride, column_stride)
 using MatrixTuple = std::tuple<Address, int64_t, int64_t>;
 
@@ -414,6 +421,7 @@ PYBIND11_MODULE(_C, module) {
   bind<float>(module, "_f32");
   bind<xrl::bfloat16>(module, "_bf16");
   module.def("grpo_rows", &grpo_rows);
+  module.def("populate_pages", &populate_pages);
   module.def("matmul", &matmul);
   module.def("packed_size", &packed_size);
   module.def("pack_weight", &pack_weight);

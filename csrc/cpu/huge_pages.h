@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -22,6 +23,18 @@ inline void advise_huge_pages(void* data, std::size_t num_bytes) {
   (void)data;
   (void)num_bytes;
 #endif
+}
+
+// Has the system put memory, all zeros, behind pages that nobody has written to yet: each thread some of the areas. At
+// first use every page would keep one thread waiting, and the others for it.
+inline void populate_pages(const std::vector<char*>& areas, std::size_t num_bytes, int num_threads) {
+  constexpr std::size_t kSmallestPage = 4096;
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic)
+  for (std::size_t i = 0; i < areas.size(); ++i) {
+    for (std::size_t byte = 0; byte < num_bytes; byte += kSmallestPage) {
+      *static_cast<volatile char*>(areas[i] + byte) = 0;
+    }
+  }
 }
 
 }  // namespace xrl

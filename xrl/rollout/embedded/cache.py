@@ -10,10 +10,12 @@ import mmap
 import torch
 from torch import Tensor
 
+from xrl.kernels.native import native_module
 from xrl.models.shape import ModelShape
 
 BLOCK_SIZE = 16  # tokens; a sequence wastes half a block on average
 _RESERVE_BYTES = 1 << 30  # reserve ahead of need up to here
+_LARGE_PAGE_BYTES = 2 << 20
 
 
 class KVCache:
@@ -30,6 +32,7 @@ class KVCache:
         self.values: list[Tensor] = [empty] * shape.num_layers
         self._free: list[int] = []  # heap: low ids first, so that memory never used stays untouched
         self._num_touched = 0  # blocks below this one have been in use
+        self._num_populated = 0  # blocks below this one have memory behind them
 
     @property
     def num_blocks(self) -> int:
@@ -52,12 +55,25 @@ class KVCache:
             self._grow(max(count - len(self._free), self.num_blocks))
         blocks = [heapq.heappop(self._free) for _ in range(count)]
         self._num_touched = max(self._num_touched, blocks[-1] + 1) if blocks else self._num_touched
+        self._populate()
         return blocks
 
     def free(self, blocks: list[int]) -> None:
         """Give blocks back."""
         for block in blocks:
             heapq.heappush(self._free, block)
+
+    def _populate(self) -> None:
+        """Put memory behind the blocks in use, and as many more as a large page holds, by all threads together."""
+        module = native_module()
+        if self._num_populated >= self._num_touched or module is None or self.keys[0].device.type != "cpu":
+            return
+        block_bytes = self.keys[0][0].numel() * self.keys[0].element_size()
+        step = max(1, _LARGE_PAGE_BYTES // block_bytes)
+        end = min(self.num_blocks, -(-self._num_touched // step) * step)
+        start, self._num_populated = self._num_populated, end
+        areas = [cache.data_ptr() + start * block_bytes for cache in (*self.keys, *self.values)]
+        module.populate_pages(areas, (end - start) * block_bytes, torch.get_num_threads())
 
     def _grow(self, count: int) -> None:
         """Add `count` blocks, one layer at a time so that only a layer exists twice."""
@@ -67,6 +83,7 @@ class KVCache:
                 grown = _zeros((old + count, *self._block_shape), cache.dtype, cache.device)
                 grown[: self._num_touched].copy_(cache[: self._num_touched])
                 caches[layer] = grown
+        self._num_populated = self._num_touched  # those that were copied
         for block in range(old, old + count):
             heapq.heappush(self._free, block)
 
