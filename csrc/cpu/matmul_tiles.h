@@ -25,8 +25,8 @@ constexpr int kCopyStride = kBlockDepth + 16;
 static_assert(kBlockColumns % kPanel == 0 && kBlockDepth % kLanes == 0);
 
 template <int M>
-static inline void tile_of_rows(int rows, const StridedMatrix& a, const float* panel, int depth, const Addend& addend, float* c,
-                  int64_t c_stride) {
+static inline void tile_of_rows(int rows, const StridedMatrix& a, const float* panel, int depth, const Addend& addend,
+                                float* c, int64_t c_stride) {
   if constexpr (M > 1) {
     if (rows < M) return tile_of_rows<M - 1>(rows, a, panel, depth, addend, c, c_stride);
   }

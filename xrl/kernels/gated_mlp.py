@@ -53,7 +53,12 @@ class _GatedMLP(torch.autograd.Function):
         if _is_fused(x, gate_up, down):
             out = x.new_empty(x.shape[0], down.shape[0])
             _kernels().gated_mlp_forward(
-                x.data_ptr(), _weights(gate_up, down), len(x), hidden.data_ptr(), out.data_ptr(), torch.get_num_threads()
+                x.data_ptr(),
+                _weights(gate_up, down),
+                len(x),
+                hidden.data_ptr(),
+                out.data_ptr(),
+                torch.get_num_threads(),
             )
             return out
         torch.matmul(x, gate_up.t(), out=hidden)

@@ -31,6 +31,8 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
 
     def spread(self, x: Tensor) -> Tensor:
         """The whole input for this rank's product; in the backward pass the ranks' gradients are added up."""
+        if self.tp_group.size() == 1:
+            return x
         if self.sequence_parallel:
             return tensor_parallel.gather_from_sequence_parallel_region(x, group=self.tp_group)
         return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.tp_group)
@@ -44,6 +46,8 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
 
     def combine(self, x: Tensor) -> Tensor:
         """The sum of the ranks' products; each rank gets its tokens of it under sequence parallelism."""
+        if self.tp_group.size() == 1:
+            return x
         if self.sequence_parallel:
             return tensor_parallel.reduce_scatter_to_sequence_parallel_region(x, group=self.tp_group)
         return tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=self.tp_group)
