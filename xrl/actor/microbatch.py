@@ -21,7 +21,7 @@ from xrl.types import Sample
 
 # Lengths that differ by a few tokens would scatter memory: the allocator could not use what one micro-batch freed for
 # the next. And oneDNN, which multiplies bf16, compiles its products anew for each length, and keeps them all.
-CPU_LENGTH_MULTIPLE = 32
+CPU_LENGTH_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
