@@ -98,9 +98,10 @@ class Worker:
         self.engine.abort(None if body.get("abort_all") else str(body["request_id"]))
         return web.json_response({})
 
-    async def sleep(self, _: web.Request) -> web.Response:
+    async def sleep(self, http: web.Request) -> web.Response:
+        keep_weights = http.query.get("level", "1") == "1"
         await self._end_of_abandoned()
-        await asyncio.to_thread(self.engine.sleep)
+        await asyncio.to_thread(self.engine.sleep, keep_weights=keep_weights)
         return web.json_response({})
 
     async def wake(self, _: web.Request) -> web.Response:

@@ -88,7 +88,8 @@ class EmbeddedEngine:
                 if request_id in (None, job.request.id):
                     job.aborted = self._abort_requested = True
 
-    def sleep(self) -> None:
+    def sleep(self, *, keep_weights: bool = True) -> None:
+        del keep_weights  # always on the host
         with self._one_at_a_time:
             with self._changed:
                 self._check_idle("sleep")
