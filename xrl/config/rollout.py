@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from xrl.config.errors import SettingsError
 
@@ -13,6 +15,9 @@ class RolloutConfig:
 
     engine: str = "embedded"
     """Row of the table in xrl/rollout."""
+
+    rollout_python: Path | None = None
+    """Interpreter that runs the workers, where the engine wants an environment of its own; left out: this one."""
 
     rollout_num_workers: int | None = None
     """Rollout worker processes, prompts are spread over them; left out: one a GPU, one on a CPU machine."""
@@ -55,6 +60,10 @@ class RolloutConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+        if self.rollout_python is not None and not os.access(self.rollout_python, os.X_OK):
+            raise SettingsError(
+                f"--rollout-python {self.rollout_python} must be a Python interpreter, found none there"
+            )
         if self.rollout_num_threads is not None and self.rollout_num_threads < 1:
             raise SettingsError(f"--rollout-num-threads must be >= 1, got {self.rollout_num_threads}")
         if self.rollout_dtype not in ("auto", "float32", "bfloat16"):

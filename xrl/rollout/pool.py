@@ -97,6 +97,7 @@ class WorkerPool:
                 [*arguments, f"--device={device}"],
                 num_threads=num_threads,
                 log=log_dir / f"rollout_worker_{number}.log",
+                python=config.rollout_python,
             )
             for number, device in enumerate(devices)
         ]

@@ -21,7 +21,14 @@ LOG_TAIL_LINES = 15
 class WorkerProcess:
     """A rollout worker that this process started and will end."""
 
-    def __init__(self, number: int, arguments: Sequence[str], *, num_threads: int, log: Path) -> None:
+    def __init__(
+        self, number: int, arguments: Sequence[str], *, num_threads: int, log: Path, python: Path | None = None
+    ) -> None:
+        """
+        Args:
+            arguments: of `python -m xrl.rollout.worker`.
+            python: interpreter of another environment, where xrl can be imported too; None for this one.
+        """
         self.number = number
         self.log = log
         self.url = ""
@@ -36,7 +43,7 @@ class WorkerProcess:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "xrl.rollout.worker", *arguments, "--parent-pid", str(os.getpid())],
+                [str(python or sys.executable), "-m", "xrl.rollout.worker", *arguments, f"--parent-pid={os.getpid()}"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=file,

@@ -15,10 +15,12 @@ The compiled part ends the process where it is used out of this order, so `Turbo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
+import os
 import sys
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -79,6 +81,11 @@ class TurboMindDriver:
         Raises:
             SettingsError: LMDeploy is missing, of another version, cannot be loaded, or cannot run this model.
         """
+        with _stdout_to_stderr():
+            self._start(model_dir, dtype, device_index, max_batch_size, max_model_len)
+        self._taken: dict[str, set[str]] = {}  # part of the model -> TurboMind's names of what came with it
+
+    def _start(self, model_dir: Path, dtype: str, device_index: int, max_batch_size: int, max_model_len: int) -> None:
         self._lmdeploy, turbomind, self._update_request = _import()
         config = self._lmdeploy.TurbomindEngineConfig(
             dtype=dtype,
@@ -99,7 +106,6 @@ class TurboMindDriver:
             raise SettingsError(
                 f"{model_dir}: TurboMind cannot load it: {type(error).__name__}: {str(error) or 'it gave no reason'}"
             ) from error
-        self._taken: dict[str, set[str]] = {}  # part of the model -> TurboMind's names of what came with it
 
     def sleep(self, level: Literal[1, 2]) -> None:
         """Free the cache, and move the weights to the host (1) or drop them (2). Only while there is a cache.
@@ -209,6 +215,20 @@ class TurboMindDriver:
     def _forget_export(self) -> None:
         if hasattr(self._turbomind, "_export_iter"):
             del self._turbomind._export_iter
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """LMDeploy and its compiled part log to stdout, where a worker says its address and nothing else."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 async def _finished(done: Awaitable[None]) -> None:

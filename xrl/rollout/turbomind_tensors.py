@@ -51,6 +51,10 @@ def supported_shape(model_dir: Path, *, max_model_len: int) -> ModelShape:
             ARCHITECTURES[architecture] or not (shape.qkv_bias or shape.out_bias),
             "some, which it would leave out",
         ),
+        "an attention as wide as the hidden state": (  # where it makes up a bias after the attention
+            shape.out_bias or not shape.qkv_bias or shape.num_heads * shape.head_dim == shape.hidden_size,
+            f"{shape.num_heads} heads of {shape.head_dim} and hidden_size {shape.hidden_size}",
+        ),
         "no biases in the MLP": (not shape.mlp_bias, "some, which it would leave out"),
         "full attention": (not _slides(config, max_model_len), f"sliding_window {config.get('sliding_window')}"),
         f"at least {max_model_len} positions": (

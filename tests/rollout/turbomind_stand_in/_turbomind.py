@@ -1,4 +1,4 @@
-"""In place of LMDeploy's compiled module, where there is no GPU: its Python interface, its states, its maths on the CPU.
+"""In place of LMDeploy's compiled module, where there is no GPU: its interface, its states, its maths on the CPU.
 
 As in the C++ of 0.12.3 and 0.13.0 (src/turbomind: turbomind.cc, models/llama/LlamaWeight.cc, engine/engine.cc):
 
@@ -19,7 +19,6 @@ import enum
 import os
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -218,7 +217,6 @@ class Engine:
                     self.accept(self.queue.popleft())
             for request in list(self.running):
                 self.turn(request)
-            time.sleep(STEP_S)
 
     def accept(self, request: Request) -> None:
         same = [other for other in self.running if other.session.id == request.session.id]
@@ -236,16 +234,19 @@ class Engine:
             return
         config = request.config
         logits = decoder.last_logits(self.weights, request.token_ids)
-        if logits.isnan().any():  # what uninitialised weights give, and what a kernel makes of it: any token
+        if logits.isnan().any():  # from uninitialised weights: a kernel makes some token of it
             logits = torch.zeros_like(logits)
-        finished = request.append(*decoder.candidates(logits, config.temperature, config.top_k, config.top_p, config.min_p))
+        try:
+            drawn = decoder.candidates(logits, config.temperature, config.top_k, config.top_p, config.min_p)
+        except MemoryError:
+            self.running.remove(request)
+            request.update(FAIL, 0)
+            return
+        finished = request.append(*drawn)
         if finished:
             self.running.remove(request)
         if finished or request.streams:
             request.update(FINISH if finished else 0, request.seq_len)
-
-
-STEP_S = float(os.environ.get("XRL_STAND_IN_STEP_S", "0"))  # slows it down, for aborts
 
 
 class ModelRequest:
