@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lmdeploy
+import psutil
 import pytest
 import stand_in_decoder
 import torch
@@ -17,6 +18,7 @@ from lmdeploy.serve.openai.protocol import UpdateParamsRequest
 from lmdeploy.turbomind import TurboMind
 from transformers import PreTrainedModel
 
+from benchmarks import gpu_turbomind
 from tests.rollout.engines import buckets, generate, push, request
 from tests.rollout.test_contract import sizes, tiny_model
 from tests.tiny_models import make_checkpoint
@@ -274,3 +276,37 @@ def test_a_checkpoint_that_cannot_be_loaded_is_refused(make_engine: MakeEngine, 
             num_threads=1,
             max_model_len=128,
         )
+
+
+# The benchmark of a GPU, on the stand-in.
+
+
+def run_benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(gpu_turbomind, "DEVICE", "cpu")
+    process = psutil.Process()
+    shape = {"vocab_size": 98, "initializer_range": 0.3, "max_position_embeddings": 512, **sizes()}
+    load = gpu_turbomind.Load(num_prompts=2, answer_length=8, num_requests=4, request_length=8)
+    return gpu_turbomind.prove(shape, load, used=lambda: process.memory_info().rss / 2**30)
+
+
+def test_the_benchmark_finds_nothing_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = run_benchmark(monkeypatch)
+    assert report.wrong == []
+    assert report.figures["update_2"]["greedy_agreement"] == 1
+    assert report.figures["update_2"]["logprob_largest_difference"] < 1e-4
+
+
+def test_the_benchmark_notices_weights_that_are_not_the_actors(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = TurboMindDriver.take
+
+    def swap_norms(driver: TurboMindDriver, part: str, tensors: dict[str, torch.Tensor], **options: Any) -> None:
+        names = [name for name in tensors if name.endswith("layernorm.weight")]
+        take(
+            driver,
+            part,
+            tensors | dict(zip(names, (tensors[name] for name in reversed(names)), strict=True)),
+            **options,
+        )
+
+    monkeypatch.setattr(TurboMindDriver, "take", swap_norms)
+    assert "update 1: log-probs are the actor's" in run_benchmark(monkeypatch).wrong

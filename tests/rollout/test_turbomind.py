@@ -217,3 +217,27 @@ def test_a_worker_with_another_lmdeploy_ends_with_the_reason(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(newer), environment()["PYTHONPATH"]]))
     with pytest.raises(RuntimeError, match=r"(?s)exit code 2: .*needs lmdeploy 0\.12\.3 or 0\.13\.0, found 0\.14\.0"):
         make_pool().wait_until_ready()
+
+
+# On a GPU: XRL_LMDEPLOY_PYTHON=/path/to/lmdeploy-env/bin/python .venv/bin/python -m pytest -m gpu tests/rollout
+
+
+def test_benchmark_needs_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "gpu_turbomind.py")], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip() == "This benchmark needs a CUDA device, and torch finds none."
+
+
+@pytest.mark.gpu
+def test_updates_take_effect_on_a_gpu() -> None:
+    python = os.environ.get("XRL_LMDEPLOY_PYTHON")
+    if python is None:
+        pytest.skip("XRL_LMDEPLOY_PYTHON names no interpreter of an environment with LMDeploy")
+    command = [python, str(ROOT / "benchmarks" / "gpu_turbomind.py"), "--requests=64", "--tokens=64"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert json.loads(result.stdout.splitlines()[-1])["wrong"] == []
