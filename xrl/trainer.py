@@ -22,6 +22,7 @@ from xrl.metrics.journal import Journal
 from xrl.metrics.mean import Mean, merge
 from xrl.metrics.memory import cuda_peak_bytes, peak_rss_bytes, return_freed_memory
 from xrl.parallel.groups import ParallelGroups
+from xrl.rollout.canary import Canary
 from xrl.rollout.collect import Collected, Collector
 from xrl.rollout.evaluate import Evaluator
 from xrl.rollout.publish import Publisher
@@ -37,6 +38,7 @@ class Lead:
     sampling: SamplingParams
     collector: Collector
     publisher: Publisher
+    canary: Canary | None
     evaluator: Evaluator | None
     journal: Journal
 
@@ -110,6 +112,7 @@ class Trainer:
             **scored.metrics,
             "prompts/failed": float(collected.counts.failed),
             "prompts/retried": float(collected.counts.retried),
+            "prompts/stale": float(collected.counts.stale),
             "epoch": float(self.lead.prompts.epoch),
             "response_tokens": float(collected.num_tokens),
             "tokens_per_s/rollout": collected.num_tokens / collected.seconds,
@@ -122,10 +125,34 @@ class Trainer:
         start = time.perf_counter()
         buckets = self.actor.weights(version=version)
         if self.lead:
-            self.lead.publisher.publish(buckets, version=version)
+            report = self.lead.publisher.publish(buckets, version=version)
+            self.row |= {
+                "sync/gigabytes": report.num_bytes / 1e9,
+                "sync/layers": float(report.num_layers),
+                "sync/resent": float(report.num_resent),
+                "workers/updated": float(report.num_workers),
+            }
         for _ in buckets:  # nothing is left on rank 0; the other ranks get nothing but must take part
             pass
         self.row["seconds/publish"] = time.perf_counter() - start
+        self.check_canary()
+
+    def check_canary(self) -> None:
+        """Let the actor score what each worker samples with its new weights. Collective.
+
+        Raises:
+            CanaryFailed: they do not compute the same. On rank 0.
+        """
+        if not self.settings.rollout.canary_tokens:
+            return
+        start = time.perf_counter()
+        samples = broadcast_samples(
+            self.lead.canary.sample() if self.lead and self.lead.canary else None, self.groups.control
+        )
+        differences = self.actor.mismatch(samples)
+        if self.lead and self.lead.canary:
+            self.row["canary"] = self.lead.canary.judge(differences)
+        self.row["seconds/canary"] = time.perf_counter() - start
 
     def evaluate(self, index: int) -> None:
         """Pass rates on held-out prompts. Rank 0 only; the others wait at the next collective."""
@@ -161,6 +188,8 @@ class Trainer:
             row["train_tokens"] = float(sum(update.num_tokens for update in reports))
             row["computed_tokens"] = float(sum(update.computed_tokens for update in reports))
         row["updates"] = float(len(reports))
+        pool = self.lead.collector.pool
+        row |= {"workers/lost": float(pool.num_lost), "workers/restarted": float(pool.num_restarted)}
         row |= {f"seconds/{phase}": value for phase, value in self.actor.seconds.items()}
         row["step_seconds"] = seconds
         row["tokens_per_s"] = row["response_tokens"] / seconds

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -135,6 +136,21 @@ class Actor:
             return self.pipeline.forward(
                 microbatches, lambda output, microbatch: self.scorer.logprobs(output, microbatch).logprob
             )
+
+    def mismatch(self, samples: Sequence[Sample]) -> list[float]:
+        """Mean |rollout - actor log-prob| of each sample, on every rank; infinite where it is not a number. Collective.
+
+        Every replica scores all of them: this is for a few.
+        """
+        if not samples:
+            return []
+        microbatches = self.microbatches.one_each(samples)
+        found = torch.zeros(len(samples), dtype=torch.float64)
+        for index, logprobs in enumerate(self.logprobs(microbatches)):
+            difference = logprobs.float() - microbatches[index].rollout_logprobs
+            found[index] = difference.abs().mean().nan_to_num(nan=math.inf)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.groups.control)
+        return found.tolist()
 
     def weights(self, *, version: int) -> Iterator[WeightBucket]:
         """The current weights as Hugging Face tensors, layer by layer, on rank 0. Collective: run it to its end."""

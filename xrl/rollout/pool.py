@@ -244,6 +244,30 @@ class WorkerPool:
         finally:
             running.cancel()
 
+    def ask_all(self, body: Any, *, timeout_s: float) -> list[tuple[WorkerHandle, Any]]:
+        """Every ready worker's answer to the same `/generate` call; a worker that does not answer is lost.
+
+        Raises:
+            RuntimeError: a worker refused: names it.
+            WorkerGone: no worker is left.
+        """
+
+        async def ask(worker: WorkerHandle) -> tuple[WorkerHandle, Any] | None:
+            try:
+                return worker, await self.post(worker, protocol.GENERATE, body, timeout_s=timeout_s)
+            except (WorkerGone, TimeoutError) as error:
+                self.lose(worker, str(error))
+                return None
+            except RuntimeError as error:
+                raise RuntimeError(f"rollout worker {worker.number}: {error}") from error
+
+        async def ask_everyone() -> list[tuple[WorkerHandle, Any] | None]:
+            return await asyncio.gather(*map(ask, self.alive))
+
+        answers = self.start(ask_everyone()).result()
+        _ = self.alive
+        return [answer for answer in answers if answer is not None]
+
     def abort_all(self) -> None:
         """End what the workers are sampling: it comes back as it is, with finish_reason "abort"."""
 
