@@ -196,7 +196,9 @@ class Publisher:
                 attempt,
                 MAX_TRIES,
             )
-            self._num_resent += attempt < MAX_TRIES
+            if attempt < MAX_TRIES:
+                self._num_resent += 1
+                await asyncio.to_thread(self._sender.renew, parcel.bucket, parcel.manifest.where)
         raise CorruptedWeights(
             f"{parcel.name}: rollout worker {worker.number} got other bytes than were sent, {MAX_TRIES} times in a row "
             f"(--weight-transport {self.transport}): check the memory and the network of its host"

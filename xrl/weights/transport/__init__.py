@@ -129,6 +129,10 @@ class Sender(Protocol):
         """Make a bucket ready to be sent; returns the `where` of its manifest."""
         ...
 
+    def renew(self, bucket: WeightBucket, where: Mapping[str, Any]) -> None:
+        """Undo what may have happened to a bucket since it was `put`, before it is sent again."""
+        ...
+
     def send(self, worker: int, bucket: WeightBucket) -> None:
         """Bring the bucket that was `put` last, or the one before, to a worker that has been told of it.
 

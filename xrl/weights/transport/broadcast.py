@@ -64,6 +64,9 @@ class Sender:
     def put(self, bucket: WeightBucket) -> Mapping[str, Any]:
         return {}
 
+    def renew(self, bucket: WeightBucket, where: Mapping[str, Any]) -> None:
+        pass  # sent from its own memory each time
+
     def send(self, worker: int, bucket: WeightBucket) -> None:
         group = self._groups.get(worker)
         if group is None:

@@ -31,6 +31,9 @@ class Sender:
         self._buckets = {**dict(kept), bucket.layer: bucket.tensors}
         return {}
 
+    def renew(self, bucket: WeightBucket, where: Mapping[str, Any]) -> None:
+        pass
+
     def send(self, worker: int, bucket: WeightBucket) -> None:
         pass
 

@@ -42,11 +42,13 @@ class Sender:
         pass
 
     def put(self, bucket: WeightBucket) -> Mapping[str, Any]:
-        entries = [TensorEntry.of(name, tensor) for name, tensor in bucket.tensors.items()]
-        where = self.place(entries)
-        for place, tensor in zip(self.views(entries, where).values(), bucket.tensors.values(), strict=True):
-            place.copy_(tensor)
+        where = self.place(_entries(bucket))
+        self.renew(bucket, where)
         return where
+
+    def renew(self, bucket: WeightBucket, where: Mapping[str, Any]) -> None:
+        for place, tensor in zip(self.views(_entries(bucket), where).values(), bucket.tensors.values(), strict=True):
+            place.copy_(tensor)
 
     def place(self, entries: Sequence[TensorEntry]) -> dict[str, Any]:
         """Room for a bucket; whoever has the memory open may fill it."""
@@ -118,6 +120,10 @@ class Receiver:
 
     def close(self) -> None:
         self._mapped.clear()
+
+
+def _entries(bucket: WeightBucket) -> list[TensorEntry]:
+    return [TensorEntry.of(name, tensor) for name, tensor in bucket.tensors.items()]
 
 
 def _views(memory: mmap.mmap, entries: Sequence[TensorEntry], where: Mapping[str, Any]) -> dict[str, Tensor]:
