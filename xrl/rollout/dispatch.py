@@ -92,6 +92,7 @@ class Dispatch:
         for attempt in range(self.config.rollout_max_retries + 1):
             self.counts.retried += attempt > 0
             worker = await self._take_worker(request, avoid)
+            life = self.pool.life(worker)
             # A name of its own for each try: the engine may not be rid of the last one yet.
             this_try = dataclasses.replace(request, id=f"{request.id}.{attempt}") if attempt else request
             try:
@@ -101,7 +102,7 @@ class Dispatch:
                 return
             except WorkerGone as error:
                 if not await asyncio.to_thread(_is_alive, worker):
-                    self.pool.lose(worker, str(error))
+                    self.pool.lose(worker, str(error), life=life)
                 logger.warning("request %s: %s", request.id, error)
             except TimeoutError as error:
                 logger.warning("request %s on rollout worker %d: %s", request.id, worker.number, error)

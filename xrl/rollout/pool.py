@@ -198,15 +198,18 @@ class WorkerPool:
             self.version,
         )
 
-    def lose(self, worker: WorkerHandle, reason: str) -> None:
+    def lose(self, worker: WorkerHandle, reason: str, *, life: int | None = None) -> None:
         """Leave a worker out that is dead or stuck; start it again where that is ours to do.
+
+        Args:
+            life: in which it was found dead or stuck: several requests may find out, and it may run again by then.
 
         Raises:
             WorkerGone: `on_lost_worker` is "stop".
         """
         with self._lock:
             standing = self._standings[worker.number]
-            if standing.lost or self._is_closing:
+            if standing.lost or self._is_closing or life not in (None, standing.life):
                 return
             standing.version, standing.lost = None, reason
             standing.life += 1
@@ -253,10 +256,11 @@ class WorkerPool:
         """
 
         async def ask(worker: WorkerHandle) -> tuple[WorkerHandle, Any] | None:
+            life = self.life(worker)
             try:
                 return worker, await self.post(worker, protocol.GENERATE, body, timeout_s=timeout_s)
             except (WorkerGone, TimeoutError) as error:
-                self.lose(worker, str(error))
+                self.lose(worker, str(error), life=life)
                 return None
             except RuntimeError as error:
                 raise RuntimeError(f"rollout worker {worker.number}: {error}") from error

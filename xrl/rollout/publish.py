@@ -144,12 +144,13 @@ class Publisher:
         """
 
         async def attempt(worker: WorkerHandle) -> None:
+            life = self.pool.life(worker)
             try:
                 await action(worker)  # type: ignore[operator]
             except (WorkerGone, TransportError, TimeoutError) as error:
                 del workers[worker.number]
                 self._disconnect(worker)
-                self.pool.lose(worker, f"{doing}: {error or 'no answer in time'}")
+                self.pool.lose(worker, f"{doing}: {error or 'no answer in time'}", life=life)
             except CorruptedWeights:
                 raise
             except RuntimeError as error:
