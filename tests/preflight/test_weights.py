@@ -14,7 +14,7 @@ from tests.small_runs import Refusal, edit_json
 from tests.tiny_models import make_checkpoint, make_model
 from xrl.models.shape import ModelShape, read_model_shape
 from xrl.preflight.weights import expected_tensors
-from xrl.weights.qwen import layer_table, outer_table
+from xrl.weights.plan import part_names, tensor_shapes
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,7 @@ def test_expected_tensors_are_those_of_transformers_and_of_the_loader(family: st
 
 
 def loaded_names(shape: ModelShape) -> set[str]:
-    tables = [outer_table(shape), *(layer_table(shape, layer) for layer in range(shape.num_layers))]
-    return {name for table in tables for mapping in table.values() for name in mapping.names}
+    return {name for part in part_names(shape) for name in tensor_shapes(shape, part)}
 
 
 def test_folder_without_safetensors_says_what_it_has(refusal: Refusal, single_model: Path) -> None:
