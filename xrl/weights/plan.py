@@ -108,6 +108,8 @@ class Plan:
         self._words = sizes(shape)
         self._chunks = layout.chunks(shape.num_layers)
         self._tensors: dict[str, dict[str, TensorShape]] = {}
+        self._part_of: dict[str, str] = {}
+        self._sources: dict[str, dict[str, list[tuple[Place, ParameterPlan, Slice]]]] = {}
         self._parameters: dict[tuple[str, int, int], tuple[ParameterPlan, ...]] = {}
 
     def tensors(self, part: str) -> Mapping[str, TensorShape]:
@@ -142,6 +144,24 @@ class Plan:
             data, context = divmod(expert, self.layout.context_size)
             for tensor in range(self.layout.tensor_size):
                 yield Place(tensor=tensor, expert=expert, data=data, context=context, pipeline=self.stage(part))
+
+    def part_of(self, tensor: str) -> str:
+        """The part that a Hugging Face tensor belongs to."""
+        if not self._part_of:
+            self._part_of = {name: part for part in self.parts for name in self.tensors(part)}
+        return self._part_of[tensor]
+
+    def sources(self, tensor: str) -> list[tuple[Place, ParameterPlan, Slice]]:
+        """Where the rows of a Hugging Face tensor lie: slices of parameters, each row once."""
+        part = self.part_of(tensor)
+        if part not in self._sources:
+            found: dict[str, list[tuple[Place, ParameterPlan, Slice]]] = {name: [] for name in self.tensors(part)}
+            for place in self.holders(part):
+                for parameter in self.part_parameters(part, place):
+                    for piece in parameter.slices if parameter.is_exported else ():
+                        found[piece.tensor].append((place, parameter, piece))
+            self._sources[part] = found
+        return self._sources[part][tensor]
 
     def _chunk(self, part: str) -> int:
         if part == EMBEDDINGS:
