@@ -54,6 +54,7 @@ class ParameterPlan:
     part: str
     names: tuple[str, ...]  # in the rank's GPTModel, which has it under one of these
     virtual_stage: int  # which of the rank's models, where it has several
+    tensors: tuple[str, ...]  # Hugging Face tensors it is made of, also where its rank has padding only
     shape: TensorShape  # of this rank's part
     slices: tuple[Slice, ...]
     is_exported: bool  # False where another parameter or rank holds the same and exports it
@@ -191,6 +192,7 @@ class Plan:
                     part=part,
                     names=tuple(target_prefix + name.format(expert=local) for name in names),
                     virtual_stage=chunk // self.layout.pipeline_size,
+                    tensors=tuple(source_prefix + name.format(expert=expert) for name in row.tensors),
                     shape=shape,
                     slices=slices,
                     is_exported=is_first and not row.is_copy,
