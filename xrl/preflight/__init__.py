@@ -60,7 +60,7 @@ def _check_lengths(settings: Settings, shape: ModelShape) -> None:
     if prompt + response > shape.max_positions:
         raise SettingsError(
             f"--max-prompt-length {prompt} + --max-response-length {response} = {prompt + response} is more than the "
-            f"{shape.max_positions} positions of the model (max_position_embeddings in "
+            f"{shape.max_positions} positions of the model (max_position_embeddings, or sliding_window, in "
             f"{settings.model.model / 'config.json'})"
         )
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from xrl.kernels.packed_linear import PackedLinear
 from xrl.models.shape import ModelShape
+from xrl.models.tensors import EMBEDDINGS, FINAL, expected_tensors
 from xrl.rollout.engine import EngineError
-
-EMBEDDINGS, FINAL = "embeddings", "final"
 
 
 @dataclass(kw_only=True)
@@ -27,43 +26,6 @@ class LayerWeights:
     mlp_norm: Tensor  # [H]
     gate_up: PackedLinear  # in one product
     down: PackedLinear
-
-
-def expected_tensors(shape: ModelShape) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Every tensor the decoder needs: part of the model -> Hugging Face name -> size.
-
-    The parts are "embeddings", "layers.0", ..., "final".
-    """
-    hidden, ffn, head_dim = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
-    query_size, kv_size = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
-    parts: dict[str, dict[str, tuple[int, ...]]] = {
-        EMBEDDINGS: {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
-    }
-    for index in range(shape.num_layers):
-        layer: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (hidden,),
-            "self_attn.q_proj.weight": (query_size, hidden),
-            "self_attn.k_proj.weight": (kv_size, hidden),
-            "self_attn.v_proj.weight": (kv_size, hidden),
-            "self_attn.o_proj.weight": (hidden, query_size),
-            "post_attention_layernorm.weight": (hidden,),
-            "mlp.gate_proj.weight": (ffn, hidden),
-            "mlp.up_proj.weight": (ffn, hidden),
-            "mlp.down_proj.weight": (hidden, ffn),
-        }
-        if shape.qkv_bias:
-            layer |= {
-                "self_attn.q_proj.bias": (query_size,),
-                "self_attn.k_proj.bias": (kv_size,),
-                "self_attn.v_proj.bias": (kv_size,),
-            }
-        if shape.qk_norm:
-            layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
-        parts[f"layers.{index}"] = {f"model.layers.{index}.{name}": size for name, size in layer.items()}
-    parts[FINAL] = {"model.norm.weight": (hidden,)}
-    if not shape.tied_embeddings:
-        parts[FINAL]["lm_head.weight"] = (shape.vocab_size, hidden)
-    return parts
 
 
 class DecoderWeights:
