@@ -50,6 +50,10 @@ class ModelShape:
     experts: ExpertShape | None = None  # None: every MLP is dense
     latent: LatentAttention | None = None  # None: grouped-query attention
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a mixture of experts stands in place of the MLP of a layer, counted from 0."""
+        return self.experts is not None and layer >= self.experts.first_dense_layers
+
 
 def read_model_shape(model_dir: Path) -> ModelShape:
     """The shape of the Hugging Face checkpoint in `model_dir`."""

@@ -24,12 +24,11 @@ def expected_tensors(shape: ModelShape) -> dict[str, Sizes]:
 
 def _layer(shape: ModelShape, index: int) -> Sizes:
     attention = _attention(shape) if shape.latent is None else _latent_attention(shape)
-    is_dense = shape.experts is None or index < shape.experts.first_dense_layers
     return {
         "input_layernorm.weight": (shape.hidden_size,),
         **{f"self_attn.{name}": size for name, size in attention.items()},
         "post_attention_layernorm.weight": (shape.hidden_size,),
-        **(_mlp("mlp", shape, shape.ffn_hidden_size, bias=shape.mlp_bias) if is_dense else _experts(shape)),
+        **(_experts(shape) if shape.has_experts(index) else _dense_mlp(shape)),
     }
 
 
@@ -82,6 +81,10 @@ def _experts(shape: ModelShape) -> Sizes:
     if experts.shared_ffn_hidden_size:
         sizes |= _mlp("mlp.shared_experts", shape, experts.shared_ffn_hidden_size)
     return sizes
+
+
+def _dense_mlp(shape: ModelShape) -> Sizes:
+    return _mlp("mlp", shape, shape.ffn_hidden_size, bias=shape.mlp_bias)
 
 
 def _mlp(prefix: str, shape: ModelShape, ffn: int, *, bias: bool = False) -> Sizes:
