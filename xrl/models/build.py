@@ -108,7 +108,7 @@ def transformer_config(
 
 
 def _expert_settings(experts: ExpertShape) -> dict[str, Any]:
-    """Every token goes to all of its experts, and nothing but the loss teaches the router."""
+    """Every token goes to all of its experts. Nothing but the loss teaches the router, and its bias stays as it is."""
     groups = {}
     if experts.num_groups > 1:
         groups = {"moe_router_num_groups": experts.num_groups, "moe_router_group_topk": experts.groups_per_token}

@@ -20,7 +20,6 @@ from xrl.models.latent_attention import LatentAttention
 from xrl.models.linear import ColumnParallelLinear, RowParallelLinear
 from xrl.models.mlp import GatedMLP, SwiGLU
 from xrl.models.norm import RMSNorm
-from xrl.models.router import Router
 from xrl.models.self_attention import SelfAttention
 from xrl.models.shape import ModelShape
 
@@ -91,7 +90,6 @@ def _own_mlp(spec: ModuleSpec, shape: ModelShape) -> None:
 
 
 def _own_experts(spec: ModuleSpec) -> None:
-    spec.submodules.router = Router
     _own_linear(spec.submodules.experts.submodules)
     _own_linear(spec.submodules.shared_experts.submodules)
 

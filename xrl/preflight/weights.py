@@ -15,8 +15,8 @@ from typing import Any
 
 from xrl.config import SettingsError
 from xrl.models.shape import ModelShape
-from xrl.models.tensors import expected_tensors
 from xrl.preflight.model import read_json_object
+from xrl.weights.plan import part_names, tensor_shapes
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -45,7 +45,7 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
     index = folder / INDEX_FILE
     stored = _read_sharded(index) if index.is_file() else _read_single(folder)
     source = index if index.is_file() else folder / SINGLE_FILE
-    expected = {name: size for part in expected_tensors(shape).values() for name, size in part.items()}
+    expected = {name: size for part in part_names(shape) for name, size in tensor_shapes(shape, part).items()}
     for name, needed in expected.items():
         tensor = stored.get(name)
         if tensor is None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from xrl.kernels.packed_linear import PackedLinear
 from xrl.models.shape import ModelShape
-from xrl.models.tensors import EMBEDDINGS, FINAL, expected_tensors
 from xrl.rollout.engine import EngineError
+from xrl.weights.plan import EMBEDDINGS, FINAL, part_names, tensor_shapes
 
 
 @dataclass(kw_only=True)
@@ -41,7 +41,7 @@ class DecoderWeights:
         self.layers: dict[int, LayerWeights] = {}
         self.final_norm: Tensor = torch.empty(0)
         self.head: PackedLinear | None = None
-        self._expected = expected_tensors(shape)
+        self._expected = {part: tensor_shapes(shape, part) for part in part_names(shape)}
         self._part_of = {name: part for part, tensors in self._expected.items() for name in tensors}
         self._arrived: dict[str, dict[str, Tensor]] = {}  # of parts not yet complete
         self._installed: set[str] = set()  # parts of the update under way

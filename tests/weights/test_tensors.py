@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from tests.tiny_models import FAMILIES, make_checkpoint
 from xrl.models.shape import read_model_shape
-from xrl.models.tensors import expected_tensors
+from xrl.weights.plan import part_names, tensor_shapes
 
 CASES = [(family, tied, {}) for family in FAMILIES for tied in (True, False)] + [
     ("llama", True, {"attention_bias": False}),
@@ -25,8 +25,7 @@ def test_expected_tensors_are_those_of_transformers(
     family: str, tied: bool, fields: dict[str, object], tmp_path: Path
 ) -> None:
     folder = make_checkpoint(tmp_path, family=family, tied=tied, with_tokenizer=False, **fields)
-    expected = {
-        name: size for part in expected_tensors(read_model_shape(folder)).values() for name, size in part.items()
-    }
+    shape = read_model_shape(folder)
+    expected = {name: size for part in part_names(shape) for name, size in tensor_shapes(shape, part).items()}
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert expected == {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
