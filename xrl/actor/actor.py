@@ -51,9 +51,9 @@ class Actor:
         self.groups = groups
         self.shape = read_model_shape(settings.model.model)
         self.dtype = train_dtype(settings.model)
-        transformer_engine = uses_transformer_engine(settings.model)
+        transformer_engine = uses_transformer_engine(settings.model, self.shape)
         config = transformer_config(
-            self.shape, settings.model, settings.parallel, transformer_engine=transformer_engine
+            self.shape, settings.model, settings.parallel, groups.layout, transformer_engine=transformer_engine
         )
         self.model = build_model(self.shape, config, groups, transformer_engine=transformer_engine)
         load_weights(self.model, self.shape, groups, settings.model.model)
