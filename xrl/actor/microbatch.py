@@ -114,11 +114,4 @@ class MicrobatchMaker:
     def _attention(self, packed: Pack) -> PackedSeqParams | None:
         if self.transformer_engine:
             return flash_inputs(packed, device=self.groups.device)
-        return attention_inputs(
-            packed,
-            queries_per_key=self.shape.num_heads // self.shape.num_kv_heads,
-            head_dim=self.shape.head_dim,
-            rope_base=self.shape.rope_base,
-            dtype=self.dtype,
-            device=self.groups.device,
-        )
+        return attention_inputs(packed, self.shape, dtype=self.dtype, device=self.groups.device)
