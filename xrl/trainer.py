@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ class Trainer:
         self.lead = lead
         self.num_rollouts = num_rollouts
         self.token_weights = partial(token_weights, kind=settings.algorithm.loss_aggregation)
+        self.shares_memory = (
+            settings.rollout.chosen_transport == "shared_memory"
+            and groups.device.type == "cpu"
+            and int(os.environ.get("LOCAL_WORLD_SIZE", groups.layout.world_size)) == groups.layout.world_size
+        )
         # Filled on rank 0 while a step runs, then written as one row.
         self.row: dict[str, float] = {}
 
@@ -123,7 +129,10 @@ class Trainer:
     def publish(self, *, version: int) -> None:
         """Stream the weights to every rollout worker. Collective: each rank gives its part."""
         start = time.perf_counter()
-        buckets = self.actor.weights(version=version)
+        if self.shares_memory:
+            buckets = self.actor.shared_weights(self.lead.publisher.memory if self.lead else None, version=version)
+        else:
+            buckets = self.actor.weights(version=version)
         if self.lead:
             report = self.lead.publisher.publish(buckets, version=version)
             self.row |= {

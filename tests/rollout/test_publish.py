@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import urllib.request
@@ -18,24 +19,36 @@ from xrl.rollout.pool import WorkerGone, WorkerPool
 from xrl.rollout.process import WorkerProcess
 from xrl.rollout.publish import CorruptedWeights, Publisher
 from xrl.types import WeightBucket
-from xrl.weights.transport.shared_memory import Sender
+from xrl.weights.transport import broadcast, shared_memory
 
 TRANSPORTS = ["shared_memory", "broadcast"]
 
 
-class FaultySender(Sender):
+class FaultyNetwork(broadcast.Sender):
     """Flips a bit of one layer's bytes on their way, so many times."""
 
     def __init__(self, layer: str, *, times: int) -> None:
-        super().__init__()
+        super().__init__(timeout_s=20.0, device=torch.device("cpu"))
         self.layer, self.times = layer, times
 
-    def renew(self, bucket: WeightBucket, where: Mapping[str, Any]) -> None:
-        super().renew(bucket, where)
+    def send(self, worker: int, bucket: WeightBucket) -> None:
         if bucket.layer == self.layer and self.times:
             self.times -= 1
+            changed = {name: tensor.clone() for name, tensor in bucket.tensors.items()}
+            changed["w"].view(torch.uint8)[1] ^= 4
+            bucket = dataclasses.replace(bucket, tensors=changed)
+        super().send(worker, bucket)
+
+
+class FaultyMemory(shared_memory.Sender):
+    """A byte of one layer changes after it was written."""
+
+    def put(self, bucket: WeightBucket) -> Mapping[str, Any]:
+        where = super().put(bucket)
+        if bucket.layer == "layers.2":
             assert self._memory is not None
             self._memory[where["offsets"][0] + 1] ^= 4
+        return where
 
 
 def layers(version: int, *, number: int = 4) -> Iterator[WeightBucket]:
@@ -64,19 +77,20 @@ def check_answers(pool: WorkerPool, version: int) -> None:
 
 
 def test_flipped_bit_is_noticed_and_the_layer_sent_again(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
-    pool = make_pool(1, update=False)
+    pool = make_pool(1, weight_transport="broadcast", update=False)
     publisher = Publisher(pool)
-    publisher._sender = FaultySender("layers.2", times=1)
+    publisher._sender = FaultyNetwork("layers.2", times=1)
     report = publisher.publish(layers(1), version=1)
     assert (report.num_resent, report.num_layers) == (1, 4)
     assert "weights version 1, layers.2: rollout worker 0 got bytes with checksum" in caplog.text
     check_answers(pool, 1)
 
 
-def test_bytes_that_arrive_changed_twice_end_the_run_and_are_not_loaded(make_pool: MakePool) -> None:
-    pool = make_pool(1, update=False)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_bytes_that_arrive_changed_twice_end_the_run_and_are_not_loaded(make_pool: MakePool, transport: str) -> None:
+    pool = make_pool(1, weight_transport=transport, update=False)
     publisher = Publisher(pool)
-    publisher._sender = FaultySender("layers.2", times=2)
+    publisher._sender = FaultyMemory() if transport == "shared_memory" else FaultyNetwork("layers.2", times=2)
     with pytest.raises(CorruptedWeights, match="version 1, layers.2: rollout worker 0 got other bytes .* 2 times"):
         publisher.publish(layers(1), version=1)
     results, _ = generate(pool, [request(0)])

@@ -27,7 +27,9 @@ from xrl.parallel.groups import ParallelGroups
 from xrl.types import LossInputs, LossOutput, Sample, WeightBucket
 from xrl.weights.export import WeightExporter
 from xrl.weights.load import load_weights
+from xrl.weights.shared_export import SharedExporter
 from xrl.weights.slices import named_weights
+from xrl.weights.transport.shared_memory import Sender
 
 Loss = Callable[[LossInputs], LossOutput]
 TokenWeights = Callable[[Sequence[int]], Sequence[float]]
@@ -60,6 +62,7 @@ class Actor:
         self.model = build_model(self.shape, config, groups, transformer_engine=transformer_engine)
         load_weights(self.model, self.shape, groups, settings.model.model)
         self.exporter = WeightExporter(self.shape, groups)
+        self.shared_exporter = SharedExporter(self.shape, groups)
         # The frozen starting point, for the KL; no second model, only a second set of weights.
         self.reference = (
             {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
@@ -157,6 +160,10 @@ class Actor:
     def weights(self, *, version: int) -> Iterator[WeightBucket]:
         """The current weights as Hugging Face tensors, layer by layer, on rank 0. Collective: run it to its end."""
         return self.exporter.stream(named_weights(self.model), version=version)
+
+    def shared_weights(self, memory: Sender | None, *, version: int) -> Iterator[WeightBucket]:
+        """As `weights`, but every rank writes its share into `memory`, which rank 0 passes. Ranks of one host only."""
+        return self.shared_exporter.stream([named_weights(self.model)], memory, version=version)
 
     def _one_update(
         self,

@@ -119,6 +119,13 @@ class RolloutConfig:
         """(host, port) of each worker of --rollout-worker-urls."""
         return [_address(part) for part in self.rollout_worker_urls.split(",") if part.strip()]
 
+    @property
+    def chosen_transport(self) -> str:
+        """The row of the table in xrl/weights/transport."""
+        if self.weight_transport != "auto":
+            return self.weight_transport
+        return "broadcast" if self.worker_addresses else "shared_memory"
+
     def _check_workers(self) -> None:
         for name, known in (("on_lost_worker", ON_LOST_WORKER), ("weight_transport", WEIGHT_TRANSPORTS)):
             if getattr(self, name) not in known:

@@ -1,8 +1,8 @@
 """The actor's new weights into every rollout worker, one decoder layer at a time, each proven by its checksum.
 
 One layer: its manifest goes to each worker as JSON, its bytes through the transport. The worker answers with the
-checksum of what it got, and loads it if that is the manifest's. While the workers take a layer, the next one is
-gathered from the ranks.
+checksum of what it got, and loads it if that is the manifest's. Where the transport keeps a copy of a layer, the next
+one is gathered from the ranks while the workers take it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xrl.rollout.pool import WorkerPool
 from xrl.rollout.process import WorkerGone, WorkerHandle
 from xrl.types import WeightBucket
 from xrl.weights.checksum import layer_checksum
-from xrl.weights.transport import Manifest, TransportError, create_sender
+from xrl.weights.transport import Manifest, TransportError, create_sender, shared_memory
 
 logger = logging.getLogger("xrl")
 
@@ -70,9 +70,7 @@ class Publisher:
         config = pool.config
         self.pool = pool
         self.timeout_s = config.weight_sync_timeout_s if timeout_s is None else timeout_s
-        self.transport = config.weight_transport
-        if self.transport == "auto":
-            self.transport = "broadcast" if config.worker_addresses else "shared_memory"
+        self.transport = config.chosen_transport
         self._sender = create_sender(self.transport, timeout_s=self.timeout_s, device=device)
         self._connected: dict[int, int] = {}  # worker -> the life in which it was connected
         self._num_resent = 0
@@ -84,7 +82,7 @@ class Publisher:
         run stops, as `on_lost_worker` says.
 
         Args:
-            buckets: consumed in order, to the end, once. Each must stay as it is until the next but one is asked for.
+            buckets: consumed in order, to the end, once. Each must stay as it is until the next one is asked for.
 
         Raises:
             CorruptedWeights: a layer's checksum was wrong twice.
@@ -102,6 +100,8 @@ class Publisher:
                 sending.result()
             parcel = _Parcel(name=f"weights version {version}, {bucket.layer}", bucket=bucket, manifest=manifest)
             sending = self.pool.start(self._send_to_all(workers, parcel))
+            if not self._sender.copies:
+                sending.result()
             num_layers += 1
             num_tensors += len(bucket.tensors)
             num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in bucket.tensors.values())
@@ -118,6 +118,11 @@ class Publisher:
             num_layers=num_layers,
             num_resent=self._num_resent,
         )
+
+    @property
+    def memory(self) -> shared_memory.Sender | None:
+        """Where ranks of this host may write buckets themselves; None with another transport."""
+        return self._sender if isinstance(self._sender, shared_memory.Sender) else None
 
     def close(self) -> None:
         """Free what the transport holds."""
@@ -197,9 +202,7 @@ class Publisher:
                 attempt,
                 MAX_TRIES,
             )
-            if attempt < MAX_TRIES:
-                self._num_resent += 1
-                await asyncio.to_thread(self._sender.renew, parcel.bucket, parcel.manifest.where)
+            self._num_resent += attempt < MAX_TRIES
         raise CorruptedWeights(
             f"{parcel.name}: rollout worker {worker.number} got other bytes than were sent, {MAX_TRIES} times in a row "
             f"(--weight-transport {self.transport}): check the memory and the network of its host"

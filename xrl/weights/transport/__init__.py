@@ -109,9 +109,12 @@ class Manifest:
 class Sender(Protocol):
     """The trainer's side of a transport, for all workers of a run.
 
-    Of each bucket: `put` once, then `send` to each worker, beside the manifest. `put` may be called while the bucket
-    before is still being sent, not earlier.
+    Of each bucket: `put` once, then `send` to each worker, beside the manifest.
     """
+
+    # Whether a bucket that was put needs its tensors no more: the next one may then be gathered, and be put, while it is
+    # being sent. Not the next but one.
+    copies: bool
 
     def invite(self, worker: int, host: str) -> dict[str, Any]:
         """Begin a connection: JSON with which the worker, which listens on `host`, makes its receiver."""
@@ -127,10 +130,6 @@ class Sender(Protocol):
 
     def put(self, bucket: WeightBucket) -> Mapping[str, Any]:
         """Make a bucket ready to be sent; returns the `where` of its manifest."""
-        ...
-
-    def renew(self, bucket: WeightBucket, where: Mapping[str, Any]) -> None:
-        """Undo what may have happened to a bucket since it was `put`, before it is sent again."""
         ...
 
     def send(self, worker: int, bucket: WeightBucket) -> None:

@@ -30,6 +30,8 @@ PUBLISHER, WORKER = 0, 1
 class Sender:
     """Rank 0 of a group with each worker. See `xrl.weights.transport.Sender`."""
 
+    copies = False
+
     def __init__(self, *, timeout_s: float, device: torch.device) -> None:
         self._timeout = timedelta(seconds=timeout_s)
         self._device = device
@@ -63,9 +65,6 @@ class Sender:
 
     def put(self, bucket: WeightBucket) -> Mapping[str, Any]:
         return {}
-
-    def renew(self, bucket: WeightBucket, where: Mapping[str, Any]) -> None:
-        pass  # sent from its own memory each time
 
     def send(self, worker: int, bucket: WeightBucket) -> None:
         group = self._groups.get(worker)

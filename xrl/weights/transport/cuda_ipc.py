@@ -23,6 +23,8 @@ _BYTES_FIELDS = {"handle", "counter_handle", "event_handle"}
 class Sender:
     """Keeps the last two buckets alive. See `xrl.weights.transport.Sender`."""
 
+    copies = False
+
     def __init__(self, *, timeout_s: float, device: torch.device) -> None:
         if device.type != "cuda":
             raise TransportError(f"--weight-transport cuda_ipc needs weights on CUDA, they are on {device}")
@@ -40,9 +42,6 @@ class Sender:
         torch.cuda.ipc_collect()  # what receivers have let go of
         torch.cuda.current_stream().synchronize()  # the gather of these tensors
         return {"tensors": [_share(tensor) for tensor in tensors.values()]}
-
-    def renew(self, bucket: WeightBucket, where: Mapping[str, Any]) -> None:
-        pass  # the memory is the only one there is
 
     def send(self, worker: int, bucket: WeightBucket) -> None:
         pass  # it is there

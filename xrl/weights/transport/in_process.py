@@ -16,6 +16,8 @@ from xrl.weights.transport import Manifest, TransportError
 class Sender:
     """Keeps the last two buckets for receivers to take. See `xrl.weights.transport.Sender`."""
 
+    copies = False
+
     def __init__(self, *, timeout_s: float, device: torch.device) -> None:
         self._buckets: dict[str, Mapping[str, Tensor]] = {}
         _SENDERS[id(self)] = self
@@ -30,9 +32,6 @@ class Sender:
         kept = list(self._buckets.items())[-1:]
         self._buckets = {**dict(kept), bucket.layer: bucket.tensors}
         return {}
-
-    def renew(self, bucket: WeightBucket, where: Mapping[str, Any]) -> None:
-        pass
 
     def send(self, worker: int, bucket: WeightBucket) -> None:
         pass

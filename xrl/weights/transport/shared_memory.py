@@ -21,14 +21,20 @@ from xrl.weights.transport import Manifest, TensorEntry, TransportError, aligned
 class Sender:
     """One piece of shared memory with room for two buckets. See `xrl.weights.transport.Sender`.
 
+    Ranks of this host may also write a bucket where it is to lie (see xrl.weights.shared_export): `place` gives it
+    room, and `put` then finds it there.
+
     A bucket goes to the start of the memory, or behind the bucket before it where that is in the way. So the memory
     grows to the embeddings and two layers at most, and is used again for update after update.
     """
+
+    copies = True
 
     def __init__(self, *, timeout_s: float = 0.0, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
         self._descriptor = os.memfd_create("xrl-weights", os.MFD_CLOEXEC)
         self._memory: mmap.mmap | None = None
         self._last = (0, 0)  # where the bucket before lies: start, end
+        self._placed: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # room that is being filled in place
 
     @property
     def num_bytes(self) -> int:
@@ -42,16 +48,17 @@ class Sender:
         pass
 
     def put(self, bucket: WeightBucket) -> Mapping[str, Any]:
-        where = self.place(_entries(bucket))
-        self.renew(bucket, where)
+        placed, self._placed = self._placed, None
+        if placed is not None and bucket.tensors is placed[0]:
+            return placed[1]
+        tensors, where = self.place([TensorEntry.of(name, tensor) for name, tensor in bucket.tensors.items()])
+        self._placed = None
+        for name, tensor in bucket.tensors.items():
+            tensors[name].copy_(tensor)
         return where
 
-    def renew(self, bucket: WeightBucket, where: Mapping[str, Any]) -> None:
-        for place, tensor in zip(self.views(_entries(bucket), where).values(), bucket.tensors.values(), strict=True):
-            place.copy_(tensor)
-
-    def place(self, entries: Sequence[TensorEntry]) -> dict[str, Any]:
-        """Room for a bucket; whoever has the memory open may fill it."""
+    def place(self, entries: Sequence[TensorEntry]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Room for a bucket: its tensors, and where others find them, as `views` takes it."""
         offsets, size = [], 0
         for entry in entries:
             offsets.append(size)
@@ -59,16 +66,15 @@ class Sender:
         start = 0 if size <= self._last[0] else self._last[1]
         self._last = (start, start + size)
         self._grow_to(start + size)
-        return {
-            "path": f"/proc/{os.getpid()}/fd/{self._descriptor}",
+        where = {
+            "pid": os.getpid(),
+            "descriptor": self._descriptor,
             "num_bytes": self.num_bytes,
             "offsets": [start + offset for offset in offsets],
         }
-
-    def views(self, entries: Sequence[TensorEntry], where: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The room as tensors."""
         assert self._memory is not None
-        return _views(self._memory, entries, where)
+        self._placed = _views(self._memory, entries, where), where
+        return self._placed
 
     def send(self, worker: int, bucket: WeightBucket) -> None:
         pass  # it is there
@@ -84,7 +90,7 @@ class Sender:
     def _grow_to(self, num_bytes: int) -> None:
         if self._memory is None or num_bytes > self.num_bytes:
             os.ftruncate(self._descriptor, max(num_bytes, self.num_bytes, mmap.PAGESIZE))
-            self._memory = mmap.mmap(self._descriptor, self.num_bytes)
+            self._memory = _map(self._descriptor, self.num_bytes)
 
 
 class Receiver:
@@ -97,33 +103,35 @@ class Receiver:
         timeout_s: float = 0.0,
         device: torch.device = torch.device("cpu"),  # noqa: B008
     ) -> None:
-        self._mapped: dict[str, mmap.mmap] = {}
+        self._mapped: dict[tuple[int, int], mmap.mmap] = {}
 
     def receive(self, manifest: Manifest) -> dict[str, Tensor]:
         return self.views(manifest.tensors, manifest.where)
 
     def views(self, entries: Sequence[TensorEntry], where: Mapping[str, Any]) -> dict[str, Tensor]:
         """Tensors over the sender's memory."""
-        path, num_bytes = str(where["path"]), int(where["num_bytes"])
-        memory = self._mapped.get(path)
+        key, num_bytes = (int(where["pid"]), int(where["descriptor"])), int(where["num_bytes"])
+        memory = self._mapped.get(key)
         if memory is None or len(memory) != num_bytes:
             try:
-                descriptor = os.open(path, os.O_RDWR)
+                descriptor = os.open("/proc/{}/fd/{}".format(*key), os.O_RDWR)
             except OSError as error:
                 raise TransportError(f"the sender's memory cannot be opened: {error}") from error
             try:
-                memory = mmap.mmap(descriptor, num_bytes)
+                memory = _map(descriptor, num_bytes)
             finally:
                 os.close(descriptor)
-            self._mapped[path] = memory
+            self._mapped = {key: memory}
         return _views(memory, entries, where)
 
     def close(self) -> None:
         self._mapped.clear()
 
 
-def _entries(bucket: WeightBucket) -> list[TensorEntry]:
-    return [TensorEntry.of(name, tensor) for name, tensor in bucket.tensors.items()]
+def _map(descriptor: int, num_bytes: int) -> mmap.mmap:
+    # All pages at once: to meet them one by one while copying costs more than the copying.
+    populate = getattr(mmap, "MAP_POPULATE", 0)
+    return mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | populate)
 
 
 def _views(memory: mmap.mmap, entries: Sequence[TensorEntry], where: Mapping[str, Any]) -> dict[str, Tensor]:
