@@ -22,8 +22,11 @@ class Family:
     config_class: str
     """transformers' class for such a config.json."""
 
+    model_type: str
+    """What such a config.json calls it."""
+
     defaults: Config
-    """What keys that are left out, or null, mean."""
+    """Keys that decide the maths, besides those that every family has, and what it means to leave them out."""
 
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other spelling of a key -> the one used here."""
@@ -46,11 +49,24 @@ class Family:
     latent: Callable[[Config], LatentAttention] | None = None
     """Reads the latent attention; None: grouped-query attention."""
 
-    keys: frozenset[str] = frozenset()
-    """Keys that decide the maths, besides those that every family has."""
-
     needed: Config = field(default_factory=dict)
     """Keys that are supported with this one value only."""
+
+    equal: tuple[str, ...] = ()
+    """Keys that are supported with equal values only."""
+
+    harmless: frozenset[str] = frozenset()
+    """Keys that change nothing in this family, given those that are needed."""
+
+    @property
+    def switches(self) -> frozenset[str]:
+        """Keys that turn biases on."""
+        return frozenset(key for key in (self.qkv_bias, self.out_bias, self.mlp_bias) if isinstance(key, str))
+
+    @property
+    def read(self) -> frozenset[str]:
+        """The keys, in any spelling, that the family is read by."""
+        return self.switches | self.defaults.keys() | self.aliases.keys()
 
 
 def _qwen3_experts(config: Config) -> ExpertShape:
@@ -88,26 +104,32 @@ def _deepseek_latent(config: Config) -> LatentAttention:
     )
 
 
+_QWEN: dict[str, Any] = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
 _NO_WINDOW = {"use_sliding_window": False}
-_QWEN = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
+_WINDOW_SIZES = frozenset({"sliding_window", "max_window_layers"})
 
 FAMILIES: dict[str, Family] = {
     "Qwen2ForCausalLM": Family(
         config_class="Qwen2Config",
+        model_type="qwen2",
         defaults={**_QWEN, "num_key_value_heads": 32},
         qkv_bias=True,
         needed=_NO_WINDOW,
+        harmless=_WINDOW_SIZES,
     ),
     "Qwen3ForCausalLM": Family(
         config_class="Qwen3Config",
+        model_type="qwen3",
         defaults={**_QWEN, "num_key_value_heads": 32, "head_dim": 128},
         qk_norm=True,
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         needed=_NO_WINDOW,
+        harmless=_WINDOW_SIZES,
     ),
     "Qwen3MoeForCausalLM": Family(
         config_class="Qwen3MoeConfig",
+        model_type="qwen3_moe",
         defaults={
             **_QWEN,
             "num_key_value_heads": 4,
@@ -118,15 +140,14 @@ FAMILIES: dict[str, Family] = {
         },
         aliases={"num_local_experts": "num_experts"},
         qk_norm=True,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
         experts=_qwen3_experts,
-        keys=frozenset({"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}),
-        # Dense layers among those with experts.
-        needed={**_NO_WINDOW, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        # No biases, and no dense layers among those with experts.
+        needed={**_NO_WINDOW, "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        harmless=_WINDOW_SIZES,
     ),
     "LlamaForCausalLM": Family(
         config_class="LlamaConfig",
+        model_type="llama",
         defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
         qkv_bias="attention_bias",
         out_bias="attention_bias",
@@ -134,16 +155,17 @@ FAMILIES: dict[str, Family] = {
     ),
     "MistralForCausalLM": Family(
         config_class="MistralConfig",
+        model_type="mistral",
         defaults={
             "max_position_embeddings": 131072,
             "rms_norm_eps": 1e-6,
             "num_key_value_heads": 8,
             "sliding_window": 4096,
         },
-        keys=frozenset({"sliding_window"}),
     ),
     "InternLM3ForCausalLM": Family(
         config_class="InternLM3Config",
+        model_type="internlm3",
         defaults={
             "max_position_embeddings": 32768,
             "rms_norm_eps": 1e-5,
@@ -152,11 +174,14 @@ FAMILIES: dict[str, Family] = {
         },
         aliases={"qkv_bias": "attention_bias", "bias": "mlp_bias"},
         qkv_bias="attention_bias",
-        out_bias="mlp_bias",
+        # Which of the two switches the bias after attention, implementations do not agree on.
+        out_bias="attention_bias",
         mlp_bias="mlp_bias",
+        equal=("attention_bias", "mlp_bias"),
     ),
     "DeepseekV3ForCausalLM": Family(
         config_class="DeepseekV3Config",
+        model_type="deepseek_v3",
         defaults={
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-6,
@@ -179,7 +204,26 @@ FAMILIES: dict[str, Family] = {
         aliases={"num_local_experts": "n_routed_experts"},
         experts=_deepseek_experts,
         latent=_deepseek_latent,
-        keys=frozenset({"q_lora_rank"}),
-        needed={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "rope_interleave": True},
+        needed={
+            "norm_topk_prob": True,
+            "rope_interleave": True,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "moe_layer_freq": 1,
+        },
+        # Multi-token prediction heads are neither trained nor written: transformers leaves them out, too.
+        harmless=frozenset({"num_nextn_predict_layers", "num_mtp_layers", "qk_head_dim", "head_dim"}),
     ),
 }
+
+
+def architecture_of(config: Config) -> str | None:
+    """The key of FAMILIES that `config` says, or what else it says; None: nothing readable.
+
+    transformers runs InternLM3 through its Llama classes, and then writes those into config.json.
+    """
+    architectures = config.get("architectures")
+    found = architectures[0] if isinstance(architectures, list) and architectures else None
+    if found == "LlamaForCausalLM" and config.get("model_type") == "internlm3":
+        return "InternLM3ForCausalLM"
+    return found if isinstance(found, str) else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xrl.models.families import FAMILIES
+from xrl.models.families import FAMILIES, Family, architecture_of
 from xrl.models.parts import ExpertShape, LatentAttention, RopeScaling
 
 __all__ = [
@@ -38,7 +38,7 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    max_positions: int
+    max_positions: int  # tokens of a sequence that all see each other
     norm_eps: float
     rope_base: float
     tied_embeddings: bool
@@ -49,6 +49,10 @@ class ModelShape:
     rope_scaling: RopeScaling | None = None
     experts: ExpertShape | None = None  # None: every MLP is dense
     latent: LatentAttention | None = None  # None: grouped-query attention
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a mixture of experts stands in place of the MLP of a layer, counted from 0."""
+        return self.experts is not None and layer >= self.experts.first_dense_layers
 
 
 def read_model_shape(model_dir: Path) -> ModelShape:
@@ -63,8 +67,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     Raises:
         KeyError: the architecture, or a size without a default.
     """
-    architecture = config["architectures"][0]
-    family = FAMILIES[architecture]
+    architecture, family = _family(config)
     config = with_defaults(config)
     rope = rope_settings(config)
 
@@ -81,7 +84,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         num_kv_heads=config["num_key_value_heads"],
         head_dim=config["head_dim"] if latent is None else latent.qk_nope_head_dim + latent.qk_rope_head_dim,
         vocab_size=config["vocab_size"],
-        max_positions=config["max_position_embeddings"],
+        max_positions=_max_positions(config, family),
         norm_eps=config["rms_norm_eps"],
         rope_base=float(rope["rope_theta"]),
         tied_embeddings=bool(config.get("tie_word_embeddings")),
@@ -97,7 +100,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with each key under its one name, and the family's defaults for what is left out or null."""
-    family = FAMILIES[config["architectures"][0]]
+    _, family = _family(config)
     given = {family.aliases.get(key, key): value for key, value in config.items()}
     filled = {**family.defaults, **{k: v for k, v in given.items() if v is not None or k in _NULL_IS_A_VALUE}}
     if filled.get("num_key_value_heads") is None:
@@ -111,11 +114,24 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary settings, from either spelling: `rope_parameters` (transformers 5) or `rope_scaling` beside
     `rope_theta`."""
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    old_name = rope.pop("type", None)
+    rope["rope_type"] = rope.get("rope_type") or old_name or "default"
     rope["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     if rope["rope_type"] == "llama3":
         rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
     return rope
+
+
+def _family(config: Mapping[str, Any]) -> tuple[str, Family]:
+    architecture = architecture_of(config)
+    return str(architecture), FAMILIES[str(architecture)]
+
+
+def _max_positions(config: Mapping[str, Any], family: Family) -> int:
+    """Sequences within a sliding window do not notice it; longer ones are not for us."""
+    window = config.get("sliding_window") if "sliding_window" in family.defaults else None
+    positions: int = config["max_position_embeddings"]
+    return positions if window is None else min(positions, window)
 
 
 def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling:

@@ -49,6 +49,7 @@ _MODULES = (
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
     "megatron.core.tensor_parallel",
+    "megatron.core.transformer.moe.moe_layer",
 )
 
 
@@ -211,7 +212,17 @@ def _replace_cuda_only_functions() -> None:
     optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
     optimizer.__dict__["clip_grad_by_total_norm_fp32"] = _clip_grad_by_total_norm
 
+    # These take tensors for the CPU's, and a package for installed, only where the other is found.
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.__dict__["maybe_move_tensor_to_cpu"] = _on_host
+    importlib.import_module("megatron.core.transformer.moe.moe_utils").__dict__.setdefault("te_general_gemm", None)
+
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What megatron-core's function makes of a CUDA tensor; the signature is megatron-core's."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _clip_grad_by_total_norm(

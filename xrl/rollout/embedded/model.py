@@ -15,6 +15,7 @@ from xrl.kernels.decode_attention import PagedContext, decode_attention
 from xrl.kernels.layer_ops import swiglu
 from xrl.kernels.rms_norm import rms_norm
 from xrl.kernels.rope_cache import rope_cache
+from xrl.models.rotary import rotary_frequencies, rotary_table
 from xrl.models.shape import ModelShape
 from xrl.rollout.embedded.cache import KVCache
 from xrl.rollout.embedded.weights import DecoderWeights
@@ -25,9 +26,8 @@ class Decoder:
 
     def __init__(self, shape: ModelShape, weights: DecoderWeights, max_positions: int) -> None:
         self.shape, self.weights = shape, weights
-        half = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
-        angles = torch.outer(torch.arange(max_positions).float(), 1.0 / shape.rope_base**half)
-        self.cos, self.sin = angles.cos().to(weights.device), angles.sin().to(weights.device)
+        cos, sin = rotary_table(torch.arange(max_positions), rotary_frequencies(shape))
+        self.cos, self.sin = cos.to(weights.device), sin.to(weights.device)
 
     def prefill(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, *, lengths: Sequence[int], cache: KVCache

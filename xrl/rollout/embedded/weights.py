@@ -11,8 +11,7 @@ from torch import Tensor
 from xrl.kernels.packed_linear import PackedLinear
 from xrl.models.shape import ModelShape
 from xrl.rollout.engine import EngineError
-
-EMBEDDINGS, FINAL = "embeddings", "final"
+from xrl.weights.plan import EMBEDDINGS, FINAL, part_names, tensor_shapes
 
 
 @dataclass(kw_only=True)
@@ -29,43 +28,6 @@ class LayerWeights:
     down: PackedLinear
 
 
-def expected_tensors(shape: ModelShape) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Every tensor the decoder needs: part of the model -> Hugging Face name -> size.
-
-    The parts are "embeddings", "layers.0", ..., "final".
-    """
-    hidden, ffn, head_dim = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
-    query_size, kv_size = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
-    parts: dict[str, dict[str, tuple[int, ...]]] = {
-        EMBEDDINGS: {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
-    }
-    for index in range(shape.num_layers):
-        layer: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (hidden,),
-            "self_attn.q_proj.weight": (query_size, hidden),
-            "self_attn.k_proj.weight": (kv_size, hidden),
-            "self_attn.v_proj.weight": (kv_size, hidden),
-            "self_attn.o_proj.weight": (hidden, query_size),
-            "post_attention_layernorm.weight": (hidden,),
-            "mlp.gate_proj.weight": (ffn, hidden),
-            "mlp.up_proj.weight": (ffn, hidden),
-            "mlp.down_proj.weight": (hidden, ffn),
-        }
-        if shape.qkv_bias:
-            layer |= {
-                "self_attn.q_proj.bias": (query_size,),
-                "self_attn.k_proj.bias": (kv_size,),
-                "self_attn.v_proj.bias": (kv_size,),
-            }
-        if shape.qk_norm:
-            layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
-        parts[f"layers.{index}"] = {f"model.layers.{index}.{name}": size for name, size in layer.items()}
-    parts[FINAL] = {"model.norm.weight": (hidden,)}
-    if not shape.tied_embeddings:
-        parts[FINAL]["lm_head.weight"] = (shape.vocab_size, hidden)
-    return parts
-
-
 class DecoderWeights:
     """The weights in use, and what has arrived of the next update.
 
@@ -79,7 +41,7 @@ class DecoderWeights:
         self.layers: dict[int, LayerWeights] = {}
         self.final_norm: Tensor = torch.empty(0)
         self.head: PackedLinear | None = None
-        self._expected = expected_tensors(shape)
+        self._expected = {part: tensor_shapes(shape, part) for part in part_names(shape)}
         self._part_of = {name: part for part, tensors in self._expected.items() for name in tensors}
         self._arrived: dict[str, dict[str, Tensor]] = {}  # of parts not yet complete
         self._installed: set[str] = set()  # parts of the update under way
