@@ -36,6 +36,7 @@ from xrl.types import Completion
 MakePool = Callable[..., WorkerPool]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
 def test_adapter_works_in_lmdeploys_own_code(version: str) -> None:
     """The contract of engines and `inside_lmdeploy.py`, in the environment of that version."""
@@ -186,6 +187,7 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
         pool.close()
 
 
+@pytest.mark.slow
 def test_a_worker_of_another_environment_takes_updates_and_answers(make_pool: MakePool) -> None:
     pool = make_pool()
     publisher = Publisher(pool)
@@ -206,6 +208,7 @@ def test_a_worker_of_another_environment_takes_updates_and_answers(make_pool: Ma
     publisher.close()
 
 
+@pytest.mark.slow
 def test_a_worker_with_another_lmdeploy_ends_with_the_reason(
     make_pool: MakePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

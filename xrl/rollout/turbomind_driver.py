@@ -87,6 +87,7 @@ class TurboMindDriver:
 
     def _start(self, model_dir: Path, dtype: str, device_index: int, max_batch_size: int, max_model_len: int) -> None:
         self._lmdeploy, turbomind, self._update_request = _import()
+        torch.cuda.set_device(device_index)  # or LMDeploy's look at the current one would take memory of the first
         config = self._lmdeploy.TurbomindEngineConfig(
             dtype=dtype,
             model_format="hf",

@@ -36,6 +36,7 @@ def _pretend_cuda() -> None:
     """LMDeploy's converters move tensors to the device and ask what it can do."""
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign,assignment]
     torch.cuda.device = lambda *_: contextlib.nullcontext()  # type: ignore[misc,assignment]
+    torch.cuda.set_device = lambda *_: None
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_properties = lambda *_: type("Hopper", (), {"major": 9, "minor": 0})()  # type: ignore[assignment,method-assign,misc]
     torch.version.cuda = "12.8"
