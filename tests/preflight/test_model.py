@@ -16,7 +16,15 @@ from xrl.preflight.model import check_model
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_supported_family_passes(family: str, tied: bool, data: Path, tmp_path: Path) -> None:
-    check(make_checkpoint(tmp_path / "other", family=family, tied=tied), data, tmp_path)
+    # The embedded engine does not run DeepSeek; any importable module passes for an engine here.
+    engine = "string:Template" if family == "deepseek_v3" else "embedded"
+    check(make_checkpoint(tmp_path / "other", family=family, tied=tied), data, tmp_path, "--engine", engine)
+
+
+def test_embedded_engine_refuses_latent_attention(data: Path, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "latent", family="deepseek_v3")
+    with pytest.raises(SettingsError, match="--engine embedded does not run the latent attention of Deepseek"):
+        check(model, data, tmp_path)
 
 
 def test_missing_model_folder_is_refused(refusal: Refusal) -> None:

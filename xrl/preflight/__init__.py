@@ -67,7 +67,13 @@ def _check_lengths(settings: Settings, shape: ModelShape) -> None:
 
 
 def _check_layers(settings: Settings, shape: ModelShape) -> None:
-    if shape.latent is not None and settings.model.transformer_impl == "transformer_engine":
+    if shape.latent is None:
+        return
+    if settings.rollout.engine == "embedded":
+        raise SettingsError(
+            f"--engine embedded does not run the latent attention of {shape.architecture}: use another engine"
+        )
+    if settings.model.transformer_impl == "transformer_engine":
         raise SettingsError(
             f"--transformer-impl transformer_engine: the latent attention of {shape.architecture} is computed by our "
             f"own layers only: use --transformer-impl local"
