@@ -103,15 +103,9 @@ def reader(tensors: dict[str, torch.Tensor]) -> ReadSlice:
     return lambda name, dim, start, stop: tensors[name].narrow(dim, start, stop - start)
 
 
-def holders(planned: Plan) -> list[Place]:
-    """A place for every set of weights that ranks hold."""
-    layout = planned.layout
-    return [
-        layout.place(layout.rank(tensor=tensor, pipeline=pipeline, data=data))
-        for pipeline, data, tensor in product(
-            range(layout.pipeline_size), range(layout.data_size), range(layout.tensor_size)
-        )
-    ]
+def places(planned: Plan) -> list[Place]:
+    """Every rank."""
+    return [planned.layout.place(rank) for rank in range(planned.layout.world_size)]
 
 
 def load(planned: Plan, place: Place, read: ReadSlice) -> list[dict[str, torch.Tensor]]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.weights.shapes import SHAPES, holders, layouts, load, random_tensors, reader, with_layers
+from tests.weights.shapes import SHAPES, layouts, load, places, random_tensors, reader, with_layers
 from xrl.config import SettingsError
 from xrl.parallel.layout import Layout, Place
 from xrl.weights.export import export_into
@@ -31,7 +31,7 @@ def test_round_trip_is_bitwise_at_every_layout(family: str, tied: bool, engine: 
         shape = with_layers(SHAPES[family], num_layers, tied=tied)
         planned = plan(shape, layout, transformer_engine=engine)
         source = random_tensors(shape)
-        ranks = {place: load(planned, place, reader(source)) for place in holders(planned)}
+        ranks = {place: load(planned, place, reader(source)) for place in places(planned)}
         for stages in ranks.values():
             for weights in stages:
                 assert not any(tensor.isnan().any() for tensor in weights.values()), layout

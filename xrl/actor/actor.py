@@ -24,8 +24,9 @@ from xrl.models.head import ResponseRows
 from xrl.models.shape import read_model_shape
 from xrl.parallel.groups import ParallelGroups
 from xrl.types import LossInputs, LossOutput, Sample, WeightBucket
-from xrl.weights.export import export_weights
+from xrl.weights.export import WeightExporter
 from xrl.weights.load import load_weights
+from xrl.weights.slices import named_weights
 
 Loss = Callable[[LossInputs], LossOutput]
 TokenWeights = Callable[[Sequence[int]], Sequence[float]]
@@ -57,6 +58,7 @@ class Actor:
         )
         self.model = build_model(self.shape, config, groups, transformer_engine=transformer_engine)
         load_weights(self.model, self.shape, groups, settings.model.model)
+        self.exporter = WeightExporter(self.shape, groups)
         # The frozen starting point, for the KL; no second model, only a second set of weights.
         self.reference = (
             {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
@@ -138,7 +140,7 @@ class Actor:
 
     def weights(self, *, version: int) -> Iterator[WeightBucket]:
         """The current weights as Hugging Face tensors, layer by layer, on rank 0. Collective: run it to its end."""
-        return export_weights(dict(self.model.named_parameters()), self.shape, self.groups, version=version)
+        return self.exporter.stream(named_weights(self.model), version=version)
 
     def _one_update(
         self,

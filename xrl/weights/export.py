@@ -3,7 +3,7 @@
 Every rank that holds a share of a layer sends it to rank 0 in one message, and rank 0 lays the slices into whole
 tensors. While the consumer works on one layer, the next one arrives in a second buffer:
 
-    rank 0      wait for i | lay i out | ask for i+1 | consumer works on i | wait for i+1 | ...
+    rank 0      wait for i | lay i out | ask for i+1 | consumer works on i and i-1 | wait for i+1 | ...
     rank r      pack i+1 | send | pack i+2 into the other buffer | wait until i+1 is taken | send | ...
 """
 
@@ -107,12 +107,23 @@ class _Wave:
                 in_tensor(piece.slice, tensors[piece.slice.tensor]).copy_(piece.view(buffer))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _OwnShare:
+    """What rank 0 gives to a part."""
+
+    whole: dict[str, Tensor]  # tensors that its weights hold as they are
+    copies: list[tuple[Slice, Tensor]]  # slices of the others, and the parameter they are in
+    places: dict[str, tuple[int, tuple[int, ...], torch.dtype]]  # where the others lie: byte, shape, number format
+    num_bytes: int  # of those
+    order: list[str]  # names of all
+
+
 class WeightExporter:
     """Exports weights as often as asked for, always through the same buffers.
 
-    Beside the model, rank 0 holds one part of it whole (the embeddings are the largest) and what the other ranks hold
-    of one layer; every other rank that sends holds its own share of two layers. Embeddings arrive in messages of that
-    size.
+    Beside the model, rank 0 holds two neighbouring parts of it whole and what the other ranks have of one layer: at most
+    two layers and the embeddings (or a third layer, where that is larger). Every other rank that sends holds its own
+    share of two layers. Embeddings arrive in messages of a layer's size.
 
     Args:
         dtype: number format of the tensors; None: that of the weights. A router's bias stays in fp32.
@@ -137,8 +148,8 @@ class WeightExporter:
     def stream(self, parameters: Mapping[str, Tensor] | Weights, *, version: int) -> Iterator[WeightBucket]:
         """Yield embeddings, then each decoder layer, then final norm and head: on rank 0 only.
 
-        A bucket's tensors are valid until the next one is asked for: they are views of the weights themselves, or of
-        buffers that are used again. Collective: every rank must run the generator to its end. Ranks that hold what
+        A bucket's tensors are valid until the next but one is asked for: they are views of the weights themselves, or
+        of buffers that are used again. Collective: every rank must run the generator to its end. Ranks that hold what
         others hold too, as the replicas of data parallelism do, return at once.
 
         Args:
@@ -174,10 +185,15 @@ class WeightExporter:
                 work.wait()
 
     def _receive(self, planned: Plan, weights: Weights, dtype: torch.dtype, version: int) -> Iterator[WeightBucket]:
+        shares = [self._own_share(planned, weights, part, dtype) for part in planned.parts]
+        sizes = [share.num_bytes for share in shares]
+        # Parts lie at the two ends of the memory in turn, so that each stays while the next one is put together.
+        memory = self._buffer("whole", max(map(sum, zip(sizes, sizes[1:], strict=False))))
         waves = self._waves(planned, dtype)
         wave = next(waves, None)
-        for part in planned.parts:
-            tensors = self._whole_tensors(planned, weights, part, dtype)
+        for number, (part, share) in enumerate(zip(planned.parts, shares, strict=True)):
+            start = memory.numel() - share.num_bytes if number % 2 else 0
+            tensors = self._whole_tensors(share, memory[start:])
             while wave is not None and wave.part == part:
                 wave.lay_out(tensors)
                 wave = next(waves, None)  # arrives while the consumer works on this part
@@ -200,35 +216,40 @@ class WeightExporter:
                         arriving.append((message, buffer, work))
                 yield _Wave(part=part, messages=arriving)
 
-    def _whole_tensors(self, planned: Plan, weights: Weights, part: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _whole_tensors(self, share: _OwnShare, buffer: Tensor) -> dict[str, Tensor]:
         """The part's tensors with this rank's slices in them: where one is a whole tensor already, without a copy."""
-        tensors: dict[str, Tensor] = {}
-        formats = dict.fromkeys(planned.tensors(part), dtype)
+        tensors = dict(share.whole)
+        for name, (start, shape, dtype) in share.places.items():
+            num_bytes = math.prod(shape) * dtype.itemsize
+            tensors[name] = buffer[start : start + num_bytes].view(dtype).view(shape)
+        for piece, source in share.copies:
+            in_tensor(piece, tensors[piece.tensor]).copy_(in_parameter(piece, source))
+        return {name: tensors[name] for name in share.order}
+
+    def _own_share(self, planned: Plan, weights: Weights, part: str, dtype: torch.dtype) -> _OwnShare:
+        """What of a part rank 0 has whole, and where the rest is to be put together."""
+        shapes = planned.tensors(part)
+        formats = dict.fromkeys(shapes, dtype)
+        whole: dict[str, Tensor] = {}
         copies = []
+        for parameter in planned.part_parameters(part, next(planned.holders(part))):
+            if parameter.keeps_dtype:
+                formats |= dict.fromkeys(parameter.tensors, torch.float32)
         for parameter in planned.part_parameters(part, self._place):
             source = find_weight(parameter, weights)
             for piece in parameter.slices if parameter.is_exported else ():
-                if parameter.keeps_dtype:
-                    formats[piece.tensor] = torch.float32
-                is_whole = piece.count == 1 and piece.block == planned.tensors(part)[piece.tensor][piece.dim]
+                is_whole = piece.count == 1 and piece.block == shapes[piece.tensor][piece.dim]
                 if is_whole and source.dtype == formats[piece.tensor]:
-                    tensors[piece.tensor] = source.narrow(piece.dim, piece.target, piece.block)
+                    whole[piece.tensor] = source.narrow(piece.dim, piece.target, piece.block)
                 else:
                     copies.append((piece, source))
+        places: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
         end = 0
-        places = {}
-        for name, shape in planned.tensors(part).items():
-            if name not in tensors:
-                places[name] = end
+        for name, shape in shapes.items():
+            if name not in whole:
+                places[name] = (end, shape, formats[name])
                 end += _aligned(math.prod(shape) * formats[name].itemsize)
-        buffer = self._buffer("whole", end)
-        for name, start in places.items():
-            shape = planned.tensors(part)[name]
-            num_bytes = math.prod(shape) * formats[name].itemsize
-            tensors[name] = buffer[start : start + num_bytes].view(formats[name]).view(shape)
-        for piece, source in copies:
-            in_tensor(piece, tensors[piece.tensor]).copy_(in_parameter(piece, source))
-        return {name: tensors[name] for name in planned.tensors(part)}
+        return _OwnShare(whole=whole, copies=copies, places=places, num_bytes=end, order=list(shapes))
 
     def _messages_of(self, planned: Plan, part: str, place: Place, dtype: torch.dtype) -> list[Message]:
         """What a rank sends of a part: sender and receiver work it out alike."""

@@ -54,6 +54,7 @@ class ParameterPlan:
     part: str
     names: tuple[str, ...]  # in the rank's GPTModel, which has it under one of these
     virtual_stage: int  # which of the rank's models, where it has several
+    tensors: tuple[str, ...]  # Hugging Face tensors it is made of, also where its rank has padding only
     shape: TensorShape  # of this rank's part
     slices: tuple[Slice, ...]
     is_exported: bool  # False where another parameter or rank holds the same and exports it
@@ -108,6 +109,8 @@ class Plan:
         self._words = sizes(shape)
         self._chunks = layout.chunks(shape.num_layers)
         self._tensors: dict[str, dict[str, TensorShape]] = {}
+        self._part_of: dict[str, str] = {}
+        self._sources: dict[str, dict[str, list[tuple[Place, ParameterPlan, Slice]]]] = {}
         self._parameters: dict[tuple[str, int, int], tuple[ParameterPlan, ...]] = {}
 
     def tensors(self, part: str) -> Mapping[str, TensorShape]:
@@ -143,6 +146,24 @@ class Plan:
             for tensor in range(self.layout.tensor_size):
                 yield Place(tensor=tensor, expert=expert, data=data, context=context, pipeline=self.stage(part))
 
+    def part_of(self, tensor: str) -> str:
+        """The part that a Hugging Face tensor belongs to."""
+        if not self._part_of:
+            self._part_of = {name: part for part in self.parts for name in self.tensors(part)}
+        return self._part_of[tensor]
+
+    def sources(self, tensor: str) -> list[tuple[Place, ParameterPlan, Slice]]:
+        """Where the rows of a Hugging Face tensor lie: slices of parameters, each row once."""
+        part = self.part_of(tensor)
+        if part not in self._sources:
+            found: dict[str, list[tuple[Place, ParameterPlan, Slice]]] = {name: [] for name in self.tensors(part)}
+            for place in self.holders(part):
+                for parameter in self.part_parameters(part, place):
+                    for piece in parameter.slices if parameter.is_exported else ():
+                        found[piece.tensor].append((place, parameter, piece))
+            self._sources[part] = found
+        return self._sources[part][tensor]
+
     def _chunk(self, part: str) -> int:
         if part == EMBEDDINGS:
             return 0
@@ -171,6 +192,7 @@ class Plan:
                     part=part,
                     names=tuple(target_prefix + name.format(expert=local) for name in names),
                     virtual_stage=chunk // self.layout.pipeline_size,
+                    tensors=tuple(source_prefix + name.format(expert=expert) for name in row.tensors),
                     shape=shape,
                     slices=slices,
                     is_exported=is_first and not row.is_copy,
