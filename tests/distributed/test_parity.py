@@ -25,6 +25,19 @@ LAYOUTS = {
     "tp2pp2-sp-recompute": (4, "--tp=2", "--pp=2", "--sp", "--recompute=full"),
     "tp2pp2dp2": (8, "--tp=2", "--pp=2", "--distributed-optimizer"),
 }
+# What other families add: biases under sequence parallelism, experts, latent attention.
+FAMILY_LAYOUTS = {
+    "llama": {"tp2pp2-sp": (4, "--tp=2", "--pp=2", "--sp")},
+    "qwen3_moe": {
+        "tp2pp2-sp": (4, "--tp=2", "--pp=2", "--sp"),
+        "pp2ep2": (4, "--pp=2", "--ep=2"),
+        "tp2ep2-sp": (4, "--tp=2", "--ep=2", "--sp", "--distributed-optimizer"),
+    },
+    "deepseek_v3": {
+        "tp2": (2, "--tp=2", "--sp"),
+        "tp2pp2-sp": (4, "--tp=2", "--pp=2", "--sp", "--recompute=selective"),
+    },
+}
 # Where log-probs and loss are computed from hidden states too.
 LINEAR_WAYS = {"tp2": ("linear",), "tp2-sp": ("linear", "linear fused"), "tp2pp2dp2": ("linear fused",)}
 
@@ -56,7 +69,7 @@ def assert_same(expected: dict, found: dict, case: str) -> None:
     for key in ("gradients", "weights"):
         assert expected[key].keys() == found[key].keys()
         for name, left in expected[key].items():
-            error = ((left - found[key][name]).norm() / left.norm()).item()
+            error = ((left - found[key][name]).norm() / left.norm().clamp(min=1e-12)).item()
             assert error <= TOLERANCE, f"{case}: {key} of {name} differ by {error:.1e} (relative)"
 
 
@@ -83,6 +96,20 @@ def test_layout_gives_the_losses_gradients_and_weights_of_one_rank(
     assert len(results) == len(ways) * len(PACKINGS) * len(MICROBATCHES)
     for (way, packing, count), found in results.items():
         assert_same(one_rank[("plain", packing, count)], found, f"{layout}, {way}, {packing}, {count} micro-batches")
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILY_LAYOUTS)
+def test_layouts_give_the_updates_of_one_rank_for_every_kind_of_layer(family: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", family=family, vocab_size=VOCAB_SIZE, with_tokenizer=False)
+    case = ("--packing=shared", "--microbatches=4", "--updates=2", "--ways=fused")
+    run_worker(1, checkpoint, tmp_path / "one.pt", *case)
+    ((_, expected),) = torch.load(tmp_path / "one.pt").items()
+    for layout, (num_ranks, *flags) in FAMILY_LAYOUTS[family].items():
+        run_worker(num_ranks, checkpoint, tmp_path / f"{layout}.pt", *flags, *case)
+        ((_, found),) = torch.load(tmp_path / f"{layout}.pt").items()
+        assert_same(expected, found, f"{family}, {layout}")
 
 
 @pytest.mark.distributed

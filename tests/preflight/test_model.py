@@ -16,14 +16,17 @@ from xrl.preflight.model import check_model
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_supported_family_passes(family: str, tied: bool, data: Path, tmp_path: Path) -> None:
-    # The embedded engine does not run DeepSeek; any importable module passes for an engine here.
-    engine = "string:Template" if family == "deepseek_v3" else "embedded"
+    # The embedded engine does not run all of them; any importable module passes for an engine here.
+    engine = "string:Template" if family in ("qwen2_moe", "deepseek_v3") else "embedded"
     check(make_checkpoint(tmp_path / "other", family=family, tied=tied), data, tmp_path, "--engine", engine)
 
 
-def test_embedded_engine_refuses_latent_attention(data: Path, tmp_path: Path) -> None:
-    model = make_checkpoint(tmp_path / "latent", family="deepseek_v3")
-    with pytest.raises(SettingsError, match="--engine embedded does not run the latent attention of Deepseek"):
+@pytest.mark.parametrize(
+    ("family", "part"), [("deepseek_v3", "latent attention of Deepseek"), ("qwen2_moe", "shared expert of Qwen2Moe")]
+)
+def test_what_the_embedded_engine_does_not_run_is_refused(family: str, part: str, data: Path, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "other", family=family)
+    with pytest.raises(SettingsError, match=f"--engine embedded does not run the {part}"):
         check(model, data, tmp_path)
 
 

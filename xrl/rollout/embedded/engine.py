@@ -15,6 +15,7 @@ from xrl.config import SettingsError
 from xrl.metrics.memory import return_freed_memory
 from xrl.models.checks import checked_shape
 from xrl.models.shape import ModelShape
+from xrl.rollout.embedded import missing_part
 from xrl.rollout.embedded.batch import Job
 from xrl.rollout.embedded.cache import KVCache
 from xrl.rollout.embedded.model import Decoder
@@ -279,11 +280,9 @@ def _read_supported_shape(model_dir: Path, max_model_len: int) -> ModelShape:
     if not isinstance(config, dict):
         raise SettingsError(f"{file} needs a JSON object, found a {type(config).__name__}")
     shape = checked_shape(config, file)
-    if shape.latent is not None:
-        raise SettingsError(
-            f"{file}: the embedded engine does not run the latent attention of {shape.architecture}: "
-            f"use another --engine"
-        )
+    missing = missing_part(shape)
+    if missing is not None:
+        raise SettingsError(f"{file}: the embedded engine does not run {missing}: use another --engine")
     if max_model_len > shape.max_positions:
         raise SettingsError(
             f"{file}: prompt + response of up to {max_model_len} tokens exceed the {shape.max_positions} positions "
