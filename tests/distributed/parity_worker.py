@@ -1,6 +1,6 @@
 """One rank of the parity test: the same batch and weights at whatever layout torchrun starts this with.
 
-Rank 0 writes what it saw to --out: loss, whole gradients, gradient norm, weights after the last update.
+Rank 0 writes what it saw of each model to --out: loss, whole gradients, gradient norm, weights after the last update.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def whole_gradients(actor: Actor) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("--models", type=Path, nargs="+")
     parser.add_argument("--vocab-size", type=int)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tp", type=int, default=1)
@@ -181,12 +181,15 @@ def main() -> None:
         expert_model_parallel_size=arguments.ep,
     )
     groups = initialize(parallel, seed=1)
-    results = {
-        (way, packing, count): run_case(arguments, groups, packing, count, **WAYS[way])
-        for way in arguments.ways
-        for packing in arguments.packing
-        for count in arguments.microbatches
-    }
+    results: dict[str, dict] = {}
+    for model in arguments.models:
+        of_model = argparse.Namespace(**vars(arguments), model=model)
+        results[model.name] = {
+            (way, packing, count): run_case(of_model, groups, packing, count, **WAYS[way])
+            for way in arguments.ways
+            for packing in arguments.packing
+            for count in arguments.microbatches
+        }
     if groups.rank == 0:
         torch.save(results, arguments.out)
     shutdown()
