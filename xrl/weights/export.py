@@ -121,9 +121,9 @@ class _OwnShare:
 class WeightExporter:
     """Exports weights as often as asked for, always through the same buffers.
 
-    Beside the model, rank 0 holds two neighbouring parts of it whole and what the other ranks have of one layer: at most
-    two layers and the embeddings (or a third layer, where that is larger). Every other rank that sends holds its own
-    share of two layers. Embeddings arrive in messages of a layer's size.
+    Beside the model, rank 0 holds two neighbouring parts of it whole and what the other ranks have of one layer: two
+    layers and the embeddings at most (or a third layer, where that is larger). Every other rank that sends holds its
+    own share of two layers. Embeddings arrive in messages of a layer's size.
 
     Args:
         dtype: number format of the tensors; None: that of the weights. A router's bias stays in fp32.

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xrl.config import SettingsError
+from xrl.models.checks import checked_shape
+from xrl.models.shape import ModelShape
 from xrl.types import WeightBucket
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -27,6 +29,22 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 
 # Number formats that weights are kept in, as safetensors names them; others hold quantised weights.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_checked_shape(folder: Path) -> ModelShape:
+    """The shape of a checkpoint, once every key of its config.json is understood.
+
+    Raises:
+        SettingsError: it cannot be read, or says what we do not know.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise SettingsError(f"{file} needs a JSON object, found a {type(config).__name__}")
+    return checked_shape(config, file)
 
 
 class HuggingFaceReader:
