@@ -273,9 +273,9 @@ print(peak - start)
 
 @pytest.mark.slow
 def test_conversion_holds_a_few_tensors_at_a_time(large: Path, dense: Path, tmp_path: Path) -> None:
-    """A fifth of the model would show."""
-    size = (large / WEIGHTS).stat().st_size
-    assert size > 150e6
+    """A tenth of the model would show."""
+    limit = (large / WEIGHTS).stat().st_size / 10
+    assert limit > 15e6
 
     def grown_bytes(*arguments: object) -> int:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -283,13 +283,12 @@ def test_conversion_holds_a_few_tensors_at_a_time(large: Path, dense: Path, tmp_
         command = [sys.executable, "-c", WATCHED, *map(str, (dense, out, *arguments))]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        print(done.stdout)
         return int(done.stdout.splitlines()[-1])
 
     megatron, back = tmp_path / "megatron", tmp_path / "back"
-    assert grown_bytes("--from", large, "--to", megatron, *layout_flags(2, 2)) < size / 5
-    assert grown_bytes("--from", megatron, "--to", back) < size / 5
-    assert grown_bytes("--check", "--from", large, "--to", back) < size / 5
+    assert grown_bytes("--from", large, "--to", megatron, *layout_flags(2, 2)) < limit
+    assert grown_bytes("--from", megatron, "--to", back) < limit
+    assert grown_bytes("--check", "--from", large, "--to", back) < limit
 
 
 @pytest.mark.slow

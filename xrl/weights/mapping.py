@@ -67,8 +67,7 @@ class WeightTable:
 
     def layer_rows(self, shape: ModelShape, layer: int) -> list[Row]:
         """The lines of one decoder layer."""
-        is_sparse = shape.experts is not None and layer >= shape.experts.first_dense_layers
-        return _that_apply((*self.layer, *(self.sparse if is_sparse else self.dense)), shape)
+        return _that_apply((*self.layer, *(self.sparse if shape.has_experts(layer) else self.dense)), shape)
 
     def embedding_rows(self, shape: ModelShape) -> list[Row]:
         """The lines before the first layer."""
