@@ -48,15 +48,21 @@ def read_checked_shape(folder: Path) -> ModelShape:
 
 
 class HuggingFaceReader:
-    """Reads slices of a checkpoint's tensors; only the bytes asked for are read from disk."""
+    """Reads slices of a checkpoint's tensors; only the bytes asked for are read from disk.
+
+    Raises:
+        SettingsError: the index is damaged.
+    """
 
     def __init__(self, model_dir: Path) -> None:
         self.model_dir = model_dir
         index = model_dir / INDEX_FILE
+        self._files: dict[str, str] | None = None
         if index.exists():
-            self._files: dict[str, str] | None = json.loads(index.read_text())["weight_map"]
-        else:
-            self._files = None
+            try:
+                self._files = dict(json.loads(index.read_text())["weight_map"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise SettingsError(f"{index} has no weight_map from tensors to files: {error!r}") from error
         self._open: dict[str, Any] = {}
 
     def __enter__(self) -> HuggingFaceReader:
@@ -80,6 +86,11 @@ class HuggingFaceReader:
             except (OSError, SafetensorError) as error:
                 raise SettingsError(f"{self.model_dir / file} is missing, truncated or corrupt: {error}") from error
             for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                if self._files is not None and self._files.get(name) != file:
+                    raise SettingsError(
+                        f"{self.model_dir / file} holds {name}, but {INDEX_FILE} says that "
+                        f"{self._files.get(name, 'no file')} does"
+                    )
                 view = handle.get_slice(name)
                 if view.get_dtype() not in _DTYPES:
                     raise SettingsError(
