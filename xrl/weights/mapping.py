@@ -50,6 +50,10 @@ class Row:
     keeps_dtype: bool = False
     """Stays in its own number format (fp32), whatever the weights are exported in."""
 
+    def cut_in(self, *, transformer_engine: bool) -> Cut:
+        """How its layers cut it."""
+        return self.engine_cut if transformer_engine and self.engine_cut is not None else self.cut
+
 
 Rows = tuple[Row, ...]
 
