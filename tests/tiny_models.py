@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -49,6 +50,15 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True}),
     "mistral": (MistralConfig, {"head_dim": 32, "sliding_window": None}),
     "internlm3": (InternLM3Config, {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 6.0}}),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        {
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+        },
+    ),
     "qwen3_moe": (
         Qwen3MoeConfig,
         {

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from xrl.config import SettingsError
 from xrl.parallel.layout import Layout
-from xrl.preflight.model import check_model
 from xrl.weights.convert import (
     HuggingFaceSource,
     differences,
@@ -45,7 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
         SettingsError: one sentence, before anything is written.
     """
     source = open_source(arguments.source)
-    check_model(source.other_files)
     if arguments.check:
         return _check(source, arguments)
     target: Path | None = arguments.target

@@ -30,7 +30,8 @@ DENSE: list[tuple[str, dict[str, Any]]] = [
     ("internlm3", {"tied": False, "attention_bias": True, "mlp_bias": True}),
 ]
 MIXED: list[tuple[str, dict[str, Any]]] = [
-    ("qwen3_moe", {}),
+    ("qwen2_moe", {}),
+    ("qwen3_moe", {"attention_bias": True}),
     ("qwen3_moe", {"tied": False, "vocab_size": 99, "norm_topk_prob": False}),
     ("deepseek_v3", {"num_hidden_layers": 5}),
     ("deepseek_v3", {"tied": False, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5}),
@@ -39,7 +40,7 @@ MIXED: list[tuple[str, dict[str, Any]]] = [
 LAYOUTS = {
     "plain": (("--tp=2", "--pp=2"), DENSE),
     "sequence-parallel": (("--tp=2", "--pp=2", "--sp"), DENSE + MIXED),
-    "expert-parallel": (("--pp=2", "--ep=2"), MIXED[:3]),
+    "expert-parallel": (("--pp=2", "--ep=2"), MIXED[:4]),
     "expert-and-tensor-parallel": (("--tp=2", "--ep=2", "--sp"), MIXED[1:]),
 }
 

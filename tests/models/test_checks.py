@@ -25,6 +25,7 @@ def config_of(family: str) -> dict[str, Any]:
     architecture = {
         "qwen2": "Qwen2ForCausalLM",
         "qwen3": "Qwen3ForCausalLM",
+        "qwen2_moe": "Qwen2MoeForCausalLM",
         "qwen3_moe": "Qwen3MoeForCausalLM",
         "llama": "LlamaForCausalLM",
         "mistral": "MistralForCausalLM",
@@ -45,7 +46,9 @@ def refusal(family: str, **fields: Any) -> str:
     [
         ("qwen2", "attention_bias", True),
         ("qwen2", "sliding_window_pattern", 6),
-        ("qwen3_moe", "attention_bias", True),
+        ("qwen2_moe", "shared_expert_intermediate_size", 0),
+        ("qwen2_moe", "mlp_only_layers", [1]),
+        ("qwen3_moe", "num_experts_per_tok", 1),
         ("qwen3_moe", "mlp_only_layers", [0]),
         ("qwen3_moe", "decoder_sparse_step", 2),
         ("qwen3_moe", "num_experts_per_tok", 9),

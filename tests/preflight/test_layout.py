@@ -94,7 +94,8 @@ def test_tensor_parallel_must_divide_the_latents(refusal: Refusal, tmp_path: Pat
 
 def test_transformer_engine_has_no_latent_attention_of_ours(refusal: Refusal, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "latent", family="deepseek_v3", with_tokenizer=False)
-    sentence = refusal("--model", str(model), "--transformer-impl", "transformer_engine")
+    flags = ["--engine", "string:Template", "--transformer-impl", "transformer_engine"]
+    sentence = refusal("--model", str(model), *flags)
     assert "DeepseekV3ForCausalLM" in sentence and "--transformer-impl local" in sentence
 
 

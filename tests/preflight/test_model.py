@@ -16,7 +16,18 @@ from xrl.preflight.model import check_model
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_supported_family_passes(family: str, tied: bool, data: Path, tmp_path: Path) -> None:
-    check(make_checkpoint(tmp_path / "other", family=family, tied=tied), data, tmp_path)
+    # The embedded engine does not run all of them; any importable module passes for an engine here.
+    engine = "string:Template" if family in ("qwen2_moe", "deepseek_v3") else "embedded"
+    check(make_checkpoint(tmp_path / "other", family=family, tied=tied), data, tmp_path, "--engine", engine)
+
+
+@pytest.mark.parametrize(
+    ("family", "part"), [("deepseek_v3", "latent attention of Deepseek"), ("qwen2_moe", "shared expert of Qwen2Moe")]
+)
+def test_what_the_embedded_engine_does_not_run_is_refused(family: str, part: str, data: Path, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "other", family=family)
+    with pytest.raises(SettingsError, match=f"--engine embedded does not run the {part}"):
+        check(model, data, tmp_path)
 
 
 def test_missing_model_folder_is_refused(refusal: Refusal) -> None:

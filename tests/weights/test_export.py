@@ -17,19 +17,18 @@ WORKER = Path(__file__).with_name("export_worker.py")
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_family_leaves_its_ranks_as_it_came(tied: bool, tmp_path: Path) -> None:
-    """TP2 x PP2, five layers on two stages, and a vocabulary that two ranks do not divide."""
+def test_every_family_leaves_its_ranks_as_it_came(tmp_path: Path) -> None:
+    """TP2 x PP2, five layers on two stages, and a vocabulary that two ranks do not divide; every second one is tied."""
     folders = [
         make_checkpoint(
             tmp_path / family,
             family=family,
-            tied=tied,
+            tied=number % 2 == 0,
             vocab_size=99,
             num_hidden_layers=5,
             with_tokenizer=False,
         )
-        for family in FAMILIES
+        for number, family in enumerate(FAMILIES)
     ]
     converted = tmp_path / "converted"
     source = open_source(folders[0])

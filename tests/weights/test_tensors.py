@@ -15,6 +15,8 @@ CASES = [(family, tied, {}) for family in FAMILIES for tied in (True, False)] + 
     ("llama", True, {"attention_bias": False}),
     ("llama", True, {"mlp_bias": False}),
     ("qwen3", True, {"attention_bias": True}),
+    ("qwen3_moe", True, {"attention_bias": True}),
+    ("qwen2_moe", True, {"qkv_bias": False}),
     ("internlm3", False, {"attention_bias": True, "mlp_bias": True}),
     ("deepseek_v3", False, {"q_lora_rank": None}),
 ]

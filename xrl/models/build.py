@@ -58,7 +58,12 @@ def transformer_config(
         further["pipeline_model_parallel_layout"] = layout.pipeline_layout(shape.num_layers)
     if shape.experts is not None:
         moe_layers = [int(shape.has_experts(layer)) for layer in range(shape.num_layers)]
-        further |= {**_expert_settings(shape.experts), "moe_layer_freq": moe_layers}
+        further |= {
+            **_expert_settings(shape.experts),
+            "moe_layer_freq": moe_layers,
+            # One operation for all experts of a rank; our own layers take them one by one.
+            "moe_grouped_gemm": transformer_engine,
+        }
     if shape.latent is not None:
         further |= _latent_settings(shape.latent)
     make = TransformerConfig if shape.latent is None else MLATransformerConfig

@@ -19,7 +19,7 @@ from xrl.models.shape import ModelShape, model_shape, rope_settings
 
 # Without these there is no shape.
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "q_lora_rank")
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 _MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts")
 _NUMBERS = ("rms_norm_eps", "rope_theta")
 _SWITCHES = ("tie_word_embeddings",)
@@ -274,6 +274,8 @@ def _wrong_relations(config: Mapping[str, Any], shape: ModelShape) -> Iterator[s
 def _wrong_experts(experts: ExpertShape, num_layers: int) -> Iterator[str]:
     if experts.experts_per_token > experts.num_experts:
         yield f"num_experts_per_tok {experts.experts_per_token} is more than the {experts.num_experts} experts"
+    if experts.experts_per_token == 1 and experts.normalize_top_k:
+        yield "num_experts_per_tok 1 with normalised weights leaves the router nothing to learn: at least 2 are needed"
     if experts.first_dense_layers >= num_layers:
         yield f"first_k_dense_replace {experts.first_dense_layers} leaves none of the {num_layers} layers with experts"
     if experts.num_groups == 1:

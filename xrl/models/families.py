@@ -7,7 +7,7 @@ transformers would cost every start seconds, so they stand here, and a test comp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xrl.models.parts import ExpertShape, LatentAttention
@@ -78,6 +78,14 @@ def _qwen3_experts(config: Config) -> ExpertShape:
     )
 
 
+def _qwen2_experts(config: Config) -> ExpertShape:
+    return replace(
+        _qwen3_experts(config),
+        shared_ffn_hidden_size=config["shared_expert_intermediate_size"],
+        shared_gate=True,
+    )
+
+
 def _deepseek_experts(config: Config) -> ExpertShape:
     return ExpertShape(
         num_experts=config["n_routed_experts"],
@@ -106,6 +114,8 @@ def _deepseek_latent(config: Config) -> LatentAttention:
 
 _QWEN: dict[str, Any] = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
 _NO_WINDOW = {"use_sliding_window": False}
+# No dense layers among those with experts.
+_ALL_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 _WINDOW_SIZES = frozenset({"sliding_window", "max_window_layers"})
 
 FAMILIES: dict[str, Family] = {
@@ -115,6 +125,24 @@ FAMILIES: dict[str, Family] = {
         defaults={**_QWEN, "num_key_value_heads": 32},
         qkv_bias=True,
         needed=_NO_WINDOW,
+        harmless=_WINDOW_SIZES,
+    ),
+    "Qwen2MoeForCausalLM": Family(
+        config_class="Qwen2MoeConfig",
+        model_type="qwen2_moe",
+        defaults={
+            **_QWEN,
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "norm_topk_prob": False,
+            "qkv_bias": True,
+        },
+        qkv_bias="qkv_bias",
+        experts=_qwen2_experts,
+        needed={**_NO_WINDOW, **_ALL_EXPERTS},
         harmless=_WINDOW_SIZES,
     ),
     "Qwen3ForCausalLM": Family(
@@ -140,9 +168,10 @@ FAMILIES: dict[str, Family] = {
         },
         aliases={"num_local_experts": "num_experts"},
         qk_norm=True,
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
         experts=_qwen3_experts,
-        # No biases, and no dense layers among those with experts.
-        needed={**_NO_WINDOW, "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        needed={**_NO_WINDOW, **_ALL_EXPERTS},
         harmless=_WINDOW_SIZES,
     ),
     "LlamaForCausalLM": Family(

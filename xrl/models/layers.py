@@ -103,6 +103,7 @@ def _own_linear(parts: MLPSubmodules) -> None:
 def _engine_layer(shape: ModelShape, num_experts: int | None) -> ModuleSpec:
     layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=num_experts,
+        moe_grouped_gemm=num_experts is not None,
         qk_layernorm=shape.qk_norm,
     )
     attention, mlp = layer.submodules.self_attention, layer.submodules.mlp

@@ -21,6 +21,7 @@ from xrl.preflight.tokenizer import check_tokenizer
 from xrl.preflight.weights import check_weights
 from xrl.rewards import check_judge
 from xrl.rollout import check_engine
+from xrl.rollout.embedded import missing_part
 
 __all__ = ["preflight"]
 
@@ -67,6 +68,9 @@ def _check_lengths(settings: Settings, shape: ModelShape) -> None:
 
 
 def _check_layers(settings: Settings, shape: ModelShape) -> None:
+    missing = missing_part(shape) if settings.rollout.engine == "embedded" else None
+    if missing is not None:
+        raise SettingsError(f"--engine embedded does not run {missing}: use another engine")
     if shape.latent is not None and settings.model.transformer_impl == "transformer_engine":
         raise SettingsError(
             f"--transformer-impl transformer_engine: the latent attention of {shape.architecture} is computed by our "

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from xrl.config import SettingsError
-from xrl.models.shape import ModelShape, read_model_shape
+from xrl.models.shape import ModelShape
 from xrl.weights.hf_files import (
     HuggingFaceReader,
     atomic_folder,
     copy_other_files,
+    read_checked_shape,
     write_safetensors,
 )
 from xrl.weights.megatron_files import (
@@ -63,7 +64,7 @@ class HuggingFaceSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = self.other_files = folder
-        self.shape = read_model_shape(folder)
+        self.shape = read_checked_shape(folder)
         self._reader = HuggingFaceReader(folder)
         self.tensors = self._reader.tensors()
         expected = {

@@ -121,9 +121,9 @@ class _OwnShare:
 class WeightExporter:
     """Exports weights as often as asked for, always through the same buffers.
 
-    Beside the model, rank 0 holds two neighbouring parts of it whole and what the other ranks have of one layer: at most
-    two layers and the embeddings (or a third layer, where that is larger). Every other rank that sends holds its own
-    share of two layers. Embeddings arrive in messages of a layer's size.
+    Beside the model, rank 0 holds two neighbouring parts of it whole and what the other ranks have of one layer: two
+    layers and the embeddings at most (or a third layer, where that is larger). Every other rank that sends holds its
+    own share of two layers. Embeddings arrive in messages of a layer's size.
 
     Args:
         dtype: number format of the tensors; None: that of the weights. A router's bias stays in fp32.
@@ -229,12 +229,9 @@ class WeightExporter:
     def _own_share(self, planned: Plan, weights: Weights, part: str, dtype: torch.dtype) -> _OwnShare:
         """What of a part rank 0 has whole, and where the rest is to be put together."""
         shapes = planned.tensors(part)
-        formats = dict.fromkeys(shapes, dtype)
+        formats = dict.fromkeys(shapes, dtype) | dict.fromkeys(planned.keeping_dtype(part), torch.float32)
         whole: dict[str, Tensor] = {}
         copies = []
-        for parameter in planned.part_parameters(part, next(planned.holders(part))):
-            if parameter.keeps_dtype:
-                formats |= dict.fromkeys(parameter.tensors, torch.float32)
         for parameter in planned.part_parameters(part, self._place):
             source = find_weight(parameter, weights)
             for piece in parameter.slices if parameter.is_exported else ():

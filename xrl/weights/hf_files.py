@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xrl.config import SettingsError
+from xrl.models.checks import checked_shape
+from xrl.models.shape import ModelShape
 from xrl.types import WeightBucket
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -29,16 +31,38 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def read_checked_shape(folder: Path) -> ModelShape:
+    """The shape of a checkpoint, once every key of its config.json is understood.
+
+    Raises:
+        SettingsError: it cannot be read, or says what we do not know.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise SettingsError(f"{file} needs a JSON object, found a {type(config).__name__}")
+    return checked_shape(config, file)
+
+
 class HuggingFaceReader:
-    """Reads slices of a checkpoint's tensors; only the bytes asked for are read from disk."""
+    """Reads slices of a checkpoint's tensors; only the bytes asked for are read from disk.
+
+    Raises:
+        SettingsError: the index is damaged.
+    """
 
     def __init__(self, model_dir: Path) -> None:
         self.model_dir = model_dir
         index = model_dir / INDEX_FILE
+        self._files: dict[str, str] | None = None
         if index.exists():
-            self._files: dict[str, str] | None = json.loads(index.read_text())["weight_map"]
-        else:
-            self._files = None
+            try:
+                self._files = dict(json.loads(index.read_text())["weight_map"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise SettingsError(f"{index} has no weight_map from tensors to files: {error!r}") from error
         self._open: dict[str, Any] = {}
 
     def __enter__(self) -> HuggingFaceReader:
@@ -62,6 +86,11 @@ class HuggingFaceReader:
             except (OSError, SafetensorError) as error:
                 raise SettingsError(f"{self.model_dir / file} is missing, truncated or corrupt: {error}") from error
             for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                if self._files is not None and self._files.get(name) != file:
+                    raise SettingsError(
+                        f"{self.model_dir / file} holds {name}, but {INDEX_FILE} says that "
+                        f"{self._files.get(name, 'no file')} does"
+                    )
                 view = handle.get_slice(name)
                 if view.get_dtype() not in _DTYPES:
                     raise SettingsError(

@@ -50,6 +50,10 @@ class Row:
     keeps_dtype: bool = False
     """Stays in its own number format (fp32), whatever the weights are exported in."""
 
+    def cut_in(self, *, transformer_engine: bool) -> Cut:
+        """How its layers cut it."""
+        return self.engine_cut if transformer_engine and self.engine_cut is not None else self.cut
+
 
 Rows = tuple[Row, ...]
 
@@ -67,8 +71,7 @@ class WeightTable:
 
     def layer_rows(self, shape: ModelShape, layer: int) -> list[Row]:
         """The lines of one decoder layer."""
-        is_sparse = shape.experts is not None and layer >= shape.experts.first_dense_layers
-        return _that_apply((*self.layer, *(self.sparse if is_sparse else self.dense)), shape)
+        return _that_apply((*self.layer, *(self.sparse if shape.has_experts(layer) else self.dense)), shape)
 
     def embedding_rows(self, shape: ModelShape) -> list[Row]:
         """The lines before the first layer."""

@@ -28,9 +28,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xrl.config import SettingsError
-from xrl.models.shape import read_model_shape
 from xrl.parallel.layout import Layout, Place
-from xrl.weights.hf_files import raw_bytes
+from xrl.weights.hf_files import raw_bytes, read_checked_shape
 from xrl.weights.plan import ParameterPlan, Plan, plan
 from xrl.weights.reshard import rows_of
 from xrl.weights.slices import in_parameter
@@ -85,9 +84,9 @@ def read_plan(folder: Path) -> Plan:
             raise SettingsError(f"{file} has format {manifest['format']}, this version reads format {_FORMAT}")
         layout = Layout(**manifest["layout"])
         engine = bool(manifest["transformer_engine"])
-        shape = read_model_shape(folder / HUGGINGFACE_FOLDER)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{file} does not describe a checkpoint: {error}") from error
+    shape = read_checked_shape(folder / HUGGINGFACE_FOLDER)
     return plan(shape, layout, transformer_engine=engine)
 
 

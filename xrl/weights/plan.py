@@ -86,7 +86,7 @@ def tensor_shapes(shape: ModelShape, part: str) -> dict[str, TensorShape]:
     """The Hugging Face tensors of a part of the model."""
     table = TABLES[shape.architecture]
     words = sizes(shape)
-    prefix = table.layer_prefix.format(layer=_layer_of(part)) if part.startswith("layers.") else ""
+    prefix = _prefix(table, part)
     shapes = {}
     for row in _rows(table, shape, part):
         if row.is_copy:
@@ -118,6 +118,12 @@ class Plan:
         if part not in self._tensors:
             self._tensors[part] = tensor_shapes(self.shape, part)
         return self._tensors[part]
+
+    def keeping_dtype(self, part: str) -> frozenset[str]:
+        """Those of them that stay fp32, whatever number format the others are exported in."""
+        rows = [row for row in _rows(self._table, self.shape, part) if row.keeps_dtype]
+        prefix = _prefix(self._table, part)
+        return frozenset(prefix + name for row in rows for name in row.tensors)
 
     def stage(self, part: str) -> int:
         """The pipeline rank that holds a part."""
@@ -174,11 +180,9 @@ class Plan:
 
     def _make(self, part: str, place: Place) -> Iterator[ParameterPlan]:
         chunk = self._chunk(part)
-        source_prefix = target_prefix = ""
+        source_prefix, target_prefix = _prefix(self._table, part), ""
         if part.startswith("layers."):
-            layer = _layer_of(part)
-            source_prefix = self._table.layer_prefix.format(layer=layer)
-            target_prefix = f"{LAYERS}{layer - self._chunks[chunk].start}."
+            target_prefix = f"{LAYERS}{_layer_of(part) - self._chunks[chunk].start}."
         for row in _rows(self._table, self.shape, part):
             if row.is_copy and len(self._chunks) == 1:
                 continue  # the embedding itself serves as head
@@ -186,7 +190,7 @@ class Plan:
             for local, expert in enumerate(per_expert):
                 shape, slices = self._cut(row, place.tensor, source_prefix, expert)
                 names = [row.megatron] if row.engine_name is None else [row.megatron, row.engine_name]
-                is_first = place.tensor == 0 or self._cut_of(row) is not Cut.WHOLE
+                is_first = place.tensor == 0 or row.cut_in(transformer_engine=self.transformer_engine) is not Cut.WHOLE
                 is_first &= place.expert == 0 or expert is not None
                 yield ParameterPlan(
                     part=part,
@@ -206,12 +210,9 @@ class Plan:
         share = self.shape.experts.num_experts // self.layout.expert_size
         return range(share * expert_rank, share * (expert_rank + 1))
 
-    def _cut_of(self, row: Row) -> Cut:
-        return row.engine_cut if self.transformer_engine and row.engine_cut is not None else row.cut
-
     def _cut(self, row: Row, rank: int, prefix: str, expert: int | None) -> tuple[TensorShape, tuple[Slice, ...]]:
         """Shape and slices of the parameter on one tensor rank."""
-        cut, size = self._cut_of(row), self.layout.tensor_size
+        cut, size = row.cut_in(transformer_engine=self.transformer_engine), self.layout.tensor_size
         names = [prefix + name.format(expert=expert) for name in row.tensors]
         shapes = [tuple(self._words[word] for word in dims) for dims in row.tensors.values()]
         dim = 1 if cut is Cut.INPUTS else 0
@@ -246,6 +247,11 @@ class Plan:
         return tuple(whole), tuple(slices)
 
 
+def _prefix(table: WeightTable, part: str) -> str:
+    """Of the Hugging Face names in a part."""
+    return table.layer_prefix.format(layer=_layer_of(part)) if part.startswith("layers.") else ""
+
+
 def _layer_of(part: str) -> int:
     return int(part.removeprefix("layers."))
 
@@ -270,7 +276,7 @@ def _check_divides(shape: ModelShape, layout: Layout, table: WeightTable, transf
     lengths: dict[str, int] = {}
     for part in part_names(shape):
         for row in _rows(table, shape, part):
-            cut = row.engine_cut if transformer_engine and row.engine_cut is not None else row.cut
+            cut = row.cut_in(transformer_engine=transformer_engine)
             if cut is Cut.HEADS:
                 lengths["key/value heads"] = shape.num_kv_heads
             elif cut in (Cut.OUTPUTS, Cut.INPUTS):

@@ -1,4 +1,4 @@
-"""The forward pass of a Qwen2 / Qwen3 decoder over the paged KV cache: prefill of prompts, decode of one token a row.
+"""The forward pass of a decoder over the paged KV cache: prefill of prompts, decode of one token a row.
 
 Shapes: N tokens of a batch, H hidden size, D head size, V vocabulary.
 """
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xrl.kernels.decode_attention import PagedContext, decode_attention
-from xrl.kernels.layer_ops import swiglu
 from xrl.kernels.rms_norm import rms_norm
 from xrl.kernels.rope_cache import rope_cache
 from xrl.models.rotary import rotary_frequencies, rotary_table
@@ -92,5 +91,5 @@ class Decoder:
             rope_cache(qkv, self.cos, self.sin, positions, layer.q_norm, layer.k_norm, eps, keys, values, slots)
             x = layer.attention_out.plus(attend(qkv, index).flatten(1), x)
             h = rms_norm(x, layer.mlp_norm, eps)
-            x = layer.down.plus(swiglu(layer.gate_up(h)), x)
+            x = layer.mlp.plus(h, x)
         return rms_norm(x, weights.final_norm, eps)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from xrl.kernels.packed_linear import PackedLinear
-from xrl.models.shape import ModelShape
+from xrl.models.shape import ExpertShape, ModelShape
+from xrl.rollout.embedded.mlp import Experts, GatedMLP
 from xrl.rollout.engine import EngineError
 from xrl.weights.plan import EMBEDDINGS, FINAL, part_names, tensor_shapes
 
@@ -24,8 +25,7 @@ class LayerWeights:
     k_norm: Tensor | None  # [D]
     attention_out: PackedLinear
     mlp_norm: Tensor  # [H]
-    gate_up: PackedLinear  # in one product
-    down: PackedLinear
+    mlp: GatedMLP | Experts
 
 
 class DecoderWeights:
@@ -143,6 +143,14 @@ class DecoderWeights:
             has_bias = f"{names[0]}.bias" in tensors
             return PackedLinear(joined(names, "weight"), joined(names, "bias") if has_bias else None)
 
+        def gated_mlp(prefix: str) -> GatedMLP:
+            gate_up = linear(f"{prefix}.gate_proj", f"{prefix}.up_proj")
+            return GatedMLP(gate_up=gate_up, down=linear(f"{prefix}.down_proj"))
+
+        def experts(shape: ExpertShape) -> Experts:
+            mlps = [gated_mlp(f"mlp.experts.{expert}") for expert in range(shape.num_experts)]
+            return Experts(shape, self._copy(tensors["mlp.gate.weight"]), mlps)
+
         return LayerWeights(
             input_norm=self._copy(tensors["input_layernorm.weight"]),
             qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -150,8 +158,7 @@ class DecoderWeights:
             k_norm=vector("self_attn.k_norm.weight"),
             attention_out=linear("self_attn.o_proj"),
             mlp_norm=self._copy(tensors["post_attention_layernorm.weight"]),
-            gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
-            down=linear("mlp.down_proj"),
+            mlp=experts(self.shape.experts) if self.shape.experts else gated_mlp("mlp"),
         )
 
     def _copy(self, tensor: Tensor) -> Tensor:
