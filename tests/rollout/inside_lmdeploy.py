@@ -125,7 +125,17 @@ def test_without_the_mend_the_second_update_is_refused(
         answer(engine)
 
 
-@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen2", False), ("qwen2", True)])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [
+        ("qwen3", True),
+        ("qwen2", False),
+        ("qwen2", True),
+        ("llama", False),
+        ("mistral", False),
+        ("qwen3_moe", False),
+    ],
+)
 def test_updates_take_effect_in_every_family(make_engine: MakeEngine, family: str, tied: bool) -> None:
     engine = make_engine(family, tied=tied)
     for version in (1, 2):
@@ -178,6 +188,18 @@ def test_an_update_may_come_while_the_weights_are_on_the_host(make_engine: MakeE
     push(engine, tiny_model(2), 2)
     engine.wake()
     assert answer(engine) == greedy(tiny_model(2))
+
+
+def test_experts_cannot_stay_while_the_engine_sleeps(make_engine: MakeEngine) -> None:
+    engine = make_engine("qwen3_moe")
+    push(engine, tiny_model(1, "qwen3_moe"), 1)
+    with pytest.raises(EngineError, match="sleep with keep_weights=False"):
+        engine.sleep()
+    assert answer(engine) == greedy(tiny_model(1, "qwen3_moe"))
+    engine.sleep(keep_weights=False)
+    push(engine, tiny_model(2, "qwen3_moe"), 2)
+    engine.wake()
+    assert answer(engine) == greedy(tiny_model(2, "qwen3_moe"))
 
 
 def test_weights_dropped_for_sleep_must_come_again(make_engine: MakeEngine) -> None:

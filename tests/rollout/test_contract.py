@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -79,9 +80,14 @@ class BigramModel:
         return self.matrix[token_ids]
 
 
-def sizes(family: str = "qwen3") -> dict[str, int]:
-    """For tiny models that TurboMind has kernels for."""
-    return {"num_hidden_layers": 2} | ({"head_dim": 64} if family == "qwen3" else {"hidden_size": 256})
+def sizes(family: str = "qwen3") -> dict[str, Any]:
+    """For tiny models that TurboMind has kernels for, and leaves nothing out of."""
+    special: dict[str, dict[str, Any]] = {
+        "qwen2": {"hidden_size": 256},
+        "qwen3_moe": {"num_experts": 128, "num_hidden_layers": 1},
+        "llama": {"attention_bias": False, "mlp_bias": False, "rope_parameters": {"rope_type": "default"}},
+    }
+    return {"num_hidden_layers": 2, "head_dim": 64} | special.get(family, {})
 
 
 def tiny_model(seed: int, family: str = "qwen3", *, tied: bool = False) -> PreTrainedModel:

@@ -29,7 +29,7 @@ from xrl.rollout import create_engine
 from xrl.rollout.engine import EngineError
 from xrl.rollout.pool import RolloutCounts, WorkerPool
 from xrl.rollout.publish import Publisher
-from xrl.rollout.turbomind_driver import SUPPORTED_VERSIONS, check_version
+from xrl.rollout.turbomind_driver import SUPPORTED_VERSIONS, check_experts, check_version
 from xrl.rollout.turbomind_tensors import check_part, expected_parts, supported_shape
 from xrl.types import Completion
 
@@ -132,6 +132,15 @@ def test_expected_tensors_are_those_of_transformers(tmp_path: Path, family: str,
         check_part(bucket.layer, bucket.tensors, parts)
         assert bucket.tensors.keys() == parts.pop(bucket.layer).keys()
     assert not parts
+
+
+def test_a_number_of_experts_that_lmdeploy_does_not_see_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda _: "5.24.0")
+    check_experts(128)
+    with pytest.raises(SettingsError, match=r"takes it for 128, found 64: install transformers<5"):
+        check_experts(64)
+    monkeypatch.setattr(metadata, "version", lambda _: "4.57.1")
+    check_experts(64)
 
 
 def test_a_part_must_be_whole(tmp_path: Path) -> None:

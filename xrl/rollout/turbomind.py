@@ -27,7 +27,16 @@ from torch import Tensor
 
 from xrl.config import SettingsError
 from xrl.rollout.engine import EngineError, EngineNotReady
-from xrl.rollout.turbomind_driver import KV_CACHE, MAX_STOP_TOKENS, MAX_TEMPERATURE, MAX_TOP_K, WEIGHTS, TurboMindDriver
+from xrl.rollout.turbomind_driver import (
+    KV_CACHE,
+    MAX_STOP_TOKENS,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    WEIGHTS,
+    TurboMindDriver,
+    check_experts,
+    check_version,
+)
 from xrl.rollout.turbomind_tensors import FINAL, FINAL_NORM, check_part, expected_parts, supported_shape
 from xrl.types import Completion, FinishReason, GenerateRequest, WeightBucket
 
@@ -75,6 +84,9 @@ class TurboMindEngine:
         self._shape = supported_shape(model_dir, max_model_len=max_model_len)
         self._parts = expected_parts(self._shape)
         self._max_model_len = max_model_len
+        check_version()
+        if self._shape.experts is not None:
+            check_experts(self._shape.experts.num_experts)
         self._driver = TurboMindDriver(
             model_dir,
             dtype=dtype,

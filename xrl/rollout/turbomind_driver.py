@@ -35,6 +35,8 @@ from xrl.types import SamplingParams
 # Where the update cycle above was read in the source and run, call by call.
 SUPPORTED_VERSIONS = ("0.12.3", "0.13.0")
 INSTALL_HINT = "see docs/turbomind.md for an environment with all it needs"
+# By LMDeploy, where it does not find `num_experts`: transformers 5 calls it `num_local_experts`.
+EXPERTS_ASSUMED = 128
 # Of the device memory that is free when the cache is built.
 CACHE_SHARE = 0.8
 # What goes beyond is cut off in silence, or refused by an assertion.
@@ -66,6 +68,20 @@ def check_version() -> None:
         else "the update of weights is driven through TurboMind's insides, and was proven with these versions only"
     )
     raise SettingsError(f"engine turbomind needs lmdeploy {' or '.join(SUPPORTED_VERSIONS)}, found {found}: {why}")
+
+
+def check_experts(num_experts: int) -> None:
+    """Refuse a mixture of experts that LMDeploy would take for another.
+
+    Raises:
+        SettingsError: transformers is too new.
+    """
+    found = metadata.version("transformers")
+    if int(found.partition(".")[0]) >= 5 and num_experts != EXPERTS_ASSUMED:
+        raise SettingsError(
+            f"engine turbomind: LMDeploy does not find the number of experts in configs of transformers {found}, and "
+            f"takes it for {EXPERTS_ASSUMED}, found {num_experts}: install transformers<5 in its environment"
+        )
 
 
 class TurboMindDriver:
@@ -103,7 +119,7 @@ class TurboMindDriver:
         )
         try:
             self._turbomind = turbomind.TurboMind(str(model_dir), engine_config=config)
-        except (AssertionError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # whatever its converters raise
             raise SettingsError(
                 f"{model_dir}: TurboMind cannot load it: {type(error).__name__}: {str(error) or 'it gave no reason'}"
             ) from error

@@ -9,7 +9,7 @@ As in the C++ of 0.12.3 and 0.13.0 (src/turbomind: turbomind.cc, models/llama/Ll
 - a wrong size ends the process; a failed check is `abort`, not an exception
 - answers are computed from the transformed weights, so they show what was really written
 
-Left out: more than one device, experts, quantised weights, streams of tokens for interactive sessions.
+Left out: more than one device, shared experts, quantised weights, interactive sessions.
 """
 
 from __future__ import annotations

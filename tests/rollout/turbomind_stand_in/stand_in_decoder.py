@@ -1,4 +1,4 @@
-"""Weights and maths of the stand-in: a dense decoder read from TurboMind's layout of the weights.
+"""Weights and maths of the stand-in: a decoder, dense or of experts, read from TurboMind's layout of the weights.
 
 V vocabulary, H hidden size, F size of the MLP, D head dimension, T tokens of a sequence.
 """
@@ -33,16 +33,17 @@ class Weights:
             "norm.weight": (hidden,),
         }
         for index in range(self.num_layers):
-            ffn_size = self.model["inter_size"][index]
             layer: dict[str, tuple[int, ...]] = {
                 "attention_norm.weight": (hidden,),
                 "ffn_norm.weight": (hidden,),
                 "attention.w_qkv.0.weight": (hidden, qkv_size),
                 "attention.wo.0.weight": (queries * head_dim, hidden),
-                "feed_forward.w1.0.weight": (hidden, ffn_size),
-                "feed_forward.w3.0.weight": (hidden, ffn_size),
-                "feed_forward.w2.0.weight": (ffn_size, hidden),
             }
+            for mlp, ffn_size in self.mlps(index):
+                layer |= {f"{mlp}.w{number}.0.weight": (hidden, ffn_size) for number in (1, 3)}
+                layer[f"{mlp}.w2.0.weight"] = (ffn_size, hidden)
+            if num_experts := self.num_experts(index):
+                layer["moe_ffn.gate.weight"] = (hidden, num_experts)
             if self.model["attn_bias"]:
                 layer |= {"attention.w_qkv.0.bias": (qkv_size,), "attention.wo.0.bias": (hidden,)}
             if self.model["qk_norm"]:
@@ -50,14 +51,25 @@ class Weights:
             sizes |= {f"layers.{index}.{name}": size for name, size in layer.items()}
         self.tensors = {name: torch.full(size, torch.nan, dtype=self.dtype) for name, size in sizes.items()}
 
+    def num_experts(self, index: int) -> int:
+        return self.model["expert_num"][index] if self.model["expert_num"] else 0
+
+    def mlps(self, index: int) -> list[tuple[str, int]]:
+        """Name and size of every MLP of a layer."""
+        dense = [("feed_forward", self.model["inter_size"][index])] if self.model["inter_size"][index] else []
+        size = self.model["expert_inter_size"]
+        return dense + [(f"moe_ffn.experts.{expert}", size) for expert in range(self.num_experts(index))]
+
     def prepare(self) -> None:
         """Into what the kernels read: matrices packed, w1 and w3 joined, in the same memory where it fits."""
         for index in range(self.num_layers):
-            feed_forward = f"layers.{index}.feed_forward"
-            gate, up = (self.tensors.pop(f"{feed_forward}.{name}.0.weight", None) for name in ("w1", "w3"))
-            if gate is not None and up is not None:
-                self.tensors[f"{feed_forward}.w1w3.0.weight"] = torch.cat([gate, up], 1)
-            for name in ("attention.w_qkv.0.weight", "attention.wo.0.weight", "feed_forward.w1w3.0.weight"):
+            packed = ["attention.w_qkv.0.weight", "attention.wo.0.weight"]
+            for mlp, _ in self.mlps(index):
+                gate, up = (self.tensors.pop(f"layers.{index}.{mlp}.{name}.0.weight", None) for name in ("w1", "w3"))
+                if gate is not None and up is not None:
+                    self.tensors[f"layers.{index}.{mlp}.w1w3.0.weight"] = torch.cat([gate, up], 1)
+                packed.append(f"{mlp}.w1w3.0.weight")
+            for name in packed:
                 matrix = self.tensors[f"layers.{index}.{name}"]
                 matrix.copy_(_pack(matrix))
 
@@ -84,10 +96,25 @@ def last_logits(weights: Weights, token_ids: Tensor) -> Tensor:
     for index in range(weights.num_layers):
         layer = f"layers.{index}"
         hidden = hidden + _attention(weights, layer, _norm(hidden, weights.get(f"{layer}.attention_norm.weight"), eps))
-        normed = _norm(hidden, weights.get(f"{layer}.ffn_norm.weight"), eps)
-        gate, up = (normed @ weights.matrix(f"{layer}.feed_forward.w1w3.0.weight")).chunk(2, -1)
-        hidden = hidden + (F.silu(gate) * up) @ weights.get(f"{layer}.feed_forward.w2.0.weight")
+        hidden = hidden + _feed_forward(weights, index, _norm(hidden, weights.get(f"{layer}.ffn_norm.weight"), eps))
     return _norm(hidden[-1], weights.get("norm.weight"), eps) @ weights.get("output.0.weight")
+
+
+def _feed_forward(weights: Weights, index: int, hidden: Tensor) -> Tensor:
+    layer = f"layers.{index}"
+    outputs = []
+    for mlp, _ in weights.mlps(index):
+        gate, up = (hidden @ weights.matrix(f"{layer}.{mlp}.w1w3.0.weight")).chunk(2, -1)
+        outputs.append((F.silu(gate) * up) @ weights.get(f"{layer}.{mlp}.w2.0.weight"))
+    if not weights.num_experts(index):
+        return outputs[0]
+    shares, chosen = (
+        (hidden @ weights.get(f"{layer}.moe_ffn.gate.weight")).softmax(-1).topk(weights.model["experts_per_token"])
+    )
+    if weights.model["norm_topk_prob"]:
+        shares = shares / shares.sum(-1, keepdim=True)
+    share_of_all = torch.zeros(len(hidden), len(outputs)).scatter(-1, chosen, shares)
+    return (torch.stack(outputs, -1) * share_of_all[:, None]).sum(-1)
 
 
 def _attention(weights: Weights, layer: str, hidden: Tensor) -> Tensor:
