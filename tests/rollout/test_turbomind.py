@@ -234,6 +234,7 @@ def test_a_worker_with_another_lmdeploy_ends_with_the_reason(
 # On a GPU: XRL_LMDEPLOY_PYTHON=/path/to/lmdeploy-env/bin/python .venv/bin/python -m pytest -m gpu tests/rollout
 
 
+@pytest.mark.slow
 def test_benchmark_needs_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")

@@ -84,13 +84,14 @@ class TurboMindEngine:
         self._shape = supported_shape(model_dir, max_model_len=max_model_len)
         self._parts = expected_parts(self._shape)
         self._max_model_len = max_model_len
+        device_index = _device_index(device)
         check_version()
         if self._shape.experts is not None:
             check_experts(self._shape.experts.num_experts)
         self._driver = TurboMindDriver(
             model_dir,
             dtype=dtype,
-            device_index=_device_index(device),
+            device_index=device_index,
             max_batch_size=max_batch_size,
             max_model_len=max_model_len,
         )
