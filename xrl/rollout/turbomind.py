@@ -1,13 +1,13 @@
 """The TurboMind engine: the engine contract over LMDeploy's TurboMind in this process.
 
-States of weights and cache; an update always ends in COMPLETE, and requests need COMPLETE, a cache and no `sleep`:
+States of the weights; requests need COMPLETE ones, a cache, and an engine that is not asleep:
 
-    NONE --wake(weights)--> PARTIAL --last tensors--> COMPLETE --wake(kv_cache)--> COMPLETE + cache
-      ^                        ^ an update abandoned half-way begins anew here        |        |
-      '------------------------+------------------- sleep(2) ------------------------'        | sleep(1)
-                                      COMPLETE + cache <--wake(weights, kv_cache)-- OFFLOADED <'
+    NONE --wake(weights)--> PARTIAL --the last tensor--> COMPLETE --wake(kv_cache)--> COMPLETE, with a cache
+    COMPLETE, with a cache --sleep(2)--> NONE
+    COMPLETE, with a cache --sleep(1)--> OFFLOADED --wake(weights, kv_cache)--> COMPLETE, with a cache
 
-An update while the trainer has the engine asleep leaves out the cache: `wake` builds it.
+An update takes the weights to NONE first, but for one that was left half-way: it begins anew from PARTIAL. While the
+trainer has the engine asleep, an update leaves out the cache; the engine's `wake` builds it.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ CLOSE_TIMEOUT_S = 30.0
 
 
 class _Weights(enum.Enum):
-    NONE = "it has no weights"
-    PARTIAL = "its weights are being updated"
-    OFFLOADED = "its weights are on the host"
-    COMPLETE = "it has all weights"
+    NONE = enum.auto()  # no room for them either
+    PARTIAL = enum.auto()  # room, and what an update has brought so far
+    OFFLOADED = enum.auto()  # on the host
+    COMPLETE = enum.auto()  # in the form that the kernels read
 
 
 @dataclass(eq=False, kw_only=True)
