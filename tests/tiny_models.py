@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    InternLM3Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
     Qwen3Config,
-    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
 )
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -27,6 +33,62 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+# Wavelengths of both ends and of the middle of what is stretched, with heads of 16.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# Family -> transformers' config class, and fields beside the sizes that all tiny models share.
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
+    "llama": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True}),
+    "mistral": (MistralConfig, {"head_dim": 32, "sliding_window": None}),
+    "internlm3": (InternLM3Config, {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 6.0}}),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        {
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+        },
+    ),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "head_dim": 16,
+            "moe_intermediate_size": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+        },
+    ),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        {
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 12,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+}
 
 
 def make_checkpoint(
@@ -42,7 +104,7 @@ def make_checkpoint(
     """Write a random model of about 150,000 parameters to `folder`, and return that.
 
     Args:
-        family: "qwen3" or "qwen2".
+        family: a key of FAMILIES.
         max_shard_bytes: split the weights into files of about this size, with an index.
         config_overrides: fields of config.json, `num_hidden_layers=6` say.
     """
@@ -71,19 +133,14 @@ def make_model(family: str = "qwen3", *, tied: bool = True, seed: int = 0, **con
         "pad_token_id": SPECIAL_TOKENS.index("<|endoftext|>"),
     }
     torch.manual_seed(seed)
-    model: PreTrainedModel
-    if family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**(sizes | config_overrides)))
-    elif family == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**({**sizes, "head_dim": 16} | config_overrides)))
-    else:
-        raise ValueError(f"family must be qwen2 or qwen3, got {family!r}")
+    config_class, fields = FAMILIES[family]
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config_class(**(sizes | fields | config_overrides)))
     with torch.no_grad():  # ones and zeros would hide a norm or a bias that is left out
-        for name, parameter in model.named_parameters():
+        for name, tensor in model.state_dict().items():
             if name.endswith("bias"):
-                parameter.normal_(0, 0.3)
+                tensor.normal_(0, 0.3)
             elif "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                tensor.uniform_(0.5, 1.5)
     return model.eval()
 
 

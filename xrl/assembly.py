@@ -20,6 +20,7 @@ from xrl.models.build import train_dtype
 from xrl.models.shape import read_model_shape
 from xrl.parallel.groups import ParallelGroups
 from xrl.rewards import create_judge
+from xrl.rollout.canary import Canary
 from xrl.rollout.collect import Collector
 from xrl.rollout.evaluate import Evaluator
 from xrl.rollout.pool import WorkerPool
@@ -69,13 +70,14 @@ def build_lead(settings: Settings, groups: ParallelGroups, stack: contextlib.Exi
     )
     journal.say(f"sampling parameters: {sampling}")
     collector = Collector(pool, tokenizer, judge)
-    publisher = Publisher(pool)
+    publisher = Publisher(pool, device=groups.device)
     stack.callback(publisher.close)
     return Lead(
         prompts=prompts,
         sampling=sampling,
         collector=collector,
         publisher=publisher,
+        canary=_canary(settings, pool, sampling),
         evaluator=_evaluator(settings, tokenizer, collector, sampling),
         journal=journal,
     )
@@ -88,19 +90,40 @@ def start_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder)
     num_workers = config.rollout_num_workers or (torch.cuda.device_count() if on_cuda else 1)
     devices = [f"cuda:{number % torch.cuda.device_count()}" if on_cuda else "cpu" for number in range(num_workers)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    dtype = str(train_dtype(settings.model)).removeprefix("torch.")
     return WorkerPool(
         config,
         model_dir=settings.model.model,
-        dtype=dtype if config.rollout_dtype == "auto" else config.rollout_dtype,
+        dtype=_dtypes(settings)[1],
         devices=devices,
         num_threads=config.rollout_num_threads or max(1, cores // num_workers),
-        max_model_len=min(
-            read_model_shape(settings.model.model).max_positions,
-            settings.data.max_prompt_length + config.max_response_length,
-        ),
+        max_model_len=_max_model_len(settings),
         log_dir=folder.logs,
     )
+
+
+def _canary(settings: Settings, pool: WorkerPool, sampling: SamplingParams) -> Canary | None:
+    if not settings.rollout.canary_tokens:
+        return None
+    return Canary(
+        pool,
+        settings.rollout,
+        dtype="float32" if set(_dtypes(settings)) == {"float32"} else "bfloat16",
+        vocab_size=read_model_shape(settings.model.model).vocab_size,
+        max_model_len=_max_model_len(settings),
+        sampling=sampling,
+    )
+
+
+def _dtypes(settings: Settings) -> tuple[str, str]:
+    """Number formats of the actor's weights and of the engines'."""
+    dtype = str(train_dtype(settings.model)).removeprefix("torch.")
+    return dtype, dtype if settings.rollout.rollout_dtype == "auto" else settings.rollout.rollout_dtype
+
+
+def _max_model_len(settings: Settings) -> int:
+    """Longest prompt + response that an engine is asked for, in tokens."""
+    longest = settings.data.max_prompt_length + settings.rollout.max_response_length
+    return min(read_model_shape(settings.model.model).max_positions, longest)
 
 
 def rollouts_of(settings: Settings, num_prompts: int) -> int:

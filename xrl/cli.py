@@ -21,6 +21,7 @@ USAGE = """usage: xrl COMMAND [ARGUMENTS]
 
   train    train a model with GRPO            xrl train --nproc-per-node 4 --config FILE.yaml [FLAGS]
   gsm8k    convert GSM8K to training rows     xrl gsm8k --input-dir DIR --out-dir DIR [--overwrite]
+  convert  Hugging Face <-> Megatron          xrl convert --from DIR --to DIR [--check] [LAYOUT FLAGS]
   worker   host one rollout engine            xrl worker --model DIR --max-model-len N
   version  print the version
 
@@ -91,6 +92,36 @@ def gsm8k(arguments: list[str]) -> None:
         print(f"{parsed.out_dir / split}.jsonl: {num_rows:,} rows")
 
 
+def convert(arguments: list[str]) -> None:
+    """Convert a checkpoint, or compare two."""
+    from xrl.convert import run
+
+    parser = _Parser(
+        prog="xrl convert",
+        description="Hugging Face folders to Megatron checkpoints at any layout, and back: the format of --from tells "
+        "which, and a Megatron checkpoint with layout flags is laid out anew. --check converts in memory, there and "
+        "back, or compares --from with --to; it reports every tensor that differs, with exit code 1.",
+    )
+    parser.add_argument("--from", dest="source", type=Path, required=True, help="Hugging Face or Megatron folder")
+    parser.add_argument("--to", dest="target", type=Path, help="folder to write; must not exist (with --check: must)")
+    parser.add_argument("--check", action="store_true", help="compare bit by bit, write nothing")
+    for flag, help_ in (
+        ("--tensor-model-parallel-size", "ranks that share each layer's matrices"),
+        ("--pipeline-model-parallel-size", "ranks that each hold a run of consecutive layers"),
+        ("--virtual-pipeline-model-parallel-size", "runs of layers on each of those"),
+        ("--expert-model-parallel-size", "ranks that share the experts"),
+        ("--decoder-first-pipeline-num-layers", "layers of the first stage, where stages are uneven"),
+        ("--decoder-last-pipeline-num-layers", "layers of the last stage"),
+    ):
+        parser.add_argument(flag, type=int, help=help_)
+    parser.add_argument(
+        "--transformer-impl",
+        choices=("local", "transformer_engine"),
+        help="whose parameter names a Megatron checkpoint has (default: local)",
+    )
+    sys.exit(run(parser.parse_args(arguments)))
+
+
 def worker(arguments: list[str]) -> None:
     """Host one rollout engine."""
     os.execv(sys.executable, [sys.executable, "-m", "xrl.rollout.worker", *arguments])
@@ -104,6 +135,7 @@ def version(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "gsm8k": gsm8k,
+    "convert": convert,
     "worker": worker,
     "version": version,
 }

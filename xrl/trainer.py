@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from xrl.metrics.journal import Journal
 from xrl.metrics.mean import Mean, merge
 from xrl.metrics.memory import cuda_peak_bytes, peak_rss_bytes, return_freed_memory
 from xrl.parallel.groups import ParallelGroups
+from xrl.rollout.canary import Canary
 from xrl.rollout.collect import Collected, Collector
 from xrl.rollout.evaluate import Evaluator
 from xrl.rollout.publish import Publisher
@@ -37,6 +39,7 @@ class Lead:
     sampling: SamplingParams
     collector: Collector
     publisher: Publisher
+    canary: Canary | None
     evaluator: Evaluator | None
     journal: Journal
 
@@ -61,6 +64,11 @@ class Trainer:
         self.lead = lead
         self.num_rollouts = num_rollouts
         self.token_weights = partial(token_weights, kind=settings.algorithm.loss_aggregation)
+        self.shares_memory = (
+            settings.rollout.chosen_transport == "shared_memory"
+            and groups.device.type == "cpu"
+            and int(os.environ.get("LOCAL_WORLD_SIZE", groups.layout.world_size)) == groups.layout.world_size
+        )
         # Filled on rank 0 while a step runs, then written as one row.
         self.row: dict[str, float] = {}
 
@@ -110,6 +118,7 @@ class Trainer:
             **scored.metrics,
             "prompts/failed": float(collected.counts.failed),
             "prompts/retried": float(collected.counts.retried),
+            "prompts/stale": float(collected.counts.stale),
             "epoch": float(self.lead.prompts.epoch),
             "response_tokens": float(collected.num_tokens),
             "tokens_per_s/rollout": collected.num_tokens / collected.seconds,
@@ -120,12 +129,39 @@ class Trainer:
     def publish(self, *, version: int) -> None:
         """Stream the weights to every rollout worker. Collective: each rank gives its part."""
         start = time.perf_counter()
-        buckets = self.actor.weights(version=version)
+        if self.shares_memory:
+            buckets = self.actor.shared_weights(self.lead.publisher.memory if self.lead else None, version=version)
+        else:
+            buckets = self.actor.weights(version=version)
         if self.lead:
-            self.lead.publisher.publish(buckets, version=version)
+            report = self.lead.publisher.publish(buckets, version=version)
+            self.row |= {
+                "sync/gigabytes": report.num_bytes / 1e9,
+                "sync/layers": float(report.num_layers),
+                "sync/resent": float(report.num_resent),
+                "workers/updated": float(report.num_workers),
+            }
         for _ in buckets:  # nothing is left on rank 0; the other ranks get nothing but must take part
             pass
         self.row["seconds/publish"] = time.perf_counter() - start
+        self.check_canary()
+
+    def check_canary(self) -> None:
+        """Let the actor score what each worker samples with its new weights. Collective.
+
+        Raises:
+            CanaryFailed: they do not compute the same. On rank 0.
+        """
+        if not self.settings.rollout.canary_tokens:
+            return
+        start = time.perf_counter()
+        samples = broadcast_samples(
+            self.lead.canary.sample() if self.lead and self.lead.canary else None, self.groups.control
+        )
+        differences = self.actor.mismatch(samples)
+        if self.lead and self.lead.canary:
+            self.row["canary"] = self.lead.canary.judge(differences)
+        self.row["seconds/canary"] = time.perf_counter() - start
 
     def evaluate(self, index: int) -> None:
         """Pass rates on held-out prompts. Rank 0 only; the others wait at the next collective."""
@@ -161,6 +197,8 @@ class Trainer:
             row["train_tokens"] = float(sum(update.num_tokens for update in reports))
             row["computed_tokens"] = float(sum(update.computed_tokens for update in reports))
         row["updates"] = float(len(reports))
+        pool = self.lead.collector.pool
+        row |= {"workers/lost": float(pool.num_lost), "workers/restarted": float(pool.num_restarted)}
         row |= {f"seconds/{phase}": value for phase, value in self.actor.seconds.items()}
         row["step_seconds"] = seconds
         row["tokens_per_s"] = row["response_tokens"] / seconds

@@ -62,22 +62,24 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", type=Path, nargs="+")
     parser.add_argument("--sequences", type=Path)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="folder, for a file of each replica's sequences")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--sp", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     parallel = ParallelConfig(
         tensor_model_parallel_size=arguments.tp,
         pipeline_model_parallel_size=arguments.pp,
+        expert_model_parallel_size=arguments.ep,
         sequence_parallel=arguments.sp,
     )
     groups = initialize(parallel, seed=1)
     sequences = torch.load(arguments.sequences)
     results = {str(model): whole_logits(build_actor(model, parallel, groups), sequences) for model in arguments.models}
-    if groups.reports_losses and groups.data_rank == 0:
-        torch.save(results, arguments.out)
+    if groups.reports_losses:
+        torch.save(results, arguments.out / f"{groups.data_rank}.pt")
     shutdown()
 
 

@@ -1,6 +1,6 @@
 """One rank of the parity test: the same batch and weights at whatever layout torchrun starts this with.
 
-Rank 0 writes what it saw to --out: loss, whole gradients, gradient norm, weights after the last update.
+Rank 0 writes what it saw of each model to --out: loss, whole gradients, gradient norm, weights after the last update.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def make_settings(arguments: argparse.Namespace, data: DataConfig, *, linear: bo
         parallel=ParallelConfig(
             tensor_model_parallel_size=arguments.tp,
             pipeline_model_parallel_size=arguments.pp,
+            expert_model_parallel_size=arguments.ep,
             sequence_parallel=arguments.sp,
             use_distributed_optimizer=arguments.distributed_optimizer,
         ),
@@ -151,16 +152,19 @@ def whole_gradients(actor: Actor) -> dict[str, torch.Tensor]:
             for bucket in buffer.buckets:
                 share = bucket.grad_data.view(actor.groups.layout.data_size, -1)[actor.groups.data_rank].clone()
                 torch.distributed.all_gather_into_tensor(bucket.grad_data, share, group=actor.groups.data)
-    return {name: parameter.main_grad for name, parameter in actor.model.named_parameters()}
+    # Buffers (a router's bias on its scores) are exported with the weights, but not learnt.
+    constant = {name: torch.zeros_like(buffer) for name, buffer in actor.model.named_buffers()}
+    return constant | {name: parameter.main_grad for name, parameter in actor.model.named_parameters()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("--models", type=Path, nargs="+")
     parser.add_argument("--vocab-size", type=int)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--sp", action="store_true")
     parser.add_argument("--distributed-optimizer", action="store_true")
     parser.add_argument("--recompute", default=None)
@@ -171,14 +175,21 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, nargs="+", default=MICROBATCHES)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    parallel = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=arguments.tp,
+        pipeline_model_parallel_size=arguments.pp,
+        expert_model_parallel_size=arguments.ep,
+    )
     groups = initialize(parallel, seed=1)
-    results = {
-        (way, packing, count): run_case(arguments, groups, packing, count, **WAYS[way])
-        for way in arguments.ways
-        for packing in arguments.packing
-        for count in arguments.microbatches
-    }
+    results: dict[str, dict] = {}
+    for model in arguments.models:
+        of_model = argparse.Namespace(**vars(arguments), model=model)
+        results[model.name] = {
+            (way, packing, count): run_case(of_model, groups, packing, count, **WAYS[way])
+            for way in arguments.ways
+            for packing in arguments.packing
+            for count in arguments.microbatches
+        }
     if groups.rank == 0:
         torch.save(results, arguments.out)
     shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,13 @@ LAYOUTS = {
     "tp2pp2-sp-recompute": (4, "--tp=2", "--pp=2", "--sp", "--recompute=full"),
     "tp2pp2dp2": (8, "--tp=2", "--pp=2", "--distributed-optimizer"),
 }
+# What other families add: biases under sequence parallelism, experts, latent attention.
+KINDS = ("llama", "qwen3_moe", "deepseek_v3")
+KIND_LAYOUTS = {
+    "tp2pp2-sp": (KINDS, "--tp=2", "--pp=2", "--sp", "--recompute=selective"),
+    "pp2ep2": (KINDS[1:], "--pp=2", "--ep=2"),
+    "tp2ep2-sp": (KINDS[1:2], "--tp=2", "--ep=2", "--sp", "--distributed-optimizer"),
+}
 # Where log-probs and loss are computed from hidden states too.
 LINEAR_WAYS = {"tp2": ("linear",), "tp2-sp": ("linear", "linear fused"), "tp2pp2dp2": ("linear fused",)}
 
@@ -36,15 +44,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_worker(num_ranks: int, checkpoint: Path, out: Path, *flags: str) -> None:
-    run_ranks(WORKER, num_ranks, f"--model={checkpoint}", f"--vocab-size={VOCAB_SIZE}", f"--out={out}", *flags)
+def run_worker(num_ranks: int, checkpoints: Sequence[Path], out: Path, *flags: str) -> dict[str, dict]:
+    """What rank 0 saw of each checkpoint, by its folder's name."""
+    models = ("--models", *checkpoints)
+    run_ranks(WORKER, num_ranks, f"--vocab-size={VOCAB_SIZE}", f"--out={out}", *models, *flags)
+    return torch.load(out)
 
 
 @pytest.fixture(scope="module")
 def one_rank(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("one") / "result.pt"
-    run_worker(1, checkpoint, out, "--ways", *WAYS)
-    return torch.load(out)
+    return run_worker(1, [checkpoint], out, "--ways", *WAYS)[checkpoint.name]
 
 
 def assert_same(expected: dict, found: dict, case: str) -> None:
@@ -56,7 +66,7 @@ def assert_same(expected: dict, found: dict, case: str) -> None:
     for key in ("gradients", "weights"):
         assert expected[key].keys() == found[key].keys()
         for name, left in expected[key].items():
-            error = ((left - found[key][name]).norm() / left.norm()).item()
+            error = ((left - found[key][name]).norm() / left.norm().clamp(min=1e-12)).item()
             assert error <= TOLERANCE, f"{case}: {key} of {name} differ by {error:.1e} (relative)"
 
 
@@ -78,11 +88,26 @@ def test_layout_gives_the_losses_gradients_and_weights_of_one_rank(
     num_ranks, *flags = LAYOUTS[layout]
     ways = ("fused", *LINEAR_WAYS.get(layout, ()))
     out = tmp_path / "result.pt"
-    run_worker(num_ranks, checkpoint, out, *flags, "--ways", *ways)
-    results = torch.load(out)
+    results = run_worker(num_ranks, [checkpoint], out, *flags, "--ways", *ways)[checkpoint.name]
     assert len(results) == len(ways) * len(PACKINGS) * len(MICROBATCHES)
     for (way, packing, count), found in results.items():
         assert_same(one_rank[("plain", packing, count)], found, f"{layout}, {way}, {packing}, {count} micro-batches")
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_layouts_give_the_updates_of_one_rank_for_every_kind_of_layer(tmp_path: Path) -> None:
+    checkpoints = {
+        family: make_checkpoint(tmp_path / family, family=family, vocab_size=VOCAB_SIZE, with_tokenizer=False)
+        for family in KINDS
+    }
+    case = ("--packing=shared", "--microbatches=4", "--updates=2", "--ways=fused")
+    expected = run_worker(1, list(checkpoints.values()), tmp_path / "one.pt", *case)
+    for layout, (families, *flags) in KIND_LAYOUTS.items():
+        found = run_worker(4, [checkpoints[family] for family in families], tmp_path / f"{layout}.pt", *flags, *case)
+        for family in families:
+            for key, result in found[family].items():
+                assert_same(expected[family][key], result, f"{family}, {layout}")
 
 
 @pytest.mark.distributed
@@ -92,8 +117,8 @@ def test_twenty_updates_with_fused_kernels_give_the_losses_of_plain_pytorch(chec
     for backend, ways in (("reference", ("plain",)), ("auto", ("fused", "linear fused"))):
         out = tmp_path / f"{backend}.pt"
         case = ("--updates=20", "--packing=shared", "--microbatches=4", f"--backend={backend}")
-        run_worker(1, checkpoint, out, *case, "--ways", *ways)
-        for (way, *_), found in torch.load(out).items():
+        results = run_worker(1, [checkpoint], out, *case, "--ways", *ways)[checkpoint.name]
+        for (way, *_), found in results.items():
             losses[way] = torch.tensor(found["loss"], dtype=torch.float64)
     plain = losses.pop("plain")
     assert len(plain) == 20 and plain[-1] < plain[0] - 0.1 and len(losses) == 2

@@ -79,12 +79,14 @@ def test_packed_products_equal_fp64(rows: int, columns: int, depth: int) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "ffn", "depth"), [(1, 1, 1), (13, 40, 33), (30, 17, 900)])
-def test_packed_swiglu_equals_fp64(rows: int, ffn: int, depth: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_packed_swiglu_equals_fp64(rows: int, ffn: int, depth: int, dtype: torch.dtype, has_bias: bool) -> None:
     torch.manual_seed(0)
+    bias = torch.randn(2 * ffn).to(dtype) if has_bias else torch.zeros(2 * ffn, dtype=dtype)
     x, weight = torch.randn(rows, depth).to(dtype), (torch.randn(2 * ffn, depth) / depth**0.5).to(dtype)
-    gate, up = (x.double() @ weight.double().t()).chunk(2, dim=1)
+    gate, up = (x.double() @ weight.double().t() + bias.double()).chunk(2, dim=1)
     exact = torch.nn.functional.silu(gate) * up
-    found = PackedSwiGLU(weight)(x)
+    found = PackedSwiGLU(weight, bias if has_bias else None)(x)
     assert found.dtype == dtype
     tolerance = 2e-5 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)

@@ -15,9 +15,22 @@ from xrl.data.packing import pack  # noqa: E402
 from xrl.kernels.layer_ops import reference_rotary  # noqa: E402
 from xrl.models.attention import PackedAttention  # noqa: E402
 from xrl.models.packed import attention_inputs  # noqa: E402
+from xrl.models.shape import model_shape  # noqa: E402
 from xrl.types import Sample  # noqa: E402
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
+SHAPE = model_shape(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 1,
+        "hidden_size": HEADS * DIM,
+        "intermediate_size": 64,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": 98,
+        "rope_theta": 100.0,
+    }
+)
 
 
 class _Config:
@@ -56,14 +69,7 @@ def test_packed_attention_equals_separate_sequences(
     samples = make_samples(lengths)
     packed = pack(samples, range(len(samples)), share_prompts=share, multiple=multiple)
     generator = torch.Generator().manual_seed(0)
-    inputs = attention_inputs(
-        packed,
-        queries_per_key=HEADS // KV_HEADS,
-        head_dim=DIM,
-        rope_base=100.0,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    inputs = attention_inputs(packed, SHAPE, dtype=torch.float32, device=torch.device("cpu"))
     total = len(packed.token_ids)
     query, key, value = (
         torch.randn(total, heads, DIM, generator=generator, requires_grad=True) for heads in (HEADS, KV_HEADS, KV_HEADS)

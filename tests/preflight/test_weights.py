@@ -11,10 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.small_runs import Refusal, edit_json
-from tests.tiny_models import make_checkpoint, make_model
-from xrl.models.shape import ModelShape, read_model_shape
-from xrl.preflight.weights import expected_tensors
-from xrl.weights.qwen import layer_table, outer_table
+from tests.tiny_models import make_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -33,23 +30,6 @@ def some_shard(model: Path) -> Path:
     shards = sorted(model.glob("model-*.safetensors"))
     assert len(shards) > 2
     return shards[1]
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_expected_tensors_are_those_of_transformers_and_of_the_loader(family: str, tied: bool, tmp_path: Path) -> None:
-    model = make_model(family, tied=tied)
-    model.config.save_pretrained(tmp_path)
-    edit_json(tmp_path / "config.json", architectures=[type(model).__name__])
-    shape = read_model_shape(tmp_path)
-    expected = expected_tensors(shape)
-    assert expected == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert set(expected) == loaded_names(shape)
-
-
-def loaded_names(shape: ModelShape) -> set[str]:
-    tables = [outer_table(shape), *(layer_table(shape, layer) for layer in range(shape.num_layers))]
-    return {name for table in tables for mapping in table.values() for name in mapping.names}
 
 
 def test_folder_without_safetensors_says_what_it_has(refusal: Refusal, single_model: Path) -> None:

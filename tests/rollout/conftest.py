@@ -10,8 +10,12 @@ import pytest
 from transformers import PreTrainedModel
 
 from tests.rollout.engines import push
+from tests.rollout.pools import ENGINE, ROOT, MakePool, bucket
+from xrl.config import RolloutConfig
 from xrl.rollout import create_engine
 from xrl.rollout.engine import Engine
+from xrl.rollout.pool import WorkerPool
+from xrl.rollout.publish import Publisher
 
 
 @pytest.fixture
@@ -32,3 +36,30 @@ def make_engine(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
     yield make
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture
+def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePool]:
+    """Starts pools of the scripted engine, with weights unless update=False; all are closed afterwards."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    pools: list[WorkerPool] = []
+
+    def make(num_workers: int = 1, *, engine: str = ENGINE, update: bool = True, **settings: object) -> WorkerPool:
+        config = RolloutConfig(engine=engine, **settings)  # type: ignore[arg-type]
+        pool = WorkerPool(
+            config,
+            model_dir=tmp_path,
+            dtype="float32",
+            devices=["cpu"] * num_workers,
+            num_threads=1,
+            max_model_len=64,
+            log_dir=tmp_path,
+        )
+        pools.append(pool)
+        if update:
+            Publisher(pool).publish([bucket("layers.0", 1.0)], version=0)
+        return pool
+
+    yield make
+    for pool in pools:
+        pool.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -12,13 +14,28 @@ from xrl.types import Completion, GenerateRequest, SamplingParams, WeightBucket
 def buckets(model: PreTrainedModel, version: int = 0) -> list[WeightBucket]:
     """The model's tensors as the actor pushes them."""
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    for name, tensor in checkpoint_tensors(model):
         if name.startswith("model.layers."):
             part = "layers." + name.split(".")[2]
         else:
             part = "embeddings" if "embed_tokens" in name else "final"
-        parts.setdefault(part, {})[name] = parameter.detach()
+        parts.setdefault(part, {})[name] = tensor
     return [WeightBucket(version=version, layer=part, tensors=tensors) for part, tensors in parts.items()]
+
+
+def checkpoint_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors as checkpoints hold them, where transformers joins all experts of a layer in memory."""
+    for name, parameter in model.named_parameters():
+        prefix, _, kind = name.rpartition(".")
+        for expert, weight in enumerate(parameter.detach()) if prefix.endswith(".experts") else ():
+            if kind == "gate_up_proj":
+                gate, up = weight.chunk(2)
+                yield f"{prefix}.{expert}.gate_proj.weight", gate
+                yield f"{prefix}.{expert}.up_proj.weight", up
+            else:
+                yield f"{prefix}.{expert}.{kind}.weight", weight
+        if not prefix.endswith(".experts"):
+            yield name, parameter.detach()
 
 
 def push(engine: Engine, model: PreTrainedModel, version: int = 0) -> None:

@@ -61,7 +61,7 @@ class ScriptedEngine:
         if future is not None:
             future.set_result([])
 
-    def sleep(self) -> None:
+    def sleep(self, *, keep_weights: bool = True) -> None:
         pass
 
     def wake(self) -> None:

@@ -10,7 +10,20 @@ from tests.rollout.engines import generate, push, request
 from tests.tiny_models import make_model
 from xrl.rollout.engine import Engine
 
-MODELS = [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]
+MODELS = [
+    ("qwen2", True),
+    ("qwen2", False),
+    ("qwen3", True),
+    ("qwen3", False),
+    ("llama", True),
+    ("llama", False),
+    ("mistral", True),
+    ("mistral", False),
+    ("internlm3", True),
+    ("internlm3", False),
+    ("qwen3_moe", True),
+    ("qwen3_moe", False),
+]
 PROMPTS = [[7], [3, 1, 4, 1, 5], list(range(10, 43)), list(range(60, 76))]
 EOS = 2
 

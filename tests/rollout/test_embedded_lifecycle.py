@@ -206,6 +206,11 @@ def test_more_tokens_than_the_model_has_positions_are_refused(make_engine: MakeE
         make_engine(make_model(), max_model_len=257)
 
 
+def test_latent_attention_is_refused(make_engine: MakeEngine) -> None:
+    with pytest.raises(SettingsError, match="latent attention of DeepseekV3ForCausalLM"):
+        make_engine(make_model("deepseek_v3"), load=False)
+
+
 def test_rope_scaling_is_refused_by_name(tmp_path: Path) -> None:
     config = make_model().config.to_dict() | {
         "architectures": ["Qwen3ForCausalLM"],

@@ -9,70 +9,16 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
+from tests.rollout.pools import ENGINE, ROOT, MakePool, bucket, generate, request
 from tests.rollout.scripted_engine import ANSWER, DIE, FAIL, FAIL_ONCE, HANG, LINGER
-from xrl.config import RolloutConfig
 from xrl.rollout import protocol
-from xrl.rollout.pool import RolloutCounts, WorkerGone, WorkerPool
+from xrl.rollout.pool import RolloutCounts, WorkerGone
 from xrl.rollout.publish import Publisher
-from xrl.types import Completion, GenerateRequest, SamplingParams, WeightBucket
-
-ENGINE = "tests.rollout.scripted_engine:make"
-ROOT = Path(__file__).parents[2]
-MakePool = Callable[..., WorkerPool]
-
-
-@pytest.fixture
-def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePool]:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    pools: list[WorkerPool] = []
-
-    def make(num_workers: int = 1, *, engine: str = ENGINE, update: bool = True, **settings: object) -> WorkerPool:
-        config = RolloutConfig(engine=engine, **settings)  # type: ignore[arg-type]
-        pool = WorkerPool(
-            config,
-            model_dir=tmp_path,
-            dtype="float32",
-            devices=["cpu"] * num_workers,
-            num_threads=1,
-            max_model_len=64,
-            log_dir=tmp_path,
-        )
-        pools.append(pool)
-        if update:
-            Publisher(pool).publish([bucket("layers.0", 1.0)], version=0)
-        return pool
-
-    yield make
-    for pool in pools:
-        pool.close()
-
-
-def bucket(layer: str, value: float, *, version: int = 0, size: int = 3) -> WeightBucket:
-    return WeightBucket(version=version, layer=layer, tensors={"w": torch.full((size,), value)})
-
-
-def request(place: int, action: int = ANSWER, *, num_samples: int = 2) -> GenerateRequest:
-    return GenerateRequest(
-        id=f"r{place}", token_ids=[action, place], num_samples=num_samples, sampling=SamplingParams(max_new_tokens=8)
-    )
-
-
-def generate(
-    pool: WorkerPool, requests: list[GenerateRequest]
-) -> tuple[dict[int, list[Completion] | None], RolloutCounts]:
-    counts = RolloutCounts()
-    results: dict[int, list[Completion] | None] = {}
-    for place, completions in pool.generate(requests, counts):
-        assert place not in results
-        results[place] = completions
-    return results, counts
 
 
 def test_every_prompt_is_answered_once_by_some_worker(make_pool: MakePool) -> None:

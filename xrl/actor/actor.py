@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,8 +25,11 @@ from xrl.models.head import ResponseRows
 from xrl.models.shape import read_model_shape
 from xrl.parallel.groups import ParallelGroups
 from xrl.types import LossInputs, LossOutput, Sample, WeightBucket
-from xrl.weights.export import export_weights
+from xrl.weights.export import WeightExporter
 from xrl.weights.load import load_weights
+from xrl.weights.shared_export import SharedExporter
+from xrl.weights.slices import named_weights
+from xrl.weights.transport.shared_memory import Sender
 
 Loss = Callable[[LossInputs], LossOutput]
 TokenWeights = Callable[[Sequence[int]], Sequence[float]]
@@ -51,12 +55,14 @@ class Actor:
         self.groups = groups
         self.shape = read_model_shape(settings.model.model)
         self.dtype = train_dtype(settings.model)
-        transformer_engine = uses_transformer_engine(settings.model)
+        transformer_engine = uses_transformer_engine(settings.model, self.shape)
         config = transformer_config(
-            self.shape, settings.model, settings.parallel, transformer_engine=transformer_engine
+            self.shape, settings.model, settings.parallel, groups.layout, transformer_engine=transformer_engine
         )
         self.model = build_model(self.shape, config, groups, transformer_engine=transformer_engine)
         load_weights(self.model, self.shape, groups, settings.model.model)
+        self.exporter = WeightExporter(self.shape, groups)
+        self.shared_exporter = SharedExporter(self.shape, groups)
         # The frozen starting point, for the KL; no second model, only a second set of weights.
         self.reference = (
             {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
@@ -136,9 +142,28 @@ class Actor:
                 microbatches, lambda output, microbatch: self.scorer.logprobs(output, microbatch).logprob
             )
 
+    def mismatch(self, samples: Sequence[Sample]) -> list[float]:
+        """Mean |rollout - actor log-prob| of each sample, on every rank; infinite where it is not a number. Collective.
+
+        Every replica scores all of them: this is for a few.
+        """
+        if not samples:
+            return []
+        microbatches = self.microbatches.one_each(samples)
+        found = torch.zeros(len(samples), dtype=torch.float64)
+        for index, logprobs in enumerate(self.logprobs(microbatches)):
+            difference = logprobs.float() - microbatches[index].rollout_logprobs
+            found[index] = difference.abs().mean().nan_to_num(nan=math.inf)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.groups.control)
+        return found.tolist()
+
     def weights(self, *, version: int) -> Iterator[WeightBucket]:
         """The current weights as Hugging Face tensors, layer by layer, on rank 0. Collective: run it to its end."""
-        return export_weights(dict(self.model.named_parameters()), self.shape, self.groups, version=version)
+        return self.exporter.stream(named_weights(self.model), version=version)
+
+    def shared_weights(self, memory: Sender | None, *, version: int) -> Iterator[WeightBucket]:
+        """As `weights`, but every rank writes its share into `memory`, which rank 0 passes. Ranks of one host only."""
+        return self.shared_exporter.stream([named_weights(self.model)], memory, version=version)
 
     def _one_update(
         self,

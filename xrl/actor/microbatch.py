@@ -66,6 +66,10 @@ class MicrobatchMaker:
         )
         return [self._microbatch(samples, weights, indices) for indices in plan[self.groups.data_rank]]
 
+    def one_each(self, samples: Sequence[Sample]) -> list[Microbatch]:
+        """A micro-batch for each sample, in their order, the same on every replica: to score, not to train on."""
+        return [self._microbatch(samples, [0.0] * len(samples), [index]) for index in range(len(samples))]
+
     @property
     def shares_prompts(self) -> bool:
         """Prompts are computed once a group where our own attention runs on packed rows."""
@@ -110,11 +114,4 @@ class MicrobatchMaker:
     def _attention(self, packed: Pack) -> PackedSeqParams | None:
         if self.transformer_engine:
             return flash_inputs(packed, device=self.groups.device)
-        return attention_inputs(
-            packed,
-            queries_per_key=self.shape.num_heads // self.shape.num_kv_heads,
-            head_dim=self.shape.head_dim,
-            rope_base=self.shape.rope_base,
-            dtype=self.dtype,
-            device=self.groups.device,
-        )
+        return attention_inputs(packed, self.shape, dtype=self.dtype, device=self.groups.device)

@@ -17,6 +17,15 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Ranks that each hold a run of consecutive layers."""
 
+    expert_model_parallel_size: int = 1
+    """Data-parallel ranks that each hold a part of the experts (mixture-of-experts models)."""
+
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first pipeline stage; left out: all stages share evenly, as far as the layers allow."""
+
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last pipeline stage."""
+
     context_parallel_size: int = 1
     """Ranks that share each sequence (only 1 so far)."""
 
@@ -33,9 +42,17 @@ class ParallelConfig:
     """A collective that waits longer than this ends the run."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "expert_model_parallel_size",
+            "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
+            "context_parallel_size",
+        ):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {size}")
         if self.context_parallel_size > 1:
             raise SettingsError(
                 f"--context-parallel-size must be 1 (context parallelism is not supported yet), "

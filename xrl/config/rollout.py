@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from xrl.config.errors import SettingsError
+
+# How weights reach the workers (xrl/weights/transport); auto: through shared memory where all workers are on this host.
+WEIGHT_TRANSPORTS = ("auto", "shared_memory", "cuda_ipc", "broadcast")
+ON_LOST_WORKER = ("continue", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,8 +20,15 @@ class RolloutConfig:
     engine: str = "embedded"
     """Row of the table in xrl/rollout."""
 
+    rollout_python: Path | None = None
+    """Interpreter that runs the workers, where the engine wants an environment of its own; left out: this one."""
+
     rollout_num_workers: int | None = None
     """Rollout worker processes, prompts are spread over them; left out: one a GPU, one on a CPU machine."""
+
+    rollout_worker_urls: str = ""
+    """Workers on other hosts, started there with `xrl worker --host ADDRESS`, as host:port,host:port; none is started
+    here then."""
 
     rollout_num_threads: int | None = None
     """CPU threads of each worker; left out: the machine's cores over the workers."""
@@ -31,6 +44,35 @@ class RolloutConfig:
 
     rollout_max_retries: int = 2
     """Tries after the first for a prompt whose request failed."""
+
+    on_lost_worker: str = "continue"
+    """What a run does when a rollout worker dies or hangs: continue with the others, or stop."""
+
+    rollout_max_restarts: int = 3
+    """Times a rollout worker that died is started again; it takes part after the next weight update."""
+
+    partial_rollout: bool = False
+    """Ask for more prompts than a batch needs and stop when enough are finished; the rest goes on in the next rollout,
+    from the tokens it has."""
+
+    oversampling: float = 1.5
+    """With --partial-rollout: prompts in flight for each prompt of a batch."""
+
+    weight_transport: str = "auto"
+    """How weights reach the workers: shared_memory (one host), cuda_ipc (one host, CUDA), broadcast (any hosts), or
+    auto: shared_memory, with --rollout-worker-urls broadcast."""
+
+    weight_sync_timeout_s: float = 120.0
+    """A worker that does not take a layer within this time is lost."""
+
+    canary_tokens: int = 16
+    """Tokens that each worker samples after every weight update, for the actor to score; 0: no canary."""
+
+    canary_warn: float | None = None
+    """Warn when the canary's mean |rollout - actor log-prob| exceeds this; left out: 1e-4 in fp32, 0.05 in bf16."""
+
+    canary_stop: float | None = None
+    """End the run when it exceeds this; left out: 0.01 in fp32, 0.5 in bf16."""
 
     temperature: float = 1.0
     """Sampling temperature; the actor's log-probs use the same."""
@@ -55,6 +97,10 @@ class RolloutConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+        if self.rollout_python is not None and not os.access(self.rollout_python, os.X_OK):
+            raise SettingsError(
+                f"--rollout-python {self.rollout_python} must be a Python interpreter, found none there"
+            )
         if self.rollout_num_threads is not None and self.rollout_num_threads < 1:
             raise SettingsError(f"--rollout-num-threads must be >= 1, got {self.rollout_num_threads}")
         if self.rollout_dtype not in ("auto", "float32", "bfloat16"):
@@ -64,6 +110,8 @@ class RolloutConfig:
                 f"--rollout-timeout-s must be > 0 and --rollout-max-retries >= 0, "
                 f"got {self.rollout_timeout_s:g} and {self.rollout_max_retries}"
             )
+        self._check_workers()
+        self._check_canary()
         if self.temperature <= 0:
             raise SettingsError(f"--temperature must be > 0 in training, got {self.temperature:g}")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
@@ -74,3 +122,55 @@ class RolloutConfig:
                 f"does not score, so every ratio would be biased: use --top-k 0 --top-p 1, "
                 f"or say --allow-biased-sampling"
             )
+
+    @property
+    def worker_addresses(self) -> list[tuple[str, int]]:
+        """(host, port) of each worker of --rollout-worker-urls."""
+        return [_address(part) for part in self.rollout_worker_urls.split(",") if part.strip()]
+
+    @property
+    def chosen_transport(self) -> str:
+        """The row of the table in xrl/weights/transport."""
+        if self.weight_transport != "auto":
+            return self.weight_transport
+        return "broadcast" if self.worker_addresses else "shared_memory"
+
+    def _check_workers(self) -> None:
+        for name, known in (("on_lost_worker", ON_LOST_WORKER), ("weight_transport", WEIGHT_TRANSPORTS)):
+            if getattr(self, name) not in known:
+                raise SettingsError(
+                    f"--{name.replace('_', '-')} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        if self.rollout_max_restarts < 0 or self.weight_sync_timeout_s <= 0:
+            raise SettingsError(
+                f"--rollout-max-restarts must be >= 0 and --weight-sync-timeout-s > 0, "
+                f"got {self.rollout_max_restarts} and {self.weight_sync_timeout_s:g}"
+            )
+        if self.oversampling < 1:
+            raise SettingsError(f"--oversampling must be >= 1, got {self.oversampling:g}")
+        if len(set(self.worker_addresses)) < len(self.worker_addresses):
+            raise SettingsError(f"--rollout-worker-urls {self.rollout_worker_urls} names a worker twice")
+        if self.worker_addresses and self.rollout_num_workers is not None:
+            raise SettingsError(
+                "--rollout-num-workers starts workers here, --rollout-worker-urls uses others: take one"
+            )
+        if self.worker_addresses and self.weight_transport in ("shared_memory", "cuda_ipc"):
+            raise SettingsError(
+                f"--weight-transport {self.weight_transport} reaches workers on this host only: use broadcast or auto "
+                f"with --rollout-worker-urls"
+            )
+
+    def _check_canary(self) -> None:
+        if self.canary_tokens < 0:
+            raise SettingsError(f"--canary-tokens must be >= 0, got {self.canary_tokens}")
+        for name in ("canary_warn", "canary_stop"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SettingsError(f"--{name.replace('_', '-')} must be > 0, got {value:g}")
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, colon, port = text.strip().removeprefix("http://").rstrip("/").rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise SettingsError(f"--rollout-worker-urls needs host:port,host:port, found {text.strip()!r}")
+    return host, int(port)

@@ -75,16 +75,17 @@ class PackedLinear:
 
 
 class PackedSwiGLU:
-    """swiglu(x W^T): the first half of a gated MLP, packed at construction. For inference: there is no backward.
+    """swiglu(x W^T + b): the first half of a gated MLP, packed at construction. For inference: there is no backward.
 
     Args:
         weight: [2 F, in_features] the gate's rows before the up projection's
+        bias: [2 F] or None
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape[0] // 2, weight.shape[1]
-        self.own = _pack(weight, self.out_features, is_gated=True)
-        self.linear = PackedLinear(weight) if self.own is None else None
+        self.own = _pack(weight, self.out_features, is_gated=True) if bias is None else None
+        self.linear = PackedLinear(weight, bias) if self.own is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, in_features] -> [N, F]"""

@@ -87,6 +87,7 @@ UPDATE_FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("grad_norm", "grad_norm", _number(3)),
     ("lr", "lr", "{:.2e}".format),
     ("mismatch", "mismatch", "{:.1e}".format),
+    ("canary", "canary", "{:.1e}".format),
     ("tokens_per_s", "tokens/s", _tokens_per_s),
     ("memory_gb", "memory_gb", "{:.2f}".format),
     ("cuda_memory_gb", "cuda_memory_gb", "{:.2f}".format),

@@ -60,8 +60,10 @@ class PackedAttention(torch.nn.Module):
         """
         inputs = packed_seq_params
         assert inputs is not None and inputs.cos is not None and inputs.sin is not None
-        query = rotary(query, inputs.cos, inputs.sin)
-        key = rotary(key, inputs.cos, inputs.sin)
+        return self.attend(rotary(query, inputs.cos, inputs.sin), rotary(key, inputs.cos, inputs.sin), value, inputs)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs) -> Tensor:
+        """`forward` of rotated heads; those of values may have another size."""
         if inputs.clusters is None:
             out = self._causal(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1))
             return out.transpose(0, 1).flatten(2)
@@ -89,7 +91,7 @@ class PackedAttention(torch.nn.Module):
             branch_v = torch.cat([v.index_select(0, cluster.parents), branch_v], dim=1)
             outputs.append(_unpad(self._masked(branch_q, branch_k, branch_v, cluster.mask), cluster.branches))
         if num_padding:
-            outputs.append(query.new_zeros(num_padding, *query.shape[1:]))
+            outputs.append(query.new_zeros(num_padding, query.shape[1], value.shape[2]))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class PackedAttention(torch.nn.Module):
     def _masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Queries [N, Q, n, d] over keys [N, P + Q, g, d] under an additive mask [N, 1, n / g * Q, P + Q]."""
         num_sequences, length, heads, dim = q.shape
-        kv_heads = k.shape[2]
+        kv_heads, value_dim = k.shape[2], v.shape[3]
         repeat = heads // kv_heads
         # The query heads of one key head become further rows of it: no copy of keys and values is made.
         rows = q.view(num_sequences, length, kv_heads, repeat, dim).permute(0, 2, 3, 1, 4)
@@ -113,8 +115,8 @@ class PackedAttention(torch.nn.Module):
             attn_mask=mask,
             scale=self.scale,
         )
-        out = out.view(num_sequences, kv_heads, repeat, length, dim).permute(0, 3, 1, 2, 4)
-        return out.reshape(num_sequences, length, heads, dim)
+        out = out.view(num_sequences, kv_heads, repeat, length, value_dim).permute(0, 3, 1, 2, 4)
+        return out.reshape(num_sequences, length, heads, value_dim)
 
 
 def _pad(x: Tensor, rectangle: Rectangle) -> Tensor:

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from xrl.config import ModelConfig, ParallelConfig
-from xrl.models.attention import PackedAttention
-from xrl.models.linear import ColumnParallelLinear, RowParallelLinear
-from xrl.models.mlp import GatedMLP, SwiGLU
-from xrl.models.norm import RMSNorm
-from xrl.models.self_attention import SelfAttention
-from xrl.models.shape import ModelShape
+from xrl.models.layers import engine_layers, local_layers
+from xrl.models.rotary import rotary_frequencies
+from xrl.models.shape import ExpertShape, LatentAttention, ModelShape
 from xrl.parallel.groups import ParallelGroups
+from xrl.parallel.layout import Layout
 
 
 def padded_vocab_size(shape: ModelShape, tensor_size: int) -> int:
@@ -33,8 +27,13 @@ def padded_vocab_size(shape: ModelShape, tensor_size: int) -> int:
     return -(-shape.vocab_size // tensor_size) * tensor_size
 
 
-def uses_transformer_engine(config: ModelConfig) -> bool:
-    """Whether layers are transformer-engine's: asked for, or on CUDA with the package installed."""
+def uses_transformer_engine(config: ModelConfig, shape: ModelShape) -> bool:
+    """Whether layers are transformer-engine's: asked for, or on CUDA with the package installed.
+
+    Latent attention is always our own.
+    """
+    if shape.latent is not None:
+        return False
     if config.transformer_impl == "auto":
         return torch.cuda.is_available() and _has_transformer_engine()
     return config.transformer_impl == "transformer_engine"
@@ -47,16 +46,29 @@ def train_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def transformer_config(
-    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, *, transformer_engine: bool
+    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, layout: Layout, *, transformer_engine: bool
 ) -> TransformerConfig:
     """megatron-core's configuration of the decoder."""
     dtype = train_dtype(model)
     on_cuda = torch.cuda.is_available()
-    recompute = {}
+    further: dict[str, Any] = {}
     if model.recompute_granularity == "full":
-        recompute = {"recompute_method": "uniform", "recompute_num_layers": model.recompute_num_layers}
+        further = {"recompute_method": "uniform", "recompute_num_layers": model.recompute_num_layers}
+    if not layout.is_even(shape.num_layers):
+        further["pipeline_model_parallel_layout"] = layout.pipeline_layout(shape.num_layers)
+    if shape.experts is not None:
+        moe_layers = [int(shape.has_experts(layer)) for layer in range(shape.num_layers)]
+        further |= {
+            **_expert_settings(shape.experts),
+            "moe_layer_freq": moe_layers,
+            # One operation for all experts of a rank; our own layers take them one by one.
+            "moe_grouped_gemm": transformer_engine,
+        }
+    if shape.latent is not None:
+        further |= _latent_settings(shape.latent)
+    make = TransformerConfig if shape.latent is None else MLATransformerConfig
     with _without_remarks():
-        return TransformerConfig(
+        return make(
             num_layers=shape.num_layers,
             hidden_size=shape.hidden_size,
             ffn_hidden_size=shape.ffn_hidden_size,
@@ -79,8 +91,10 @@ def transformer_config(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
             sequence_parallel=parallel.sequence_parallel,
-            # Packs differ in length: the stages tell each other. megatron-core ties this to a dispatcher, dense or not.
+            # Packs differ in length: the stages tell each other. megatron-core ties this to a dispatcher of tokens to
+            # experts, even where there are none.
             variable_seq_lengths=True,
             moe_token_dispatcher_type="alltoall",
             # The weights come from a checkpoint; initialising them costs time and CUDA random states for nothing.
@@ -94,8 +108,41 @@ def transformer_config(
             persist_layer_norm=False,
             gradient_accumulation_fusion=False,
             recompute_granularity=model.recompute_granularity,
-            **recompute,
+            **further,
         )
+
+
+def _expert_settings(experts: ExpertShape) -> dict[str, Any]:
+    """Every token goes to all of its experts. Nothing but the loss teaches the router, and its bias stays as it is."""
+    groups = {}
+    if experts.num_groups > 1:
+        groups = {"moe_router_num_groups": experts.num_groups, "moe_router_group_topk": experts.groups_per_token}
+    return groups | {
+        "num_moe_experts": experts.num_experts,
+        "moe_router_topk": experts.experts_per_token,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": experts.shared_gate,
+        "moe_router_score_function": experts.score_function,
+        # A softmax over the chosen ones alone is that over all, divided by their sum.
+        "moe_router_pre_softmax": experts.score_function == "softmax" and not experts.normalize_top_k,
+        "moe_router_topk_scaling_factor": None if experts.scaling_factor == 1.0 else experts.scaling_factor,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_router_enable_expert_bias": experts.score_bias,
+        "moe_router_bias_update_rate": 0.0,
+    }
+
+
+def _latent_settings(latent: LatentAttention) -> dict[str, Any]:
+    return {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "rope_type": "rope",  # unused: our own attention turns queries and keys
+    }
 
 
 def build_model(
@@ -109,13 +156,11 @@ def build_model(
 
     With transformer-engine, megatron-core applies rotary positions; otherwise our own attention does.
     """
-    make_spec: Callable[..., ModuleSpec | TransformerBlockSubmodules] = (
-        _engine_spec if transformer_engine else _local_spec
-    )
+    make_layers = engine_layers if transformer_engine else local_layers
     with _without_remarks():
         model = GPTModel(
             config=config,
-            transformer_layer_spec=make_spec(config, shape),
+            transformer_layer_spec=make_layers(shape, groups.layout.layers(groups.pipeline_rank, shape.num_layers)),
             vocab_size=padded_vocab_size(shape, groups.layout.tensor_size),
             max_sequence_length=shape.max_positions,
             pre_process=groups.is_first_stage,
@@ -124,6 +169,9 @@ def build_model(
             position_embedding_type="rope" if transformer_engine else "none",
             rotary_base=int(shape.rope_base),
         )
+    if transformer_engine:
+        # megatron-core rounds the base, and knows one setting only of the scaling.
+        model.rotary_pos_emb.inv_freq = rotary_frequencies(shape).to(groups.device)
     _mark_tensor_parallel(model)
     return model.to(groups.device)
 
@@ -160,31 +208,5 @@ def _mark_tensor_parallel(model: GPTModel) -> None:
                 tensor_parallel.set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=dim, stride=1)
 
 
-def _local_spec(config: TransformerConfig, shape: ModelShape) -> TransformerBlockSubmodules:
-    """megatron-core's parallel linear layers around our own norm and attention: runs on any device."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    mlp = layer.submodules.mlp.submodules
-    mlp.activation_func = SwiGLU
-    layer.submodules.self_attention.module = SelfAttention
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if shape.qk_norm:
-        attention.q_layernorm = RMSNorm
-        attention.k_layernorm = RMSNorm
-    if not torch.cuda.is_available():
-        attention.linear_qkv = mlp.linear_fc1 = ColumnParallelLinear
-        attention.linear_proj = mlp.linear_fc2 = RowParallelLinear
-        layer.submodules.mlp.module = GatedMLP
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
-
-
-def _engine_spec(config: TransformerConfig, shape: ModelShape) -> ModuleSpec:
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
-
-
 def _has_transformer_engine() -> bool:
-    import importlib.util
-
     return importlib.util.find_spec("transformer_engine") is not None

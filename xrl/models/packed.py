@@ -10,6 +10,8 @@ from torch import Tensor
 
 from xrl.data.packing import Pack, PackedCluster
 from xrl.kernels.self_attention import PackedSequences, can_run
+from xrl.models.rotary import rotary_frequencies, rotary_table
+from xrl.models.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +44,16 @@ class AttentionInputs(PackedSeqParams):
     clusters: tuple[Cluster, ...] | None = None  # for models/attention.py; None: padded rows
 
 
-def attention_inputs(
-    pack: Pack, *, queries_per_key: int, head_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device
-) -> AttentionInputs:
-    """Positions and borders of a micro-batch for our own attention.
-
-    Args:
-        queries_per_key: query heads that share a key/value head (n / g).
-    """
-    has_kernels = can_run(dtype=dtype, device=device, head_dim=head_dim)
+def attention_inputs(pack: Pack, shape: ModelShape, *, dtype: torch.dtype, device: torch.device) -> AttentionInputs:
+    """Positions and borders of a micro-batch for our own attention."""
+    has_kernels = shape.latent is None and can_run(dtype=dtype, device=device, head_dim=shape.head_dim)
+    # Query heads that share a key/value head; latent attention makes keys and values for each.
+    queries_per_key = shape.num_heads // shape.num_kv_heads if shape.latent is None else 1
     positions = torch.tensor(pack.position_ids)
     if pack.padded_shape is not None:
         num_rows, width = pack.padded_shape
         positions = torch.arange(width).repeat_interleave(num_rows if has_kernels else 1)
-    cos, sin = (x.to(device, dtype) for x in _rotary(positions, head_dim, rope_base))
+    cos, sin = (x.repeat(1, 2).to(device, dtype) for x in rotary_table(positions, rotary_frequencies(shape)))
     qkv_format = "thd" if pack.padded_shape is None else "sbhd"
     if has_kernels:
         return AttentionInputs(qkv_format=qkv_format, cos=cos, sin=sin, sequences=_sequences(pack))
@@ -108,13 +106,6 @@ def _sequences(pack: Pack) -> PackedSequences:
         parents=torch.tensor(parents, dtype=torch.int32),
         num_tokens=sum(lengths),
     )
-
-
-def _rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [L, d] of each position's angles, computed in fp32 as Hugging Face does."""
-    frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)
-    return angles.cos(), angles.sin()
 
 
 def _cluster(cluster: PackedCluster, queries_per_key: int, dtype: torch.dtype, device: torch.device) -> Cluster:

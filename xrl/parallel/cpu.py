@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _FACTORIES = (
     "arange",
@@ -49,6 +50,7 @@ _MODULES = (
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
     "megatron.core.tensor_parallel",
+    "megatron.core.transformer.moe.moe_layer",
 )
 
 
@@ -211,7 +213,58 @@ def _replace_cuda_only_functions() -> None:
     optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
     optimizer.__dict__["clip_grad_by_total_norm_fp32"] = _clip_grad_by_total_norm
 
+    # These take tensors for the CPU's, and a package for installed, only where the other is found.
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.__dict__["maybe_move_tensor_to_cpu"] = _on_host
+    importlib.import_module("megatron.core.transformer.moe.moe_utils").__dict__.setdefault("te_general_gemm", None)
+
+    # gloo moves equal parts only; experts get as many tokens as routers send them.
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings").__dict__
+    mappings["_gather_along_first_dim"] = _gather_unequal(mappings["_gather_along_first_dim"])
+    mappings["_reduce_scatter_along_first_dim"] = _reduce_scatter_unequal(mappings["_reduce_scatter_along_first_dim"])
+
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What megatron-core's function makes of a CUDA tensor; the signature is megatron-core's."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _gather_unequal(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """megatron-core's gather along the first dimension, with parts of unequal lengths padded to the longest."""
+
+    @functools.wraps(gather)
+    def padded(
+        x: torch.Tensor, group: dist.ProcessGroup, sizes: Sequence[int] | None = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return gather(x, group, sizes, *args, **kwargs)
+        longest = max(1, *sizes)
+        parts = gather(_padded(x, longest), group).split(longest)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    return padded
+
+
+def _reduce_scatter_unequal(scatter: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same of megatron-core's reduce-scatter."""
+
+    @functools.wraps(scatter)
+    def padded(
+        x: torch.Tensor, group: dist.ProcessGroup, sizes: Sequence[int] | None = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return scatter(x, group, sizes, *args, **kwargs)
+        longest = max(1, *sizes)
+        parts = [_padded(part, longest) for part in x.split(list(sizes))]
+        return scatter(torch.cat(parts), group)[: sizes[group.rank()]]
+
+    return padded
+
+
+def _padded(x: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])]) if len(x) < length else x
 
 
 def _clip_grad_by_total_norm(

@@ -20,9 +20,11 @@ class ParallelGroups:
     tensor_rank: int
     pipeline_rank: int
     data_rank: int
+    expert_rank: int
     tensor: ProcessGroup  # ranks that share this rank's layers
     pipeline: ProcessGroup  # the stages of this rank's replica
-    data: ProcessGroup  # ranks that hold the same weights
+    data: ProcessGroup  # ranks that hold the same weights, but for those of experts
+    expert: ProcessGroup  # those of them that together hold every expert
     control: ProcessGroup  # every rank, on gloo: batches and metrics travel on the host
 
     @property

@@ -41,6 +41,7 @@ def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
         distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -50,6 +51,9 @@ def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
             world_size,
             tensor_size=config.tensor_model_parallel_size,
             pipeline_size=config.pipeline_model_parallel_size,
+            expert_size=config.expert_model_parallel_size,
+            first_stage_layers=config.decoder_first_pipeline_num_layers,
+            last_stage_layers=config.decoder_last_pipeline_num_layers,
         ),
         device=device,
         rank=rank,
@@ -59,6 +63,8 @@ def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert=parallel_state.get_expert_model_parallel_group(),
         control=control,
     )
 

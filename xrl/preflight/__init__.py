@@ -21,6 +21,7 @@ from xrl.preflight.tokenizer import check_tokenizer
 from xrl.preflight.weights import check_weights
 from xrl.rewards import check_judge
 from xrl.rollout import check_engine
+from xrl.rollout.embedded import missing_part
 
 __all__ = ["preflight"]
 
@@ -40,6 +41,7 @@ def preflight(settings: Settings, *, world_size: int) -> None:
     _check_lengths(settings, shape)
     check_layout(settings.parallel, shape, world_size=world_size)
     _check_prompt_sharing(settings)
+    _check_layers(settings, shape)
     check_machine(settings)
     check_tokenizer(folder, vocab_size=shape.vocab_size)
     check_weights(folder, shape)
@@ -60,8 +62,19 @@ def _check_lengths(settings: Settings, shape: ModelShape) -> None:
     if prompt + response > shape.max_positions:
         raise SettingsError(
             f"--max-prompt-length {prompt} + --max-response-length {response} = {prompt + response} is more than the "
-            f"{shape.max_positions} positions of the model (max_position_embeddings in "
+            f"{shape.max_positions} positions of the model (max_position_embeddings, or sliding_window, in "
             f"{settings.model.model / 'config.json'})"
+        )
+
+
+def _check_layers(settings: Settings, shape: ModelShape) -> None:
+    missing = missing_part(shape) if settings.rollout.engine == "embedded" else None
+    if missing is not None:
+        raise SettingsError(f"--engine embedded does not run {missing}: use another engine")
+    if shape.latent is not None and settings.model.transformer_impl == "transformer_engine":
+        raise SettingsError(
+            f"--transformer-impl transformer_engine: the latent attention of {shape.architecture} is computed by our "
+            f"own layers only: use --transformer-impl local"
         )
 
 

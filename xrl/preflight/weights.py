@@ -16,6 +16,7 @@ from typing import Any
 from xrl.config import SettingsError
 from xrl.models.shape import ModelShape
 from xrl.preflight.model import read_json_object
+from xrl.weights.plan import part_names, tensor_shapes
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -44,7 +45,8 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
     index = folder / INDEX_FILE
     stored = _read_sharded(index) if index.is_file() else _read_single(folder)
     source = index if index.is_file() else folder / SINGLE_FILE
-    for name, needed in expected_tensors(shape).items():
+    expected = {name: size for part in part_names(shape) for name, size in tensor_shapes(shape, part).items()}
+    for name, needed in expected.items():
         tensor = stored.get(name)
         if tensor is None:
             hint = " (config.json: tie_word_embeddings is false)" if name == "lm_head.weight" else ""
@@ -57,33 +59,6 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
             raise SettingsError(
                 f"{tensor.file}: {name} has number format {tensor.dtype}, one of {', '.join(_DTYPE_BYTES)} is needed"
             )
-
-
-def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Every Hugging Face tensor of a model, with its shape."""
-    hidden, queries, keys = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (queries, hidden),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (shape.ffn_hidden_size, hidden),
-        "mlp.up_proj.weight": (shape.ffn_hidden_size, hidden),
-        "mlp.down_proj.weight": (hidden, shape.ffn_hidden_size),
-    }
-    if shape.qkv_bias:
-        layer |= {f"self_attn.{name}_proj.bias": (rows,) for name, rows in (("q", queries), ("k", keys), ("v", keys))}
-    if shape.qk_norm:
-        layer |= {"self_attn.q_norm.weight": (shape.head_dim,), "self_attn.k_norm.weight": (shape.head_dim,)}
-    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
-    for number in range(shape.num_layers):
-        tensors |= {f"model.layers.{number}.{name}": size for name, size in layer.items()}
-    tensors["model.norm.weight"] = (hidden,)
-    if not shape.tied_embeddings:
-        tensors["lm_head.weight"] = (shape.vocab_size, hidden)
-    return tensors
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:

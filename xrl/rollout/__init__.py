@@ -2,6 +2,7 @@
 
     engine.py     the contract of engines
     embedded/     an engine: a fast batched decoder for CPU and CUDA
+    turbomind.py  an engine: LMDeploy's TurboMind, for CUDA
     worker.py     the process that hosts an engine; protocol.py: what is said to it over HTTP
     process.py    one worker process, started and ended; pool.py: many, and the prompts spread over them
     publish.py    weights to the workers
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 ENGINES: Mapping[str, str] = MappingProxyType(
     {
         "embedded": "xrl.rollout.embedded.engine:EmbeddedEngine",
+        "turbomind": "xrl.rollout.turbomind:TurboMindEngine",
     }
 )
 
@@ -70,7 +72,7 @@ def create_engine(
 
     Args:
         model_dir: Hugging Face folder; only its config.json is needed.
-        dtype: "float32" or "bfloat16", of weights and KV cache.
+        dtype: "float32", "bfloat16" or another that the engine computes in, of weights and KV cache.
         device: a torch device, "cpu" or "cuda:0" say.
         max_batch_size: sequences decoded at once; more wait their turn.
         num_threads: CPU threads of the engine.

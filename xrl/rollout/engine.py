@@ -38,16 +38,20 @@ class Engine(Protocol):
         """End a request, or all (None): unfinished completions come back as they are, with finish_reason "abort"."""
         ...
 
-    def sleep(self) -> None:
-        """Free the KV cache (and weights where that pays).
+    def sleep(self, *, keep_weights: bool = True) -> None:
+        """Free the device's memory: the KV cache, and the weights, where that pays. Updates go on.
+
+        Args:
+            keep_weights: the weights sample again after `wake`; False allows to drop them, then an update must come
+                before the next request.
 
         Raises:
-            EngineError: requests are in flight.
+            EngineError: requests are in flight, or the engine cannot keep the weights.
         """
         ...
 
     def wake(self) -> None:
-        """Take requests again after `sleep`."""
+        """Take requests again after `sleep`: the KV cache comes back, so memory for it must be free by now."""
         ...
 
     def load_layer(self, bucket: WeightBucket) -> None:

@@ -1,14 +1,23 @@
-"""Many rollout workers: prompts are spread over them, failures are retried, the dead are left out."""
+"""Many rollout workers: started, watched, left out when they die, and taken back with the next weights.
+
+A worker's way, as the pool sees it:
+
+    starting --listens--> stale --has taken an update--> ready --dies, hangs--> lost --started again--> starting
+                            ^                              |
+                            +----- has other weights ------+
+
+Requests go to ready workers only, updates to stale and ready ones.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
-import queue
 import threading
+import time
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -17,48 +26,28 @@ import aiohttp
 
 from xrl.config import RolloutConfig
 from xrl.rollout import protocol
-from xrl.rollout.process import WorkerProcess
+from xrl.rollout.dispatch import Dispatch, RolloutCounts
+from xrl.rollout.process import RemoteWorker, WorkerGone, WorkerHandle, WorkerProcess
 from xrl.types import Completion, GenerateRequest
+
+__all__ = ["RolloutCounts", "WorkerGone", "WorkerPool"]
 
 logger = logging.getLogger("xrl")
 T = TypeVar("T")
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 3.0
-# Sequences sent to a worker beyond what it decodes at once, so that it never waits for the next.
-QUEUE_AHEAD = 1.25
-
-
-class WorkerGone(RuntimeError):
-    """A worker died or cannot be reached."""
+ABORT_TIMEOUT_S = 30.0
 
 
 @dataclass
-class RolloutCounts:
-    """What became of the requests of one rollout."""
+class _Standing:
+    """What the pool knows of a worker."""
 
-    sent: int = 0  # requests asked for
-    finished: int = 0
-    failed: int = 0  # given up after the last retry
-    retried: int = 0  # tries after the first, all requests together
-
-
-@dataclass
-class _Load:
-    """What a worker has been given and not finished."""
-
-    sequences: int = 0
-    tokens: int = 0
-
-
-@dataclass
-class _Rollout:
-    """One call of `generate`, as its loop sees it."""
-
-    results: queue.Queue[Any]
-    counts: RolloutCounts
-    loads: dict[int, _Load] = field(default_factory=dict)
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    version: int | None = None  # of the weights that it took whole
+    lost: str = ""  # why it is left out
+    life: int = 0  # counts its starts and losses: a connection is of one life
+    restarts: int = 0
 
 
 class WorkerPool:
@@ -77,7 +66,8 @@ class WorkerPool:
     ) -> None:
         """
         Args:
-            devices: torch device of each worker; their number is the number of workers.
+            config: with `worker_addresses`, those workers are used and none is started.
+            devices: torch device of each worker to start; their number is the number of workers.
             num_threads: CPU threads of each worker.
             max_model_len: longest prompt + response in tokens.
             log_dir: each worker's output goes to a file here.
@@ -91,20 +81,28 @@ class WorkerPool:
             f"--num-threads={num_threads}",
             f"--max-model-len={max_model_len}",
         ]
-        self.workers = [
+        self.workers: list[Any] = [
+            RemoteWorker(number, host, port) for number, (host, port) in enumerate(config.worker_addresses)
+        ] or [
             WorkerProcess(
                 number,
                 [*arguments, f"--device={device}"],
                 num_threads=num_threads,
                 log=log_dir / f"rollout_worker_{number}.log",
+                python=config.rollout_python,
             )
             for number, device in enumerate(devices)
         ]
+        self.version: int | None = None  # of the weights that a ready worker has; None before the first update
+        self.num_lost = 0  # workers lost since the start, each as often as it was
+        self.num_restarted = 0
+        self._standings = {worker.number: _Standing() for worker in self.workers}
+        self._lock = threading.RLock()  # around the standings: both threads look at them
+        self._has_started = self._is_closing = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-pool", daemon=True)
         self._thread.start()
         self._session: aiohttp.ClientSession | None = None
-        self._lost: set[int] = set()
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -115,7 +113,9 @@ class WorkerPool:
         self.close()
 
     def close(self) -> None:
-        """End every worker, whatever state it is in."""
+        """End every worker that was started here, whatever state it is in."""
+        with self._lock:
+            self._is_closing = True
         for worker in self.workers:
             worker.terminate()
         for worker in self.workers:
@@ -127,91 +127,183 @@ class WorkerPool:
             self._thread.join(STOP_TIMEOUT_S)
 
     @property
-    def alive(self) -> list[WorkerProcess]:
-        """Workers that can be sent to.
+    def alive(self) -> list[WorkerHandle]:
+        """Workers that requests can be sent to.
 
         Raises:
             WorkerGone: there is none left.
         """
-        for worker in self.workers:
-            if worker.number not in self._lost and not worker.is_alive:
-                self._lose(worker, "the process ended")
-        alive = [worker for worker in self.workers if worker.number not in self._lost]
+        with self._lock:
+            self._notice_ends()
+            alive = [worker for worker in self.workers if self._is_ready(worker)]
         if not alive:
-            raise WorkerGone(f"no rollout worker is left; {self.workers[-1].log_tail()}")
+            raise WorkerGone(f"no rollout worker is left{self._reasons()}; {self.workers[-1].log_tail()}")
         return alive
 
+    @property
+    def num_ready(self) -> int:
+        """Workers that requests can be sent to."""
+        return sum(map(self._is_ready, self.workers))
+
+    def reachable(self) -> list[WorkerHandle]:
+        """Workers that listen, whatever weights they have; waits for one to start where there is none.
+
+        Raises:
+            WorkerGone: none listens and none starts.
+        """
+        self.wait_until_ready()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            with self._lock:
+                self._notice_ends()
+                found = [worker for worker in self.workers if self._listens(worker)]
+                starting = [worker for worker in self.workers if not self._standings[worker.number].lost]
+            if found:
+                return found
+            if not starting or time.monotonic() > deadline:
+                raise WorkerGone(f"no rollout worker is left{self._reasons()}; {self.workers[-1].log_tail()}")
+            time.sleep(0.1)
+
     def wait_until_ready(self) -> None:
-        """Wait until every worker listens.
+        """At the start: wait until every worker listens.
 
         Raises:
             RuntimeError: one ended or did not start in time.
         """
+        if self._has_started:
+            return
         for worker in self.workers:
             worker.wait_until_listening(START_TIMEOUT_S)
+        self._has_started = True
+
+    def life(self, worker: WorkerHandle) -> int:
+        """A number that changes whenever the worker is lost: what was arranged with it is of one life."""
+        return self._standings[worker.number].life
+
+    def updated(self, workers: Sequence[WorkerHandle], version: int) -> None:
+        """From now on requests go to these workers, which have taken the weights `version` whole."""
+        with self._lock:
+            self.version = version
+            for worker in workers:
+                self._standings[worker.number].version = version
+
+    def found_stale(self, worker: WorkerHandle, found: Sequence[int]) -> None:
+        """A worker sampled with other weights than it should have: no more requests until its next update."""
+        with self._lock:
+            self._standings[worker.number].version = None
+        logger.error(
+            "rollout worker %d sampled with weights version %s instead of %s: it gets no more requests before the next "
+            "update",
+            worker.number,
+            ", ".join(map(str, found)),
+            self.version,
+        )
+
+    def lose(self, worker: WorkerHandle, reason: str, *, life: int | None = None) -> None:
+        """Leave a worker out that is dead or stuck; start it again where that is ours to do.
+
+        Args:
+            life: in which it was found dead or stuck: several requests may find out, and it may run again by then.
+
+        Raises:
+            WorkerGone: `on_lost_worker` is "stop".
+        """
+        with self._lock:
+            standing = self._standings[worker.number]
+            if standing.lost or self._is_closing or life not in (None, standing.life):
+                return
+            standing.version, standing.lost = None, reason
+            standing.life += 1
+            self.num_lost += 1
+            logger.error("rollout worker %d is lost (%s); %s", worker.number, reason, worker.log_tail())
+            if self.config.on_lost_worker == "stop":
+                raise WorkerGone(f"rollout worker {worker.number} is lost ({reason}), and --on-lost-worker is stop")
+            if standing.restarts < self.config.rollout_max_restarts and worker.restart():
+                standing.restarts += 1
+                standing.lost = ""
+                self.num_restarted += 1
+                logger.warning(
+                    "rollout worker %d is started again (%d of %d times), and takes part after the next weight update",
+                    worker.number,
+                    standing.restarts,
+                    self.config.rollout_max_restarts,
+                )
 
     def generate(
         self, requests: Sequence[GenerateRequest], counts: RolloutCounts
     ) -> Iterator[tuple[int, list[Completion] | None]]:
         """Yield each request's place and completions as they finish; None for one whose tries are spent.
 
+        Requests still running when the iterator is closed are aborted.
+
         Raises:
             WorkerGone: the last worker died.
         """
         self.wait_until_ready()
-        counts.sent += len(requests)
-        results: queue.Queue[Any] = queue.Queue()
-        running = asyncio.run_coroutine_threadsafe(
-            self._generate_all(requests, _Rollout(results=results, counts=counts)), self._loop
-        )
+        dispatch = Dispatch(self, counts)
+        running = self.start(dispatch.run(requests))
         try:
             for _ in requests:
-                result = results.get()
-                if isinstance(result, BaseException):
-                    raise result
-                yield result
+                yield dispatch.next_result()
         finally:
             running.cancel()
 
-    def post_to_all(self, path: str, body: Any, *, timeout_s: float, doing: str) -> None:
-        """Send the same to every worker that is alive and wait for all; a worker that dies of it is left out.
+    def ask_all(self, body: Any, *, timeout_s: float) -> list[tuple[WorkerHandle, Any]]:
+        """Every ready worker's answer to the same `/generate` call; a worker that does not answer is lost.
 
         Raises:
-            RuntimeError: a worker refused or ran out of time; `doing` begins the sentence.
-            WorkerGone: none is left.
+            RuntimeError: a worker refused: names it.
+            WorkerGone: no worker is left.
         """
-        self.wait_until_ready()
-        self._call(self._post_to_all(self.alive, path, body, timeout_s=timeout_s, doing=doing))
 
-    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        async def ask(worker: WorkerHandle) -> tuple[WorkerHandle, Any] | None:
+            life = self.life(worker)
+            try:
+                return worker, await self.post(worker, protocol.GENERATE, body, timeout_s=timeout_s)
+            except (WorkerGone, TimeoutError) as error:
+                self.lose(worker, str(error), life=life)
+                return None
+            except RuntimeError as error:
+                raise RuntimeError(f"rollout worker {worker.number}: {error}") from error
 
-    async def _http(self) -> aiohttp.ClientSession:
+        async def ask_everyone() -> list[tuple[WorkerHandle, Any] | None]:
+            return await asyncio.gather(*map(ask, self.alive))
+
+        answers = self.start(ask_everyone()).result()
+        _ = self.alive
+        return [answer for answer in answers if answer is not None]
+
+    def abort_all(self) -> None:
+        """End what the workers are sampling: it comes back as it is, with finish_reason "abort"."""
+
+        async def abort(worker: WorkerHandle) -> None:
+            try:
+                await self.post(worker, protocol.ABORT, {"abort_all": True}, timeout_s=ABORT_TIMEOUT_S)
+            except (RuntimeError, TimeoutError) as error:
+                logger.warning("rollout worker %d: %s", worker.number, error)
+
+        async def abort_everywhere() -> None:
+            await asyncio.gather(*(abort(worker) for worker in self.workers if self._is_ready(worker)))
+
+        self.start(abort_everywhere()).result()
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run it in the pool's thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def post(self, worker: WorkerHandle, path: str, body: Any, *, timeout_s: float) -> Any:
+        """One call of a worker; its answer.
+
+        Raises:
+            WorkerGone: it cannot be reached.
+            TimeoutError: no answer in time.
+            RuntimeError: it refused.
+        """
         if self._session is None:
             # Every request in flight keeps a connection of its own.
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
-        return self._session
-
-    async def _post_to_all(
-        self, workers: Sequence[WorkerProcess], path: str, body: Any, *, timeout_s: float, doing: str
-    ) -> None:
-        async def post(worker: WorkerProcess) -> None:
-            try:
-                await self._post(worker, path, body, timeout_s=timeout_s)
-            except WorkerGone as error:
-                self._lose(worker, str(error))
-            except (RuntimeError, TimeoutError) as error:
-                raise RuntimeError(
-                    f"{doing}: rollout worker {worker.number}: {error or 'no answer in time'}"
-                ) from error
-
-        await asyncio.gather(*(post(worker) for worker in workers))
-        _ = self.alive
-
-    async def _post(self, worker: WorkerProcess, path: str, body: Any, *, timeout_s: float) -> Any:
-        session = await self._http()
         try:
-            async with session.post(
+            async with self._session.post(
                 worker.url + path, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)
             ) as response:
                 answer = await response.json()
@@ -223,77 +315,32 @@ class WorkerPool:
             raise RuntimeError(f"{answer.get('type')}: {answer.get('error')}")
         return answer
 
-    async def _generate_all(self, requests: Sequence[GenerateRequest], rollout: _Rollout) -> None:
-        tasks = [asyncio.create_task(self._generate(place, request, rollout)) for place, request in enumerate(requests)]
+    def _is_ready(self, worker: WorkerHandle) -> bool:
+        standing = self._standings[worker.number]
+        return bool(worker.url) and not standing.lost and standing.version == self.version
+
+    def _notice_ends(self) -> None:
+        for worker in self.workers:
+            if not self._standings[worker.number].lost and worker.has_ended:
+                self.lose(worker, "the process ended")
+
+    def _listens(self, worker: WorkerHandle) -> bool:
+        standing = self._standings[worker.number]
+        is_process = isinstance(worker, WorkerProcess)
+        if standing.lost and is_process:
+            return False
         try:
-            await asyncio.gather(*tasks)
-        except WorkerGone as error:
-            rollout.results.put(error)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
-            rollout.results.put(error)
-        finally:
-            for task in tasks:
-                task.cancel()
+            listens = worker.poll()
+        except RuntimeError as error:
+            self.lose(worker, str(error).partition(":")[0])
+            return False
+        if listens and standing.lost:
+            logger.warning("rollout worker %d answers again and is taken back", worker.number)
+            standing.lost = ""
+        elif not listens and not is_process and not standing.lost:
+            self.lose(worker, "it does not answer")
+        return listens
 
-    async def _generate(self, place: int, request: GenerateRequest, rollout: _Rollout) -> None:
-        avoid: int | None = None
-        for attempt in range(self.config.rollout_max_retries + 1):
-            rollout.counts.retried += attempt > 0
-            worker = await self._take_worker(request, rollout, avoid)
-            # A name of its own for each try: the engine may not be rid of the last one yet.
-            this_try = dataclasses.replace(request, id=f"{request.id}.{attempt}") if attempt else request
-            try:
-                answers = await self._post(
-                    worker,
-                    protocol.GENERATE,
-                    protocol.request_to_json(this_try),
-                    timeout_s=self.config.rollout_timeout_s,
-                )
-                rollout.counts.finished += 1
-                rollout.results.put((place, protocol.completions_from_json(answers)))
-                return
-            except WorkerGone as error:
-                if not worker.is_alive:
-                    self._lose(worker, str(error))
-                logger.warning("request %s: %s", request.id, error)
-            except (RuntimeError, TimeoutError) as error:
-                logger.warning("request %s on rollout worker %d: %s", request.id, worker.number, error)
-            finally:
-                await self._give_back(worker, request, rollout)
-            avoid = worker.number
-        rollout.counts.failed += 1
-        rollout.results.put((place, None))
-
-    async def _take_worker(self, request: GenerateRequest, rollout: _Rollout, avoid: int | None) -> WorkerProcess:
-        """The least loaded worker with room; another than the one that just failed, where there is one."""
-        limit = self.config.rollout_max_batch_size * QUEUE_AHEAD
-        async with rollout.changed:
-            while True:
-                candidates = [worker for worker in self.alive if worker.number != avoid] or self.alive
-                loads = {worker.number: rollout.loads.setdefault(worker.number, _Load()) for worker in candidates}
-                worker = min(candidates, key=lambda candidate: loads[candidate.number].tokens)
-                load = loads[worker.number]
-                if load.sequences == 0 or load.sequences + request.num_samples <= limit:
-                    load.sequences += request.num_samples
-                    load.tokens += _tokens(request)
-                    return worker
-                await rollout.changed.wait()
-
-    async def _give_back(self, worker: WorkerProcess, request: GenerateRequest, rollout: _Rollout) -> None:
-        async with rollout.changed:
-            load = rollout.loads[worker.number]
-            load.sequences -= request.num_samples
-            load.tokens -= _tokens(request)
-            rollout.changed.notify_all()
-
-    def _lose(self, worker: WorkerProcess, reason: str) -> None:
-        if worker.number not in self._lost:
-            self._lost.add(worker.number)
-            logger.error("rollout worker %d is lost (%s); %s", worker.number, reason, worker.log_tail())
-
-
-def _tokens(request: GenerateRequest) -> int:
-    """Most tokens a request can come to."""
-    return request.num_samples * (len(request.token_ids) + request.sampling.max_new_tokens)
+    def _reasons(self) -> str:
+        lost = [f"{number}: {standing.lost}" for number, standing in self._standings.items() if standing.lost]
+        return f" ({'; '.join(lost)})" if lost else ""

@@ -1,4 +1,4 @@
-"""Start one worker process, wait until it listens, and end it."""
+"""One rollout worker as its trainer sees it: a process that is started, awaited and ended, or one on another host."""
 
 from __future__ import annotations
 
@@ -9,62 +9,130 @@ import select
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from xrl.launch.threads import set_thread_waiting
 from xrl.launch.variables import RANK_VARIABLES
+from xrl.rollout import protocol
 
 LOG_TAIL_LINES = 15
+
+
+class WorkerGone(RuntimeError):
+    """A worker died or cannot be reached."""
+
+
+class WorkerHandle(Protocol):
+    """A worker, wherever it runs."""
+
+    number: int
+    host: str  # where it listens
+    url: str  # empty as long as it does not listen
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known to have ended. Does not wait."""
+        ...
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it may still answer; may take a moment to find out."""
+        ...
+
+    def poll(self) -> bool:
+        """Whether it listens by now. Does not wait."""
+        ...
+
+    def wait_until_listening(self, timeout_s: float) -> None:
+        """Raises RuntimeError when it ended, or said nothing in time; the message says where to look."""
+        ...
+
+    def restart(self) -> bool:
+        """End it and start it anew, where that is ours to do: returns whether it is."""
+        ...
+
+    def log_tail(self) -> str:
+        """Where its log is, and the last lines."""
+        ...
+
+    def terminate(self) -> None:
+        """Ask it to end, where we started it."""
+        ...
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for its end; kill it when the time is up."""
+        ...
 
 
 class WorkerProcess:
     """A rollout worker that this process started and will end."""
 
-    def __init__(self, number: int, arguments: Sequence[str], *, num_threads: int, log: Path) -> None:
+    host = "127.0.0.1"
+
+    def __init__(
+        self, number: int, arguments: Sequence[str], *, num_threads: int, log: Path, python: Path | None = None
+    ) -> None:
+        """
+        Args:
+            arguments: of `python -m xrl.rollout.worker`.
+            python: interpreter of another environment, where xrl can be imported too; None for this one.
+        """
+        self._python = str(python or sys.executable)
         self.number = number
         self.log = log
         self.url = ""
-        environment = {
+        self._arguments = list(arguments)
+        self._environment = {
             name: value
             for name, value in os.environ.items()
             # A worker is not part of the trainer's world.
             if name not in RANK_VARIABLES and not name.startswith(("TORCHELASTIC_", "TORCH_NCCL_"))
         }
-        environment["OMP_NUM_THREADS"] = str(num_threads)
-        set_thread_waiting(environment)
+        self._environment["OMP_NUM_THREADS"] = str(num_threads)
+        set_thread_waiting(self._environment)
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "xrl.rollout.worker", *arguments, "--parent-pid", str(os.getpid())],
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as file:
+            return subprocess.Popen(
+                [self._python, "-m", "xrl.rollout.worker", *self._arguments, "--parent-pid", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=file,
-                env=environment,
+                env=self._environment,
             )
 
     @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
     def is_alive(self) -> bool:
-        return self._process.poll() is None
+        return not self.has_ended
+
+    def poll(self) -> bool:
+        if not self.url:
+            self._read_address(0.0)
+        return bool(self.url)
 
     def wait_until_listening(self, timeout_s: float) -> None:
-        """Learn the worker's address.
-
-        Raises:
-            RuntimeError: it ended, or said nothing in time; the message ends with the last lines of its log.
-        """
-        if self.url:
-            return
-        assert self._process.stdout is not None
         deadline = time.monotonic() + timeout_s
-        while True:
-            ready, _, _ = select.select([self._process.stdout], [], [], 0.2)
-            if ready:
-                break
-            if time.monotonic() > deadline:
+        while not self.url:
+            self._read_address(0.2)
+            if not self.url and time.monotonic() > deadline:
                 raise RuntimeError(
                     f"rollout worker {self.number} did not start within {timeout_s:g} s: {self.log_tail()}"
                 )
+
+    def _read_address(self, timeout_s: float) -> None:
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
+        if not ready:
+            return
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
@@ -72,20 +140,24 @@ class WorkerProcess:
                 f"rollout worker {self.number} ended at its start with exit code {self._process.returncode}: "
                 f"{self.log_tail()}"
             )
-        self.url = f"http://127.0.0.1:{json.loads(line)['port']}"
+        self.url = f"http://{self.host}:{json.loads(line)['port']}"
+
+    def restart(self) -> bool:
+        self._process.kill()
+        self.join(0.0)
+        self.url = ""
+        self._process = self._start()
+        return True
 
     def log_tail(self) -> str:
-        """Where the log is, and its last lines."""
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         return "\n  ".join([f"the end of {self.log}:", *lines])
 
     def terminate(self) -> None:
-        """Ask it to end."""
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
 
     def join(self, timeout_s: float) -> None:
-        """Wait for its end; kill it when the time is up."""
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -93,3 +165,47 @@ class WorkerProcess:
             self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
+
+
+class RemoteWorker:
+    """A worker that somebody started, on another host as a rule; it is used, never started nor ended."""
+
+    has_ended = False  # nobody tells
+
+    def __init__(self, number: int, host: str, port: int) -> None:
+        self.number = number
+        self.host = host
+        self.url = f"http://{host}:{port}"
+
+    @property
+    def is_alive(self) -> bool:
+        return self.poll()
+
+    def poll(self) -> bool:
+        try:
+            with urllib.request.urlopen(self.url + protocol.HEALTH, timeout=2.0) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def wait_until_listening(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not self.poll():
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"rollout worker {self.number} of --rollout-worker-urls did not answer at {self.url} within "
+                    f"{timeout_s:g} s: start it there with `xrl worker --host {self.host} ...`"
+                )
+            time.sleep(0.2)
+
+    def restart(self) -> bool:
+        return False
+
+    def log_tail(self) -> str:
+        return f"its log is where it was started, at {self.url}"
+
+    def terminate(self) -> None:
+        pass
+
+    def join(self, timeout_s: float) -> None:
+        pass

@@ -1,7 +1,7 @@
 """What goes over HTTP between the trainer and a rollout worker.
 
 `/generate` takes LMDeploy's native schema and answers in it; `n`, `seed` and `request_id` are ours: with `n` the
-answer is a list. Weights are announced under /xrl/v1/ and travel through memory.
+answer is a list. Weights are announced under /xrl/v1/ and travel as xrl.weights.transport says.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ ABORT = "/abort_request"
 HEALTH = "/health"
 SLEEP = "/sleep"
 WAKE = "/wakeup"
+CONNECT = "/xrl/v1/connect"
 LOAD_LAYER = "/xrl/v1/load_layer"
 FINISH_UPDATE = "/xrl/v1/finish_update"
 SHUTDOWN = "/xrl/v1/shutdown"

@@ -1,15 +1,36 @@
-"""The actor's new weights into every rollout worker, one decoder layer at a time."""
+"""The actor's new weights into every rollout worker, one decoder layer at a time, each proven by its checksum.
+
+One layer: its manifest goes to each worker as JSON, its bytes through the transport. The worker answers with the
+checksum of what it got, and loads it if that is the manifest's. Where the transport keeps a copy of a layer, the next
+one is gathered from the ranks while the workers take it.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
+
+import torch
 
 from xrl.rollout import protocol
 from xrl.rollout.pool import WorkerPool
+from xrl.rollout.process import WorkerGone, WorkerHandle
 from xrl.types import WeightBucket
-from xrl.weights.transport.shared_memory import SharedMemorySender
+from xrl.weights.checksum import layer_checksum
+from xrl.weights.transport import Manifest, TransportError, create_sender, shared_memory
+
+logger = logging.getLogger("xrl")
+
+# A layer whose bytes arrive changed is sent so many times in all.
+MAX_TRIES = 2
+
+
+class CorruptedWeights(RuntimeError):
+    """A layer arrived with other bytes than were sent, every time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,45 +40,182 @@ class PublishReport:
     seconds: float
     num_bytes: int
     num_tensors: int
+    num_workers: int  # that took it whole
+    num_layers: int  # buckets whose checksum every one of these workers confirmed
+    num_resent: int  # buckets that had to be sent to a worker again
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parcel:
+    name: str  # for errors
+    bucket: WeightBucket
+    manifest: Manifest
 
 
 class Publisher:
-    """Streams weight buckets to the pool's workers. Memory beside the model: one bucket."""
+    """Streams weight buckets to the pool's workers. Memory beside the model: two buckets."""
 
-    def __init__(self, pool: WorkerPool, *, timeout_s: float = 120.0) -> None:
+    def __init__(
+        self,
+        pool: WorkerPool,
+        *,
+        timeout_s: float | None = None,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> None:
+        """
+        Args:
+            timeout_s: longest that a worker may take over a layer; left out: as the pool's settings say.
+            device: where the weights are.
+        """
+        config = pool.config
         self.pool = pool
-        self.timeout_s = timeout_s
-        self._sender = SharedMemorySender()
+        self.timeout_s = config.weight_sync_timeout_s if timeout_s is None else timeout_s
+        self.transport = config.chosen_transport
+        self._sender = create_sender(self.transport, timeout_s=self.timeout_s, device=device)
+        self._connected: dict[int, int] = {}  # worker -> the life in which it was connected
+        self._num_resent = 0
 
     def publish(self, buckets: Iterable[WeightBucket], *, version: int) -> PublishReport:
         """Send every bucket; completions sampled from then on carry `version`.
 
+        A worker that dies or does not take a layer in time is lost, and named with the layer; the others go on, or the
+        run stops, as `on_lost_worker` says.
+
         Args:
-            buckets: consumed in order, to the end, once.
+            buckets: consumed in order, to the end, once. Each must stay as it is until the next one is asked for.
 
         Raises:
-            RuntimeError: a worker refused a layer or did not take it in time: names both.
+            CorruptedWeights: a layer's checksum was wrong twice.
+            RuntimeError: a worker refused a layer: names both.
+            WorkerGone: no worker is left, or one is lost and `on_lost_worker` is "stop".
         """
         start = time.perf_counter()
-        num_bytes = num_tensors = 0
+        self._num_resent = num_bytes = num_tensors = num_layers = 0
+        workers = {worker.number: worker for worker in self.pool.reachable()}
+        self.pool.start(self._to_all(workers, self._connect, "connecting for weights")).result()
+        sending: Future[None] | None = None
         for bucket in buckets:
-            manifest = self._sender.put(bucket)
-            self.pool.post_to_all(
-                protocol.LOAD_LAYER,
-                manifest.to_json(),
-                timeout_s=self.timeout_s,
-                doing=f"weights version {version}, {bucket.layer}",
-            )
+            manifest = Manifest.of(bucket, where=self._sender.put(bucket), checksum=layer_checksum(bucket.tensors))
+            if sending is not None:
+                sending.result()
+            parcel = _Parcel(name=f"weights version {version}, {bucket.layer}", bucket=bucket, manifest=manifest)
+            sending = self.pool.start(self._send_to_all(workers, parcel))
+            if not self._sender.copies:
+                sending.result()
+            num_layers += 1
             num_tensors += len(bucket.tensors)
             num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in bucket.tensors.values())
-        self.pool.post_to_all(
-            protocol.FINISH_UPDATE,
-            {"version": version},
-            timeout_s=self.timeout_s,
-            doing=f"weights version {version}",
+        if sending is not None:
+            sending.result()
+        self.pool.start(self._finish(workers, version)).result()
+        self.pool.updated(list(workers.values()), version)
+        _ = self.pool.alive
+        return PublishReport(
+            seconds=time.perf_counter() - start,
+            num_bytes=num_bytes,
+            num_tensors=num_tensors,
+            num_workers=len(workers),
+            num_layers=num_layers,
+            num_resent=self._num_resent,
         )
-        return PublishReport(seconds=time.perf_counter() - start, num_bytes=num_bytes, num_tensors=num_tensors)
+
+    @property
+    def memory(self) -> shared_memory.Sender | None:
+        """Where ranks of this host may write buckets themselves; None with another transport."""
+        return self._sender if isinstance(self._sender, shared_memory.Sender) else None
 
     def close(self) -> None:
-        """Free the shared memory."""
+        """Free what the transport holds."""
         self._sender.close()
+
+    async def _send_to_all(self, workers: dict[int, WorkerHandle], parcel: _Parcel) -> None:
+        async def send(worker: WorkerHandle) -> None:
+            await self._send(worker, parcel)
+
+        await self._to_all(workers, send, parcel.name)
+
+    async def _finish(self, workers: dict[int, WorkerHandle], version: int) -> None:
+        async def finish(worker: WorkerHandle) -> None:
+            await self.pool.post(worker, protocol.FINISH_UPDATE, {"version": version}, timeout_s=self.timeout_s)
+
+        await self._to_all(workers, finish, f"weights version {version}")
+
+    async def _to_all(self, workers: dict[int, WorkerHandle], action: object, doing: str) -> None:
+        """Do it with every worker at once; those that are lost by it are taken out of `workers`.
+
+        Raises:
+            RuntimeError: a worker refused; `doing` begins the sentence.
+            WorkerGone: none is left.
+        """
+
+        async def attempt(worker: WorkerHandle) -> None:
+            life = self.pool.life(worker)
+            try:
+                await action(worker)  # type: ignore[operator]
+            except (WorkerGone, TransportError, TimeoutError) as error:
+                del workers[worker.number]
+                self._disconnect(worker)
+                self.pool.lose(worker, f"{doing}: {error or 'no answer in time'}", life=life)
+            except CorruptedWeights:
+                raise
+            except RuntimeError as error:
+                raise RuntimeError(f"{doing}: rollout worker {worker.number}: {error}") from error
+
+        await asyncio.gather(*(attempt(worker) for worker in list(workers.values())))
+        if not workers:
+            raise WorkerGone(f"{doing}: no rollout worker is left; {self.pool.workers[-1].log_tail()}")
+
+    async def _connect(self, worker: WorkerHandle) -> None:
+        life = self.pool.life(worker)
+        if self._connected.get(worker.number) == life:
+            return
+        self._disconnect(worker)
+        body = {
+            "transport": self.transport,
+            "invitation": self._sender.invite(worker.number, worker.host),
+            "timeout_s": self.timeout_s,
+        }
+        await _both(
+            self.pool.post(worker, protocol.CONNECT, body, timeout_s=self.timeout_s),
+            asyncio.to_thread(self._sender.accept, worker.number),
+        )
+        self._connected[worker.number] = life
+
+    def _disconnect(self, worker: WorkerHandle) -> None:
+        self._connected.pop(worker.number, None)
+        self._sender.disconnect(worker.number)
+
+    async def _send(self, worker: WorkerHandle, parcel: _Parcel) -> None:
+        for attempt in range(1, MAX_TRIES + 1):
+            answer, _ = await _both(
+                self.pool.post(worker, protocol.LOAD_LAYER, parcel.manifest.to_json(), timeout_s=self.timeout_s),
+                asyncio.to_thread(self._sender.send, worker.number, parcel.bucket),
+            )
+            if answer["checksum"] == parcel.manifest.checksum:
+                return
+            logger.error(
+                "%s: rollout worker %d got bytes with checksum %s instead of %s (try %d of %d)",
+                parcel.name,
+                worker.number,
+                answer["checksum"],
+                parcel.manifest.checksum,
+                attempt,
+                MAX_TRIES,
+            )
+            self._num_resent += attempt < MAX_TRIES
+        raise CorruptedWeights(
+            f"{parcel.name}: rollout worker {worker.number} got other bytes than were sent, {MAX_TRIES} times in a row "
+            f"(--weight-transport {self.transport}): check the memory and the network of its host"
+        )
+
+
+async def _both(control: object, data: object) -> tuple[dict[str, object], None]:
+    """A call over the control connection and what goes with it through the transport.
+
+    The call's error is the one to report, but for a worker that merely does not answer: the transport knows more.
+    """
+    answer, sent = await asyncio.gather(control, data, return_exceptions=True)  # type: ignore[call-overload]
+    errors = [each for each in (answer, sent) if isinstance(each, BaseException)]
+    if errors:
+        raise min(errors, key=lambda error: isinstance(error, TimeoutError))
+    return answer, sent

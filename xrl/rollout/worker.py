@@ -16,8 +16,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from aiohttp import web
@@ -26,7 +27,8 @@ from xrl.config import SettingsError
 from xrl.rollout import create_engine, protocol
 from xrl.rollout.engine import Engine, EngineError, EngineNotReady
 from xrl.types import Completion, WeightBucket
-from xrl.weights.transport.shared_memory import BucketManifest, SharedMemoryReceiver
+from xrl.weights.checksum import layer_checksum
+from xrl.weights.transport import Manifest, Receiver, create_receiver
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -41,9 +43,10 @@ MAX_BODY_BYTES = 256 * 2**20
 class Worker:
     """HTTP handlers around an engine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, device: torch.device) -> None:
         self.engine = engine
-        self.receiver = SharedMemoryReceiver()
+        self.device = device
+        self.receiver: Receiver | None = None  # of the trainer that connected last
         self.stopping = asyncio.Event()
         self._numbers = itertools.count()
         self._num_running = 0
@@ -60,6 +63,7 @@ class Worker:
             (protocol.ABORT, self.abort),
             (protocol.SLEEP, self.sleep),
             (protocol.WAKE, self.wake),
+            (protocol.CONNECT, self.connect),
             (protocol.LOAD_LAYER, self.load_layer),
             (protocol.FINISH_UPDATE, self.finish_update),
             (protocol.SHUTDOWN, self.shutdown),
@@ -98,20 +102,25 @@ class Worker:
         self.engine.abort(None if body.get("abort_all") else str(body["request_id"]))
         return web.json_response({})
 
-    async def sleep(self, _: web.Request) -> web.Response:
+    async def sleep(self, http: web.Request) -> web.Response:
+        keep_weights = http.query.get("level", "1") == "1"
         await self._end_of_abandoned()
-        await asyncio.to_thread(self.engine.sleep)
+        await asyncio.to_thread(self.engine.sleep, keep_weights=keep_weights)
         return web.json_response({})
 
     async def wake(self, _: web.Request) -> web.Response:
         await asyncio.to_thread(self.engine.wake)
         return web.json_response({})
 
-    async def load_layer(self, http: web.Request) -> web.Response:
-        manifest = BucketManifest.from_json(await http.json())
-        await self._end_of_abandoned()
-        await asyncio.to_thread(self._load, manifest)
+    async def connect(self, http: web.Request) -> web.Response:
+        await asyncio.to_thread(self._connect, await http.json())
         return web.json_response({})
+
+    async def load_layer(self, http: web.Request) -> web.Response:
+        manifest = Manifest.from_json(await http.json())
+        await self._end_of_abandoned()
+        checksum = await asyncio.to_thread(self._load, manifest)
+        return web.json_response({"checksum": checksum})
 
     async def finish_update(self, http: web.Request) -> web.Response:
         version = int((await http.json())["version"])
@@ -132,9 +141,23 @@ class Worker:
         if not request.cancelled():
             request.exception()  # seen, so that asyncio does not warn of it
 
-    def _load(self, manifest: BucketManifest) -> None:
-        tensors = self.receiver.read(manifest)
-        self.engine.load_layer(WeightBucket(version=manifest.version, layer=manifest.layer, tensors=tensors))
+    def _connect(self, body: Mapping[str, Any]) -> None:
+        if self.receiver is not None:
+            self.receiver.close()
+            self.receiver = None
+        self.receiver = create_receiver(
+            str(body["transport"]), body["invitation"], timeout_s=float(body["timeout_s"]), device=self.device
+        )
+
+    def _load(self, manifest: Manifest) -> str:
+        """The checksum of what arrived; loaded only if it is the sender's."""
+        if self.receiver is None:
+            raise EngineError(f"no trainer has connected before it sent {manifest.layer}")
+        tensors = self.receiver.receive(manifest)
+        checksum = layer_checksum(tensors)
+        if checksum == manifest.checksum:
+            self.engine.load_layer(WeightBucket(version=manifest.version, layer=manifest.layer, tensors=tensors))
+        return checksum
 
 
 @web.middleware
@@ -149,9 +172,9 @@ async def _errors_as_json(http: web.Request, handler: Handler) -> web.StreamResp
         return web.json_response({"error": str(error), "type": type(error).__name__}, status=status)
 
 
-async def serve(engine: Engine, *, host: str, port: int) -> None:
+async def serve(engine: Engine, *, host: str, port: int, device: torch.device) -> None:
     """Answer until told to stop, by `/xrl/v1/shutdown` or SIGTERM."""
-    worker = Worker(engine)
+    worker = Worker(engine, device=device)
     runner = web.AppRunner(worker.application(), access_log=None, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, host, port, shutdown_timeout=1.0)
@@ -210,7 +233,7 @@ def main() -> None:
         print(f"xrl: error: {error}", file=sys.stderr)
         sys.exit(2)
     try:
-        asyncio.run(serve(engine, host=arguments.host, port=arguments.port))
+        asyncio.run(serve(engine, host=arguments.host, port=arguments.port, device=torch.device(arguments.device)))
     finally:
         engine.close()
 

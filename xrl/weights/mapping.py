@@ -1,168 +1,116 @@
-"""How one Megatron parameter is made of Hugging Face tensors, in both directions.
+"""The words of a mapping table: which Hugging Face tensors a Megatron parameter is made of, and how ranks share it.
 
-Each rule knows which slices of which Hugging Face tensors a tensor-parallel rank needs (loading reads
-nothing else), and how the shards of all ranks turn back into whole Hugging Face tensors (export).
+A table is data; `plan.py` does the arithmetic, in both directions. Torch-free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from enum import Enum
 
-import torch
-from torch import Tensor
-
-# Reads rows [start, stop) along a dimension of a Hugging Face tensor: (name, dim, start, stop) -> tensor.
-ReadSlice = Callable[[str, int, int, int], Tensor]
+from xrl.models.shape import ModelShape
 
 
-@dataclass(frozen=True)
-class Rank:
-    """A place in the tensor-parallel group."""
+class Cut(Enum):
+    """How tensor-parallel ranks share a parameter, and how several tensors lie in it."""
 
-    index: int
-    size: int
-
-    def share(self, length: int) -> tuple[int, int]:
-        """The rank's part [start, stop) of `length` equal rows."""
-        part = length // self.size
-        return self.index * part, (self.index + 1) * part
-
-
-class Mapping(Protocol):
-    """A rule between one Megatron parameter and the Hugging Face tensors it holds."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The Hugging Face tensors involved."""
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether tensor-parallel ranks hold different parts."""
-
-    def load(self, read: ReadSlice, rank: Rank) -> Tensor:
-        """This rank's Megatron parameter."""
-
-    def export(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Whole Hugging Face tensors from every rank's shard (one shard where not sharded)."""
+    WHOLE = "every rank holds all of it"
+    OUTPUTS = "along dimension 0; of several tensors (gate, up) each rank holds its part of one below that of the other"
+    INPUTS = "along dimension 1"
+    HEADS = "along dimension 0 by key/value heads: for each its query heads, its key head, its value head"
+    VOCABULARY = "along dimension 0, which zero rows make divisible"
 
 
 @dataclass(frozen=True)
-class Replicated:
-    """The same vector on every rank: norms."""
+class Row:
+    """One line of a table: a Megatron parameter and the Hugging Face tensors it holds.
 
-    name: str
-    length: int
-    is_sharded = False
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    def load(self, read: ReadSlice, rank: Rank) -> Tensor:
-        return read(self.name, 0, 0, self.length)
-
-    def export(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {self.name: shards[0]}
-
-
-@dataclass(frozen=True)
-class RowParallel:
-    """A matrix cut along its inputs (dimension 1): attention and MLP output projections."""
-
-    name: str
-    num_inputs: int
-    is_sharded = True
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    def load(self, read: ReadSlice, rank: Rank) -> Tensor:
-        return read(self.name, 1, *rank.share(self.num_inputs))
-
-    def export(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {self.name: torch.cat(list(shards), dim=1)}
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A matrix cut along the vocabulary (dimension 0), padded with zero rows until it divides evenly."""
-
-    name: str
-    num_rows: int
-    is_sharded = True
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    def load(self, read: ReadSlice, rank: Rank) -> Tensor:
-        per_rank = -(-self.num_rows // rank.size)
-        start = min(rank.index * per_rank, self.num_rows)
-        stop = min(start + per_rank, self.num_rows)
-        rows = read(self.name, 0, start, stop)
-        missing = per_rank - (stop - start)
-        return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
-
-    def export(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {self.name: torch.cat(list(shards))[: self.num_rows]}
-
-
-@dataclass(frozen=True)
-class QueryKeyValue:
-    """Megatron's joint projection: for each key/value head its query heads, its key head, its value head.
-
-    Serves weights [(heads + 2 kv_heads) * head_dim, hidden] and biases [(heads + 2 kv_heads) * head_dim].
+    Names are those within a decoder layer; with `{expert}` in them the line stands for every expert.
     """
 
-    query: str
-    key: str
-    value: str
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    is_sharded = True
+    megatron: str
+    cut: Cut
+    tensors: Mapping[str, tuple[str, ...]]
+    """Hugging Face name -> shape, in the words of `sizes`."""
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.query, self.key, self.value)
+    engine_name: str | None = None
+    """The parameter's other name, in transformer-engine's layers: they keep a norm inside the linear layer that follows
+    it, and the weights of all experts in one module."""
 
-    def load(self, read: ReadSlice, rank: Rank) -> Tensor:
-        first, last = rank.share(self.num_kv_heads)
-        query_rows = self.num_heads // self.num_kv_heads * self.head_dim
-        parts = []
-        for name, rows in ((self.query, query_rows), (self.key, self.head_dim), (self.value, self.head_dim)):
-            part = read(name, 0, first * rows, last * rows)
-            parts.append(part.view(last - first, rows, *part.shape[1:]))
-        return torch.cat(parts, dim=1).flatten(0, 1)
+    when: Callable[[ModelShape], bool] | None = None
+    """Which models have it; None: all."""
 
-    def export(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        whole = torch.cat(list(shards))
-        query_rows = self.num_heads // self.num_kv_heads * self.head_dim
-        by_head = whole.view(self.num_kv_heads, query_rows + 2 * self.head_dim, *whole.shape[1:])
-        parts = by_head.split([query_rows, self.head_dim, self.head_dim], dim=1)
-        return {name: part.flatten(0, 1) for name, part in zip(self.names, parts, strict=True)}
+    engine_cut: Cut | None = None
+    """How transformer-engine's layers cut it, where that differs."""
+
+    is_copy: bool = False
+    """Holds what another parameter holds: loaded, but not exported."""
+
+    keeps_dtype: bool = False
+    """Stays in its own number format (fp32), whatever the weights are exported in."""
+
+    def cut_in(self, *, transformer_engine: bool) -> Cut:
+        """How its layers cut it."""
+        return self.engine_cut if transformer_engine and self.engine_cut is not None else self.cut
 
 
-@dataclass(frozen=True)
-class GateUp:
-    """The two inputs of SwiGLU, each cut along its outputs, gate first on every rank."""
+Rows = tuple[Row, ...]
 
-    gate: str
-    up: str
-    num_outputs: int
-    is_sharded = True
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.gate, self.up)
+@dataclass(frozen=True, kw_only=True)
+class WeightTable:
+    """All parameters of a family."""
 
-    def load(self, read: ReadSlice, rank: Rank) -> Tensor:
-        share = rank.share(self.num_outputs)
-        return torch.cat([read(self.gate, 0, *share), read(self.up, 0, *share)])
+    layer: Rows  # in every decoder layer
+    dense: Rows  # in layers with a plain MLP
+    sparse: Rows = ()  # in layers with experts
+    embeddings: Rows
+    final: Rows
+    layer_prefix: str = "model.layers.{layer}."  # of Hugging Face names within a layer
 
-    def export(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
-        return {self.gate: torch.cat(gates), self.up: torch.cat(ups)}
+    def layer_rows(self, shape: ModelShape, layer: int) -> list[Row]:
+        """The lines of one decoder layer."""
+        return _that_apply((*self.layer, *(self.sparse if shape.has_experts(layer) else self.dense)), shape)
+
+    def embedding_rows(self, shape: ModelShape) -> list[Row]:
+        """The lines before the first layer."""
+        return _that_apply(self.embeddings, shape)
+
+    def final_rows(self, shape: ModelShape) -> list[Row]:
+        """The lines after the last layer."""
+        return _that_apply(self.final, shape)
+
+
+def _that_apply(rows: Rows, shape: ModelShape) -> list[Row]:
+    return [row for row in rows if row.when is None or row.when(shape)]
+
+
+def sizes(shape: ModelShape) -> dict[str, int]:
+    """The words that tables use for the lengths of dimensions."""
+    words = {
+        "hidden": shape.hidden_size,
+        "vocabulary": shape.vocab_size,
+        "queries": shape.num_heads * shape.head_dim,
+        "keys": shape.num_kv_heads * shape.head_dim,
+        "head": shape.head_dim,
+        "ffn": shape.ffn_hidden_size,
+    }
+    if shape.experts is not None:
+        words |= {
+            "one": 1,
+            "experts": shape.experts.num_experts,
+            "expert_ffn": shape.experts.ffn_hidden_size,
+            "shared_ffn": shape.experts.shared_ffn_hidden_size,
+        }
+    if shape.latent is not None:
+        latent = shape.latent
+        words |= {
+            "query_rank": latent.q_lora_rank or 0,
+            "kv_rank": latent.kv_lora_rank,
+            "kv_rank_and_rope": latent.kv_lora_rank + latent.qk_rope_head_dim,
+            "latent_queries": shape.num_heads * (latent.qk_nope_head_dim + latent.qk_rope_head_dim),
+            "latent_keys_values": shape.num_heads * (latent.qk_nope_head_dim + latent.v_head_dim),
+            "latent_values": shape.num_heads * latent.v_head_dim,
+        }
+    return words

@@ -13,8 +13,9 @@ import torch
 
 from xrl.config import SettingsError
 from xrl.metrics.memory import return_freed_memory
-from xrl.models import ARCHITECTURES
-from xrl.models.shape import ModelShape, model_shape
+from xrl.models.checks import checked_shape
+from xrl.models.shape import ModelShape
+from xrl.rollout.embedded import missing_part
 from xrl.rollout.embedded.batch import Job
 from xrl.rollout.embedded.cache import KVCache
 from xrl.rollout.embedded.model import Decoder
@@ -88,7 +89,8 @@ class EmbeddedEngine:
                 if request_id in (None, job.request.id):
                     job.aborted = self._abort_requested = True
 
-    def sleep(self) -> None:
+    def sleep(self, *, keep_weights: bool = True) -> None:
+        del keep_weights  # always on the host
         with self._one_at_a_time:
             with self._changed:
                 self._check_idle("sleep")
@@ -276,18 +278,15 @@ def _read_supported_shape(model_dir: Path, max_model_len: int) -> ModelShape:
         config = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise SettingsError(f"{file} cannot be read: {error}") from error
-    architectures = config.get("architectures") or ["none"]
-    if architectures[0] not in ARCHITECTURES:
-        raise SettingsError(f"{file}: architecture must be one of {', '.join(ARCHITECTURES)}, found {architectures[0]}")
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = config.get(name) or {}
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind != "default":
-            raise SettingsError(f"{file}: {name} must be of type 'default', the only one supported, found {kind!r}")
-    shape = model_shape(config)
+    if not isinstance(config, dict):
+        raise SettingsError(f"{file} needs a JSON object, found a {type(config).__name__}")
+    shape = checked_shape(config, file)
+    missing = missing_part(shape)
+    if missing is not None:
+        raise SettingsError(f"{file}: the embedded engine does not run {missing}: use another --engine")
     if max_model_len > shape.max_positions:
         raise SettingsError(
             f"{file}: prompt + response of up to {max_model_len} tokens exceed the {shape.max_positions} positions "
-            f"of the model (max_position_embeddings)"
+            f"of the model (max_position_embeddings or sliding_window)"
         )
     return shape

@@ -1,4 +1,4 @@
-"""The forward pass of a Qwen2 / Qwen3 decoder over the paged KV cache: prefill of prompts, decode of one token a row.
+"""The forward pass of a decoder over the paged KV cache: prefill of prompts, decode of one token a row.
 
 Shapes: N tokens of a batch, H hidden size, D head size, V vocabulary.
 """
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from xrl.kernels.decode_attention import PagedContext, decode_attention
 from xrl.kernels.rms_norm import rms_norm
 from xrl.kernels.rope_cache import rope_cache
+from xrl.models.rotary import rotary_frequencies, rotary_table
 from xrl.models.shape import ModelShape
 from xrl.rollout.embedded.cache import KVCache
 from xrl.rollout.embedded.weights import DecoderWeights
@@ -24,9 +25,8 @@ class Decoder:
 
     def __init__(self, shape: ModelShape, weights: DecoderWeights, max_positions: int) -> None:
         self.shape, self.weights = shape, weights
-        half = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
-        angles = torch.outer(torch.arange(max_positions).float(), 1.0 / shape.rope_base**half)
-        self.cos, self.sin = angles.cos().to(weights.device), angles.sin().to(weights.device)
+        cos, sin = rotary_table(torch.arange(max_positions), rotary_frequencies(shape))
+        self.cos, self.sin = cos.to(weights.device), sin.to(weights.device)
 
     def prefill(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, *, lengths: Sequence[int], cache: KVCache
@@ -91,5 +91,5 @@ class Decoder:
             rope_cache(qkv, self.cos, self.sin, positions, layer.q_norm, layer.k_norm, eps, keys, values, slots)
             x = layer.attention_out.plus(attend(qkv, index).flatten(1), x)
             h = rms_norm(x, layer.mlp_norm, eps)
-            x = layer.down.plus(layer.gate_up(h), x)
+            x = layer.mlp.plus(h, x)
         return rms_norm(x, weights.final_norm, eps)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from xrl.kernels.packed_linear import PackedLinear, PackedSwiGLU
-from xrl.models.shape import ModelShape
+from xrl.models.shape import ExpertShape, ModelShape
+from xrl.rollout.embedded.mlp import Experts, GatedMLP
 from xrl.rollout.engine import EngineError
-
-EMBEDDINGS, FINAL = "embeddings", "final"
+from xrl.weights.plan import EMBEDDINGS, FINAL, part_names, tensor_shapes
 
 
 @dataclass(kw_only=True)
@@ -25,45 +25,7 @@ class LayerWeights:
     k_norm: Tensor | None  # [D]
     attention_out: PackedLinear
     mlp_norm: Tensor  # [H]
-    gate_up: PackedSwiGLU  # both projections in one product
-    down: PackedLinear
-
-
-def expected_tensors(shape: ModelShape) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Every tensor the decoder needs: part of the model -> Hugging Face name -> size.
-
-    The parts are "embeddings", "layers.0", ..., "final".
-    """
-    hidden, ffn, head_dim = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
-    query_size, kv_size = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
-    parts: dict[str, dict[str, tuple[int, ...]]] = {
-        EMBEDDINGS: {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
-    }
-    for index in range(shape.num_layers):
-        layer: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (hidden,),
-            "self_attn.q_proj.weight": (query_size, hidden),
-            "self_attn.k_proj.weight": (kv_size, hidden),
-            "self_attn.v_proj.weight": (kv_size, hidden),
-            "self_attn.o_proj.weight": (hidden, query_size),
-            "post_attention_layernorm.weight": (hidden,),
-            "mlp.gate_proj.weight": (ffn, hidden),
-            "mlp.up_proj.weight": (ffn, hidden),
-            "mlp.down_proj.weight": (hidden, ffn),
-        }
-        if shape.qkv_bias:
-            layer |= {
-                "self_attn.q_proj.bias": (query_size,),
-                "self_attn.k_proj.bias": (kv_size,),
-                "self_attn.v_proj.bias": (kv_size,),
-            }
-        if shape.qk_norm:
-            layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
-        parts[f"layers.{index}"] = {f"model.layers.{index}.{name}": size for name, size in layer.items()}
-    parts[FINAL] = {"model.norm.weight": (hidden,)}
-    if not shape.tied_embeddings:
-        parts[FINAL]["lm_head.weight"] = (shape.vocab_size, hidden)
-    return parts
+    mlp: GatedMLP | Experts
 
 
 class DecoderWeights:
@@ -79,7 +41,7 @@ class DecoderWeights:
         self.layers: dict[int, LayerWeights] = {}
         self.final_norm: Tensor = torch.empty(0)
         self.head: PackedLinear | None = None
-        self._expected = expected_tensors(shape)
+        self._expected = {part: tensor_shapes(shape, part) for part in part_names(shape)}
         self._part_of = {name: part for part, tensors in self._expected.items() for name in tensors}
         self._arrived: dict[str, dict[str, Tensor]] = {}  # of parts not yet complete
         self._installed: set[str] = set()  # parts of the update under way
@@ -177,9 +139,20 @@ class DecoderWeights:
         def joined(names: tuple[str, ...], kind: str) -> Tensor:
             return torch.cat([tensors[f"{name}.{kind}"].to(self.device, self.dtype) for name in names])
 
-        def linear(*names: str) -> PackedLinear:
+        def weight_and_bias(*names: str) -> tuple[Tensor, Tensor | None]:
             has_bias = f"{names[0]}.bias" in tensors
-            return PackedLinear(joined(names, "weight"), joined(names, "bias") if has_bias else None)
+            return joined(names, "weight"), joined(names, "bias") if has_bias else None
+
+        def linear(*names: str) -> PackedLinear:
+            return PackedLinear(*weight_and_bias(*names))
+
+        def gated_mlp(prefix: str) -> GatedMLP:
+            gate_up = PackedSwiGLU(*weight_and_bias(f"{prefix}.gate_proj", f"{prefix}.up_proj"))
+            return GatedMLP(gate_up=gate_up, down=linear(f"{prefix}.down_proj"))
+
+        def experts(shape: ExpertShape) -> Experts:
+            mlps = [gated_mlp(f"mlp.experts.{expert}") for expert in range(shape.num_experts)]
+            return Experts(shape, self._copy(tensors["mlp.gate.weight"]), mlps)
 
         return LayerWeights(
             input_norm=self._copy(tensors["input_layernorm.weight"]),
@@ -188,8 +161,7 @@ class DecoderWeights:
             k_norm=vector("self_attn.k_norm.weight"),
             attention_out=linear("self_attn.o_proj"),
             mlp_norm=self._copy(tensors["post_attention_layernorm.weight"]),
-            gate_up=PackedSwiGLU(joined(("mlp.gate_proj", "mlp.up_proj"), "weight")),
-            down=linear("mlp.down_proj"),
+            mlp=experts(self.shape.experts) if self.shape.experts else gated_mlp("mlp"),
         )
 
     def _copy(self, tensor: Tensor) -> Tensor:

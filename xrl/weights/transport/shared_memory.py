@@ -1,4 +1,4 @@
-"""Weight buckets through memory that two processes of one host share: no file, no pickle.
+"""Weight buckets through memory that processes of one host share: no file, no copy on the receiver's side.
 
 The sender keeps anonymous memory (memfd) that the receiver opens through /proc. It has no name, so nothing is left
 behind however either process ends; the kernel frees it with the last of the two.
@@ -8,132 +8,140 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xrl.types import WeightBucket
-
-# Tensors start on borders of a cache line.
-ALIGNMENT = 64
+from xrl.weights.transport import Manifest, TensorEntry, TransportError, aligned
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorPlace:
-    """Where a tensor lies in the shared memory."""
+class Sender:
+    """One piece of shared memory with room for two buckets. See `xrl.weights.transport.Sender`.
 
-    name: str
-    dtype: str  # as torch names it, "bfloat16"
-    shape: tuple[int, ...]
-    offset: int  # bytes
+    Ranks of this host may also write a bucket where it is to lie (see xrl.weights.shared_export): `place` gives it
+    room, and `put` then finds it there.
 
+    A bucket goes to the start of the memory, or behind the bucket before it where that is in the way. So the memory
+    grows to the embeddings and two layers at most, and is used again for update after update.
+    """
 
-@dataclass(frozen=True, kw_only=True)
-class BucketManifest:
-    """What a receiver needs to see the bucket: goes through the control connection as JSON."""
+    copies = True
 
-    version: int
-    layer: str
-    path: str  # the memory, as a path any process of this user can open
-    num_bytes: int  # of the whole memory
-    tensors: tuple[TensorPlace, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> BucketManifest:
-        """Raises KeyError, TypeError or ValueError for anything but what `to_json` gives."""
-        tensors = tuple(
-            TensorPlace(name=t["name"], dtype=t["dtype"], shape=tuple(t["shape"]), offset=int(t["offset"]))
-            for t in data["tensors"]
-        )
-        return cls(
-            version=int(data["version"]),
-            layer=str(data["layer"]),
-            path=str(data["path"]),
-            num_bytes=int(data["num_bytes"]),
-            tensors=tensors,
-        )
-
-
-class SharedMemorySender:
-    """One piece of shared memory, used again for bucket after bucket; it grows to the largest."""
-
-    def __init__(self) -> None:
+    def __init__(self, *, timeout_s: float = 0.0, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
         self._descriptor = os.memfd_create("xrl-weights", os.MFD_CLOEXEC)
         self._memory: mmap.mmap | None = None
+        self._last = (0, 0)  # where the bucket before lies: start, end
+        self._placed: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # room that is being filled in place
 
     @property
     def num_bytes(self) -> int:
         """Size of the memory."""
         return os.fstat(self._descriptor).st_size
 
-    def put(self, bucket: WeightBucket) -> BucketManifest:
-        """Copy a bucket in; the one before must have been read by now."""
-        places, end = [], 0
+    def invite(self, worker: int, host: str) -> dict[str, Any]:
+        return {}
+
+    def accept(self, worker: int) -> None:
+        pass
+
+    def put(self, bucket: WeightBucket) -> Mapping[str, Any]:
+        placed, self._placed = self._placed, None
+        if placed is not None and bucket.tensors is placed[0]:
+            return placed[1]
+        tensors, where = self.place([TensorEntry.of(name, tensor) for name, tensor in bucket.tensors.items()])
+        self._placed = None
         for name, tensor in bucket.tensors.items():
-            places.append(
-                TensorPlace(
-                    name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), offset=end
-                )
-            )
-            end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-        memory = self._at_least(end)
-        for place, tensor in zip(places, bucket.tensors.values(), strict=True):
-            _view(memory, place).copy_(tensor)
-        return BucketManifest(
-            version=bucket.version,
-            layer=bucket.layer,
-            path=f"/proc/{os.getpid()}/fd/{self._descriptor}",
-            num_bytes=self.num_bytes,
-            tensors=tuple(places),
-        )
+            tensors[name].copy_(tensor)
+        return where
+
+    def place(self, entries: Sequence[TensorEntry]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Room for a bucket: its tensors, and where others find them, as `views` takes it."""
+        offsets, size = [], 0
+        for entry in entries:
+            offsets.append(size)
+            size += aligned(entry.num_bytes)
+        start = 0 if size <= self._last[0] else self._last[1]
+        self._last = (start, start + size)
+        self._grow_to(start + size)
+        where = {
+            "pid": os.getpid(),
+            "descriptor": self._descriptor,
+            "num_bytes": self.num_bytes,
+            "offsets": [start + offset for offset in offsets],
+        }
+        assert self._memory is not None
+        self._placed = _views(self._memory, entries, where), where
+        return self._placed
+
+    def send(self, worker: int, bucket: WeightBucket) -> None:
+        pass  # it is there
+
+    def disconnect(self, worker: int) -> None:
+        pass
 
     def close(self) -> None:
         """Free the memory (receivers keep what they have mapped)."""
         self._memory = None
         os.close(self._descriptor)
 
-    def _at_least(self, num_bytes: int) -> mmap.mmap:
+    def _grow_to(self, num_bytes: int) -> None:
         if self._memory is None or num_bytes > self.num_bytes:
-            os.ftruncate(self._descriptor, max(num_bytes, mmap.PAGESIZE))
-            self._memory = mmap.mmap(self._descriptor, self.num_bytes)
-        return self._memory
+            os.ftruncate(self._descriptor, max(num_bytes, self.num_bytes, mmap.PAGESIZE))
+            self._memory = _map(self._descriptor, self.num_bytes)
 
 
-class SharedMemoryReceiver:
-    """Sees the buckets that senders put into their memory, without a copy."""
+class Receiver:
+    """Sees what senders put into their memory, without a copy. See `xrl.weights.transport.Receiver`."""
 
-    def __init__(self) -> None:
-        self._mapped: dict[str, mmap.mmap] = {}
+    def __init__(
+        self,
+        invitation: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float = 0.0,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> None:
+        self._mapped: dict[tuple[int, int], mmap.mmap] = {}
 
-    def read(self, manifest: BucketManifest) -> dict[str, Tensor]:
-        """Tensors over the shared memory: valid until the sender is told that the bucket is done with.
+    def receive(self, manifest: Manifest) -> dict[str, Tensor]:
+        return self.views(manifest.tensors, manifest.where)
 
-        Raises:
-            OSError: the sender is gone.
-            ValueError: the manifest points outside the memory.
-        """
-        memory = self._mapped.get(manifest.path)
-        if memory is None or len(memory) != manifest.num_bytes:
-            descriptor = os.open(manifest.path, os.O_RDWR)
+    def views(self, entries: Sequence[TensorEntry], where: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tensors over the sender's memory."""
+        key, num_bytes = (int(where["pid"]), int(where["descriptor"])), int(where["num_bytes"])
+        memory = self._mapped.get(key)
+        if memory is None or len(memory) != num_bytes:
             try:
-                memory = mmap.mmap(descriptor, manifest.num_bytes)
+                descriptor = os.open("/proc/{}/fd/{}".format(*key), os.O_RDWR)
+            except OSError as error:
+                raise TransportError(f"the sender's memory cannot be opened: {error}") from error
+            try:
+                memory = _map(descriptor, num_bytes)
             finally:
                 os.close(descriptor)
-            self._mapped[manifest.path] = memory
-        return {place.name: _view(memory, place) for place in manifest.tensors}
+            self._mapped = {key: memory}
+        return _views(memory, entries, where)
+
+    def close(self) -> None:
+        self._mapped.clear()
 
 
-def _view(memory: mmap.mmap, place: TensorPlace) -> Tensor:
-    dtype = getattr(torch, place.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{place.name} has dtype {place.dtype!r}, which torch does not know")
-    count = 1
-    for length in place.shape:
-        count *= length
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=place.offset).view(place.shape)
+def _map(descriptor: int, num_bytes: int) -> mmap.mmap:
+    # All pages at once: to meet them one by one while copying costs more than the copying.
+    populate = getattr(mmap, "MAP_POPULATE", 0)
+    return mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | populate)
+
+
+def _views(memory: mmap.mmap, entries: Sequence[TensorEntry], where: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Raises ValueError where the manifest points outside the memory."""
+    tensors = {}
+    for entry, offset in zip(entries, where["offsets"], strict=True):
+        count = entry.num_bytes // entry.torch_dtype.itemsize
+        if count == 0:
+            tensors[entry.name] = torch.empty(entry.shape, dtype=entry.torch_dtype)
+            continue
+        flat = torch.frombuffer(memory, dtype=entry.torch_dtype, count=count, offset=int(offset))
+        tensors[entry.name] = flat.view(entry.shape)
+    return tensors

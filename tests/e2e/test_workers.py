@@ -1,0 +1,142 @@
+"""Whole runs whose rollout workers die, and whose rollout workers are on other hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.small_runs import run_flags, write_rows
+from tests.tiny_models import make_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+LARGEST_DIFFERENCE = 1e-5
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+
+def train(folder: Path, *flags: str, **variables: str) -> tuple[list[dict[str, float]], str]:
+    """Rows of metrics, one a rollout, and what the run said."""
+    model = make_checkpoint(folder / "model")
+    # Judged by digits: answers of a random model get different rewards, so that there is something to learn.
+    data = write_rows(folder / "train.jsonl", [{"prompt": f"{n}+1=?", "ground_truth": str(n + 1)} for n in range(8)])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    judge = f"{Path(__file__).with_name('digits_judge.py')}:reward"
+    found = subprocess.run(
+        [
+            *(sys.executable, "-m", "xrl.cli", "train", *run_flags(model, data, folder), "--judge", judge),
+            *("--lr", "1e-3", "--no-tensorboard", *flags),
+        ],
+        capture_output=True,
+        text=True,
+        env=environment | variables,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr[-4000:]
+    (run,) = (folder / "work").iterdir()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "reward/mean" in row], found.stdout + found.stderr
+
+
+def answers(folder: Path, rollout: int) -> Counter[int]:
+    """How many answers each prompt has in a rollout's trajectory."""
+    (run,) = (folder / "work").iterdir()
+    _, *samples = (run / f"rollout_idx_{rollout}_trajectory.jsonl").read_text().splitlines()
+    return Counter(json.loads(sample)["prompt"] for sample in samples)
+
+
+def test_run_loses_a_worker_in_a_rollout_and_one_in_an_update_and_no_sample(tmp_path: Path) -> None:
+    (tmp_path / "deaths").mkdir()
+    rows, said = train(
+        tmp_path,
+        *("--engine", "tests.e2e.dying_engine:make", "--rollout-num-workers", "3", "--num-rollouts", "7"),
+        XRL_TEST_DEATHS=str(tmp_path / "deaths"),
+    )
+    assert sorted(path.name for path in (tmp_path / "deaths").iterdir()) == ["loading", "sampling"]
+    # Rollout n is sampled with weights n - 1: the first dies in rollout 3, the second in the update to weights 4.
+    assert [row["workers/lost"] for row in rows[:4]] == [0, 0, 1, 2]
+    assert rows[-1]["workers/lost"] == rows[-1]["workers/restarted"] == 2
+    assert rows[2]["prompts/retried"] >= 1
+    assert sum(row["prompts/failed"] for row in rows) == 0
+    assert "is lost (weights version 4, layers.2: " in said
+    for number, row in enumerate(rows, start=1):
+        counts = answers(tmp_path, number)
+        assert sorted(counts.values()) == [2] * 4
+        assert row["mismatch"] <= LARGEST_DIFFERENCE and row["canary"] <= LARGEST_DIFFERENCE
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[tuple[str, list[str]]]]:
+    """(address, words before a command that runs there) of two hosts: network namespaces where we may make them."""
+    names = [f"xrl-test-{os.getpid()}-{number}" for number in range(2)]
+    found = []
+    with contextlib.ExitStack() as stack:
+        try:
+            for number, name in enumerate(names):
+                link, network = f"xrl{os.getpid() % 10000}{number}", f"10.213.{number}"
+                _ip("netns", "add", name)
+                stack.callback(_ip, "netns", "del", name)
+                _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+                _ip("addr", "add", f"{network}.1/24", "dev", link)
+                _ip("link", "set", link, "up")
+                _ip("-n", name, "addr", "add", f"{network}.2/24", "dev", "eth0")
+                _ip("-n", name, "link", "set", "eth0", "up")
+                found.append((f"{network}.2", ["ip", "netns", "exec", name]))
+        except (OSError, subprocess.CalledProcessError):
+            found = [(f"127.0.0.{2 + number}", []) for number in range(2)]
+        yield found
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def worker_on(host: str, prefix: list[str], folder: Path) -> Iterator[str]:
+    """The address of a worker that was started there."""
+    command = [*prefix, sys.executable, "-m", "xrl.cli", "worker", "--model", str(folder / "model")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with (folder / f"worker_{host}.log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--max-model-len", "64", "--host", host, "--parent-pid", str(os.getpid())],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+        )
+    try:
+        assert process.stdout is not None
+        yield f"{host}:{json.loads(process.stdout.readline())['port']}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_workers_on_two_hosts_follow_twenty_updates_of_four_ranks(
+    tmp_path: Path, hosts: list[tuple[str, list[str]]]
+) -> None:
+    make_checkpoint(tmp_path / "model")
+    with contextlib.ExitStack() as stack:
+        addresses = [stack.enter_context(worker_on(host, prefix, tmp_path)) for host, prefix in hosts]
+        rows, _ = train(
+            tmp_path,
+            *("--nproc-per-node", "4", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
+            *("--rollout-worker-urls", ",".join(addresses), "--num-rollouts", "20"),
+        )
+    assert len(rows) == 20
+    for row in rows:
+        assert row["mismatch"] <= LARGEST_DIFFERENCE
+        assert row["canary"] <= LARGEST_DIFFERENCE
+        assert (row["sync/layers"], row["sync/resent"], row["workers/updated"]) == (6, 0, 2)
+    assert any(row["grad_norm"] > 0 for row in rows)

@@ -1,0 +1,37 @@
+"""Pools of real worker processes around the scripted engine, and what goes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tests.rollout.scripted_engine import ANSWER
+from xrl.rollout.pool import RolloutCounts, WorkerPool
+from xrl.types import Completion, GenerateRequest, SamplingParams, WeightBucket
+
+ENGINE = "tests.rollout.scripted_engine:make"
+ROOT = Path(__file__).parents[2]
+MakePool = Callable[..., WorkerPool]
+
+
+def bucket(layer: str, value: float, *, version: int = 0, size: int = 3) -> WeightBucket:
+    return WeightBucket(version=version, layer=layer, tensors={"w": torch.full((size,), value)})
+
+
+def request(place: int, action: int = ANSWER, *, num_samples: int = 2) -> GenerateRequest:
+    return GenerateRequest(
+        id=f"r{place}", token_ids=[action, place], num_samples=num_samples, sampling=SamplingParams(max_new_tokens=8)
+    )
+
+
+def generate(
+    pool: WorkerPool, requests: list[GenerateRequest]
+) -> tuple[dict[int, list[Completion] | None], RolloutCounts]:
+    counts = RolloutCounts()
+    results: dict[int, list[Completion] | None] = {}
+    for place, completions in pool.generate(requests, counts):
+        assert place not in results
+        results[place] = completions
+    return results, counts

@@ -1,0 +1,212 @@
+"""Updates of real worker processes, and what can go wrong with one: bytes, workers, versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.rollout.pools import ENGINE, MakePool, bucket, generate, request
+from xrl.rollout import protocol
+from xrl.rollout.pool import WorkerGone, WorkerPool
+from xrl.rollout.process import WorkerProcess
+from xrl.rollout.publish import CorruptedWeights, Publisher
+from xrl.types import WeightBucket
+from xrl.weights.transport import broadcast, shared_memory
+
+TRANSPORTS = ["shared_memory", "broadcast"]
+
+
+class FaultyNetwork(broadcast.Sender):
+    """Flips a bit of one layer's bytes on their way, so many times."""
+
+    def __init__(self, layer: str, *, times: int) -> None:
+        super().__init__(timeout_s=20.0, device=torch.device("cpu"))
+        self.layer, self.times = layer, times
+
+    def send(self, worker: int, bucket: WeightBucket) -> None:
+        if bucket.layer == self.layer and self.times:
+            self.times -= 1
+            changed = {name: tensor.clone() for name, tensor in bucket.tensors.items()}
+            changed["w"].view(torch.uint8)[1] ^= 4
+            bucket = dataclasses.replace(bucket, tensors=changed)
+        super().send(worker, bucket)
+
+
+class FaultyMemory(shared_memory.Sender):
+    """A byte of one layer changes after it was written."""
+
+    def put(self, bucket: WeightBucket) -> Mapping[str, Any]:
+        where = super().put(bucket)
+        if bucket.layer == "layers.2":
+            assert self._memory is not None
+            self._memory[where["offsets"][0] + 1] ^= 4
+        return where
+
+
+def layers(version: int, *, number: int = 4) -> Iterator[WeightBucket]:
+    for index in range(number):
+        yield bucket(f"layers.{index}", float(version + index), version=version, size=5)
+
+
+def total(version: int, *, number: int = 4) -> float:
+    return 5.0 * sum(version + index for index in range(number))
+
+
+def interrupt(buckets: Iterator[WeightBucket], pool: WorkerPool, number: signal.Signals) -> Iterator[WeightBucket]:
+    """The same buckets, but worker 0 gets a signal after the first."""
+    yield next(buckets)
+    pool.workers[0]._process.send_signal(number)
+    yield from buckets
+
+
+def check_answers(pool: WorkerPool, version: int) -> None:
+    """Every answer is of this version, and every layer of it took effect."""
+    results, _ = generate(pool, [request(place) for place in range(12)])
+    for completions in results.values():
+        assert completions is not None
+        assert {completion.weights_version for completion in completions} == {version}
+        assert completions[0].logprobs[0] == -total(version)
+
+
+def test_flipped_bit_is_noticed_and_the_layer_sent_again(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
+    pool = make_pool(1, weight_transport="broadcast", update=False)
+    publisher = Publisher(pool)
+    publisher._sender = FaultyNetwork("layers.2", times=1)
+    report = publisher.publish(layers(1), version=1)
+    assert (report.num_resent, report.num_layers) == (1, 4)
+    assert "weights version 1, layers.2: rollout worker 0 got bytes with checksum" in caplog.text
+    check_answers(pool, 1)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_bytes_that_arrive_changed_twice_end_the_run_and_are_not_loaded(make_pool: MakePool, transport: str) -> None:
+    pool = make_pool(1, weight_transport=transport, update=False)
+    publisher = Publisher(pool)
+    publisher._sender = FaultyMemory() if transport == "shared_memory" else FaultyNetwork("layers.2", times=2)
+    with pytest.raises(CorruptedWeights, match="version 1, layers.2: rollout worker 0 got other bytes .* 2 times"):
+        publisher.publish(layers(1), version=1)
+    results, _ = generate(pool, [request(0)])
+    assert results == {0: None}  # it has no weights
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_worker_killed_in_an_update_is_left_out_and_taken_back_by_the_next(
+    make_pool: MakePool, transport: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = make_pool(2, weight_transport=transport, weight_sync_timeout_s=20.0, update=False)
+    publisher = Publisher(pool)
+    report = publisher.publish(interrupt(layers(1), pool, signal.SIGKILL), version=1)
+    assert report.num_workers == 1
+    assert pool.num_lost == 1
+    assert "rollout worker 0 is lost (weights version 1, layers." in caplog.text
+    check_answers(pool, 1)
+    assert [worker.number for worker in pool.alive] == [1]
+    pool.workers[0].wait_until_listening(60)
+    assert publisher.publish(layers(2), version=2).num_workers == 2
+    assert len(pool.alive) == 2
+    check_answers(pool, 2)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_stuck_worker_is_named_with_its_layer(
+    make_pool: MakePool, transport: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = make_pool(2, weight_transport=transport, update=False)
+    publisher = Publisher(pool, timeout_s=2.0)
+    publisher.publish(layers(1), version=1)
+    publisher.publish(interrupt(layers(2), pool, signal.SIGSTOP), version=2)
+    assert "rollout worker 0 is lost (weights version 2, layers." in caplog.text
+    check_answers(pool, 2)
+
+
+def test_a_lost_worker_stops_the_run_where_that_is_asked_for(make_pool: MakePool) -> None:
+    pool = make_pool(2, on_lost_worker="stop", update=False)
+    with pytest.raises(WorkerGone, match=r"worker 0 is lost \(weights version 1, layers\.\d.*on-lost-worker is stop"):
+        Publisher(pool).publish(interrupt(layers(1), pool, signal.SIGKILL), version=1)
+
+
+def test_worker_is_started_again_only_so_often(make_pool: MakePool) -> None:
+    pool = make_pool(2, rollout_max_restarts=1, update=False)
+    publisher = Publisher(pool)
+    for version in (1, 2):
+        pool.workers[0].wait_until_listening(60)
+        publisher.publish(layers(version), version=version)
+        pool.workers[0]._process.kill()
+        pool.workers[0]._process.wait()
+        check_answers(pool, version)
+    assert publisher.publish(layers(3), version=3).num_workers == 1
+    assert (pool.num_lost, pool.num_restarted) == (2, 1)
+
+
+def test_stale_worker_is_found_by_the_version_and_asked_no_more(
+    make_pool: MakePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = make_pool(2, update=False, rollout_max_batch_size=4)
+    publisher = Publisher(pool)
+    publisher.publish(layers(5), version=5)
+    # Somebody else's update: the worker has other weights than this trainer believes.
+    body = json.dumps({"version": 4}).encode()
+    urllib.request.urlopen(pool.workers[1].url + protocol.FINISH_UPDATE, body, timeout=10).close()
+    results, counts = generate(pool, [request(place) for place in range(12)])
+    assert {c.weights_version for completions in results.values() for c in completions or []} == {5}
+    assert counts.finished == 12
+    assert counts.retried == counts.stale >= 1
+    assert "rollout worker 1 sampled with weights version 4 instead of 5" in caplog.text
+    assert [worker.number for worker in pool.alive] == [0]
+    publisher.publish(layers(6), version=6)
+    assert len(pool.alive) == 2
+
+
+def test_workers_of_other_hosts_are_used_taken_back_and_left_running(
+    make_pool: MakePool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    started: list[WorkerProcess] = []
+
+    def start(number: int, port: int = 0) -> WorkerProcess:
+        # Another loopback address stands for another host; the flag ends it with this test in any case.
+        worker = WorkerProcess(
+            number,
+            [f"--engine={ENGINE}", f"--model={tmp_path}", "--max-model-len=64", "--host=127.0.0.3", f"--port={port}"],
+            num_threads=1,
+            log=tmp_path / f"other_{number}.log",
+        )
+        started.append(worker)
+        worker.wait_until_listening(60)
+        return worker
+
+    try:
+        ports = [int(start(number).url.rpartition(":")[2]) for number in range(2)]
+        pool = make_pool(0, rollout_worker_urls=",".join(f"127.0.0.3:{port}" for port in ports), update=False)
+        publisher = Publisher(pool, timeout_s=20.0)
+        assert publisher.transport == "broadcast"
+        publisher.publish(layers(1), version=1)
+        check_answers(pool, 1)
+        started[1].restart()  # somebody's doing, at another port
+        check_answers(pool, 1)
+        assert publisher.publish(layers(2), version=2).num_workers == 1
+        start(1, ports[1])
+        assert publisher.publish(layers(3), version=3).num_workers == 2
+        assert "rollout worker 1 answers again and is taken back" in caplog.text
+        check_answers(pool, 3)
+        pool.close()
+        assert started[0].is_alive and started[2].is_alive
+    finally:
+        for worker in started:
+            worker.terminate()
+            worker.join(3)
+
+
+def test_bf16_arrives_bit_by_bit(make_pool: MakePool) -> None:
+    pool = make_pool(1, weight_transport="broadcast", update=False)
+    tensors = {"w": torch.arange(-3, 4).bfloat16(), "b": torch.tensor(0.5), "none": torch.empty(0, 3)}
+    Publisher(pool).publish([WeightBucket(version=0, layer="layers.0", tensors=tensors)], version=0)
+    results, _ = generate(pool, [request(0)])
+    assert results[0] is not None and results[0][0].logprobs[0] == -0.5

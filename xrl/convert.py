@@ -1,0 +1,117 @@
+"""`xrl convert`: from its flags to `xrl.weights.convert`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from xrl.config import SettingsError
+from xrl.parallel.layout import Layout
+from xrl.weights.convert import (
+    HuggingFaceSource,
+    differences,
+    open_source,
+    round_trip,
+    to_huggingface,
+    to_megatron,
+    total_bytes,
+)
+from xrl.weights.megatron_files import MegatronReader
+from xrl.weights.plan import Plan, plan
+
+# Flag -> field of Layout.
+_LAYOUT_FLAGS = {
+    "tensor_model_parallel_size": "tensor_size",
+    "pipeline_model_parallel_size": "pipeline_size",
+    "virtual_pipeline_model_parallel_size": "virtual_pipeline_size",
+    "expert_model_parallel_size": "expert_size",
+    "decoder_first_pipeline_num_layers": "first_stage_layers",
+    "decoder_last_pipeline_num_layers": "last_stage_layers",
+}
+_EXIT_DIFFERENT = 1
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the flags say; the exit code.
+
+    Raises:
+        SettingsError: one sentence, before anything is written.
+    """
+    source = open_source(arguments.source)
+    if arguments.check:
+        return _check(source, arguments)
+    target: Path | None = arguments.target
+    if target is None:
+        raise SettingsError("--to is missing: give the folder to write")
+    if target.exists():
+        raise SettingsError(f"--to {target} exists already: nothing is replaced, give a folder that does not exist")
+    planned = _plan(source, arguments)
+    _check_space(target, total_bytes(source))
+    if isinstance(source, MegatronReader) and not _has_layout(arguments):
+        with _bar(f"{source.planned.layout} -> Hugging Face", total_bytes(source)) as bar:
+            to_huggingface(source, target, bar.update)
+    else:
+        with _bar(f"-> Megatron, {planned.layout}", total_bytes(source)) as bar:
+            to_megatron(source, target, planned, bar.update)
+    print(f"{target}: {len(source.tensors):,} tensors, {total_bytes(source):,} bytes")
+    return 0
+
+
+def _check(source: HuggingFaceSource | MegatronReader, arguments: argparse.Namespace) -> int:
+    """Report every tensor that differs."""
+    if arguments.target is not None:
+        if _has_layout(arguments):
+            raise SettingsError("--check compares two folders as they are: leave out --to or the layout flags")
+        other = open_source(arguments.target)
+        with _bar("comparing", total_bytes(source)) as bar:
+            found = _report(differences(source, other, bar.update))
+        sources = [source, other]
+    else:
+        planned = _plan(source, arguments)
+        with _bar(f"there and back, {planned.layout}", total_bytes(source)) as bar:
+            found = _report(round_trip(source, planned, bar.update))
+        sources = [source]
+    for megatron in sources:
+        if isinstance(megatron, MegatronReader):
+            found += _report(megatron.differing_copies())
+    print(f"{len(source.tensors):,} tensors, " + (f"{found:,} differ" if found else "all equal, bit by bit"))
+    return _EXIT_DIFFERENT if found else 0
+
+
+def _report(findings: Iterable[str]) -> int:
+    count = 0
+    for finding in findings:
+        tqdm.write(f"differs: {finding}", file=sys.stdout)
+        count += 1
+    return count
+
+
+def _has_layout(arguments: argparse.Namespace) -> bool:
+    return any(getattr(arguments, flag) is not None for flag in (*_LAYOUT_FLAGS, "transformer_impl"))
+
+
+def _plan(source: HuggingFaceSource | MegatronReader, arguments: argparse.Namespace) -> Plan:
+    given = {field: value for flag, field in _LAYOUT_FLAGS.items() if (value := getattr(arguments, flag)) is not None}
+    try:
+        layout = Layout(**{"tensor_size": 1, "pipeline_size": 1, "data_size": given.get("expert_size", 1), **given})
+    except ValueError as error:
+        raise SettingsError(f"the layout is impossible: {error}") from error
+    return plan(source.shape, layout, transformer_engine=arguments.transformer_impl == "transformer_engine")
+
+
+def _check_space(target: Path, num_bytes: int) -> None:
+    """Refuse to start what the disk cannot hold."""
+    existing = next(parent for parent in target.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise SettingsError(f"--to {target} needs {num_bytes:,} bytes, its disk has {free:,} free")
+
+
+def _bar(title: str, num_bytes: int) -> tqdm[NoReturn]:
+    return tqdm(total=num_bytes, desc=title, unit="B", unit_scale=True)

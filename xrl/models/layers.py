@@ -1,0 +1,127 @@
+"""The decoder layers of a family as megatron-core's specs: our own modules, or transformer-engine's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import LayerNormImpl, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from xrl.models.attention import PackedAttention
+from xrl.models.latent_attention import LatentAttention
+from xrl.models.linear import ColumnParallelLinear, RowParallelLinear
+from xrl.models.mlp import GatedMLP, SwiGLU
+from xrl.models.norm import RMSNorm
+from xrl.models.self_attention import SelfAttention
+from xrl.models.shape import ModelShape
+
+
+def local_layers(shape: ModelShape, layers: Sequence[int]) -> TransformerBlockSubmodules:
+    """megatron-core's parallel linear layers around our own norm and attention: runs on any device.
+
+    Args:
+        layers: numbers, from 0, of the layers of this stage.
+    """
+    specs = [_local_layer(shape, _num_experts(shape, layer)) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+
+
+def engine_layers(shape: ModelShape, layers: Sequence[int]) -> TransformerBlockSubmodules:
+    """transformer-engine's layers, for CUDA; never of latent attention."""
+    specs = [_engine_layer(shape, _num_experts(shape, layer)) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=LayerNormImpl)
+
+
+def _num_experts(shape: ModelShape, layer: int) -> int | None:
+    return shape.experts.num_experts if shape.experts is not None and shape.has_experts(layer) else None
+
+
+def _local_layer(shape: ModelShape, num_experts: int | None) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        num_experts=num_experts,
+        qk_layernorm=shape.qk_norm or shape.latent is not None,
+        multi_latent_attention=shape.latent is not None,
+        normalization="RMSNorm",
+    )
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    _own_attention(layer.submodules.self_attention, shape)
+    if num_experts is None:
+        _own_mlp(layer.submodules.mlp, shape)
+    else:
+        _own_experts(layer.submodules.mlp)
+    return layer
+
+
+def _own_attention(spec: ModuleSpec, shape: ModelShape) -> None:
+    parts = spec.submodules
+    parts.core_attention = PackedAttention
+    if shape.latent is not None:
+        spec.module = LatentAttention
+        parts.q_layernorm = parts.kv_layernorm = RMSNorm
+    else:
+        spec.module = _with_bias(SelfAttention) if shape.out_bias else SelfAttention
+        if shape.qk_norm:
+            parts.q_layernorm = parts.k_layernorm = RMSNorm
+    if torch.cuda.is_available():
+        return
+    parts.linear_proj = RowParallelLinear
+    if shape.latent is None:
+        parts.linear_qkv = ColumnParallelLinear
+    else:
+        # Those down to the latents stay megatron-core's own, which it insists on.
+        parts.linear_q_proj = parts.linear_q_up_proj = parts.linear_kv_up_proj = ColumnParallelLinear
+
+
+def _own_mlp(spec: ModuleSpec, shape: ModelShape) -> None:
+    _own_linear(spec.submodules)
+    if shape.mlp_bias:
+        spec.module = _with_bias(spec.module)
+    elif not torch.cuda.is_available():
+        spec.module = GatedMLP
+
+
+def _own_experts(spec: ModuleSpec) -> None:
+    _own_linear(spec.submodules.experts.submodules)
+    _own_linear(spec.submodules.shared_experts.submodules)
+
+
+def _own_linear(parts: MLPSubmodules) -> None:
+    parts.activation_func = SwiGLU
+    if not torch.cuda.is_available():
+        parts.linear_fc1, parts.linear_fc2 = ColumnParallelLinear, RowParallelLinear
+
+
+def _engine_layer(shape: ModelShape, num_experts: int | None) -> ModuleSpec:
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=num_experts,
+        moe_grouped_gemm=num_experts is not None,
+        qk_layernorm=shape.qk_norm,
+    )
+    attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
+    if shape.out_bias:
+        attention.module = _with_bias(attention.module)
+    if shape.mlp_bias:
+        mlp.module = _with_bias(mlp.module)
+    return layer
+
+
+def _with_bias(module: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The module with biases in its linear layers: megatron-core has one switch for those of attention and MLP."""
+
+    class WithBias(module):  # type: ignore[valid-type,misc]
+        def __init__(self, config: TransformerConfig, *args: object, **kwargs: object) -> None:
+            config = copy.copy(config)
+            config.add_bias_linear = True
+            super().__init__(config, *args, **kwargs)
+
+    WithBias.__name__ = f"{module.__name__}WithBias"
+    return WithBias

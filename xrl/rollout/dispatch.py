@@ -1,0 +1,166 @@
+"""The requests of one rollout over the ready workers: the least loaded takes the next, what fails goes elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import queue
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from xrl.rollout import protocol
+from xrl.rollout.process import WorkerGone, WorkerHandle
+from xrl.types import Completion, GenerateRequest
+
+if TYPE_CHECKING:
+    from xrl.rollout.pool import WorkerPool
+
+logger = logging.getLogger("xrl")
+
+# Sequences sent to a worker beyond what it decodes at once, so that it never waits for the next.
+QUEUE_AHEAD = 1.25
+# An abort is answered at once, or not at all.
+ABORT_TIMEOUT_S = 5.0
+
+
+@dataclass
+class RolloutCounts:
+    """What became of the requests of one rollout."""
+
+    sent: int = 0  # requests asked for
+    finished: int = 0
+    failed: int = 0  # given up after the last retry
+    retried: int = 0  # tries after the first, all requests together
+    stale: int = 0  # answers refused because other weights had sampled them
+    unfinished: int = 0  # cut off, to go on in the next rollout
+
+
+class StaleAnswer(RuntimeError):
+    """An answer was sampled with other weights than the rollout's."""
+
+
+@dataclass
+class _Load:
+    """What a worker has been given and not finished."""
+
+    sequences: int = 0
+    tokens: int = 0
+
+
+class Dispatch:
+    """One rollout. `run` in the pool's thread, `next_result` in the caller's."""
+
+    def __init__(self, pool: WorkerPool, counts: RolloutCounts) -> None:
+        self.pool = pool
+        self.config = pool.config
+        self.counts = counts
+        self._results: queue.Queue[Any] = queue.Queue()
+        self._loads: dict[int, _Load] = {}
+        self._changed = asyncio.Condition()
+
+    def next_result(self) -> tuple[int, list[Completion] | None]:
+        """Wait for the next request to finish: its place, and its completions or None.
+
+        Raises:
+            WorkerGone: no worker is left.
+        """
+        result = self._results.get()
+        if isinstance(result, BaseException):
+            raise result
+        found: tuple[int, list[Completion] | None] = result
+        return found
+
+    async def run(self, requests: Sequence[GenerateRequest]) -> None:
+        """Answer them all; cancelled, it aborts those that are running."""
+        self.counts.sent += len(requests)
+        tasks = [asyncio.create_task(self._generate(place, request)) for place, request in enumerate(requests)]
+        try:
+            await asyncio.gather(*tasks)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._results.put(error)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _generate(self, place: int, request: GenerateRequest) -> None:
+        avoid: int | None = None
+        for attempt in range(self.config.rollout_max_retries + 1):
+            self.counts.retried += attempt > 0
+            worker = await self._take_worker(request, avoid)
+            life = self.pool.life(worker)
+            # A name of its own for each try: the engine may not be rid of the last one yet.
+            this_try = dataclasses.replace(request, id=f"{request.id}.{attempt}") if attempt else request
+            try:
+                completions = await self._ask(worker, this_try)
+                self.counts.finished += 1
+                self._results.put((place, completions))
+                return
+            except WorkerGone as error:
+                if not await asyncio.to_thread(_is_alive, worker):
+                    self.pool.lose(worker, str(error), life=life)
+                logger.warning("request %s: %s", request.id, error)
+            except TimeoutError as error:
+                logger.warning("request %s on rollout worker %d: %s", request.id, worker.number, error)
+                await self._abort(worker, this_try.id)
+            except RuntimeError as error:
+                logger.warning("request %s on rollout worker %d: %s", request.id, worker.number, error)
+            finally:
+                await self._give_back(worker, request)
+            avoid = worker.number
+        self.counts.failed += 1
+        self._results.put((place, None))
+
+    async def _ask(self, worker: WorkerHandle, request: GenerateRequest) -> list[Completion]:
+        expected = self.pool.version
+        answers = await self.pool.post(
+            worker, protocol.GENERATE, protocol.request_to_json(request), timeout_s=self.config.rollout_timeout_s
+        )
+        completions = protocol.completions_from_json(answers)
+        versions = sorted({completion.weights_version for completion in completions})
+        if expected is not None and any(version != expected for version in versions):
+            self.counts.stale += 1
+            self.pool.found_stale(worker, versions)
+            raise StaleAnswer(f"sampled with weights version {versions}, not {expected}")
+        return completions
+
+    async def _abort(self, worker: WorkerHandle, request_id: str) -> None:
+        """Of a request that nobody waits for any more; hanging up should do, but not every engine notices."""
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            await self.pool.post(worker, protocol.ABORT, {"request_id": request_id}, timeout_s=ABORT_TIMEOUT_S)
+
+    async def _take_worker(self, request: GenerateRequest, avoid: int | None) -> WorkerHandle:
+        """The least loaded worker with room; another than the one that just failed, where there is one."""
+        limit = self.config.rollout_max_batch_size * QUEUE_AHEAD
+        async with self._changed:
+            while True:
+                alive = self.pool.alive
+                candidates = [worker for worker in alive if worker.number != avoid] or alive
+                loads = {worker.number: self._loads.setdefault(worker.number, _Load()) for worker in candidates}
+                worker = min(candidates, key=lambda candidate: loads[candidate.number].tokens)
+                load = loads[worker.number]
+                if load.sequences == 0 or load.sequences + request.num_samples <= limit:
+                    load.sequences += request.num_samples
+                    load.tokens += _tokens(request)
+                    return worker
+                await self._changed.wait()
+
+    async def _give_back(self, worker: WorkerHandle, request: GenerateRequest) -> None:
+        async with self._changed:
+            load = self._loads[worker.number]
+            load.sequences -= request.num_samples
+            load.tokens -= _tokens(request)
+            self._changed.notify_all()
+
+
+def _is_alive(worker: WorkerHandle) -> bool:
+    return worker.is_alive
+
+
+def _tokens(request: GenerateRequest) -> int:
+    """Most tokens a request can come to."""
+    return request.num_samples * (len(request.token_ids) + request.sampling.max_new_tokens)

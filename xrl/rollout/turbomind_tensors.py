@@ -1,0 +1,149 @@
+"""What TurboMind is sent: which models it computes as xrl trains them, and every tensor of each part of a model.
+
+Checked here, because the compiled part ends the process at a wrong size, and leaves out a bias that it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from xrl.config import SettingsError
+from xrl.models.shape import ModelShape, model_shape, with_defaults
+from xrl.rollout.engine import EngineError
+
+EMBEDDINGS, FINAL, FINAL_NORM = "embeddings", "final", "model.norm.weight"
+# What TurboMind converts and xrl trains -> may have biases in its attention.
+ARCHITECTURES: Mapping[str, bool] = {
+    "LlamaForCausalLM": False,
+    "MistralForCausalLM": False,
+    "Qwen2ForCausalLM": True,
+    "Qwen3ForCausalLM": True,
+    "Qwen3MoeForCausalLM": True,
+}
+HEAD_DIMS = (64, 128, 256)  # of its attention kernels
+
+Sizes = dict[str, tuple[int, ...]]  # by Hugging Face name
+
+
+def supported_shape(model_dir: Path, *, max_model_len: int) -> ModelShape:
+    """The model's shape, if TurboMind computes what config.json says; whole runs are checked before they start.
+
+    Raises:
+        SettingsError: it cannot be read, or TurboMind would leave something out.
+    """
+    file = model_dir / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}") from error
+    architecture = (config.get("architectures") or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        raise SettingsError(f"{file}: engine turbomind runs {', '.join(ARCHITECTURES)}, found {architecture}")
+    shape = model_shape(config)
+    needs = {
+        f"a head_dim of {', '.join(map(str, HEAD_DIMS))}": (shape.head_dim in HEAD_DIMS, f"head_dim {shape.head_dim}"),
+        "no biases in the attention": (
+            ARCHITECTURES[architecture] or not (shape.qkv_bias or shape.out_bias),
+            "some, which it would leave out",
+        ),
+        "an attention as wide as the hidden state": (  # where it makes up a bias after the attention
+            shape.out_bias or not shape.qkv_bias or shape.num_heads * shape.head_dim == shape.hidden_size,
+            f"{shape.num_heads} heads of {shape.head_dim} and hidden_size {shape.hidden_size}",
+        ),
+        "no biases in the MLP": (not shape.mlp_bias, "some, which it would leave out"),
+        "full attention": (not _slides(config, max_model_len), f"sliding_window {config.get('sliding_window')}"),
+        f"at least {max_model_len} positions": (
+            max_model_len <= shape.max_positions,
+            f"max_position_embeddings {shape.max_positions}",
+        ),
+    }
+    for need, (is_met, found) in needs.items():
+        if not is_met:
+            raise SettingsError(f"{file}: engine turbomind needs {need}, found {found}")
+    return shape
+
+
+def _slides(config: Mapping[str, Any], max_model_len: int) -> bool:
+    """Whether a window would cut into the run's sequences: TurboMind attends to everything."""
+    if config.get("use_sliding_window") is False:  # Qwen has both keys
+        return False
+    window: int | None = with_defaults(config).get("sliding_window")
+    return window is not None and window < max_model_len
+
+
+def expected_parts(shape: ModelShape) -> dict[str, Sizes]:
+    """Part of the model ("embeddings", "layers.0", ..., "final") -> its tensors."""
+    parts: dict[str, Sizes] = {EMBEDDINGS: {"model.embed_tokens.weight": (shape.vocab_size, shape.hidden_size)}}
+    for index in range(shape.num_layers):
+        layer = _attention(shape) | _mlp(shape)
+        parts[f"layers.{index}"] = {f"model.layers.{index}.{name}": size for name, size in layer.items()}
+    parts[FINAL] = {FINAL_NORM: (shape.hidden_size,)}
+    if not shape.tied_embeddings:
+        parts[FINAL]["lm_head.weight"] = (shape.vocab_size, shape.hidden_size)
+    return parts
+
+
+def check_part(part: str, tensors: Mapping[str, Tensor], parts: Mapping[str, Sizes]) -> None:
+    """Refuse what is not the whole of one part of the model.
+
+    Raises:
+        EngineError: names the part and the tensor.
+    """
+    where = f"weight update, {part}"
+    if part not in parts:
+        raise EngineError(f"{where}: the model has no such part")
+    expected = parts[part]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise EngineError(f"{where}: the model has no tensor {name!r} there")
+        if tuple(tensor.shape) != expected[name]:
+            raise EngineError(f"{where}: {name} must be of size {list(expected[name])}, got {list(tensor.shape)}")
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise EngineError(f"{where}: TurboMind takes only whole parts, missing {', '.join(missing)}")
+
+
+def _attention(shape: ModelShape) -> Sizes:
+    """And the two norms of the layer."""
+    hidden, head_dim = shape.hidden_size, shape.head_dim
+    query_size, kv_size = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
+    sizes: Sizes = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (query_size, hidden),
+        "self_attn.k_proj.weight": (kv_size, hidden),
+        "self_attn.v_proj.weight": (kv_size, hidden),
+        "self_attn.o_proj.weight": (hidden, query_size),
+    }
+    if shape.qkv_bias:
+        sizes["self_attn.q_proj.bias"] = (query_size,)
+        sizes["self_attn.k_proj.bias"] = sizes["self_attn.v_proj.bias"] = (kv_size,)
+    if shape.out_bias:
+        sizes["self_attn.o_proj.bias"] = (hidden,)
+    if shape.qk_norm:
+        sizes |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
+    return sizes
+
+
+def _mlp(shape: ModelShape) -> Sizes:
+    """Or the router and the experts in its place."""
+    hidden, experts = shape.hidden_size, shape.experts
+    if experts is None:
+        return _projections("mlp", hidden, shape.ffn_hidden_size)
+    sizes: Sizes = {"mlp.gate.weight": (experts.num_experts, hidden)}
+    for expert in range(experts.num_experts):
+        sizes |= _projections(f"mlp.experts.{expert}", hidden, experts.ffn_hidden_size)
+    return sizes
+
+
+def _projections(prefix: str, hidden: int, ffn_size: int) -> Sizes:
+    return {
+        f"{prefix}.gate_proj.weight": (ffn_size, hidden),
+        f"{prefix}.up_proj.weight": (ffn_size, hidden),
+        f"{prefix}.down_proj.weight": (hidden, ffn_size),
+    }

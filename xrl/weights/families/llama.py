@@ -1,0 +1,18 @@
+"""Llama 3.x, and the families that name their tensors like it: Mistral and InternLM3."""
+
+from __future__ import annotations
+
+from xrl.weights.families.parts import ATTENTION, DENSE_MLP, EMBEDDINGS, FINAL, MLP_BIAS, OUT_BIAS, QKV_BIAS
+from xrl.weights.mapping import WeightTable
+
+LLAMA = WeightTable(
+    layer=ATTENTION + QKV_BIAS + OUT_BIAS,
+    dense=DENSE_MLP + MLP_BIAS,
+    embeddings=EMBEDDINGS,
+    final=FINAL,
+)
+
+MISTRAL = WeightTable(layer=ATTENTION, dense=DENSE_MLP, embeddings=EMBEDDINGS, final=FINAL)
+
+# config.json's qkv_bias is that of queries, keys and values, its bias that of all other projections.
+INTERNLM3 = LLAMA

@@ -1,0 +1,122 @@
+"""Lines that the tables of several families share."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+from xrl.models.shape import ModelShape
+from xrl.weights.mapping import Cut, Row, Rows
+
+EMBEDDINGS: Rows = (
+    Row("embedding.word_embeddings.weight", Cut.VOCABULARY, {"model.embed_tokens.weight": ("vocabulary", "hidden")}),
+)
+
+
+def _has_own_head(shape: ModelShape) -> bool:
+    return not shape.tied_embeddings
+
+
+# A tied head is the embedding under a second name; it exists as a parameter only where another stage has the embedding.
+FINAL: Rows = (
+    Row("decoder.final_layernorm.weight", Cut.WHOLE, {"model.norm.weight": ("hidden",)}),
+    Row("output_layer.weight", Cut.VOCABULARY, {"lm_head.weight": ("vocabulary", "hidden")}, when=_has_own_head),
+    Row(
+        "output_layer.weight",
+        Cut.VOCABULARY,
+        {"model.embed_tokens.weight": ("vocabulary", "hidden")},
+        when=attrgetter("tied_embeddings"),
+        is_copy=True,
+    ),
+)
+
+ATTENTION: Rows = (
+    Row(
+        "input_layernorm.weight",
+        Cut.WHOLE,
+        {"input_layernorm.weight": ("hidden",)},
+        engine_name="self_attention.linear_qkv.layer_norm_weight",
+    ),
+    Row(
+        "self_attention.linear_qkv.weight",
+        Cut.HEADS,
+        {
+            "self_attn.q_proj.weight": ("queries", "hidden"),
+            "self_attn.k_proj.weight": ("keys", "hidden"),
+            "self_attn.v_proj.weight": ("keys", "hidden"),
+        },
+    ),
+    Row("self_attention.linear_proj.weight", Cut.INPUTS, {"self_attn.o_proj.weight": ("hidden", "queries")}),
+)
+
+QKV_BIAS: Rows = (
+    Row(
+        "self_attention.linear_qkv.bias",
+        Cut.HEADS,
+        {
+            "self_attn.q_proj.bias": ("queries",),
+            "self_attn.k_proj.bias": ("keys",),
+            "self_attn.v_proj.bias": ("keys",),
+        },
+        when=attrgetter("qkv_bias"),
+    ),
+)
+
+OUT_BIAS: Rows = (
+    Row(
+        "self_attention.linear_proj.bias",
+        Cut.WHOLE,
+        {"self_attn.o_proj.bias": ("hidden",)},
+        when=attrgetter("out_bias"),
+    ),
+)
+
+QK_NORM: Rows = (
+    Row("self_attention.q_layernorm.weight", Cut.WHOLE, {"self_attn.q_norm.weight": ("head",)}),
+    Row("self_attention.k_layernorm.weight", Cut.WHOLE, {"self_attn.k_norm.weight": ("head",)}),
+)
+
+DENSE_MLP: Rows = (
+    Row(
+        "pre_mlp_layernorm.weight",
+        Cut.WHOLE,
+        {"post_attention_layernorm.weight": ("hidden",)},
+        engine_name="mlp.linear_fc1.layer_norm_weight",
+    ),
+    Row(
+        "mlp.linear_fc1.weight",
+        Cut.OUTPUTS,
+        {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
+    ),
+    Row("mlp.linear_fc2.weight", Cut.INPUTS, {"mlp.down_proj.weight": ("hidden", "ffn")}),
+)
+
+MLP_BIAS: Rows = (
+    Row(
+        "mlp.linear_fc1.bias",
+        Cut.OUTPUTS,
+        {"mlp.gate_proj.bias": ("ffn",), "mlp.up_proj.bias": ("ffn",)},
+        when=attrgetter("mlp_bias"),
+    ),
+    Row("mlp.linear_fc2.bias", Cut.WHOLE, {"mlp.down_proj.bias": ("hidden",)}, when=attrgetter("mlp_bias")),
+)
+
+# The router sees the same normalised input as the experts, so this norm is a module of its own everywhere.
+EXPERTS: Rows = (
+    Row("pre_mlp_layernorm.weight", Cut.WHOLE, {"post_attention_layernorm.weight": ("hidden",)}),
+    Row("mlp.router.weight", Cut.WHOLE, {"mlp.gate.weight": ("experts", "hidden")}),
+    Row(
+        "mlp.experts.local_experts.{expert}.linear_fc1.weight",
+        Cut.OUTPUTS,
+        {
+            "mlp.experts.{expert}.gate_proj.weight": ("expert_ffn", "hidden"),
+            "mlp.experts.{expert}.up_proj.weight": ("expert_ffn", "hidden"),
+        },
+        engine_name="mlp.experts.linear_fc1.weight{expert}",
+    ),
+    Row(
+        "mlp.experts.local_experts.{expert}.linear_fc2.weight",
+        Cut.INPUTS,
+        {"mlp.experts.{expert}.down_proj.weight": ("hidden", "expert_ffn")},
+        engine_name="mlp.experts.linear_fc2.weight{expert}",
+    ),
+)
