@@ -38,10 +38,10 @@ MIXED: list[tuple[str, dict[str, Any]]] = [
 ]
 # Layouts of 4 ranks. Experts need sequence parallelism beside tensor parallelism.
 LAYOUTS = {
-    "plain": (("--tp=2", "--pp=2"), DENSE),
+    "plain": (("--tp=2", "--pp=2"), DENSE[2::3]),
     "sequence-parallel": (("--tp=2", "--pp=2", "--sp"), DENSE + MIXED),
-    "expert-parallel": (("--pp=2", "--ep=2"), MIXED[:4]),
-    "expert-and-tensor-parallel": (("--tp=2", "--ep=2", "--sp"), MIXED[1:]),
+    "expert-parallel": (("--pp=2", "--ep=2"), MIXED[1:4]),
+    "expert-and-tensor-parallel": (("--tp=2", "--ep=2", "--sp"), MIXED[::2]),
 }
 
 
