@@ -34,7 +34,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str], arguments:
 
 
 def test_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert refusal(capsys, "trian").endswith("unknown command 'trian', known are: train, gsm8k, worker, version")
+    assert refusal(capsys, "trian").endswith(
+        "unknown command 'trian', known are: train, gsm8k, convert, worker, version"
+    )
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
