@@ -36,7 +36,7 @@ from torch import Tensor
 from xrl.types import Completion, GenerateRequest, WeightBucket
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "hidden_act": "silu",
@@ -286,8 +286,8 @@ def main() -> None:
 def summary(plain: dict[str, Any], embedded: dict[str, Any], files: dict[str, float], dtype: str) -> dict[str, Any]:
     """The figures of the last line."""
     itemsize = getattr(torch, dtype).itemsize
-    embeddings = CONFIG["vocab_size"] * CONFIG["hidden_size"] * itemsize  # type: ignore[operator]
-    layer = (plain["num_bytes"] - embeddings) / CONFIG["num_hidden_layers"]  # type: ignore[operator]
+    embeddings = CONFIG["vocab_size"] * CONFIG["hidden_size"] * itemsize
+    layer = (plain["num_bytes"] - embeddings) / CONFIG["num_hidden_layers"]
     return {
         "share_of_memcpy": plain["num_bytes"] / plain["seconds"] / plain["memcpy"],
         "share_of_memcpy_fastest": plain["num_bytes"] / plain["fastest"] / plain["memcpy"],

@@ -82,6 +82,21 @@ def test_run_loses_a_worker_in_a_rollout_and_one_in_an_update_and_no_sample(tmp_
         assert row["mismatch"] <= LARGEST_DIFFERENCE and row["canary"] <= LARGEST_DIFFERENCE
 
 
+def test_answers_cut_off_in_one_rollout_go_on_in_the_next(tmp_path: Path) -> None:
+    rows, _ = train(
+        tmp_path,
+        *("--partial-rollout", "--oversampling", "2", "--rollout-max-batch-size", "3", "--num-rollouts", "6"),
+        # Weights that stay the same: log-probs of both parts must then be the actor's.
+        *("--lr", "0"),
+    )
+    assert sum(row["prompts/unfinished"] for row in rows) > 0
+    assert sum(row["samples/continued"] for row in rows) > 0
+    for number, row in enumerate(rows, start=1):
+        assert row["groups/total"] == 4
+        assert sorted(answers(tmp_path, number).values()) == [2] * 4
+        assert row["mismatch"] <= LARGEST_DIFFERENCE
+
+
 def test_canary_ends_a_run_whose_engine_takes_one_norm_for_the_other(tmp_path: Path) -> None:
     found = start(tmp_path, "--engine", "tests.e2e.faulty_engines:SwappingEngine", "--num-rollouts", "1")
     assert found.returncode == 1
