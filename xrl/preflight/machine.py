@@ -35,8 +35,7 @@ def check_machine(settings: Settings) -> None:
         )
     if settings.rollout.weight_transport == "cuda_ipc" and not _has_cuda_driver():
         raise SettingsError(
-            "--weight-transport cuda_ipc needs a CUDA device, and this machine has no CUDA driver: use shared_memory or "
-            "auto"
+            "--weight-transport cuda_ipc needs a CUDA device, and this machine has no CUDA driver: use shared_memory"
         )
 
 
