@@ -103,13 +103,14 @@ class Trainer:
     def sample(self, index: int) -> list[Sample]:
         """Answers to the next prompts, judged and scored. Rank 0 only."""
         assert self.lead is not None
-        prompts = self.lead.prompts.next_batch(self.settings.data.rollout_batch_size)
+        batch, rollout = self.settings.data.rollout_batch_size, self.settings.rollout
         collected = self.lead.collector.collect(
-            prompts,
+            self.lead.prompts.next_batch(max(0, self.settings.prompts_in_flight - self.lead.collector.num_carried)),
             # Every rollout draws anew, and the same run draws the same again.
             sampling=dataclasses.replace(self.lead.sampling, seed=self.lead.sampling.seed + index),
             num_samples=self.settings.data.samples_per_prompt,
             description="training samples",
+            enough=batch if rollout.partial_rollout else None,
         )
         refuse_useless(index, collected)
         scored = self.algorithm.score(collected.groups)
@@ -118,7 +119,9 @@ class Trainer:
             **scored.metrics,
             "prompts/failed": float(collected.counts.failed),
             "prompts/retried": float(collected.counts.retried),
+            "prompts/unfinished": float(collected.counts.unfinished),
             "prompts/stale": float(collected.counts.stale),
+            "samples/continued": float(_num_continued(collected)),
             "epoch": float(self.lead.prompts.epoch),
             "response_tokens": float(collected.num_tokens),
             "tokens_per_s/rollout": collected.num_tokens / collected.seconds,
@@ -203,6 +206,11 @@ class Trainer:
         row["step_seconds"] = seconds
         row["tokens_per_s"] = row["response_tokens"] / seconds
         self.lead.journal.step(index, row, [update_row(update) for update in reports] if len(reports) > 1 else [])
+
+
+def _num_continued(collected: Collected) -> int:
+    """Answers that several versions of the weights sampled, each a part."""
+    return sum(len(rollout.completion.parts) > 1 for group in collected.groups for rollout in group.rollouts)
 
 
 def update_row(update: UpdateReport) -> dict[str, float]:

@@ -62,7 +62,8 @@ class Completion:
     token_ids: list[int]  # [L] response only
     logprobs: list[float]  # [L] of the distribution sampled from, at the sampling temperature
     finish_reason: FinishReason
-    weights_version: int  # version of the weights that sampled it
+    weights_version: int  # version of the weights that sampled it (its end, where several did)
+    parts: tuple[tuple[int, int], ...] = ()  # (weights version, tokens) of each part, where several versions sampled it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 def train(folder: Path, *flags: str, **variables: str) -> tuple[list[dict[str, float]], str]:
     """Rows of metrics, one a rollout, and what the run said."""
+    found = start(folder, *flags, **variables)
+    assert found.returncode == 0, found.stderr[-4000:]
+    (run,) = (folder / "work").iterdir()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "reward/mean" in row], found.stdout + found.stderr
+
+
+def start(folder: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A small run, to its end."""
     model = make_checkpoint(folder / "model")
     # Judged by digits: answers of a random model get different rewards, so that there is something to learn.
     data = write_rows(folder / "train.jsonl", [{"prompt": f"{n}+1=?", "ground_truth": str(n + 1)} for n in range(8)])
@@ -34,7 +43,7 @@ def train(folder: Path, *flags: str, **variables: str) -> tuple[list[dict[str, f
         "CUDA_VISIBLE_DEVICES": "",
     }
     judge = f"{Path(__file__).with_name('digits_judge.py')}:reward"
-    found = subprocess.run(
+    return subprocess.run(
         [
             *(sys.executable, "-m", "xrl.cli", "train", *run_flags(model, data, folder), "--judge", judge),
             *("--lr", "1e-3", "--no-tensorboard", *flags),
@@ -44,10 +53,6 @@ def train(folder: Path, *flags: str, **variables: str) -> tuple[list[dict[str, f
         env=environment | variables,
         timeout=300,
     )
-    assert found.returncode == 0, found.stderr[-4000:]
-    (run,) = (folder / "work").iterdir()
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "reward/mean" in row], found.stdout + found.stderr
 
 
 def answers(folder: Path, rollout: int) -> Counter[int]:
@@ -61,7 +66,7 @@ def test_run_loses_a_worker_in_a_rollout_and_one_in_an_update_and_no_sample(tmp_
     (tmp_path / "deaths").mkdir()
     rows, said = train(
         tmp_path,
-        *("--engine", "tests.e2e.dying_engine:make", "--rollout-num-workers", "3", "--num-rollouts", "7"),
+        *("--engine", "tests.e2e.faulty_engines:DyingEngine", "--rollout-num-workers", "3", "--num-rollouts", "7"),
         XRL_TEST_DEATHS=str(tmp_path / "deaths"),
     )
     assert sorted(path.name for path in (tmp_path / "deaths").iterdir()) == ["loading", "sampling"]
@@ -75,6 +80,29 @@ def test_run_loses_a_worker_in_a_rollout_and_one_in_an_update_and_no_sample(tmp_
         counts = answers(tmp_path, number)
         assert sorted(counts.values()) == [2] * 4
         assert row["mismatch"] <= LARGEST_DIFFERENCE and row["canary"] <= LARGEST_DIFFERENCE
+
+
+def test_answers_cut_off_in_one_rollout_go_on_in_the_next(tmp_path: Path) -> None:
+    rows, _ = train(
+        tmp_path,
+        *("--partial-rollout", "--oversampling", "2", "--rollout-max-batch-size", "3", "--num-rollouts", "6"),
+        # Weights that stay the same: log-probs of both parts must then be the actor's.
+        *("--lr", "0"),
+    )
+    assert sum(row["prompts/unfinished"] for row in rows) > 0
+    assert sum(row["samples/continued"] for row in rows) > 0
+    for number, row in enumerate(rows, start=1):
+        assert row["groups/total"] == 4
+        assert sorted(answers(tmp_path, number).values()) == [2] * 4
+        assert row["mismatch"] <= LARGEST_DIFFERENCE
+
+
+def test_canary_ends_a_run_whose_engine_takes_one_norm_for_the_other(tmp_path: Path) -> None:
+    found = start(tmp_path, "--engine", "tests.e2e.faulty_engines:SwappingEngine", "--num-rollouts", "1")
+    assert found.returncode == 1
+    (line,) = [line for line in found.stderr.splitlines() if line.startswith("xrl: error: ")]
+    assert line.startswith("xrl: error: CanaryFailed: canary: after the update to weights version 0 an engine's log-p")
+    assert not list((tmp_path / "work").glob("*/rollout_idx_*"))  # nothing was sampled for training
 
 
 @pytest.fixture

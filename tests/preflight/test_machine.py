@@ -22,6 +22,11 @@ def test_nccl_needs_cuda(refusal: Refusal) -> None:
     assert "--distributed-backend nccl needs CUDA" in refusal("--distributed-backend", "nccl")
 
 
+@pytest.mark.skipif(_has_cuda_driver(), reason="this machine has a CUDA driver")
+def test_cuda_ipc_needs_cuda(refusal: Refusal) -> None:
+    assert "--weight-transport cuda_ipc needs a CUDA device" in refusal("--weight-transport", "cuda_ipc")
+
+
 def test_unknown_kernels_are_refused(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XRL_KERNEL_BACKEND", "fast")
     assert "XRL_KERNEL_BACKEND=fast is unknown, known are: auto, reference, native, triton" in refusal()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xrl.weights import checksum
-from xrl.weights.checksum import ROW_BYTES, layer_checksum, tensor_checksum
+from xrl.weights.checksum import ROW_BYTES, joined_checksum, layer_checksum, partial_checksum, tensor_checksum
 
 ROW_ELEMENTS = ROW_BYTES // 2  # of bf16
 
@@ -27,6 +27,12 @@ def test_order_of_tensors_does_not_matter() -> None:
     tensors = layer()
     found = {layer_checksum({name: tensors[name] for name in names}) for names in itertools.permutations(tensors)}
     assert len(found) == 1
+
+
+def test_checksum_may_be_computed_in_parts() -> None:
+    tensors = layer()
+    parts = [partial_checksum({name: tensor}) for name, tensor in tensors.items()]
+    assert joined_checksum(reversed(parts)) == layer_checksum(tensors)
 
 
 def test_every_flipped_bit_is_noticed() -> None:
@@ -70,7 +76,6 @@ def test_accelerators_compute_the_same(num_bytes: int, monkeypatch: pytest.Monke
     tensor = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
     expected = tensor_checksum(tensor)
     monkeypatch.setattr(checksum, "_sums", checksum._device_sums)
-    monkeypatch.setattr(checksum, "_DEVICE_ROWS", 64)
     assert tensor_checksum(tensor) == expected
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from xrl.config.algorithm import AlgorithmConfig
@@ -28,6 +29,12 @@ class Settings:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def prompts_in_flight(self) -> int:
+        """Prompts that a rollout works on at once."""
+        factor = self.rollout.oversampling if self.rollout.partial_rollout else 1.0
+        return math.ceil(self.data.rollout_batch_size * factor)
 
     def __post_init__(self) -> None:
         longest = self.data.max_prompt_length + self.rollout.max_response_length

@@ -45,7 +45,7 @@ def preflight(settings: Settings, *, world_size: int) -> None:
     check_machine(settings)
     check_tokenizer(folder, vocab_size=shape.vocab_size)
     check_weights(folder, shape)
-    check_dataset(settings.data.data, min_rows=settings.data.rollout_batch_size)
+    check_dataset(settings.data.data, min_rows=settings.prompts_in_flight)
     if settings.evaluation.eval_data is not None:
         check_dataset(settings.evaluation.eval_data, min_rows=1, what="--eval-data")
     check_writable(settings.run.work_dir)

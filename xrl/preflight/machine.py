@@ -33,6 +33,10 @@ def check_machine(settings: Settings) -> None:
         raise SettingsError(
             "--distributed-backend nccl needs CUDA devices, and this machine has no CUDA driver: use gloo or auto"
         )
+    if settings.rollout.weight_transport == "cuda_ipc" and not _has_cuda_driver():
+        raise SettingsError(
+            "--weight-transport cuda_ipc needs a CUDA device, and this machine has no CUDA driver: use shared_memory"
+        )
 
 
 def _check_kernel_backend(name: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from xrl.rewards import JudgePool, Verdict
+from xrl.rollout.partial import GroupInProgress, is_whole
 from xrl.rollout.pool import RolloutCounts, WorkerPool
 from xrl.types import Completion, GenerateRequest, Group, Prompt, Rollout, SamplingParams
 
@@ -42,9 +44,21 @@ class Collector:
         self.pool = pool
         self.tokenizer = tokenizer
         self.judge = judge
+        self._carried: list[GroupInProgress] = []
+
+    @property
+    def num_carried(self) -> int:
+        """Groups that were cut off, or came too late, in the last rollout with `enough`."""
+        return len(self._carried)
 
     def collect(
-        self, prompts: Sequence[Prompt], *, sampling: SamplingParams, num_samples: int, description: str
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        sampling: SamplingParams,
+        num_samples: int,
+        description: str,
+        enough: int | None = None,
     ) -> Collected:
         """Draw `num_samples` answers to every prompt and judge them.
 
@@ -53,59 +67,95 @@ class Collector:
         Args:
             sampling: its seed is that of the rollout; each prompt draws from its own.
             description: what the bar says it is for, "training samples" say.
+            enough: stop when so many groups are whole, the carried ones first among them. The others are carried into
+                the next such call, and go on there from the tokens they have.
         """
         start = time.perf_counter()
         counts = RolloutCounts()
-        requests = [_request(place, prompt, sampling, num_samples) for place, prompt in enumerate(prompts)]
-        judged: dict[int, list[tuple[Completion, str, Future[Verdict]]]] = {}
-        has_terminal = sys.stderr.isatty()
-        said = start
-        with tqdm(
-            total=len(prompts),
-            desc=f"rollout_controller for {description}",
-            disable=not has_terminal,
-            leave=False,
-        ) as bar:
-            for place, completions in self.pool.generate(requests, counts):
-                if completions is not None and _is_whole(completions):
-                    judged[place] = [self._judge(prompts[place], completion) for completion in completions]
-                elif completions is not None:
-                    counts.finished -= 1
-                    counts.failed += 1
-                bar.update()
-                if not has_terminal and time.perf_counter() - said > PROGRESS_S:
-                    said = time.perf_counter()
-                    logger.info("%s: %d of %d prompts done", description, counts.finished + counts.failed, len(prompts))
-        groups = [
-            Group(rollouts=tuple(_rollout(prompts[place], *parts) for parts in judged[place]))
+        groups = [*(self._take_carried() if enough is not None else []), *(GroupInProgress(prompt=p) for p in prompts)]
+        asked: list[tuple[int, list[int]]] = []  # of each request: its group, and the samples it is for
+        requests: list[GenerateRequest] = []
+        for place, group in enumerate(groups):
+            asked += [(place, samples) for samples in group.places(num_samples)]
+            requests += group.requests(*_named(place, sampling, num_samples))
+        judged = {place: self._judge_all(group) for place, group in enumerate(groups) if group.is_whole}
+        if enough is not None and len(judged) >= enough:
+            requests = []
+        failed: set[int] = set()
+        with self._progress(len(requests), description) as advance:
+            for number, completions in self.pool.generate(requests, counts):
+                place, samples = asked[number]
+                group = groups[place]
+                if completions:
+                    group.take(samples, completions)
+                if completions is None:
+                    failed.add(place)
+                elif not completions or not all(map(is_whole, completions)):
+                    counts.finished -= bool(completions)
+                    counts.unfinished += 1
+                if group.is_whole and place not in judged:
+                    judged[place] = self._judge_all(group)
+                    if enough is not None and len(judged) >= enough:
+                        self.pool.cut_short()
+                advance(counts)
+        if enough is None:
+            counts.failed, counts.unfinished = counts.failed + counts.unfinished, 0
+        else:
+            late = list(judged)[enough:]
+            self._carried = [
+                group
+                for place, group in enumerate(groups)
+                if place not in failed and (place in late or place not in judged)
+            ]
+            judged = {place: parts for place, parts in judged.items() if place not in late}
+        found = [
+            Group(rollouts=tuple(_rollout(groups[place].prompt, *parts) for parts in judged[place]))
             for place in sorted(judged)
         ]
         _log_counts(description, counts)
         return Collected(
-            groups=groups,
+            groups=found,
             counts=counts,
             seconds=time.perf_counter() - start,
-            num_tokens=sum(len(r.completion.token_ids) for group in groups for r in group.rollouts),
+            num_tokens=sum(len(r.completion.token_ids) for group in found for r in group.rollouts),
         )
+
+    @contextlib.contextmanager
+    def _progress(self, total: int, description: str) -> Iterator[Callable[[RolloutCounts], None]]:
+        """A bar on a terminal, a line now and then elsewhere."""
+        has_terminal = sys.stderr.isatty()
+        said = time.perf_counter()
+        with tqdm(
+            total=total, desc=f"rollout_controller for {description}", disable=not has_terminal, leave=False
+        ) as bar:
+
+            def advance(counts: RolloutCounts) -> None:
+                nonlocal said
+                bar.update()
+                if not has_terminal and time.perf_counter() - said > PROGRESS_S:
+                    said = time.perf_counter()
+                    done = counts.finished + counts.failed + counts.unfinished
+                    logger.info("%s: %d of %d prompts done", description, done, total)
+
+            yield advance
+
+    def _take_carried(self) -> list[GroupInProgress]:
+        carried, self._carried = self._carried, []
+        return carried
+
+    def _judge_all(self, group: GroupInProgress) -> list[tuple[Completion, str, Future[Verdict]]]:
+        return [self._judge(group.prompt, completion) for completion in group.answers]
 
     def _judge(self, prompt: Prompt, completion: Completion) -> tuple[Completion, str, Future[Verdict]]:
         response = str(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
         return completion, response, self.judge.submit(response, prompt)
 
 
-def _request(place: int, prompt: Prompt, sampling: SamplingParams, num_samples: int) -> GenerateRequest:
+def _named(place: int, sampling: SamplingParams, num_samples: int) -> tuple[SamplingParams, int, str]:
+    """Sampling, number of samples and name of a group's requests."""
     # The place, not the prompt's id: a batch that crosses an epoch may hold a prompt twice.
     seed = (sampling.seed * _SEED_STEP + place) % 2**63
-    return GenerateRequest(
-        id=f"{sampling.seed}-{place}",
-        token_ids=prompt.token_ids,
-        num_samples=num_samples,
-        sampling=dataclasses.replace(sampling, seed=seed),
-    )
-
-
-def _is_whole(completions: Sequence[Completion]) -> bool:
-    return all(completion.finish_reason in ("stop", "length") for completion in completions)
+    return dataclasses.replace(sampling, seed=seed), num_samples, f"{sampling.seed}-{place}"
 
 
 def _rollout(prompt: Prompt, completion: Completion, response: str, verdict: Future[Verdict]) -> Rollout:

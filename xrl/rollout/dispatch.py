@@ -24,6 +24,7 @@ logger = logging.getLogger("xrl")
 QUEUE_AHEAD = 1.25
 # An abort is answered at once, or not at all.
 ABORT_TIMEOUT_S = 5.0
+ABORT_AGAIN_S = 0.1
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Dispatch:
         self._results: queue.Queue[Any] = queue.Queue()
         self._loads: dict[int, _Load] = {}
         self._changed = asyncio.Condition()
+        self._is_cut_short = self._has_ended = False
 
     def next_result(self) -> tuple[int, list[Completion] | None]:
         """Wait for the next request to finish: its place, and its completions or None.
@@ -84,14 +86,28 @@ class Dispatch:
         except BaseException as error:
             self._results.put(error)
         finally:
+            self._has_ended = True
             for task in tasks:
                 task.cancel()
+
+    async def cut_short(self) -> None:
+        """Start no more requests, and end those that run: all come back as they are, some without an answer."""
+        self._is_cut_short = True
+        async with self._changed:
+            self._changed.notify_all()
+        while not self._has_ended:  # again, for those that were on their way to a worker
+            await asyncio.gather(*(self._abort(worker, None) for worker in self.pool.alive))
+            await asyncio.sleep(ABORT_AGAIN_S)
 
     async def _generate(self, place: int, request: GenerateRequest) -> None:
         avoid: int | None = None
         for attempt in range(self.config.rollout_max_retries + 1):
             self.counts.retried += attempt > 0
             worker = await self._take_worker(request, avoid)
+            if self._is_cut_short:
+                await self._give_back(worker, request)
+                self._results.put((place, []))
+                return
             life = self.pool.life(worker)
             # A name of its own for each try: the engine may not be rid of the last one yet.
             this_try = dataclasses.replace(request, id=f"{request.id}.{attempt}") if attempt else request
@@ -128,10 +144,11 @@ class Dispatch:
             raise StaleAnswer(f"sampled with weights version {versions}, not {expected}")
         return completions
 
-    async def _abort(self, worker: WorkerHandle, request_id: str) -> None:
-        """Of a request that nobody waits for any more; hanging up should do, but not every engine notices."""
+    async def _abort(self, worker: WorkerHandle, request_id: str | None) -> None:
+        """Of a request that nobody waits for any more, or all; hanging up should do, but not every engine notices."""
+        body = {"abort_all": True} if request_id is None else {"request_id": request_id}
         with contextlib.suppress(RuntimeError, TimeoutError):
-            await self.pool.post(worker, protocol.ABORT, {"request_id": request_id}, timeout_s=ABORT_TIMEOUT_S)
+            await self.pool.post(worker, protocol.ABORT, body, timeout_s=ABORT_TIMEOUT_S)
 
     async def _take_worker(self, request: GenerateRequest, avoid: int | None) -> WorkerHandle:
         """The least loaded worker with room; another than the one that just failed, where there is one."""
@@ -143,7 +160,7 @@ class Dispatch:
                 loads = {worker.number: self._loads.setdefault(worker.number, _Load()) for worker in candidates}
                 worker = min(candidates, key=lambda candidate: loads[candidate.number].tokens)
                 load = loads[worker.number]
-                if load.sequences == 0 or load.sequences + request.num_samples <= limit:
+                if self._is_cut_short or load.sequences == 0 or load.sequences + request.num_samples <= limit:
                     load.sequences += request.num_samples
                     load.tokens += _tokens(request)
                     return worker

@@ -37,7 +37,6 @@ T = TypeVar("T")
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 3.0
-ABORT_TIMEOUT_S = 30.0
 
 
 @dataclass
@@ -103,6 +102,7 @@ class WorkerPool:
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-pool", daemon=True)
         self._thread.start()
         self._session: aiohttp.ClientSession | None = None
+        self._dispatch: Dispatch | None = None  # of the last call of `generate`
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -240,7 +240,7 @@ class WorkerPool:
             WorkerGone: the last worker died.
         """
         self.wait_until_ready()
-        dispatch = Dispatch(self, counts)
+        dispatch = self._dispatch = Dispatch(self, counts)
         running = self.start(dispatch.run(requests))
         try:
             for _ in requests:
@@ -273,19 +273,10 @@ class WorkerPool:
         _ = self.alive
         return [answer for answer in answers if answer is not None]
 
-    def abort_all(self) -> None:
-        """End what the workers are sampling: it comes back as it is, with finish_reason "abort"."""
-
-        async def abort(worker: WorkerHandle) -> None:
-            try:
-                await self.post(worker, protocol.ABORT, {"abort_all": True}, timeout_s=ABORT_TIMEOUT_S)
-            except (RuntimeError, TimeoutError) as error:
-                logger.warning("rollout worker %d: %s", worker.number, error)
-
-        async def abort_everywhere() -> None:
-            await asyncio.gather(*(abort(worker) for worker in self.workers if self._is_ready(worker)))
-
-        self.start(abort_everywhere()).result()
+    def cut_short(self) -> None:
+        """End the rollout that `generate` is at: what is left of it comes back at once, as it is."""
+        if self._dispatch is not None:
+            self.start(self._dispatch.cut_short())
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run it in the pool's thread."""

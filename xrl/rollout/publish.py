@@ -21,6 +21,7 @@ from xrl.rollout.pool import WorkerPool
 from xrl.rollout.process import WorkerGone, WorkerHandle
 from xrl.types import WeightBucket
 from xrl.weights.checksum import layer_checksum
+from xrl.weights.shared_export import ProvenBucket
 from xrl.weights.transport import Manifest, TransportError, create_sender, shared_memory
 
 logger = logging.getLogger("xrl")
@@ -95,7 +96,9 @@ class Publisher:
         self.pool.start(self._to_all(workers, self._connect, "connecting for weights")).result()
         sending: Future[None] | None = None
         for bucket in buckets:
-            manifest = Manifest.of(bucket, where=self._sender.put(bucket), checksum=layer_checksum(bucket.tensors))
+            where = self._sender.put(bucket)
+            checksum = bucket.checksum if isinstance(bucket, ProvenBucket) else layer_checksum(bucket.tensors)
+            manifest = Manifest.of(bucket, where=where, checksum=checksum)
             if sending is not None:
                 sending.result()
             parcel = _Parcel(name=f"weights version {version}, {bucket.layer}", bucket=bucket, manifest=manifest)

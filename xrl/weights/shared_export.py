@@ -3,25 +3,35 @@
 Nothing is sent and nothing gathered: a layer's bytes are copied once, by the ranks at the same time, into memory that
 rank 0 keeps (see xrl.weights.transport.shared_memory).
 
-    rank 0    room for i | write | all have written | yield i, the consumer sends it | room for i + 1 | ...
-    rank r                 write | all have written | wait for room for i + 1 ..
+    rank 0    room for i | write | all have written | checksum a share | yield i, the consumer sends it | ...
+    rank r                 write | all have written | checksum a share | wait for room for i + 1
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from xrl.models.shape import ModelShape
 from xrl.parallel.groups import ParallelGroups
 from xrl.types import WeightBucket
+from xrl.weights.checksum import joined_checksum, partial_checksum
 from xrl.weights.export import export_into
 from xrl.weights.plan import Plan, plan
 from xrl.weights.slices import Weights, has_engine_layers
 from xrl.weights.transport import TensorEntry
 from xrl.weights.transport.shared_memory import Receiver, Sender
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProvenBucket(WeightBucket):
+    """A bucket whose checksum is known."""
+
+    checksum: str
 
 
 class SharedExporter:
@@ -35,7 +45,7 @@ class SharedExporter:
         self._plan: Plan | None = None
 
     @torch.no_grad()
-    def stream(self, weights: Weights, sender: Sender | None, *, version: int) -> Iterator[WeightBucket]:
+    def stream(self, weights: Weights, sender: Sender | None, *, version: int) -> Iterator[ProvenBucket]:
         """Yield embeddings, then each decoder layer, then final norm and head: on rank 0 only.
 
         Collective: every rank must run the generator to its end.
@@ -56,8 +66,17 @@ class SharedExporter:
             if self._place in self._plan.holders(part):
                 export_into(weights, self._plan, self._place, part, tensors)
             dist.barrier(self.groups.control)
-            if sender is not None:
-                yield WeightBucket(version=version, layer=part, tensors=tensors)
+            checksum = self._checksum(tensors)
+            if checksum is not None:
+                yield ProvenBucket(version=version, layer=part, tensors=tensors, checksum=checksum)
+
+    def _checksum(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Of all of them, on rank 0; each rank reads its share."""
+        rank, size = self.groups.rank, self.groups.layout.world_size
+        mine = partial_checksum({name: tensors[name] for name in list(tensors)[rank::size]})
+        everyone = [torch.zeros(1, dtype=torch.long) for _ in range(size)] if rank == 0 else None
+        dist.gather(torch.tensor([mine]), everyone, group_dst=0, group=self.groups.control)
+        return None if everyone is None else joined_checksum(int(share) for share in everyone)
 
     def _from_root(self, where: dict[str, object], num_tensors: int) -> dict[str, object]:
         """What rank 0 holds, on every rank: four numbers and an offset for each tensor."""

@@ -112,8 +112,8 @@ class Sender(Protocol):
     Of each bucket: `put` once, then `send` to each worker, beside the manifest.
     """
 
-    # Whether a bucket that was put needs its tensors no more: the next one may then be gathered, and be put, while it is
-    # being sent. Not the next but one.
+    # Whether a bucket that was put needs its tensors no more: the next one may then be gathered, and be put, while it
+    # is being sent. Not the next but one.
     copies: bool
 
     def invite(self, worker: int, host: str) -> dict[str, Any]:

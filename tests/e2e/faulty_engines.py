@@ -1,16 +1,13 @@
-"""The embedded engine, but two of a run's workers are killed by it, each once: `--engine tests.e2e.dying_engine:make`.
-
-One in the middle of a rollout, one in the middle of an update. The first to create the file of a death dies it.
-"""
+"""The embedded engine with something wrong: `--engine tests.e2e.faulty_engines:DyingEngine` say."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from xrl.rollout.embedded.engine import EmbeddedEngine
 from xrl.types import Completion, GenerateRequest, WeightBucket
@@ -20,6 +17,11 @@ DIES_SAMPLING, DIES_LOADING = 2, 4
 
 
 class DyingEngine(EmbeddedEngine):
+    """Two of a run's workers are killed, each once: in the middle of a rollout and in the middle of an update.
+
+    The first to create the file of a death dies it.
+    """
+
     def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
         future = super().submit(request)
         if self.weights_version == DIES_SAMPLING and not request.id.startswith("canary") and _is_first("sampling"):
@@ -44,5 +46,14 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make(**settings: Any) -> DyingEngine:
-    return DyingEngine(**settings)
+class SwappingEngine(EmbeddedEngine):
+    """Takes each of a layer's two norms for the other."""
+
+    def load_layer(self, bucket: WeightBucket) -> None:
+        swapped = {_other_norm(name): tensor for name, tensor in bucket.tensors.items()}
+        super().load_layer(dataclasses.replace(bucket, tensors=swapped))
+
+
+def _other_norm(name: str) -> str:
+    first, second = "input_layernorm", "post_attention_layernorm"
+    return name.replace(first, second) if first in name else name.replace(second, first)

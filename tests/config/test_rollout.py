@@ -1,0 +1,40 @@
+"""Settings of rollout workers and weight updates that cannot be right."""
+
+from __future__ import annotations
+
+import pytest
+
+from xrl.config import RolloutConfig, SettingsError
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"on_lost_worker": "wait"}, "--on-lost-worker must be one of continue, stop, got 'wait'"),
+        ({"weight_transport": "http"}, "--weight-transport must be one of auto, shared_memory, cuda_ipc, broadcast"),
+        ({"rollout_max_restarts": -1}, "--rollout-max-restarts must be >= 0"),
+        ({"weight_sync_timeout_s": 0.0}, "--weight-sync-timeout-s > 0"),
+        ({"oversampling": 0.5}, "--oversampling must be >= 1, got 0.5"),
+        ({"canary_tokens": -1}, "--canary-tokens must be >= 0, got -1"),
+        ({"canary_stop": 0.0}, "--canary-stop must be > 0, got 0"),
+        ({"rollout_worker_urls": "host"}, "--rollout-worker-urls needs host:port,host:port, found 'host'"),
+        ({"rollout_worker_urls": "host:99999"}, "--rollout-worker-urls needs host:port"),
+        ({"rollout_worker_urls": "a:1,a:1"}, "--rollout-worker-urls a:1,a:1 names a worker twice"),
+        ({"rollout_worker_urls": "a:1", "rollout_num_workers": 2}, "--rollout-num-workers starts workers here"),
+        (
+            {"rollout_worker_urls": "a:1", "weight_transport": "shared_memory"},
+            "--weight-transport shared_memory reaches workers on this host only",
+        ),
+    ],
+)
+def test_is_refused_in_a_sentence(settings: dict[str, object], sentence: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        RolloutConfig(**settings)  # type: ignore[arg-type]
+    assert sentence in str(caught.value)
+
+
+def test_workers_elsewhere_are_reached_by_broadcast() -> None:
+    config = RolloutConfig(rollout_worker_urls="10.0.0.2:7000, http://b:80/")
+    assert config.worker_addresses == [("10.0.0.2", 7000), ("b", 80)]
+    assert config.chosen_transport == "broadcast"
+    assert RolloutConfig().chosen_transport == "shared_memory"

@@ -1,0 +1,167 @@
+"""Buckets through every transport that runs without a GPU: whole, in place, and again and again."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from xrl.types import WeightBucket
+from xrl.weights.checksum import layer_checksum
+from xrl.weights.transport import Manifest, Receiver, Sender, TransportError, create_receiver, create_sender
+from xrl.weights.transport.broadcast import address_towards
+from xrl.weights.transport.shared_memory import Sender as SharedMemorySender
+
+CPU = torch.device("cpu")
+ON_CPU = ["in_process", "shared_memory", "broadcast"]
+
+
+def bucket(layer: str, *, rows: int = 3, seed: int = 0) -> WeightBucket:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        "a": torch.randn(rows, 5, generator=generator),
+        "b": torch.randn(7, generator=generator).bfloat16(),
+        "transposed": torch.randn(4, rows, generator=generator).T,
+        "scalar": torch.tensor(float(seed)),
+        "empty": torch.empty(0, 3),
+    }
+    return WeightBucket(version=seed, layer=layer, tensors=tensors)
+
+
+def connect(name: str, *, timeout_s: float = 20.0, worker: int = 0) -> tuple[Sender, Receiver]:
+    sender = create_sender(name, timeout_s=timeout_s, device=CPU)
+    return sender, meet(sender, name, timeout_s=timeout_s, worker=worker)
+
+
+def meet(sender: Sender, name: str, *, timeout_s: float = 20.0, worker: int = 0) -> Receiver:
+    invitation = json.loads(json.dumps(sender.invite(worker, "127.0.0.1")))
+    accepting = threading.Thread(target=sender.accept, args=(worker,))
+    accepting.start()
+    receiver = create_receiver(name, invitation, timeout_s=timeout_s, device=CPU)
+    accepting.join()
+    return receiver
+
+
+def deliver(sender: Sender, receiver: Receiver, sent: WeightBucket, *, worker: int = 0) -> dict[str, torch.Tensor]:
+    manifest = Manifest.of(sent, checksum=layer_checksum(sent.tensors), where=sender.put(sent))
+    sending = threading.Thread(target=sender.send, args=(worker, sent))
+    sending.start()
+    read = Manifest.from_json(json.loads(json.dumps(manifest.to_json())))
+    tensors = receiver.receive(read)
+    sending.join()
+    assert layer_checksum(tensors) == read.checksum
+    return tensors
+
+
+@pytest.fixture(params=ON_CPU)
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Sender, Receiver]]:
+    sender, receiver = connect(request.param)
+    yield sender, receiver
+    receiver.close()
+    sender.close()
+
+
+def test_buckets_of_any_size_arrive_bit_by_bit(pair: tuple[Sender, Receiver]) -> None:
+    for seed, rows in enumerate((3, 400, 1, 400, 2000)):
+        sent = bucket(f"layers.{seed}", rows=rows, seed=seed)
+        found = deliver(*pair, sent)
+        assert list(found) == list(sent.tensors)
+        for name, tensor in sent.tensors.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+
+
+def test_shared_memory_holds_a_bucket_while_the_next_one_is_put() -> None:
+    sender, receiver = connect("shared_memory")
+    buckets = [bucket(f"layers.{seed}", rows=rows, seed=seed) for seed, rows in enumerate((900, 50, 60, 70, 80, 900))]
+    manifests = []
+    for sent in buckets:
+        manifests.append(Manifest.of(sent, checksum=layer_checksum(sent.tensors), where=sender.put(sent)))
+        for manifest in manifests[-2:]:
+            assert layer_checksum(receiver.receive(manifest)) == manifest.checksum
+    sender.close()
+
+
+def test_shared_memory_grows_to_the_largest_bucket_and_two_others() -> None:
+    sender = SharedMemorySender()
+    large, small = bucket("embeddings", rows=100_000), bucket("layers.0", rows=1_000)
+    sizes = []
+    for _ in range(20):
+        for sent in (large, small, small, small, large):
+            sender.put(sent)
+        sizes.append(sender.num_bytes)
+    one = sum(tensor.nbytes for tensor in small.tensors.values())
+    assert len(set(sizes[1:])) == 1
+    assert sizes[-1] <= 2 * sum(tensor.nbytes for tensor in large.tensors.values()) + 2 * one + 4096
+    sender.close()
+
+
+def test_broadcast_to_one_worker_goes_on_when_another_is_gone() -> None:
+    sender, first = connect("broadcast")
+    second = meet(sender, "broadcast", worker=1)
+    first.close()
+    sent = bucket("layers.0", rows=200_000)
+    sender.put(sent)
+    with pytest.raises(TransportError, match="sending a"):
+        sender.send(0, sent)
+    assert torch.equal(deliver(sender, second, bucket("layers.1"), worker=1)["a"], bucket("layers.1").tensors["a"])
+    sender.disconnect(0)
+    again = meet(sender, "broadcast", worker=0)  # the pair is rebuilt alone
+    assert torch.equal(deliver(sender, again, bucket("layers.2"))["b"], bucket("layers.2").tensors["b"])
+
+
+def test_broadcast_does_not_wait_for_ever_for_a_worker_that_takes_nothing() -> None:
+    sender, receiver = connect("broadcast", timeout_s=0.5)
+    sent = bucket("layers.0", rows=2_000_000)
+    with pytest.raises(TransportError, match="sending a"):
+        sender.send(0, sent)
+    receiver.close()
+
+
+def test_broadcast_names_a_publisher_that_is_not_there() -> None:
+    invitation = {"host": "127.0.0.1", "port": 9, "prefix": "weights/1", "backend": "gloo"}
+    with pytest.raises(TransportError, match="cannot be reached at 127.0.0.1:9"):
+        create_receiver("broadcast", invitation, timeout_s=0.3, device=CPU)
+
+
+def test_own_address_is_the_one_on_the_way_to_the_other() -> None:
+    assert address_towards("127.0.0.1") == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": "float99"}, {"shape": [10**9]}, {"dtype": "load"}], ids=["dtype", "size", "no dtype"]
+)
+def test_manifest_that_cannot_be_right_is_refused(change: dict[str, object]) -> None:
+    sender, receiver = connect("shared_memory")
+    sent = bucket("layers.0")
+    data = Manifest.of(sent, checksum="", where=sender.put(sent)).to_json()
+    data["tensors"] = [dict(data["tensors"][0], **change), *data["tensors"][1:]]
+    with pytest.raises(ValueError):
+        receiver.receive(Manifest.from_json(data))
+    sender.close()
+
+
+def test_cuda_ipc_is_refused_where_there_is_no_cuda() -> None:
+    with pytest.raises(TransportError, match="needs weights on CUDA"):
+        create_sender("cuda_ipc", timeout_s=1.0, device=CPU)
+
+
+@pytest.mark.gpu
+def test_cuda_ipc_shares_memory_with_another_process() -> None:
+    import multiprocessing
+
+    sender = create_sender("cuda_ipc", timeout_s=20.0, device=torch.device("cuda"))
+    tensors = {"a": torch.randn(300, 5, device="cuda"), "b": torch.arange(7.0, device="cuda").bfloat16()}
+    sent = WeightBucket(version=0, layer="layers.0", tensors=tensors)
+    manifest = Manifest.of(sent, checksum=layer_checksum(tensors), where=sender.put(sent)).to_json()
+    with multiprocessing.get_context("spawn").Pool(1) as other:
+        assert other.apply(_received_checksum, (json.dumps(manifest),)) == manifest["checksum"]
+
+
+def _received_checksum(text: str) -> str:
+    manifest = Manifest.from_json(json.loads(text))
+    receiver = create_receiver("cuda_ipc", {}, timeout_s=20.0, device=torch.device("cuda"))
+    return layer_checksum(receiver.receive(manifest))
