@@ -109,7 +109,7 @@ def make_checkpoint(
         config_overrides: fields of config.json, `num_hidden_layers=6` say.
     """
     model = make_model(family, tied=tied, seed=seed, **config_overrides)
-    shard_size = {} if max_shard_bytes is None else {"max_shard_size": max_shard_bytes}
+    shard_size: dict[str, Any] = {} if max_shard_bytes is None else {"max_shard_size": max_shard_bytes}
     model.save_pretrained(folder, **shard_size)
     if with_tokenizer:
         make_tokenizer(folder, model.config.vocab_size)
