@@ -26,7 +26,7 @@ class RolloutConfig:
     rollout_num_workers: int | None = None
     """Rollout worker processes, prompts are spread over them; left out: one a GPU, one on a CPU machine."""
 
-    rollout_worker_urls: str = ""
+    rollout_worker_urls: str | None = None
     """Workers on other hosts, started there with `xrl worker --host ADDRESS`, as host:port,host:port; none is started
     here then."""
 
@@ -126,7 +126,7 @@ class RolloutConfig:
     @property
     def worker_addresses(self) -> list[tuple[str, int]]:
         """(host, port) of each worker of --rollout-worker-urls."""
-        return [_address(part) for part in self.rollout_worker_urls.split(",") if part.strip()]
+        return [_address(part) for part in (self.rollout_worker_urls or "").split(",") if part.strip()]
 
     @property
     def chosen_transport(self) -> str:
