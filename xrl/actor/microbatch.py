@@ -19,9 +19,9 @@ from xrl.models.shape import ModelShape
 from xrl.parallel.groups import ParallelGroups
 from xrl.types import Sample
 
-# Lengths that differ by a few tokens would scatter memory: the allocator could not use what one micro-batch freed for
-# the next. And oneDNN, which multiplies bf16, compiles its products anew for each length, and keeps them all.
-CPU_LENGTH_MULTIPLE = 64
+# oneDNN, which multiplies bf16 on the CPU, compiles its products anew for each length it meets and keeps them all:
+# without this, memory would grow with every rollout.
+ONEDNN_LENGTH_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +79,8 @@ class MicrobatchMaker:
 
     def _microbatch(self, samples: Sequence[Sample], weights: Sequence[float], indices: Sequence[int]) -> Microbatch:
         multiple = self.groups.layout.tensor_size if self.sequence_parallel else 1
-        if self.groups.device.type == "cpu":
-            multiple *= CPU_LENGTH_MULTIPLE
+        if self.groups.device.type == "cpu" and self.dtype == torch.bfloat16:
+            multiple *= ONEDNN_LENGTH_MULTIPLE
         if self.data.micro_batch_size is None:
             packed = pack(samples, indices, share_prompts=self.shares_prompts, multiple=multiple)
             height, width = 1, len(packed.token_ids)

@@ -7,6 +7,8 @@ benchmarks/matmul.py` compares it with oneDNN and MKL: about as fast as the bett
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -15,12 +17,16 @@ from xrl.kernels.native import native_module
 
 def has_matmul(*matrices: Tensor) -> bool:
     """Whether the kernel takes such matrices together: fp32, on a CPU that it has vector instructions for."""
+    for matrix in matrices:
+        if matrix.dtype != torch.float32 or matrix.device.type != "cpu":
+            return False
+    return _has_vectors()
+
+
+@cache
+def _has_vectors() -> bool:
     module = native_module()
-    return (
-        module is not None
-        and all(matrix.device.type == "cpu" and matrix.dtype == torch.float32 for matrix in matrices)
-        and module.cpu_isa() != "scalar"
-    )
+    return module is not None and module.cpu_isa() != "scalar"
 
 
 def matmul_into(a: Tensor, b: Tensor, out: Tensor, *, adds: bool = False) -> None:
@@ -37,7 +43,7 @@ def matmul_into(a: Tensor, b: Tensor, out: Tensor, *, adds: bool = False) -> Non
         raise ValueError(
             f"a [M, K], b [K, N] and out [M, N] are needed, got {list(a.shape)}, {list(b.shape)} and {list(out.shape)}"
         )
-    if any(matrix.dtype != torch.float32 or matrix.device.type != "cpu" for matrix in (a, b, out)):
+    if not a.dtype == b.dtype == out.dtype == torch.float32 or a.is_cuda or b.is_cuda or out.is_cuda:
         raise ValueError(f"fp32 matrices on the CPU are needed, got {a.dtype}, {b.dtype} and {out.dtype}")
     if out.shape[1] > 1 and out.stride(1) != 1:
         raise ValueError(f"the rows of out must be contiguous, got strides {list(out.stride())}")
