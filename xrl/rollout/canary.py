@@ -95,7 +95,12 @@ class Canary:
             CanaryFailed: it is over the threshold for stopping, or not a number.
         """
         worst = max(differences, key=lambda value: math.inf if math.isnan(value) else value, default=0.0)
-        if not worst <= self.stop:
+        if not math.isfinite(worst):
+            raise CanaryFailed(
+                f"canary: after the update to weights version {self.pool.version} log-probs of an engine or the actor "
+                f"are not finite: the weights hold NaN or infinity, or one of the two computes it"
+            )
+        if worst > self.stop:
             raise CanaryFailed(
                 f"canary: after the update to weights version {self.pool.version} an engine's log-probs differ from "
                 f"the actor's by {worst:.3g} on average, more than --canary-stop {self.stop:g}: the engine computes "
