@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from xrl.rollout.engine import EngineError
 from xrl.types import Completion, GenerateRequest, WeightBucket
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +65,7 @@ class HoldingEngine:
         self.tensors: dict[str, Tensor] = {}
 
     def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
-        raise NotImplementedError
+        raise EngineError("this engine holds weights and cannot generate")
 
     def load_layer(self, bucket: WeightBucket) -> None:
         for name, tensor in bucket.tensors.items():

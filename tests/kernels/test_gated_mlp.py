@@ -63,3 +63,15 @@ def test_a_second_backward_pass_is_refused() -> None:
     out.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="the backward pass can run once"):
         out.backward()
+
+
+def test_weights_too_large_to_pack_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for most_packed in (1 << 20, 0):
+        monkeypatch.setattr("xrl.kernels.gated_mlp._MOST_PACKED_BYTES", most_packed)
+        tensors = inputs(33, 1, 40, ffn=130, dtype=torch.float32)
+        out = gated_mlp(*tensors)
+        out.backward(torch.ones_like(out))
+        results.append([out.detach(), *(tensor.grad for tensor in tensors)])
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-5)

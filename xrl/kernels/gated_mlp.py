@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from xrl.kernels.layer_ops import is_native, reference_swiglu, swiglu_gradient_into, swiglu_into
 from xrl.kernels.linear import weight_gradient
-from xrl.kernels.matmul import has_matmul
+from xrl.kernels.matmul import has_matmul, matmul
 from xrl.kernels.native import native_module
 
 _MOST_PACKED_BYTES = 64 << 20
@@ -46,11 +46,10 @@ def reference_gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        hidden = x.new_empty(x.shape[0], gate_up.shape[0])
         ctx.save_for_backward(x, gate_up, down)
         # Not saved: autograd would refuse that the backward pass overwrites it.
-        ctx.hidden = hidden
         if _is_fused(x, gate_up, down):
+            ctx.hidden = hidden = x.new_empty(x.shape[0], gate_up.shape[0])
             out = x.new_empty(x.shape[0], down.shape[0])
             _kernels().gated_mlp_forward(
                 x.data_ptr(),
@@ -61,10 +60,10 @@ class _GatedMLP(torch.autograd.Function):
                 torch.get_num_threads(),
             )
             return out
-        torch.matmul(x, gate_up.t(), out=hidden)
+        ctx.hidden = hidden = matmul(x, gate_up.t())
         activated = hidden.new_empty(len(hidden), hidden.shape[1] // 2)
         swiglu_into(hidden, activated)
-        return activated @ down.t()
+        return matmul(activated, down.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -74,8 +73,8 @@ class _GatedMLP(torch.autograd.Function):
             raise RuntimeError("gated_mlp: the backward pass can run once: it overwrites what the forward pass kept")
         grad = grads[0].contiguous()
         needs_x, needs_gate_up, needs_down = ctx.needs_input_grad
-        grad_x = torch.empty_like(x) if needs_x else None
         if _is_fused(x, gate_up, down):
+            grad_x = torch.empty_like(x) if needs_x else None
             activated = hidden.new_empty(len(hidden), down.shape[1])
             _kernels().gated_mlp_backward(
                 grad.data_ptr(),
@@ -87,10 +86,9 @@ class _GatedMLP(torch.autograd.Function):
                 torch.get_num_threads(),
             )
         else:
-            activated = grad @ down  # its gradient, until the next line
+            activated = matmul(grad, down)  # its gradient, until the next line
             swiglu_gradient_into(hidden, activated, hidden, out=activated)
-            if grad_x is not None:
-                torch.matmul(hidden, gate_up, out=grad_x)
+            grad_x = matmul(hidden, gate_up) if needs_x else None
         grad_down = weight_gradient(grad, activated, down) if needs_down else None
         grad_gate_up = weight_gradient(hidden, x, gate_up) if needs_gate_up else None
         return grad_x, grad_gate_up, grad_down

@@ -43,7 +43,7 @@ def matmul_into(a: Tensor, b: Tensor, out: Tensor, *, adds: bool = False) -> Non
         raise ValueError(
             f"a [M, K], b [K, N] and out [M, N] are needed, got {list(a.shape)}, {list(b.shape)} and {list(out.shape)}"
         )
-    if not a.dtype == b.dtype == out.dtype == torch.float32 or a.is_cuda or b.is_cuda or out.is_cuda:
+    if not (a.dtype == b.dtype == out.dtype == torch.float32 and a.is_cpu and b.is_cpu and out.is_cpu):
         raise ValueError(f"fp32 matrices on the CPU are needed, got {a.dtype}, {b.dtype} and {out.dtype}")
     if out.shape[1] > 1 and out.stride(1) != 1:
         raise ValueError(f"the rows of out must be contiguous, got strides {list(out.stride())}")

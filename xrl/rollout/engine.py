@@ -16,6 +16,36 @@ class EngineNotReady(EngineError):
     """Generation was asked of an engine that has no complete weights, is asleep or is being updated."""
 
 
+def check_request(request: GenerateRequest, *, vocab_size: int, max_model_len: int) -> None:
+    """Refuse what no engine can run.
+
+    Raises:
+        ValueError: names the request, what is wrong and what was needed.
+    """
+    where, sampling = f"request {request.id!r}", request.sampling
+    if not request.token_ids:
+        raise ValueError(f"{where}: the prompt must hold at least one token, got none")
+    if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
+        raise ValueError(f"{where}: token ids must be in [0, {vocab_size}), the prompt holds others")
+    if request.num_samples < 1 or sampling.max_new_tokens < 1:
+        raise ValueError(
+            f"{where}: num_samples and max_new_tokens must be >= 1, "
+            f"got {request.num_samples} and {sampling.max_new_tokens}"
+        )
+    # Not a number is none of these either.
+    if not (sampling.temperature >= 0 and sampling.top_k >= 0 and 0 < sampling.top_p <= 1):
+        raise ValueError(
+            f"{where}: temperature and top_k must be >= 0 and top_p in (0, 1], "
+            f"got {sampling.temperature:g}, {sampling.top_k} and {sampling.top_p:g}"
+        )
+    total = len(request.token_ids) + sampling.max_new_tokens
+    if total > max_model_len:
+        raise ValueError(
+            f"{where}: prompt ({len(request.token_ids)}) + max_new_tokens ({sampling.max_new_tokens}) = {total} "
+            f"tokens exceed max_model_len {max_model_len}"
+        )
+
+
 class Engine(Protocol):
     """Samples completions, and takes new weights one decoder layer at a time.
 

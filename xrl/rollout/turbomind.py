@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from xrl.config import SettingsError
-from xrl.rollout.engine import EngineError, EngineNotReady
+from xrl.rollout.engine import EngineError, EngineNotReady, check_request
 from xrl.rollout.turbomind_driver import (
     KV_CACHE,
     MAX_STOP_TOKENS,
@@ -308,32 +308,16 @@ class TurboMindEngine:
     # What is refused.
 
     def _check_request(self, request: GenerateRequest) -> None:
+        check_request(request, vocab_size=self._shape.vocab_size, max_model_len=self._max_model_len)
         where, sampling = f"request {request.id!r}", request.sampling
-        if not request.token_ids:
-            raise ValueError(f"{where}: the prompt must hold at least one token, got none")
-        if min(request.token_ids) < 0 or max(request.token_ids) >= self._shape.vocab_size:
-            raise ValueError(f"{where}: token ids must be in [0, {self._shape.vocab_size}), the prompt holds others")
-        if request.num_samples < 1 or sampling.max_new_tokens < 1:
-            raise ValueError(
-                f"{where}: num_samples and max_new_tokens must be >= 1, "
-                f"got {request.num_samples} and {sampling.max_new_tokens}"
-            )
-        if not 0 <= sampling.temperature <= MAX_TEMPERATURE or not 0 <= sampling.top_k <= MAX_TOP_K:
+        if sampling.temperature > MAX_TEMPERATURE or sampling.top_k > MAX_TOP_K:
             raise ValueError(
                 f"{where}: TurboMind needs a temperature in [0, {MAX_TEMPERATURE:g}] and top_k in [0, {MAX_TOP_K}], "
                 f"got {sampling.temperature:g} and {sampling.top_k}"
             )
-        if not 0 < sampling.top_p <= 1:
-            raise ValueError(f"{where}: top_p must be in (0, 1], got {sampling.top_p:g}")
         if len(sampling.stop_token_ids) > MAX_STOP_TOKENS:
             raise ValueError(
                 f"{where}: TurboMind heeds {MAX_STOP_TOKENS} stop tokens at most, got {len(sampling.stop_token_ids)}"
-            )
-        total = len(request.token_ids) + sampling.max_new_tokens
-        if total > self._max_model_len:
-            raise ValueError(
-                f"{where}: prompt ({len(request.token_ids)}) + max_new_tokens ({sampling.max_new_tokens}) = {total} "
-                f"tokens exceed max_model_len {self._max_model_len}"
             )
 
     def _check_open(self) -> None:

@@ -21,7 +21,7 @@ from xrl.rollout.embedded.cache import KVCache
 from xrl.rollout.embedded.model import Decoder
 from xrl.rollout.embedded.scheduler import Scheduler
 from xrl.rollout.embedded.weights import DecoderWeights
-from xrl.rollout.engine import EngineError, EngineNotReady
+from xrl.rollout.engine import EngineError, EngineNotReady, check_request
 from xrl.types import Completion, GenerateRequest, WeightBucket
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class EmbeddedEngine:
         built.result()
 
     def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
-        self._check_request(request)
+        check_request(request, vocab_size=self._shape.vocab_size, max_model_len=self._max_model_len)
         job = Job(request=request, future=Future())
         job.future.set_running_or_notify_cancel()  # from here on only `abort` ends it
         with self._changed:
@@ -220,29 +220,6 @@ class EmbeddedEngine:
     def _new_scheduler(self) -> Scheduler:
         cache = KVCache(self._shape, self._weights.dtype, self._weights.device)
         return Scheduler(self._decoder, cache, self._max_batch_size)
-
-    def _check_request(self, request: GenerateRequest) -> None:
-        where, sampling = f"request {request.id!r}", request.sampling
-        if not request.token_ids:
-            raise ValueError(f"{where}: the prompt must hold at least one token, got none")
-        if min(request.token_ids) < 0 or max(request.token_ids) >= self._shape.vocab_size:
-            raise ValueError(f"{where}: token ids must be in [0, {self._shape.vocab_size}), the prompt holds others")
-        if request.num_samples < 1 or sampling.max_new_tokens < 1:
-            raise ValueError(
-                f"{where}: num_samples and max_new_tokens must be >= 1, "
-                f"got {request.num_samples} and {sampling.max_new_tokens}"
-            )
-        if sampling.temperature < 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
-            raise ValueError(
-                f"{where}: temperature and top_k must be >= 0 and top_p in (0, 1], "
-                f"got {sampling.temperature:g}, {sampling.top_k} and {sampling.top_p:g}"
-            )
-        total = len(request.token_ids) + sampling.max_new_tokens
-        if total > self._max_model_len:
-            raise ValueError(
-                f"{where}: prompt ({len(request.token_ids)}) + max_new_tokens ({sampling.max_new_tokens}) = {total} "
-                f"tokens exceed max_model_len {self._max_model_len}"
-            )
 
     def _check_open(self) -> None:
         if self._is_closed:
