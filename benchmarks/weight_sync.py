@@ -259,6 +259,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.updates <= WARM_UP:
+        parser.error(f"--updates must be more than the {WARM_UP} that warm up, got {options.updates}")
     if options.model:
         rank(options)
         return

@@ -133,10 +133,14 @@ def rollouts_of(settings: Settings, num_prompts: int) -> int:
         SettingsError: too few prompts are left for one batch.
     """
     batch = settings.data.rollout_batch_size
-    if num_prompts < batch:
+    needed = settings.prompts_in_flight
+    if num_prompts < needed:
+        asked = f"--rollout-batch-size {batch}"
+        if needed > batch:
+            asked = f"the {needed} prompts of {asked} x --oversampling {settings.rollout.oversampling:g}"
         raise SettingsError(
             f"--data {settings.data.data} has {num_prompts} prompts of at most {settings.data.max_prompt_length} "
-            f"tokens, fewer than --rollout-batch-size {batch}"
+            f"tokens, fewer than {asked}"
         )
     return settings.data.num_rollouts or num_prompts * settings.data.num_epochs // batch
 

@@ -1,5 +1,5 @@
-// The gated MLP of a decoder layer for training, fp32: two products around SwiGLU, a tile of rows at a time, so that what
-// lies between them stays in the caches.
+// The gated MLP of a decoder layer for training, fp32: two products around SwiGLU, a tile of rows at a time, so that
+// what lies between them stays in the caches.
 #pragma once
 
 #include <cstdint>

@@ -22,6 +22,7 @@ int64_t parts_of_panels(int64_t num_tiles, int64_t num_panels, int num_threads) 
 
 void matmul(const StridedMatrix& a, const StridedMatrix& b, int64_t rows, int64_t columns, int64_t depth, float* c,
             int64_t c_stride, bool adds, int num_threads) {
+  if (rows == 0) return;
   const int64_t widest = std::min<int64_t>(kBlockColumns, round_up(columns, kPanel));
   const Floats block = make_floats(widest * std::clamp<int64_t>(depth, 1, kBlockDepth));
   const int64_t num_tiles = (rows + kTileRows - 1) / kTileRows;
@@ -107,6 +108,7 @@ void gated_product_of_panels(const StridedMatrix& a, const PackedWeight& b, int 
 
 void packed_matmul(const StridedMatrix& a, const PackedWeight& b, const Addend& addend, int64_t rows, float* c,
                    int64_t c_stride, int num_threads) {
+  if (rows == 0) return;
   const int64_t num_tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t width = b.is_gated ? kLanes : kPanel;
   const int64_t num_panels = (b.columns + width - 1) / width;

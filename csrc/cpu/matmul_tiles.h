@@ -1,6 +1,6 @@
-// What products in blocks are made of: tiles of rows, panels of columns. Blocks as in BLIS (doi:10.1145/2764454): a panel
-// of B's columns is read from L2 for each tile of A's rows, which stays in L1, while the tile of C is summed in registers.
-// All functions are static: this file is compiled once per instruction set.
+// What products in blocks are made of: tiles of rows, panels of columns. Blocks as in BLIS (doi:10.1145/2764454): a
+// panel of B's columns is read from L2 for each tile of A's rows, which stays in L1, while the tile of C is summed in
+// registers. All functions are static: this file is compiled once per instruction set.
 #pragma once
 
 #include <algorithm>
@@ -34,8 +34,8 @@ static inline void tile_of_rows(int rows, const StridedMatrix& a, const float* p
 }
 
 // c[rows, columns] = a panel + addend for one tile of rows and one panel, of which only `columns` may be touched.
-static inline void tile(int rows, int columns, const StridedMatrix& a, const float* panel, int depth, const Addend& addend, float* c,
-          int64_t c_stride) {
+static inline void tile(int rows, int columns, const StridedMatrix& a, const float* panel, int depth,
+                        const Addend& addend, float* c, int64_t c_stride) {
   if (columns == kPanel) return tile_of_rows<kTileRows>(rows, a, panel, depth, addend, c, c_stride);
   alignas(64) float sums[kTileRows * kPanel] = {};
   const size_t width = sizeof(float) * columns;
@@ -120,15 +120,17 @@ static inline void pack_panel(const StridedMatrix& b, int columns, int depth, fl
   }
 }
 
-static inline int tile_rows(int64_t first, int64_t rows) { return static_cast<int>(std::min<int64_t>(kTileRows, rows - first)); }
+static inline int tile_rows(int64_t first, int64_t rows) {
+  return static_cast<int>(std::min<int64_t>(kTileRows, rows - first));
+}
 
 static inline int panel_columns(int64_t first, int64_t columns) {
   return static_cast<int>(std::min<int64_t>(kPanel, columns - first));
 }
 
 // One tile of rows times the panels [first, last).
-static inline void product_of_panels(const StridedMatrix& a, const PackedWeight& b, const Addend& addend, int rows, int64_t first,
-                       int64_t last, float* c, int64_t c_stride, float* copy) {
+static inline void product_of_panels(const StridedMatrix& a, const PackedWeight& b, const Addend& addend, int rows,
+                                     int64_t first, int64_t last, float* c, int64_t c_stride, float* copy) {
   int64_t k = 0;
   do {
     const int depth = static_cast<int>(std::min<int64_t>(kBlockDepth, b.depth - k));

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from xrl.config import RolloutConfig, SettingsError
@@ -14,9 +16,13 @@ from xrl.config import RolloutConfig, SettingsError
         ({"weight_transport": "http"}, "--weight-transport must be one of auto, shared_memory, cuda_ipc, broadcast"),
         ({"rollout_max_restarts": -1}, "--rollout-max-restarts must be >= 0"),
         ({"weight_sync_timeout_s": 0.0}, "--weight-sync-timeout-s > 0"),
-        ({"oversampling": 0.5}, "--oversampling must be >= 1, got 0.5"),
+        ({"oversampling": 0.5}, "--oversampling must be a number >= 1, got 0.5"),
         ({"canary_tokens": -1}, "--canary-tokens must be >= 0, got -1"),
         ({"canary_stop": 0.0}, "--canary-stop must be > 0, got 0"),
+        ({"oversampling": float("inf")}, "--oversampling must be a number >= 1, got inf"),
+        ({"weight_sync_timeout_s": float("nan")}, "--weight-sync-timeout-s > 0, got 2 and nan"),
+        ({"rollout_python": Path("/")}, "--rollout-python / must be a Python interpreter"),
+        ({"rollout_worker_urls": ","}, "--rollout-worker-urls needs host:port,host:port, found ','"),
         ({"rollout_worker_urls": "host"}, "--rollout-worker-urls needs host:port,host:port, found 'host'"),
         ({"rollout_worker_urls": "host:99999"}, "--rollout-worker-urls needs host:port"),
         ({"rollout_worker_urls": "a:1,a:1"}, "--rollout-worker-urls a:1,a:1 names a worker twice"),

@@ -65,7 +65,7 @@ def test_a_row_does_not_depend_on_its_company() -> None:
         assert torch.equal(packed(a[row : row + 1])[0], whole[row])
 
 
-@pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES[:-1])
+@pytest.mark.parametrize(("rows", "columns", "depth"), [*SHAPES[:-1], (0, 8, 4)])
 def test_packed_products_equal_fp64(rows: int, columns: int, depth: int) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, depth), torch.randn(columns, depth), torch.randn(columns)
@@ -78,7 +78,7 @@ def test_packed_products_equal_fp64(rows: int, columns: int, depth: int) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "ffn", "depth"), [(1, 1, 1), (13, 40, 33), (30, 17, 900)])
+@pytest.mark.parametrize(("rows", "ffn", "depth"), [(0, 8, 4), (1, 1, 1), (13, 40, 33), (30, 17, 900)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_packed_swiglu_equals_fp64(rows: int, ffn: int, depth: int, dtype: torch.dtype, has_bias: bool) -> None:
     torch.manual_seed(0)
@@ -106,6 +106,17 @@ def test_what_does_not_fit_is_refused(a: Tensor, b: Tensor, out: Tensor, message
         matmul_into(a, b, out)
 
 
+@pytest.mark.parametrize("x", [torch.ones(2, 5), torch.ones(4), torch.ones(2, 4).bfloat16()])
+def test_packed_products_refuse_other_shapes_and_types(x: Tensor) -> None:
+    if not has_matmul(torch.ones(1)):
+        pytest.skip("no vector instructions: torch multiplies, and says so itself")
+    for packed in (PackedLinear(torch.ones(3, 4)), PackedSwiGLU(torch.ones(6, 4))):
+        with pytest.raises(ValueError, match=r"x must be fp32 \[N, 4\] on the CPU, got"):
+            packed(x)
+    with pytest.raises(ValueError, match=r"other must be \[2, 3\], got \[1, 3\]"):
+        PackedLinear(torch.ones(3, 4)).plus(torch.ones(2, 4), torch.ones(1, 3))
+
+
 def test_pages_ahead_are_zeros() -> None:
     module = native_module()
     if module is None:
@@ -119,8 +130,6 @@ def test_pages_ahead_are_zeros() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 def test_other_instruction_sets_give_the_same(isa: str) -> None:
-    if os.environ.get("XRL_CPU_ISA"):
-        return  # inside of this very test
     files = [__file__, os.path.join(os.path.dirname(__file__), "test_gated_mlp.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *files]
     done = subprocess.run(command, env={**os.environ, "XRL_CPU_ISA": isa}, capture_output=True, text=True)

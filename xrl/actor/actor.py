@@ -153,7 +153,7 @@ class Actor:
         found = torch.zeros(len(samples), dtype=torch.float64)
         for index, logprobs in enumerate(self.logprobs(microbatches)):
             difference = logprobs.float() - microbatches[index].rollout_logprobs
-            found[index] = difference.abs().mean().nan_to_num(nan=math.inf)
+            found[index] = difference.abs().mean().nan_to_num(nan=math.inf, posinf=math.inf)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.groups.control)
         return found.tolist()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,9 @@ class RolloutConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
-        if self.rollout_python is not None and not os.access(self.rollout_python, os.X_OK):
+        if self.rollout_python is not None and not (
+            self.rollout_python.is_file() and os.access(self.rollout_python, os.X_OK)
+        ):
             raise SettingsError(
                 f"--rollout-python {self.rollout_python} must be a Python interpreter, found none there"
             )
@@ -141,13 +144,15 @@ class RolloutConfig:
                 raise SettingsError(
                     f"--{name.replace('_', '-')} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
-        if self.rollout_max_restarts < 0 or self.weight_sync_timeout_s <= 0:
+        if self.rollout_max_restarts < 0 or not 0 < self.weight_sync_timeout_s < math.inf:
             raise SettingsError(
                 f"--rollout-max-restarts must be >= 0 and --weight-sync-timeout-s > 0, "
                 f"got {self.rollout_max_restarts} and {self.weight_sync_timeout_s:g}"
             )
-        if self.oversampling < 1:
-            raise SettingsError(f"--oversampling must be >= 1, got {self.oversampling:g}")
+        if not 1 <= self.oversampling < math.inf:
+            raise SettingsError(f"--oversampling must be a number >= 1, got {self.oversampling:g}")
+        if self.rollout_worker_urls is not None and not self.worker_addresses:
+            raise SettingsError(f"--rollout-worker-urls needs host:port,host:port, found {self.rollout_worker_urls!r}")
         if len(set(self.worker_addresses)) < len(self.worker_addresses):
             raise SettingsError(f"--rollout-worker-urls {self.rollout_worker_urls} names a worker twice")
         if self.worker_addresses and self.rollout_num_workers is not None:

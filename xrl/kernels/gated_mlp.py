@@ -31,7 +31,15 @@ def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
     Returns:
         [..., H]
+
+    Raises:
+        ValueError: shapes that do not fit together.
     """
+    if x.shape[-1] != gate_up.shape[1] or gate_up.shape[0] != 2 * down.shape[1]:
+        raise ValueError(
+            f"x [..., H], gate_up [2 F, H] and down [H, F] are needed, "
+            f"got {list(x.shape)}, {list(gate_up.shape)} and {list(down.shape)}"
+        )
     if not is_native(x, gate_up, down) or x.numel() == 0:
         return reference_gated_mlp(x, gate_up, down)
     out: Tensor = _GatedMLP.apply(x.reshape(-1, x.shape[-1]).contiguous(), gate_up.contiguous(), down.contiguous())

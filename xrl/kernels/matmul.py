@@ -1,8 +1,8 @@
 """fp32 matrix products on the CPU by our own kernel, which keeps blocks in the caches and tiles in registers.
 
-Every element is one sum, from its first term to its last, whatever the number of rows and threads: the rollout engine
-and the actor get the same numbers, and a row's result does not depend on what else is in the batch. `python
-benchmarks/matmul.py` compares it with oneDNN and MKL: about as fast as the better of the two at each shape.
+Every element is one sum, from its first term to its last (a bias or residual that is added in the same pass comes
+before them), whatever the number of rows and threads: a row's result does not depend on what else is in the batch.
+`python benchmarks/matmul.py` compares it with oneDNN and MKL: about as fast as the better of the two at each shape.
 """
 
 from __future__ import annotations

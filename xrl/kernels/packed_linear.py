@@ -52,7 +52,7 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, in_features] -> [N, out_features]"""
         if self.own is not None:
-            return _packed_matmul(x, self.own, self.out_features, addend=self.bias)
+            return self._own_product(x, self.bias)
         if self.is_onednn:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
@@ -60,11 +60,16 @@ class PackedLinear:
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """(x W^T + b) + other, with other [N, out_features]"""
         if self.own is not None:
-            addend = other if self.bias is None else other + self.bias
-            return _packed_matmul(x, self.own, self.out_features, addend=addend.contiguous())
+            if other.shape != (len(x), self.out_features):
+                raise ValueError(f"other must be {[len(x), self.out_features]}, got {list(other.shape)}")
+            return self._own_product(x, (other if self.bias is None else other + self.bias).contiguous())
         if self.is_onednn:
             return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
         return F.linear(x, self.weight, self.bias) + other
+
+    def _own_product(self, x: Tensor, addend: Tensor | None) -> Tensor:
+        assert self.own is not None
+        return _packed_matmul(x, self.own, self.in_features, self.out_features, addend=addend)
 
     def to(self, device: torch.device) -> PackedLinear:
         """Move in place; packed weights stay where they are."""
@@ -90,7 +95,7 @@ class PackedSwiGLU:
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, in_features] -> [N, F]"""
         if self.own is not None:
-            return _packed_matmul(x, self.own, self.out_features, is_gated=True)
+            return _packed_matmul(x, self.own, self.in_features, self.out_features, is_gated=True)
         assert self.linear is not None
         return swiglu(self.linear(x))
 
@@ -121,16 +126,30 @@ def _pack(weight: Tensor, out_features: int, *, is_gated: bool) -> Tensor | None
 
 
 def _packed_matmul(
-    x: Tensor, packed: Tensor, out_features: int, *, addend: Tensor | None = None, is_gated: bool = False
+    x: Tensor,
+    packed: Tensor,
+    in_features: int,
+    out_features: int,
+    *,
+    addend: Tensor | None = None,
+    is_gated: bool = False,
 ) -> Tensor:
-    """x times a packed weight, plus a bias [out_features] or a matrix [N, out_features]."""
+    """x times a packed weight, plus a bias [out_features] or a matrix [N, out_features].
+
+    Raises:
+        ValueError: x or the addend is of another shape or type.
+    """
+    if x.ndim != 2 or x.shape[1] != in_features or x.dtype != torch.float32 or not x.is_cpu:
+        raise ValueError(f"x must be fp32 [N, {in_features}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}")
+    if addend is not None and addend.dtype != torch.float32:
+        raise ValueError(f"what is added to an fp32 product must be fp32, got {addend.dtype}")
     x = x.contiguous()
     out = x.new_empty(x.shape[0], out_features)
     native_module().packed_matmul(  # type: ignore[union-attr]
         x.data_ptr(),
-        x.shape[1],
+        in_features,
         packed.data_ptr(),
-        x.shape[1],
+        in_features,
         out_features,
         is_gated,
         0 if addend is None else addend.data_ptr(),

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from xrl.rewards import JudgePool, Verdict
-from xrl.rollout.partial import GroupInProgress, is_whole
+from xrl.rollout.partial import GroupInProgress
 from xrl.rollout.pool import RolloutCounts, WorkerPool
 from xrl.types import Completion, GenerateRequest, Group, Prompt, Rollout, SamplingParams
 
@@ -62,7 +62,7 @@ class Collector:
     ) -> Collected:
         """Draw `num_samples` answers to every prompt and judge them.
 
-        A prompt whose request failed for good, or whose answers were cut off by an abort, is left out and counted.
+        A prompt whose request failed for good is left out and counted.
 
         Args:
             sampling: its seed is that of the rollout; each prompt draws from its own.
@@ -78,8 +78,9 @@ class Collector:
         for place, group in enumerate(groups):
             asked += [(place, samples) for samples in group.places(num_samples)]
             requests += group.requests(*_named(place, sampling, num_samples))
-        judged = {place: self._judge_all(group) for place, group in enumerate(groups) if group.is_whole}
-        if enough is not None and len(judged) >= enough:
+        whole = [place for place, group in enumerate(groups) if group.is_whole][:enough]
+        judged = {place: self._judge_all(groups[place]) for place in whole}
+        if len(judged) == enough:
             requests = []
         failed: set[int] = set()
         with self._progress(len(requests), description) as advance:
@@ -90,24 +91,13 @@ class Collector:
                     group.take(samples, completions)
                 if completions is None:
                     failed.add(place)
-                elif not completions or not all(map(is_whole, completions)):
-                    counts.finished -= bool(completions)
-                    counts.unfinished += 1
-                if group.is_whole and place not in judged:
+                if group.is_whole and place not in judged and len(judged) != enough:
                     judged[place] = self._judge_all(group)
-                    if enough is not None and len(judged) >= enough:
+                    if len(judged) == enough:
                         self.pool.cut_short()
                 advance(counts)
-        if enough is None:
-            counts.failed, counts.unfinished = counts.failed + counts.unfinished, 0
-        else:
-            late = list(judged)[enough:]
-            self._carried = [
-                group
-                for place, group in enumerate(groups)
-                if place not in failed and (place in late or place not in judged)
-            ]
-            judged = {place: parts for place, parts in judged.items() if place not in late}
+        if enough is not None:
+            self._carried = [group for place, group in enumerate(groups) if place not in failed and place not in judged]
         found = [
             Group(rollouts=tuple(_rollout(groups[place].prompt, *parts) for parts in judged[place]))
             for place in sorted(judged)

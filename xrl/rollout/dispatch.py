@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from xrl.rollout import protocol
+from xrl.rollout.partial import is_whole
 from xrl.rollout.process import WorkerGone, WorkerHandle
 from xrl.types import Completion, GenerateRequest
 
@@ -92,6 +93,8 @@ class Dispatch:
 
     async def cut_short(self) -> None:
         """Start no more requests, and end those that run: all come back as they are, some without an answer."""
+        if self._is_cut_short:
+            return
         self._is_cut_short = True
         async with self._changed:
             self._changed.notify_all()
@@ -106,6 +109,7 @@ class Dispatch:
             worker = await self._take_worker(request, avoid)
             if self._is_cut_short:
                 await self._give_back(worker, request)
+                self.counts.unfinished += 1
                 self._results.put((place, []))
                 return
             life = self.pool.life(worker)
@@ -113,7 +117,12 @@ class Dispatch:
             this_try = dataclasses.replace(request, id=f"{request.id}.{attempt}") if attempt else request
             try:
                 completions = await self._ask(worker, this_try)
-                self.counts.finished += 1
+                if completions and all(map(is_whole, completions)):
+                    self.counts.finished += 1
+                elif self._is_cut_short:
+                    self.counts.unfinished += 1
+                else:  # the worker was told to end, say
+                    raise RuntimeError("the answer was cut off, and not by us")
                 self._results.put((place, completions))
                 return
             except WorkerGone as error:
@@ -122,7 +131,10 @@ class Dispatch:
                 logger.warning("request %s: %s", request.id, error)
             except TimeoutError as error:
                 logger.warning("request %s on rollout worker %d: %s", request.id, worker.number, error)
-                await self._abort(worker, this_try.id)
+                if await self.pool.answers(worker):
+                    await self._abort(worker, this_try.id)
+                else:  # left in, it would be idle, and get the next requests
+                    self.pool.lose(worker, str(error), life=life)
             except RuntimeError as error:
                 logger.warning("request %s on rollout worker %d: %s", request.id, worker.number, error)
             finally:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from xrl.types import Completion, GenerateRequest, Prompt, SamplingParams
 
+# Odd and large, and not the one between rollouts: seeds of continuations and of whole groups never meet.
+_SEED_STEP = 0xD1342543DE82EF95
+
 
 @dataclass(kw_only=True)
 class GroupInProgress:
@@ -34,7 +37,7 @@ class GroupInProgress:
                 sampling=dataclasses.replace(
                     sampling,
                     max_new_tokens=sampling.max_new_tokens - len(answer.token_ids),
-                    seed=(sampling.seed + index + 1) % 2**63,
+                    seed=(sampling.seed + (index + 1) * _SEED_STEP) % 2**63,
                 ),
             )
             for index, answer in enumerate(self.answers)

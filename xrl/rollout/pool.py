@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from xrl.rollout import protocol
 from xrl.rollout.dispatch import Dispatch, RolloutCounts
 from xrl.rollout.process import RemoteWorker, WorkerGone, WorkerHandle, WorkerProcess
 from xrl.types import Completion, GenerateRequest
+from xrl.weights.transport import TransportError
 
 __all__ = ["RolloutCounts", "WorkerGone", "WorkerPool"]
 
@@ -36,6 +37,8 @@ logger = logging.getLogger("xrl")
 T = TypeVar("T")
 
 START_TIMEOUT_S = 120.0
+# A worker answers for its health beside whatever its engine does.
+HEALTH_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 3.0
 
 
@@ -46,6 +49,7 @@ class _Standing:
     version: int | None = None  # of the weights that it took whole
     lost: str = ""  # why it is left out
     life: int = 0  # counts its starts and losses: a connection is of one life
+    started: float = field(default_factory=time.monotonic)
     restarts: int = 0
 
 
@@ -140,11 +144,6 @@ class WorkerPool:
             raise WorkerGone(f"no rollout worker is left{self._reasons()}; {self.workers[-1].log_tail()}")
         return alive
 
-    @property
-    def num_ready(self) -> int:
-        """Workers that requests can be sent to."""
-        return sum(map(self._is_ready, self.workers))
-
     def reachable(self) -> list[WorkerHandle]:
         """Workers that listen, whatever weights they have; waits for one to start where there is none.
 
@@ -220,7 +219,7 @@ class WorkerPool:
                 raise WorkerGone(f"rollout worker {worker.number} is lost ({reason}), and --on-lost-worker is stop")
             if standing.restarts < self.config.rollout_max_restarts and worker.restart():
                 standing.restarts += 1
-                standing.lost = ""
+                standing.lost, standing.started = "", time.monotonic()
                 self.num_restarted += 1
                 logger.warning(
                     "rollout worker %d is started again (%d of %d times), and takes part after the next weight update",
@@ -286,7 +285,7 @@ class WorkerPool:
         """One call of a worker; its answer.
 
         Raises:
-            WorkerGone: it cannot be reached.
+            WorkerGone: it cannot be reached, or its side of the weights' transport broke.
             TimeoutError: no answer in time.
             RuntimeError: it refused.
         """
@@ -303,8 +302,20 @@ class WorkerPool:
         except aiohttp.ClientError as error:
             raise WorkerGone(f"{path}: {error or type(error).__name__}") from error
         if response.status != 200:
-            raise RuntimeError(f"{answer.get('type')}: {answer.get('error')}")
+            refusal = f"{answer.get('type')}: {answer.get('error')}"
+            # What breaks between the two costs the worker, not the run.
+            raise WorkerGone(refusal) if answer.get("type") == TransportError.__name__ else RuntimeError(refusal)
         return answer
+
+    async def answers(self, worker: WorkerHandle) -> bool:
+        """Whether a worker says that it is well."""
+        assert self._session is not None  # something was asked of it before
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+        try:
+            async with self._session.get(worker.url + protocol.HEALTH, timeout=timeout) as response:
+                return response.status == 200
+        except (TimeoutError, aiohttp.ClientError):
+            return False
 
     def _is_ready(self, worker: WorkerHandle) -> bool:
         standing = self._standings[worker.number]
@@ -325,6 +336,8 @@ class WorkerPool:
         except RuntimeError as error:
             self.lose(worker, str(error).partition(":")[0])
             return False
+        if not listens and is_process and time.monotonic() > standing.started + START_TIMEOUT_S:
+            self.lose(worker, f"it did not start within {START_TIMEOUT_S:g} s")
         if listens and standing.lost:
             logger.warning("rollout worker %d answers again and is taken back", worker.number)
             standing.lost = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import select
@@ -19,6 +20,8 @@ from xrl.launch.variables import RANK_VARIABLES
 from xrl.rollout import protocol
 
 LOG_TAIL_LINES = 15
+# Never through a proxy, as requests don't go through one.
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class WorkerGone(RuntimeError):
@@ -183,9 +186,9 @@ class RemoteWorker:
 
     def poll(self) -> bool:
         try:
-            with urllib.request.urlopen(self.url + protocol.HEALTH, timeout=2.0) as answer:
+            with _DIRECTLY.open(self.url + protocol.HEALTH, timeout=2.0) as answer:
                 return bool(answer.status == 200)
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
 
     def wait_until_listening(self, timeout_s: float) -> None:

@@ -15,12 +15,10 @@ The compiled part ends the process where it is used out of this order, so `Turbo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import inspect
 import logging
-import os
 import sys
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Mapping
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -97,8 +95,7 @@ class TurboMindDriver:
         Raises:
             SettingsError: LMDeploy is missing, of another version, cannot be loaded, or cannot run this model.
         """
-        with _stdout_to_stderr():
-            self._start(model_dir, dtype, device_index, max_batch_size, max_model_len)
+        self._start(model_dir, dtype, device_index, max_batch_size, max_model_len)
         self._taken: dict[str, set[str]] = {}  # part of the model -> TurboMind's names of what came with it
 
     def _start(self, model_dir: Path, dtype: str, device_index: int, max_batch_size: int, max_model_len: int) -> None:
@@ -232,20 +229,6 @@ class TurboMindDriver:
     def _forget_export(self) -> None:
         if hasattr(self._turbomind, "_export_iter"):
             del self._turbomind._export_iter
-
-
-@contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """LMDeploy and its compiled part log to stdout, where a worker says its address and nothing else."""
-    sys.stdout.flush()
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(stdout, 1)
-        os.close(stdout)
 
 
 async def _finished(done: Awaitable[None]) -> None:

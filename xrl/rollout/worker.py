@@ -28,7 +28,7 @@ from xrl.rollout import create_engine, protocol
 from xrl.rollout.engine import Engine, EngineError, EngineNotReady
 from xrl.types import Completion, WeightBucket
 from xrl.weights.checksum import layer_checksum
-from xrl.weights.transport import Manifest, Receiver, create_receiver
+from xrl.weights.transport import Manifest, Receiver, TransportError, create_receiver
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -134,7 +134,9 @@ class Worker:
     async def _end_of_abandoned(self) -> None:
         """Wait until the engine has ended what nobody waits for any more; what needs it idle comes next."""
         if self._abandoned:
-            await asyncio.wait(set(self._abandoned), timeout=ABORT_TIMEOUT_S)
+            _, running = await asyncio.wait(set(self._abandoned), timeout=ABORT_TIMEOUT_S)
+            if running:
+                raise TransportError(f"the engine has not ended {len(running)} aborted requests: it is stuck")
 
     def _forget(self, request: asyncio.Future[list[Completion]]) -> None:
         self._abandoned.discard(request)
@@ -152,7 +154,7 @@ class Worker:
     def _load(self, manifest: Manifest) -> str:
         """The checksum of what arrived; loaded only if it is the sender's."""
         if self.receiver is None:
-            raise EngineError(f"no trainer has connected before it sent {manifest.layer}")
+            raise TransportError(f"no trainer has connected before it sent {manifest.layer}")
         tensors = self.receiver.receive(manifest)
         checksum = layer_checksum(tensors)
         if checksum == manifest.checksum:
@@ -172,25 +174,34 @@ async def _errors_as_json(http: web.Request, handler: Handler) -> web.StreamResp
         return web.json_response({"error": str(error), "type": type(error).__name__}, status=status)
 
 
-async def serve(engine: Engine, *, host: str, port: int, device: torch.device) -> None:
-    """Answer until told to stop, by `/xrl/v1/shutdown` or SIGTERM."""
+async def serve(engine: Engine, *, host: str, port: int, device: torch.device, announce: Callable[[int], None]) -> None:
+    """Answer until told to stop, by `/xrl/v1/shutdown` or SIGTERM.
+
+    Args:
+        announce: called with the port once requests are taken.
+    """
     worker = Worker(engine, device=device)
     runner = web.AppRunner(worker.application(), access_log=None, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, host, port, shutdown_timeout=1.0)
     await site.start()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stopping.set)
-    _announce(runner.addresses[0][1])
+    announce(runner.addresses[0][1])
     await worker.stopping.wait()
     engine.abort()
     await runner.cleanup()
 
 
-def _announce(port: int) -> None:
-    """The one line on stdout; whatever is printed later goes to stderr, the log."""
-    sys.stdout.write(json.dumps({"port": port, "pid": os.getpid()}) + "\n")
-    sys.stdout.flush()
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+def _take_stdout() -> Callable[[int], None]:
+    """What announces the port: the one line on stdout. What else is printed there, by engines too, goes to stderr."""
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+
+    def announce(port: int) -> None:
+        with os.fdopen(stdout, "w") as file:
+            file.write(json.dumps({"port": port, "pid": os.getpid()}) + "\n")
+
+    return announce
 
 
 def _end_with_parent(parent_pid: int) -> None:
@@ -214,6 +225,7 @@ def main() -> None:
     parser.add_argument("--parent-pid", type=int, help="end when this process does")
     arguments = parser.parse_args()
 
+    announce = _take_stdout()
     # Ctrl-C reaches the whole process group: the trainer decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if arguments.parent_pid is not None:
@@ -232,8 +244,9 @@ def main() -> None:
     except SettingsError as error:
         print(f"xrl: error: {error}", file=sys.stderr)
         sys.exit(2)
+    device = torch.device(arguments.device)
     try:
-        asyncio.run(serve(engine, host=arguments.host, port=arguments.port, device=torch.device(arguments.device)))
+        asyncio.run(serve(engine, host=arguments.host, port=arguments.port, device=device, announce=announce))
     finally:
         engine.close()
 

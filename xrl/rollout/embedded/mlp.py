@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xrl.kernels.matmul import matmul
 from xrl.kernels.packed_linear import PackedLinear, PackedSwiGLU, padded_rows
 from xrl.models.shape import ExpertShape
 
@@ -50,7 +51,7 @@ class Experts:
 
     def plus(self, h: Tensor, other: Tensor) -> Tensor:
         """The chosen experts' outputs by their weights, and `other`; all [N, H]."""
-        probs = F.linear(h.float(), self.router).softmax(dim=-1)
+        probs = matmul(h.float(), self.router.t()).softmax(dim=-1)
         weights, chosen = probs.topk(self.shape.experts_per_token, dim=-1)
         if self.shape.normalize_top_k:
             weights = weights / weights.sum(dim=-1, keepdim=True)
