@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from xrl.parallel.layout import Layout
 from xrl.weights.convert import (
     HuggingFaceSource,
     differences,
+    megatron_bytes,
     open_source,
     round_trip,
     to_huggingface,
@@ -49,18 +51,25 @@ def run(arguments: argparse.Namespace) -> int:
     target: Path | None = arguments.target
     if target is None:
         raise SettingsError("--to is missing: give the folder to write")
-    if target.exists():
-        raise SettingsError(f"--to {target} exists already: nothing is replaced, give a folder that does not exist")
     planned = _plan(source, arguments)
-    _check_space(target, total_bytes(source))
-    if isinstance(source, MegatronReader) and not _has_layout(arguments):
+    is_export = isinstance(source, MegatronReader) and not _has_layout(arguments)
+    _check_target(target, total_bytes(source) if is_export else megatron_bytes(planned, source))
+    try:
+        _write(source, target, planned, is_export=is_export)
+    except (OSError, RuntimeError) as error:  # a full disk is both, by whom it is noticed
+        raise SettingsError(f"--to {target} cannot be written: {error}") from error
+    print(f"{target}: {len(source.tensors):,} tensors, {total_bytes(source):,} bytes")
+    return 0
+
+
+def _write(source: HuggingFaceSource | MegatronReader, target: Path, planned: Plan, *, is_export: bool) -> None:
+    if is_export:
+        assert isinstance(source, MegatronReader)
         with _bar(f"{source.planned.layout} -> Hugging Face", total_bytes(source)) as bar:
             to_huggingface(source, target, bar.update)
     else:
         with _bar(f"-> Megatron, {planned.layout}", total_bytes(source)) as bar:
             to_megatron(source, target, planned, bar.update)
-    print(f"{target}: {len(source.tensors):,} tensors, {total_bytes(source):,} bytes")
-    return 0
 
 
 def _check(source: HuggingFaceSource | MegatronReader, arguments: argparse.Namespace) -> int:
@@ -99,15 +108,20 @@ def _has_layout(arguments: argparse.Namespace) -> bool:
 def _plan(source: HuggingFaceSource | MegatronReader, arguments: argparse.Namespace) -> Plan:
     given = {field: value for flag, field in _LAYOUT_FLAGS.items() if (value := getattr(arguments, flag)) is not None}
     try:
-        layout = Layout(**{"tensor_size": 1, "pipeline_size": 1, "data_size": given.get("expert_size", 1), **given})
+        data_size = max(1, given.get("expert_size", 1))  # a replica for each share of the experts
+        layout = Layout(**{"tensor_size": 1, "pipeline_size": 1, "data_size": data_size, **given})
     except ValueError as error:
         raise SettingsError(f"the layout is impossible: {error}") from error
     return plan(source.shape, layout, transformer_engine=arguments.transformer_impl == "transformer_engine")
 
 
-def _check_space(target: Path, num_bytes: int) -> None:
-    """Refuse to start what the disk cannot hold."""
-    existing = next(parent for parent in target.absolute().parents if parent.is_dir())
+def _check_target(target: Path, num_bytes: int) -> None:
+    """Refuse to start what cannot be written."""
+    if os.path.lexists(target):
+        raise SettingsError(f"--to {target} exists already: nothing is replaced, give a folder that does not exist")
+    existing = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise SettingsError(f"--to {target} cannot be made: {existing} is no folder that can be written to")
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise SettingsError(f"--to {target} needs {num_bytes:,} bytes, its disk has {free:,} free")

@@ -98,6 +98,33 @@ def test_published_configs_pass() -> None:
         checked_shape(config, Path(name))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layer_types": 5}, "layer_types must be a list or null, found 5"),
+        ({"num_hidden_layers": 2, "rope_scaling": {"rope_type": "llama3"}}, "factor must be a number > 0"),
+    ],
+)
+def test_values_of_another_kind_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        checked_shape(PUBLISHED["llama-3.1-8b"] | changes, Path("config.json"))
+
+
+def test_two_spellings_must_say_the_same() -> None:
+    config = PUBLISHED["internlm3-8b"]
+    for first, second in ((True, False), (False, True)):
+        with pytest.raises(SettingsError, match="qkv_bias and attention_bias differ, but mean the same"):
+            checked_shape(config | {"attention_bias": first, "qkv_bias": second}, Path("config.json"))
+
+
+def test_original_positions_of_llama3_may_be_left_out() -> None:
+    config = {k: v for k, v in PUBLISHED["llama-3.1-8b"].items() if k != "max_position_embeddings"}
+    for original in ({}, {"original_max_position_embeddings": None}):
+        rope = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"} | {"rope_type": "llama3"}
+        shape = checked_shape(config | {"rope_scaling": rope | original}, Path("config.json"))
+        assert shape.rope_scaling is not None and shape.rope_scaling.original_max_positions == 2048
+
+
 def test_a_tiny_model_is_made_of_these_fields() -> None:
     assert make_model("mistral").config.sliding_window is None
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.small_runs import Refusal, edit_json
 from tests.tiny_models import make_checkpoint
+from xrl.models.shape import read_model_shape
+from xrl.preflight.weights import check_weights
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,29 @@ def test_missing_tensor_is_named(refusal: Refusal, single_model: Path) -> None:
 def test_untied_model_needs_its_head(refusal: Refusal, single_model: Path) -> None:
     edit_json(single_model / "config.json", tie_word_embeddings=False)
     assert "has no tensor lm_head.weight" in refusal()
+
+
+def test_tensor_without_a_place_is_refused(refusal: Refusal, single_model: Path) -> None:
+    file = single_model / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "model.layers.0.self_attn.o_proj.bias": torch.zeros(64)}, file)
+    assert (
+        "tensor model.layers.0.self_attn.o_proj.bias has no place in Qwen2ForCausalLM, and would be lost" in refusal()
+    )
+
+
+def test_tied_head_may_be_stored_if_it_is_the_embedding(refusal: Refusal, single_model: Path) -> None:
+    file = single_model / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(
+        {**tensors, "lm_head.weight": embedding.clone(), "model.layers.0.rotary_emb.inv_freq": torch.ones(8)}, file
+    )
+    check_weights(single_model, read_model_shape(single_model))
+    other = embedding.clone()
+    other[-1, -1] += 1
+    save_file({**tensors, "lm_head.weight": other}, file)
+    assert "lm_head.weight differs from model.embed_tokens.weight, but config.json ties the two" in refusal()
 
 
 def test_tensor_that_its_shard_lacks_is_named(refusal: Refusal, model: Path) -> None:

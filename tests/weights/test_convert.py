@@ -19,6 +19,7 @@ from tests.tiny_models import make_checkpoint
 from xrl.cli import main
 from xrl.config import SettingsError
 from xrl.weights.convert import open_source
+from xrl.weights.hf_files import atomic_folder
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
@@ -181,9 +182,18 @@ def test_bad_input_is_one_sentence_before_a_file_is_touched(
     other_model = edited(tmp_path / "gpt2", dense)
     config = json.loads((other_model / "config.json").read_text())
     (other_model / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+    index = edited(tmp_path / "index", dense)
+    (index / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": 1}}))
+    file = tmp_path / "file"
+    file.touch()
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "nowhere")
     target = tmp_path / "target"
     before = sorted(tmp_path.rglob("*"))
     for arguments, words in (
+        (["--from", dense, "--to", file / "x"], "file is no folder that can be written to"),
+        (["--from", dense, "--to", dangling], "exists already"),
+        (["--from", index, "--to", target], "has no weight_map from tensors to files"),
         (["--from", tmp_path / "nothing", "--to", target], "does not exist"),
         (["--from", tmp_path, "--to", target], "has neither config.json"),
         (["--from", dense], "--to is missing"),
@@ -214,6 +224,13 @@ def test_damaged_megatron_checkpoint_is_refused(dense: Path, tmp_path: Path) -> 
     file.write_bytes(whole[:-100])
     with pytest.raises(SettingsError, match="mp_rank_01/model_optim_rng.pt is missing, truncated or corrupt"):
         open_source(folder)
+    file.write_bytes(b"")  # what a full disk leaves
+    with pytest.raises(SettingsError, match="mp_rank_01/model_optim_rng.pt is missing, truncated or corrupt"):
+        open_source(folder)
+    for content, options in (([1], {}), ({"model": {"a": torch.ones(1)}}, {"_use_new_zipfile_serialization": False})):
+        torch.save(content, file, **options)
+        with pytest.raises(SettingsError, match="mp_rank_01/model_optim_rng.pt is missing, truncated or corrupt"):
+            open_source(folder)
     file.write_bytes((folder / "release" / "mp_rank_00" / "model_optim_rng.pt").read_bytes())
     content = torch.load(file, weights_only=False)
     del content["model"]["decoder.final_layernorm.weight"]
@@ -289,6 +306,36 @@ def test_conversion_holds_a_few_tensors_at_a_time(large: Path, dense: Path, tmp_
     assert grown_bytes("--from", large, "--to", megatron, *layout_flags(2, 2)) < limit
     assert grown_bytes("--from", megatron, "--to", back) < limit
     assert grown_bytes("--check", "--from", large, "--to", back) < limit
+
+
+def test_a_source_under_the_name_of_unfinished_work_is_spared(dense: Path, tmp_path: Path) -> None:
+    source = edited(tmp_path / ".target.partial", dense)
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    assert convert("--from", source, "--to", tmp_path / "target") == 2
+    assert {path: path.read_bytes() for path in source.iterdir()} == before
+    assert not (tmp_path / "target").exists()
+
+
+def test_two_conversions_to_one_folder_do_not_mix(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "target") as partial:
+        (partial / "mine").touch()
+        with pytest.raises(FileExistsError, match="another process writes"), atomic_folder(tmp_path / "target"):
+            pass
+        assert (partial / "mine").exists()
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["mine"]
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(dense: Path, tmp_path: Path) -> None:
+    code = (
+        "import resource, sys, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); from xrl.cli import main; main(sys.argv[1:])"
+    )
+    for flags in ([], layout_flags(2)):
+        arguments = ["convert", "--from", str(dense), "--to", str(tmp_path / "target"), *flags]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr and "target cannot be written: " in done.stderr.splitlines()[-1]
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from xrl.actor.scorer import TokenScorer
 from xrl.actor.split import split_groups
 from xrl.config import AlgorithmConfig, Settings
 from xrl.metrics.mean import Mean, merge
-from xrl.models.build import build_model, padded_vocab_size, train_dtype, transformer_config, uses_transformer_engine
+from xrl.models.build import build_model, train_dtype, transformer_config, uses_transformer_engine
 from xrl.models.head import ResponseRows
 from xrl.models.shape import read_model_shape
 from xrl.parallel.groups import ParallelGroups
@@ -85,7 +85,7 @@ class Actor:
             groups=groups,
             head=head,
             vocab_size=self.shape.vocab_size,
-            columns=padded_vocab_size(self.shape, groups.layout.tensor_size) // groups.layout.tensor_size,
+            columns=groups.layout.padded_vocab_size(self.shape.vocab_size) // groups.layout.tensor_size,
             upstream=self.pipeline.upstream,
         )
         self.microbatches = MicrobatchMaker(

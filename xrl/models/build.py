@@ -22,11 +22,6 @@ from xrl.parallel.groups import ParallelGroups
 from xrl.parallel.layout import Layout
 
 
-def padded_vocab_size(shape: ModelShape, tensor_size: int) -> int:
-    """The vocabulary rounded up so that every tensor rank holds equally many rows."""
-    return -(-shape.vocab_size // tensor_size) * tensor_size
-
-
 def uses_transformer_engine(config: ModelConfig, shape: ModelShape) -> bool:
     """Whether layers are transformer-engine's: asked for, or on CUDA with the package installed.
 
@@ -161,7 +156,7 @@ def build_model(
         model = GPTModel(
             config=config,
             transformer_layer_spec=make_layers(shape, groups.layout.layers(groups.pipeline_rank, shape.num_layers)),
-            vocab_size=padded_vocab_size(shape, groups.layout.tensor_size),
+            vocab_size=groups.layout.padded_vocab_size(shape.vocab_size),
             max_sequence_length=shape.max_positions,
             pre_process=groups.is_first_stage,
             post_process=groups.is_last_stage,

@@ -15,7 +15,7 @@ from typing import Any
 from xrl.config import SettingsError
 from xrl.models.families import FAMILIES, Family, architecture_of
 from xrl.models.parts import ExpertShape
-from xrl.models.shape import ModelShape, model_shape, rope_settings
+from xrl.models.shape import ModelShape, model_shape, rope_settings, with_defaults
 
 # Without these there is no shape.
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -162,7 +162,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
     yield from _wrong_types(config, family)
     yield from _wrong_values(config, family)
     yield from _unknown_keys(config, family)
-    yield from _wrong_rope(config)
+    yield from _wrong_rope(with_defaults(config))
     yield from _wrong_relations(config, model_shape(config))
 
 
@@ -199,10 +199,16 @@ def _wrong_values(config: Mapping[str, Any], family: Family) -> Iterator[str]:
         value = config.get(name)
         if value is not None and value != needed:
             yield f"{name} is {json.dumps(value)}, but only {json.dumps(needed)} is supported for {architecture}"
+    for spelling, name in family.aliases.items():
+        if None not in (config.get(spelling), config.get(name)) and config[spelling] != config[name]:
+            yield f"{spelling} and {name} differ, but mean the same: leave one of the two out"
     given = {family.aliases.get(name, name): value for name, value in config.items()}
     if len({given.get(name) or False for name in family.equal}) > 1:
         yield f"{' and '.join(family.equal)} differ, but only equal ones are supported for {architecture}"
-    layer_types = config.get("layer_types") or ()
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        yield f"layer_types must be a list or null, found {json.dumps(layer_types)}"
+        return
     other = sorted({str(kind) for kind in layer_types} - {"full_attention"})
     if other:
         yield f"layer_types has {other[0]!r}, but only 'full_attention' is supported"

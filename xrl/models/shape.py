@@ -62,7 +62,7 @@ def read_model_shape(model_dir: Path) -> ModelShape:
 
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
-    """The shape a Hugging Face `config.json` describes; `xrl.preflight.model` checks that we compute what it says.
+    """The shape a Hugging Face `config.json` describes; `xrl.models.checks` checks that we compute what it says.
 
     Raises:
         KeyError: the architecture, or a size without a default.
@@ -117,8 +117,8 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     old_name = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or old_name or "default"
     rope["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-    if rope["rope_type"] == "llama3":
-        rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    if rope["rope_type"] == "llama3" and rope.get("original_max_position_embeddings") is None:
+        rope["original_max_position_embeddings"] = config["max_position_embeddings"]
     return rope
 
 

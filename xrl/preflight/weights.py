@@ -16,7 +16,7 @@ from typing import Any
 from xrl.config import SettingsError
 from xrl.models.shape import ModelShape
 from xrl.preflight.model import read_json_object
-from xrl.weights.plan import part_names, tensor_shapes
+from xrl.weights.plan import is_recomputed, part_names, tensor_shapes
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -25,6 +25,8 @@ INDEX_FILE = "model.safetensors.index.json"
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # The format's own limit: a longer header is a damaged length.
 _MAX_HEADER_BYTES = 100_000_000
+# Read of a file at a time.
+_COMPARED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +36,16 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int  # of its data in the file
+    num_bytes: int
 
 
 def check_weights(folder: Path, shape: ModelShape) -> None:
     """Refuse a checkpoint that cannot be loaded, without reading its data.
 
     Raises:
-        SettingsError: a file is missing, truncated or corrupt, or a tensor is missing or of another shape.
+        SettingsError: a file is missing, truncated or corrupt; a tensor is missing, of another shape, or has no place
+            in the model.
     """
     index = folder / INDEX_FILE
     stored = _read_sharded(index) if index.is_file() else _read_single(folder)
@@ -59,6 +64,40 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
             raise SettingsError(
                 f"{tensor.file}: {name} has number format {tensor.dtype}, one of {', '.join(_DTYPE_BYTES)} is needed"
             )
+    for name in stored.keys() - expected.keys():
+        _check_surplus(name, stored, shape)
+
+
+def _check_surplus(name: str, stored: Mapping[str, StoredTensor], shape: ModelShape) -> None:
+    """A tensor that the model has no place for would be missing from the trained one: it is refused.
+
+    But for a tied head that is stored all the same, and for what config.json gives.
+    """
+    if is_recomputed(name):
+        return
+    tensor = stored[name]
+    if name == "lm_head.weight" and shape.tied_embeddings:
+        if not _equal(tensor, stored["model.embed_tokens.weight"]):
+            raise SettingsError(
+                f"{tensor.file}: {name} differs from model.embed_tokens.weight, but config.json ties the two "
+                f"(tie_word_embeddings)"
+            )
+        return
+    raise SettingsError(f"{tensor.file}: tensor {name} has no place in {shape.architecture}, and would be lost")
+
+
+def _equal(left: StoredTensor, right: StoredTensor) -> bool:
+    """Whether two tensors are the same, byte by byte."""
+    if (left.dtype, left.shape, left.num_bytes) != (right.dtype, right.shape, right.num_bytes):
+        return False
+    with left.file.open("rb") as one, right.file.open("rb") as other:
+        one.seek(left.start)
+        other.seek(right.start)
+        for done in range(0, left.num_bytes, _COMPARED_BYTES):
+            count = min(_COMPARED_BYTES, left.num_bytes - done)
+            if one.read(count) != other.read(count):
+                return False
+    return True
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -83,7 +122,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         )
     header.pop("__metadata__", None)
     try:
-        stored = {name: _stored(file, entry) for name, entry in header.items()}
+        stored = {name: _stored(file, entry, 8 + header_bytes) for name, entry in header.items()}
         data_bytes = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise SettingsError(f"{file} is corrupt: its header does not describe tensors; fetch it again") from error
@@ -94,9 +133,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def _stored(file: Path, entry: Mapping[str, Any]) -> StoredTensor:
+def _stored(file: Path, entry: Mapping[str, Any], data: int) -> StoredTensor:
     start, end = entry["data_offsets"]
-    tensor = StoredTensor(file=file, dtype=entry["dtype"], shape=tuple(entry["shape"]))
+    tensor = StoredTensor(
+        file=file, dtype=entry["dtype"], shape=tuple(entry["shape"]), start=data + start, num_bytes=end - start
+    )
     itemsize = _DTYPE_BYTES.get(tensor.dtype)
     if itemsize is not None and end - start != itemsize * math.prod(tensor.shape):
         raise ValueError("the bytes of a tensor do not fit its shape")

@@ -33,7 +33,7 @@ from xrl.weights.megatron_files import (
     same_bytes,
     write_manifest,
 )
-from xrl.weights.plan import ParameterPlan, Plan, TensorShape, part_names, tensor_shapes
+from xrl.weights.plan import ParameterPlan, Plan, TensorShape, is_recomputed, part_names, tensor_shapes
 from xrl.weights.slices import fill, in_parameter, in_tensor
 
 # Told after each tensor how many bytes are done.
@@ -88,7 +88,7 @@ class HuggingFaceSource:
 
     def _repeats_another(self, name: str) -> bool:
         """Whether a tensor says nothing that the model does not say already."""
-        if name.endswith(".rotary_emb.inv_freq"):  # old files store what rope_theta gives
+        if is_recomputed(name):
             return True
         return (
             name == "lm_head.weight" and self.shape.tied_embeddings and self._equals(name, "model.embed_tokens.weight")
@@ -120,6 +120,20 @@ def total_bytes(source: Source) -> int:
     return sum(_num_bytes(size, dtype) for size, dtype in source.tensors.values())
 
 
+def megatron_bytes(planned: Plan, source: Source) -> int:
+    """Bytes of the parameters in all ranks' files, copies included.
+
+    Raises:
+        SettingsError: tensors of one parameter differ in number format.
+    """
+    dtypes = {name: dtype for name, (_, dtype) in source.tensors.items()}
+    return sum(
+        _num_bytes(parameter.shape, parameter_dtype(parameter, dtypes))
+        for place in file_places(planned.layout)
+        for parameter in planned.parameters(place)
+    )
+
+
 def to_megatron(source: Source, target: Path, planned: Plan, progress: Progress) -> None:
     """Write the files of every rank; the folder appears whole or not at all.
 
@@ -127,10 +141,8 @@ def to_megatron(source: Source, target: Path, planned: Plan, progress: Progress)
         SettingsError: `target` exists, or tensors of one parameter differ in number format: before a file is touched.
     """
     _check_new(target)
+    megatron_bytes(planned, source)
     dtypes = {name: dtype for name, (_, dtype) in source.tensors.items()}
-    for place in file_places(planned.layout):
-        for parameter in planned.parameters(place):
-            parameter_dtype(parameter, dtypes)
     with atomic_folder(target) as partial:
         for place in file_places(planned.layout):
             writer = RankFileWriter(partial / rank_file(planned.layout, place), planned, place, dtypes)

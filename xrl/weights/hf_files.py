@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -26,6 +27,9 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # Weights of the source checkpoint, in any format: never copied into an export.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+
+# In a folder that is being written: whose it is.
+_LOCK_FILE = "xrl-writes-here"
 
 # Number formats that weights are kept in, as safetensors names them; others hold quantised weights.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -61,6 +65,8 @@ class HuggingFaceReader:
         if index.exists():
             try:
                 self._files = dict(json.loads(index.read_text())["weight_map"])
+                if not all(isinstance(file, str) for file in self._files.values()):
+                    raise ValueError("files must be names")
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise SettingsError(f"{index} has no weight_map from tensors to files: {error!r}") from error
         self._open: dict[str, Any] = {}
@@ -125,24 +131,36 @@ class HuggingFaceReader:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A folder to write into, which appears under its name when all is written and flushed, or not at all.
 
-    What a killed process leaves has another name, and is removed by the next try.
+    What a killed process leaves has another name, and is removed by the next try; nothing else is.
 
     Raises:
-        FileExistsError: `target` exists.
+        FileExistsError: `target` exists, something of somebody else's has the other name, or another process writes
+            there.
     """
-    if target.exists():
+    if os.path.lexists(target):
         raise FileExistsError(f"{target} exists already")
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            _flush(path)
-        os.rename(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    lock = partial / _LOCK_FILE
+    if os.path.lexists(partial) and not lock.is_file() and not (partial.is_dir() and not any(partial.iterdir())):
+        raise FileExistsError(f"{partial} is in the way, and not ours to remove")
+    partial.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FileExistsError(f"another process writes {target}, in {partial}") from error
+        try:
+            for leftover in partial.iterdir():
+                if leftover != lock:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield partial
+            lock.unlink()
+            for path in [*partial.rglob("*"), partial]:
+                _flush(path)
+            os.rename(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     _flush(target.parent)
 
 

@@ -84,9 +84,14 @@ def read_plan(folder: Path) -> Plan:
             raise SettingsError(f"{file} has format {manifest['format']}, this version reads format {_FORMAT}")
         layout = Layout(**manifest["layout"])
         engine = bool(manifest["transformer_engine"])
+        architecture = manifest["architecture"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{file} does not describe a checkpoint: {error}") from error
     shape = read_checked_shape(folder / HUGGINGFACE_FOLDER)
+    if shape.architecture != architecture:
+        raise SettingsError(
+            f"{file} is of a {architecture}, the config.json in {HUGGINGFACE_FOLDER} of a {shape.architecture}"
+        )
     return plan(shape, layout, transformer_engine=engine)
 
 
@@ -252,7 +257,8 @@ def _stored_tensors(file: Path, layout: Layout) -> list[dict[str, tuple[Tensor, 
 
 def _offset(tensor: Tensor) -> int:
     start = tensor.untyped_storage()._checkpoint_offset
-    assert start is not None  # torch.load sets it for tensors without content
+    if start is None:  # torch.load sets it for tensors without content
+        raise ValueError("it is in torch.save's old format, which cannot be mapped")
     return start + int(tensor.storage_offset()) * tensor.element_size()
 
 
@@ -266,8 +272,10 @@ def _mapped_tensors(file: Path, layout: Layout) -> list[dict[str, Tensor]]:
         stored = _stored_tensors(file, layout)
         with file.open("rb") as stream:
             memory = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)
-    except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise SettingsError(f"{file} is missing, truncated or corrupt: {error}") from error
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, EOFError) as error:
+        raise SettingsError(f"{file} is missing, truncated or corrupt: {error!r}") from error
+    except pickle.UnpicklingError as error:
+        raise SettingsError(f"{file} holds other things than tensors: {error}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the memory is read-only, and we only read
         return [
@@ -301,7 +309,7 @@ def _megatron_arguments(planned: Plan) -> argparse.Namespace:
         normalization="RMSNorm",
         norm_epsilon=shape.norm_eps,
         swiglu=True,
-        add_bias_linear=shape.mlp_bias,
+        add_bias_linear=shape.mlp_bias and shape.out_bias,
         add_qkv_bias=shape.qkv_bias,
         qk_layernorm=shape.qk_norm,
         untie_embeddings_and_output_weights=not shape.tied_embeddings,

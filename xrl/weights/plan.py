@@ -77,6 +77,11 @@ def plan(shape: ModelShape, layout: Layout, *, transformer_engine: bool = False)
     return Plan(shape, layout, table, transformer_engine=transformer_engine)
 
 
+def is_recomputed(name: str) -> bool:
+    """Whether a tensor of old checkpoints stores what config.json gives: rotary frequencies."""
+    return name.endswith(".rotary_emb.inv_freq")
+
+
 def part_names(shape: ModelShape) -> list[str]:
     """The parts of a model, in the order they travel."""
     return [EMBEDDINGS, *(f"layers.{layer}" for layer in range(shape.num_layers)), FINAL]

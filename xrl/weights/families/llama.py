@@ -14,5 +14,4 @@ LLAMA = WeightTable(
 
 MISTRAL = WeightTable(layer=ATTENTION, dense=DENSE_MLP, embeddings=EMBEDDINGS, final=FINAL)
 
-# config.json's qkv_bias is that of queries, keys and values, its bias that of all other projections.
 INTERNLM3 = LLAMA
