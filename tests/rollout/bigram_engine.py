@@ -63,6 +63,7 @@ class BigramEngine:
         self.arriving: dict[str, Tensor] = {}
         self.updating: int | None = None
         self.in_flight: dict[str, threading.Event] = {}
+        self.threads: list[threading.Thread] = []
         self.lock = threading.Lock()
         self.is_asleep = self.is_closed = False
         self.num_answers = 0
@@ -88,7 +89,9 @@ class BigramEngine:
             if request.id in self.in_flight:
                 raise ValueError("already in flight")
             stop = self.in_flight[request.id] = threading.Event()
-        threading.Thread(target=self._answer, args=(request, stop, future), daemon=True).start()
+        thread = threading.Thread(target=self._answer, args=(request, stop, future), daemon=True)
+        self.threads.append(thread)
+        thread.start()
         return future
 
     def _answer(self, request: GenerateRequest, stop: threading.Event, future: Future[list[Completion]]) -> None:
@@ -181,8 +184,12 @@ class BigramEngine:
         self.weights, self.arriving, self.updating, self.weights_version = self.arriving, {}, None, version
 
     def close(self) -> None:
-        self.abort()
         self.is_closed = True
+        with self.lock:
+            for stop in self.in_flight.values():  # not by `abort`, which may be at fault
+                stop.set()
+        for thread in self.threads:  # one that computes at the interpreter's end would abort the process
+            thread.join()
 
     def _check_idle(self) -> None:
         if self.in_flight and not self.has("the engine takes weights while it generates"):

@@ -39,8 +39,7 @@ NO_NETWORK = (
     "NewConnectionError",
     "NameResolutionError",
     "ConnectTimeoutError",
-    "No matching distribution",
-    "retrying",
+    "ProxyError",
 )
 
 

@@ -24,6 +24,7 @@ from tests.rollout.test_contract import sizes, tiny_model
 from tests.tiny_models import make_checkpoint
 from xrl.config import RolloutConfig, SettingsError
 from xrl.config.parse import parse_settings
+from xrl.models.families import FAMILIES
 from xrl.models.shape import read_model_shape
 from xrl.rollout import create_engine
 from xrl.rollout.engine import EngineError
@@ -84,8 +85,11 @@ def engine_for(folder: Path, **settings: Any) -> object:
 
 def write_config(folder: Path, architecture: str = "Qwen3ForCausalLM", **changes: Any) -> Path:
     config = tiny_model(0).config.to_dict() | {"architectures": [architecture]}
-    if architecture == "MistralForCausalLM":
-        del config["use_sliding_window"]  # a key of Qwen's
+    if architecture in FAMILIES:
+        config["model_type"] = FAMILIES[architecture].model_type
+    if architecture in ("LlamaForCausalLM", "MistralForCausalLM"):
+        for name in ("use_sliding_window", "sliding_window", "max_window_layers"):  # keys of Qwen's
+            del config[name]
     (folder / "config.json").write_text(json.dumps(config | changes))
     return folder
 
@@ -112,6 +116,8 @@ def test_fp32_and_devices_without_cuda_are_refused(tmp_path: Path) -> None:
         ({"architecture": "Qwen2ForCausalLM"}, "needs an attention as wide as the hidden state, found 4 heads of 64"),
         ({"architecture": "LlamaForCausalLM", "mlp_bias": True}, "needs no biases in the MLP"),
         ({"architecture": "MistralForCausalLM", "sliding_window": 48}, "needs full attention, found sliding_window 48"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+        ({"logit_softcap": 30.0}, "logit_softcap is 30.0, which xrl does not know"),
         ({"max_position_embeddings": 32}, "needs at least 64 positions, found max_position_embeddings 32"),
     ],
 )

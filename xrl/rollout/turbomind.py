@@ -17,7 +17,7 @@ import enum
 import hashlib
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +37,9 @@ from xrl.rollout.turbomind_driver import (
     check_experts,
     check_version,
 )
-from xrl.rollout.turbomind_tensors import FINAL, FINAL_NORM, check_part, expected_parts, supported_shape
+from xrl.rollout.turbomind_tensors import FINAL_NORM, check_part, expected_parts, supported_shape
 from xrl.types import Completion, FinishReason, GenerateRequest, WeightBucket
+from xrl.weights.plan import FINAL
 
 DTYPES = ("bfloat16", "float16")
 CLOSE_TIMEOUT_S = 30.0
@@ -110,6 +111,7 @@ class TurboMindEngine:
         self._not_ready: str | None = "it has no weights yet"
         self._is_asleep = False
         self._is_closed = False
+        self._broken: str | None = None  # why nothing but `close` is of use any more
 
         self._release()
         self._session_ids = itertools.count(1)
@@ -152,7 +154,7 @@ class TurboMindEngine:
             if not self._has_cache:
                 return
             if keep_weights:
-                self._driver.sleep(1)
+                self._drive("sleep", lambda: self._driver.sleep(1))
                 self._weights, self._has_cache = _Weights.OFFLOADED, False
             else:
                 self._release()
@@ -204,13 +206,14 @@ class TurboMindEngine:
                 self._not_ready = None
 
     def close(self) -> None:
-        self.abort()
-        with self._changed:
+        with self._changed:  # whatever is submitted from here on is refused, so that nothing is missed below
             was_closed, self._is_closed = self._is_closed, True
             futures = [job.future for job in self._in_flight.values()]
         if was_closed:
             return
-        wait(futures, timeout=CLOSE_TIMEOUT_S)
+        self.abort()
+        for future in wait(futures, timeout=CLOSE_TIMEOUT_S).not_done:
+            future.set_exception(EngineError("the TurboMind engine was closed, and did not end the request"))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         with self._one_at_a_time:
@@ -224,29 +227,39 @@ class TurboMindEngine:
         if self._weights in (_Weights.COMPLETE, _Weights.OFFLOADED):
             self._release()
         if self._weights is _Weights.NONE:
-            self._driver.wake(WEIGHTS)
+            self._drive("make room for weights", lambda: self._driver.wake(WEIGHTS))
             self._weights = _Weights.PARTIAL
         self._driver.begin_update()
 
     def _take(self, part: str, tensors: dict[str, Tensor], *, finished: bool = False) -> None:
         try:
             self._driver.take(part, tensors, finished=finished)
-        except EngineError:
+        except EngineError as error:
             self._update_version = None  # its reader of tensors has ended: whatever comes next begins anew
             self._arrived.clear()
+            if finished:  # weights may be packed in part, where others must not be written
+                self._broken = f"the end of an update failed ({error}): the worker must be started again"
             raise
+
+    def _drive(self, doing: str, action: Callable[[], None]) -> None:
+        """Raises EngineError for whatever LMDeploy raises."""
+        try:
+            action()
+        except Exception as error:
+            raise EngineError(f"TurboMind could not {doing}: {type(error).__name__}: {error}") from error
 
     def _release(self) -> None:
         """Drop the weights and the cache. TurboMind can do so only with a cache: without, one is built first."""
         self._build_cache()
-        self._driver.sleep(2)
+        self._drive("drop its weights", lambda: self._driver.sleep(2))
         self._weights, self._has_cache = _Weights.NONE, False
 
     def _build_cache(self) -> None:
         """If there are weights for it."""
         if self._has_cache or self._weights in (_Weights.NONE, _Weights.PARTIAL):
             return
-        self._driver.wake(*([WEIGHTS] if self._weights is _Weights.OFFLOADED else []), KV_CACHE)
+        tags = (WEIGHTS, KV_CACHE) if self._weights is _Weights.OFFLOADED else (KV_CACHE,)
+        self._drive("build its cache", lambda: self._driver.wake(*tags))
         self._weights, self._has_cache = _Weights.COMPLETE, True
 
     # Requests, on the loop thread.
@@ -259,13 +272,15 @@ class TurboMindEngine:
             job.aborted = True
             await _cancel([job])
             await asyncio.gather(*samples, return_exceptions=True)  # their sessions end before the request does
-            failure = EngineError(f"the TurboMind engine failed: {error}")
+            failure = EngineError(f"the TurboMind engine failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
             self._forget(job)
-            job.future.set_exception(failure)
+            if not job.future.done():  # by `close`, which does not wait for ever
+                job.future.set_exception(failure)
         else:
             self._forget(job)
-            job.future.set_result(completions)
+            if not job.future.done():
+                job.future.set_result(completions)
 
     def _forget(self, job: _Job) -> None:
         with self._changed:
@@ -323,6 +338,8 @@ class TurboMindEngine:
     def _check_open(self) -> None:
         if self._is_closed:
             raise EngineError("the TurboMind engine is closed")
+        if self._broken is not None:
+            raise EngineError(f"the TurboMind engine is of no more use: {self._broken}")
 
     def _check_ready(self) -> None:
         self._check_open()

@@ -13,10 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from xrl.config import SettingsError
-from xrl.models.shape import ModelShape, model_shape, with_defaults
+from xrl.models.checks import checked_shape
+from xrl.models.families import architecture_of
+from xrl.models.shape import ModelShape, with_defaults
 from xrl.rollout.engine import EngineError
+from xrl.weights.plan import part_names, tensor_shapes
 
-EMBEDDINGS, FINAL, FINAL_NORM = "embeddings", "final", "model.norm.weight"
+FINAL_NORM = "model.norm.weight"
 # What TurboMind converts and xrl trains -> may have biases in its attention.
 ARCHITECTURES: Mapping[str, bool] = {
     "LlamaForCausalLM": False,
@@ -41,10 +44,12 @@ def supported_shape(model_dir: Path, *, max_model_len: int) -> ModelShape:
         config = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise SettingsError(f"{file} cannot be read: {error}") from error
-    architecture = (config.get("architectures") or ["none"])[0]
+    if not isinstance(config, dict):
+        raise SettingsError(f"{file} needs a JSON object, found a {type(config).__name__}")
+    architecture = architecture_of(config) or "none"
     if architecture not in ARCHITECTURES:
         raise SettingsError(f"{file}: engine turbomind runs {', '.join(ARCHITECTURES)}, found {architecture}")
-    shape = model_shape(config)
+    shape = checked_shape(config, file)
     needs = {
         f"a head_dim of {', '.join(map(str, HEAD_DIMS))}": (shape.head_dim in HEAD_DIMS, f"head_dim {shape.head_dim}"),
         "no biases in the attention": (
@@ -78,14 +83,7 @@ def _slides(config: Mapping[str, Any], max_model_len: int) -> bool:
 
 def expected_parts(shape: ModelShape) -> dict[str, Sizes]:
     """Part of the model ("embeddings", "layers.0", ..., "final") -> its tensors."""
-    parts: dict[str, Sizes] = {EMBEDDINGS: {"model.embed_tokens.weight": (shape.vocab_size, shape.hidden_size)}}
-    for index in range(shape.num_layers):
-        layer = _attention(shape) | _mlp(shape)
-        parts[f"layers.{index}"] = {f"model.layers.{index}.{name}": size for name, size in layer.items()}
-    parts[FINAL] = {FINAL_NORM: (shape.hidden_size,)}
-    if not shape.tied_embeddings:
-        parts[FINAL]["lm_head.weight"] = (shape.vocab_size, shape.hidden_size)
-    return parts
+    return {part: tensor_shapes(shape, part) for part in part_names(shape)}
 
 
 def check_part(part: str, tensors: Mapping[str, Tensor], parts: Mapping[str, Sizes]) -> None:
@@ -106,44 +104,3 @@ def check_part(part: str, tensors: Mapping[str, Tensor], parts: Mapping[str, Siz
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise EngineError(f"{where}: TurboMind takes only whole parts, missing {', '.join(missing)}")
-
-
-def _attention(shape: ModelShape) -> Sizes:
-    """And the two norms of the layer."""
-    hidden, head_dim = shape.hidden_size, shape.head_dim
-    query_size, kv_size = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
-    sizes: Sizes = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (query_size, hidden),
-        "self_attn.k_proj.weight": (kv_size, hidden),
-        "self_attn.v_proj.weight": (kv_size, hidden),
-        "self_attn.o_proj.weight": (hidden, query_size),
-    }
-    if shape.qkv_bias:
-        sizes["self_attn.q_proj.bias"] = (query_size,)
-        sizes["self_attn.k_proj.bias"] = sizes["self_attn.v_proj.bias"] = (kv_size,)
-    if shape.out_bias:
-        sizes["self_attn.o_proj.bias"] = (hidden,)
-    if shape.qk_norm:
-        sizes |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
-    return sizes
-
-
-def _mlp(shape: ModelShape) -> Sizes:
-    """Or the router and the experts in its place."""
-    hidden, experts = shape.hidden_size, shape.experts
-    if experts is None:
-        return _projections("mlp", hidden, shape.ffn_hidden_size)
-    sizes: Sizes = {"mlp.gate.weight": (experts.num_experts, hidden)}
-    for expert in range(experts.num_experts):
-        sizes |= _projections(f"mlp.experts.{expert}", hidden, experts.ffn_hidden_size)
-    return sizes
-
-
-def _projections(prefix: str, hidden: int, ffn_size: int) -> Sizes:
-    return {
-        f"{prefix}.gate_proj.weight": (ffn_size, hidden),
-        f"{prefix}.up_proj.weight": (ffn_size, hidden),
-        f"{prefix}.down_proj.weight": (hidden, ffn_size),
-    }
