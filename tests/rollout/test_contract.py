@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,5 +158,5 @@ def test_fresh_engine_keeps_the_contract(make_case: MakeCase, check: Callable[[C
 @pytest.mark.parametrize("fault", bigram_engine.FAULTS)
 def test_every_fault_is_found(fault: str) -> None:
     check, engine = FINDS[fault], BigramEngine(fault)
-    with pytest.raises((AssertionError, KeyError, pytest.fail.Exception)):
+    with contextlib.closing(engine), pytest.raises((AssertionError, KeyError, pytest.fail.Exception)):
         check(Case(engine, BigramModel, memory=lambda: engine.cache_bytes))
