@@ -11,10 +11,11 @@ from concurrent.futures import Future
 from typing import Any
 
 from xrl.rollout.engine import EngineError, EngineNotReady
-from xrl.types import Completion, GenerateRequest, WeightBucket
+from xrl.types import Completion, FinishReason, GenerateRequest, WeightBucket
 
-ANSWER, FAIL, FAIL_ONCE, HANG, DIE, LINGER = range(100, 106)
+ANSWER, FAIL, FAIL_ONCE, HANG, DIE, LINGER, SLOW = range(100, 107)
 LINGER_S = 0.7
+SLOW_S = 2.0
 
 
 class ScriptedEngine:
@@ -26,6 +27,7 @@ class ScriptedEngine:
         self.pending = 0.0
         self.failed: set[tuple[int, ...]] = set()
         self.in_flight: dict[str, Future[list[Completion]]] = {}
+        self.slow: dict[str, tuple[GenerateRequest, Future[list[Completion]]]] = {}
 
     def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
         if self.weights_version < 0:
@@ -41,18 +43,31 @@ class ScriptedEngine:
             future.set_exception(EngineError("scripted failure"))
         elif action == LINGER:
             self.in_flight[request.id] = future
+        elif action == SLOW:
+            self.slow[request.id] = request, future
+            threading.Timer(SLOW_S, self._end_slow, args=(request.id, "stop")).start()
         elif action != HANG:
-            completion = Completion(
-                token_ids=list(request.token_ids),
-                logprobs=[-self.total] * len(request.token_ids),
-                finish_reason="stop",
-                weights_version=self.weights_version,
-            )
-            future.set_result([completion] * request.num_samples)
+            future.set_result(self._answers(request, "stop"))
         return future
+
+    def _answers(self, request: GenerateRequest, reason: FinishReason) -> list[Completion]:
+        completion = Completion(
+            token_ids=list(request.token_ids),
+            logprobs=[-self.total] * len(request.token_ids),
+            finish_reason=reason,
+            weights_version=self.weights_version,
+        )
+        return [completion] * request.num_samples
+
+    def _end_slow(self, name: str, reason: FinishReason) -> None:
+        request, future = self.slow.pop(name, (None, None))
+        if request is not None and future is not None:
+            future.set_result(self._answers(request, reason))
 
     def abort(self, request_id: str | None = None) -> None:
         """Not at once: as an engine in the middle of a step."""
+        for name in list(self.slow) if request_id is None else [request_id]:
+            self._end_slow(name, "abort")
         for name in list(self.in_flight) if request_id is None else [request_id]:
             threading.Timer(LINGER_S, self._end, args=(name,)).start()
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from tests.rollout.pools import ENGINE, ROOT, MakePool, bucket, generate, request
-from tests.rollout.scripted_engine import ANSWER, DIE, FAIL, FAIL_ONCE, HANG, LINGER
+from tests.rollout.scripted_engine import ANSWER, DIE, FAIL, FAIL_ONCE, HANG, LINGER, SLOW, SLOW_S
 from xrl.rollout import protocol
 from xrl.rollout.pool import RolloutCounts, WorkerGone
 from xrl.rollout.publish import Publisher
@@ -83,6 +84,26 @@ def test_prompts_of_a_worker_that_dies_go_to_the_other_one(make_pool: MakePool) 
     assert len(pool.alive) == 1
     again, _ = generate(pool, requests)
     assert all(again.values())
+
+
+def test_prompts_of_a_worker_that_is_told_to_end_go_to_the_other_one(make_pool: MakePool) -> None:
+    pool = make_pool(2, rollout_max_batch_size=8)
+    victim = pool.workers[0]._process
+    threading.Timer(SLOW_S / 4, victim.terminate).start()
+    results, counts = generate(pool, [request(place, SLOW) for place in range(6)])
+    assert {completion.finish_reason for answers in results.values() for completion in answers or []} == {"stop"}
+    assert counts.finished == 6 and counts.retried >= 1 and counts.failed == 0
+
+
+def test_worker_that_hangs_is_lost_and_gets_no_more_requests(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xrl.rollout.pool.HEALTH_TIMEOUT_S", 1.0)
+    pool = make_pool(2, rollout_timeout_s=1.0, rollout_max_batch_size=2, rollout_max_restarts=0)
+    pool.workers[0]._process.send_signal(signal.SIGSTOP)
+    results, counts = generate(pool, [request(place) for place in range(12)])
+    assert all(results.values()) and counts.finished == 12
+    assert pool.num_lost == 1 and [worker.number for worker in pool.alive] == [1]
 
 
 def test_end_of_the_last_worker_is_an_error_that_names_its_log(make_pool: MakePool) -> None:

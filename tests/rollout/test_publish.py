@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -125,6 +126,23 @@ def test_stuck_worker_is_named_with_its_layer(
     publisher.publish(interrupt(layers(2), pool, signal.SIGSTOP), version=2)
     assert "rollout worker 0 is lost (weights version 2, layers." in caplog.text
     check_answers(pool, 2)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_connection_that_breaks_costs_its_worker_alone(
+    make_pool: MakePool, transport: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = make_pool(2, weight_transport=transport, update=False)
+    publisher = Publisher(pool, timeout_s=5.0)
+    publisher.publish(layers(1), version=1)
+    body = json.dumps({"transport": "none", "invitation": {}, "timeout_s": 1}).encode()
+    with pytest.raises(urllib.error.HTTPError):  # what it had is closed by now
+        urllib.request.urlopen(pool.workers[0].url + protocol.CONNECT, body, timeout=10)
+    assert publisher.publish(layers(2), version=2).num_workers == 1
+    assert "worker 0 is lost (weights version 2, layers.0: TransportError: no trainer has connected" in caplog.text
+    check_answers(pool, 2)
+    pool.workers[0].wait_until_listening(60)
+    assert publisher.publish(layers(3), version=3).num_workers == 2
 
 
 def test_a_lost_worker_stops_the_run_where_that_is_asked_for(make_pool: MakePool) -> None:
