@@ -246,6 +246,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256, help="at once, when tokens per second are counted")
     parser.add_argument("--tokens", type=int, default=256, help="new tokens of each of them")
     options = parser.parse_args()
+    if not 0 < options.tokens < 509:
+        parser.error(f"--tokens must be from 1 to 508: prompts of 3 and a model of 512, got {options.tokens}")
     if not torch.cuda.is_available():
         print("This benchmark needs a CUDA device, and torch finds none.", file=sys.stderr)
         sys.exit(2)
