@@ -7,21 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    InternLM3Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # The commonest first: a smaller vocabulary leaves out the last ones. Newline and space as byte-level BPE writes them,
@@ -43,15 +31,16 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-# Family -> transformers' config class, and fields beside the sizes that all tiny models share.
-FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "qwen2": (Qwen2Config, {}),
-    "qwen3": (Qwen3Config, {"head_dim": 16}),
-    "llama": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True}),
-    "mistral": (MistralConfig, {"head_dim": 32, "sliding_window": None}),
-    "internlm3": (InternLM3Config, {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 6.0}}),
+# Family -> name of transformers' config class, and fields beside the sizes that all tiny models share. A name, because
+# not every transformers has all of them.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "llama": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("MistralConfig", {"head_dim": 32, "sliding_window": None}),
+    "internlm3": ("InternLM3Config", {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 6.0}}),
     "qwen2_moe": (
-        Qwen2MoeConfig,
+        "Qwen2MoeConfig",
         {
             "moe_intermediate_size": 32,
             "shared_expert_intermediate_size": 48,
@@ -60,7 +49,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         },
     ),
     "qwen3_moe": (
-        Qwen3MoeConfig,
+        "Qwen3MoeConfig",
         {
             "head_dim": 16,
             "moe_intermediate_size": 32,
@@ -70,7 +59,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         },
     ),
     "deepseek_v3": (
-        DeepseekV3Config,
+        "DeepseekV3Config",
         {
             "num_key_value_heads": 4,
             "moe_intermediate_size": 32,
@@ -134,7 +123,8 @@ def make_model(family: str = "qwen3", *, tied: bool = True, seed: int = 0, **con
     }
     torch.manual_seed(seed)
     config_class, fields = FAMILIES[family]
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config_class(**(sizes | fields | config_overrides)))
+    config = getattr(transformers, config_class)(**(sizes | fields | config_overrides))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # ones and zeros would hide a norm or a bias that is left out
         for name, tensor in model.state_dict().items():
             if name.endswith("bias"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from tests.tiny_models import FAMILIES, make_model
 from xrl.config import SettingsError
@@ -32,7 +33,8 @@ def config_of(family: str) -> dict[str, Any]:
         "internlm3": "InternLM3ForCausalLM",
         "deepseek_v3": "DeepseekV3ForCausalLM",
     }[family]
-    return config_class(**(sizes | fields)).to_dict() | {"architectures": [architecture]}
+    config = getattr(transformers, config_class)(**(sizes | fields))
+    return config.to_dict() | {"architectures": [architecture]}
 
 
 def refusal(family: str, **fields: Any) -> str:
