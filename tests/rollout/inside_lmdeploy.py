@@ -109,7 +109,26 @@ def test_lmdeploy_loses_the_second_update_unless_mended(tmp_path: Path, mended: 
     assert taken == [True, mended]
 
 
+def test_lmdeploy_keeps_the_cache_in_its_sleep(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, tied=False, **sizes())
+    config = lmdeploy.TurbomindEngineConfig(
+        dtype="bfloat16", devices=[0], session_len=64, max_batch_size=4, enable_metrics=False
+    )
+    turbomind = TurboMind(str(tmp_path), engine_config=config)
+    update_by_hand(turbomind, tiny_model(1), mended=True)
+    assert turbomind.model_comm.pool_holds_cache
+
+
 # The adapter.
+
+
+@pytest.mark.parametrize("keep_weights", [True, False])
+def test_sleep_gives_the_cache_back(make_engine: MakeEngine, keep_weights: bool) -> None:
+    engine = make_engine()
+    assert not engine._driver._turbomind.model_comm.pool_holds_cache  # before the first update, too
+    push(engine, tiny_model(1), 1)
+    engine.sleep(keep_weights=keep_weights)
+    assert not engine._driver._turbomind.model_comm.pool_holds_cache
 
 
 def test_without_the_mend_the_second_update_is_refused(
@@ -331,4 +350,4 @@ def test_the_benchmark_notices_weights_that_are_not_the_actors(monkeypatch: pyte
         )
 
     monkeypatch.setattr(TurboMindDriver, "take", swap_norms)
-    assert "update 1: log-probs are the actor's" in run_benchmark(monkeypatch).wrong
+    assert "update 1: log-probs are the actor's, but for the rounding of bf16" in run_benchmark(monkeypatch).wrong

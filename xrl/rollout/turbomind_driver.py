@@ -9,16 +9,20 @@ An update of the weights, as the compiled part wants it:
                          transforms the weights in place, after which they cannot be written any more
     wakeup(kv_cache)     the engine is built anew, with a cache; request handles from before are dead
 
+`sleep` by itself gives the cache back to CUDA one sleep late: see `_frees_completed`.
+
 The compiled part ends the process where it is used out of this order, so `TurboMindEngine` keeps the states.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import sys
-from collections.abc import Awaitable, Mapping
+import threading
+from collections.abc import Awaitable, Iterator, Mapping
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +45,7 @@ CACHE_SHARE = 0.8
 MAX_STOP_TOKENS = 32
 MAX_TOP_K = 1024
 MAX_TEMPERATURE = 2.0
+SYNCHRONIZE_TIMEOUT_S = 30.0  # a device that does not answer for so long is put to sleep all the same
 
 WEIGHTS, KV_CACHE = "weights", "kv_cache"
 
@@ -95,6 +100,7 @@ class TurboMindDriver:
         Raises:
             SettingsError: LMDeploy is missing, of another version, cannot be loaded, or cannot run this model.
         """
+        self._device_index = device_index
         self._start(model_dir, dtype, device_index, max_batch_size, max_model_len)
         self._taken: dict[str, set[str]] = {}  # part of the model -> TurboMind's names of what came with it
 
@@ -126,9 +132,10 @@ class TurboMindDriver:
 
         No request may be in flight.
         """
-        done = self._turbomind.sleep(level)
-        if inspect.isawaitable(done):  # from 0.13.0 on
-            asyncio.run(_finished(done))
+        with _frees_completed(self._device_index):
+            done = self._turbomind.sleep(level)
+            if inspect.isawaitable(done):  # from 0.13.0 on
+                asyncio.run(_finished(done))
         torch.cuda.empty_cache()
 
     def wake(self, *tags: str) -> None:
@@ -233,6 +240,32 @@ class TurboMindDriver:
 
 async def _finished(done: Awaitable[None]) -> None:
     await done
+
+
+@contextlib.contextmanager
+def _frees_completed(device_index: int) -> Iterator[None]:
+    """Another thread waits for the device again and again, so that what is freed in stream order is seen to be free.
+
+    TurboMind frees its cache in stream order, and trims its memory pool in the same breath: what nobody has waited for
+    stays in the pool, out of reach for everybody else, until the next sleep. There is no place between the two calls,
+    and the pool has no name by which it could be trimmed later.
+    """
+    stop, waiting = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        torch.cuda.set_device(device_index)
+        while not stop.is_set():
+            torch.cuda.synchronize()
+            waiting.set()
+
+    thread = threading.Thread(target=wait, name="turbomind-frees", daemon=True)
+    thread.start()
+    waiting.wait(SYNCHRONIZE_TIMEOUT_S)
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _import() -> tuple[Any, Any, Any]:

@@ -6,6 +6,7 @@ As in the C++ of 0.12.3 and 0.13.0 (src/turbomind: turbomind.cc, models/llama/Ll
   name, and cannot be undone
 - `sleep` needs the gateway, which it ends: a second `sleep` crashes, and so does a handle from before
 - level 2 drops the weights, level 1 moves them to the host, and refuses experts by ending the process
+- the memory pool keeps the cache that `sleep` frees, unless someone waits for the device between the free and the trim
 - a wrong size ends the process; a failed check is `abort`, not an exception
 - answers are computed from the transformed weights, so they show what was really written
 
@@ -30,6 +31,7 @@ import yaml
 MAX_LOGPROBS = 1024
 KV_CACHE_BYTES = 96 << 20  # enough to be seen in the size of the process
 FINISH, CANCEL, TOO_LONG, FAIL = 7, 8, 6, 5
+_SYNCHRONIZED = threading.Event()
 
 
 def _pretend_cuda() -> None:
@@ -38,6 +40,7 @@ def _pretend_cuda() -> None:
     torch.cuda.device = lambda *_: contextlib.nullcontext()  # type: ignore[misc,assignment]
     torch.cuda.set_device = lambda *_: None
     torch.cuda.current_device = lambda: 0
+    torch.cuda.synchronize = lambda *_: _SYNCHRONIZED.set()
     torch.cuda.get_device_properties = lambda *_: type("Hopper", (), {"major": 9, "minor": 0})()  # type: ignore[assignment,method-assign,misc]
     torch.version.cuda = "12.8"
 
@@ -324,6 +327,8 @@ class TurboMind:
         _check(self.engine is not None, "sleep without a gateway")
         assert self.engine is not None
         self.engine.close()
+        _SYNCHRONIZED.clear()
+        self.pool_holds_cache = not _SYNCHRONIZED.wait(0.05)
         self.engine = None
 
     def wakeup(self, index: int, tags: list[str]) -> None:
