@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/checksum.h"
 #include "cpu/decode_attention.h"
 #include "cpu/gated_mlp.h"
 #include "cpu/grpo_loss.h"
@@ -182,6 +183,35 @@ void swiglu_backward(Address x, Address grad, int64_t num_rows, int64_t size, Ad
   py::gil_scoped_release release;
   XRL_DISPATCH(swiglu_backward, at<const T>(x), at<const T>(grad), num_rows, size, at<T>(grad_x), at<T>(out),
                num_threads);
+}
+
+uint64_t tensor_checksum(Address bytes, int64_t num_bytes) {
+  xrl::check(num_bytes >= 0, "num_bytes must be >= 0");
+  py::gil_scoped_release release;
+  std::vector<uint64_t> rows(static_cast<std::size_t>((num_bytes + xrl::kChecksumRowBytes - 1) / xrl::kChecksumRowBytes));
+  std::vector<uint64_t> columns(xrl::kChecksumRowWords);
+  XRL_DISPATCH(add_sums, at<const char>(bytes), num_bytes, rows.data(), columns.data());
+  return xrl::mix_sums(rows.data(), static_cast<int64_t>(rows.size()), columns.data());
+}
+
+void copy_and_add_sums(Address source, Address target, int64_t offset, int64_t num_bytes,
+                       const std::vector<std::tuple<int64_t, int64_t, int64_t>>& dimensions, Address rows,
+                       Address columns) {
+  xrl::check(dimensions.size() <= 3, "runs of bytes lie along 3 dimensions at most");
+  bool whole_words = offset % 8 == 0 && num_bytes % 8 == 0;
+  xrl::ByteRuns runs{num_bytes, {1, 1, 1}, {0, 0, 0}, {0, 0, 0}};
+  for (std::size_t i = 0; i < dimensions.size(); ++i) {
+    std::tie(runs.sizes[i], runs.source_strides[i], runs.target_strides[i]) = dimensions[i];
+    whole_words = whole_words && runs.target_strides[i] % 8 == 0;
+  }
+  xrl::check(whole_words && offset >= 0 && num_bytes >= 0, "offset, lengths and strides must be multiples of 8 bytes");
+  py::gil_scoped_release release;
+  XRL_DISPATCH(copy_and_add_sums, at<const char>(source), at<char>(target), offset, runs, at<uint64_t>(rows),
+               at<uint64_t>(columns));
+}
+
+uint64_t mix_sums(Address rows, int64_t num_rows, Address columns) {
+  return xrl::mix_sums(at<const uint64_t>(rows), num_rows, at<const uint64_t>(columns));
 }
 
 void populate_pages(const std::vector<Address>& areas, std::size_t num_bytes, int num_threads) {
@@ -422,6 +452,9 @@ PYBIND11_MODULE(_C, module) {
   bind<xrl::bfloat16>(module, "_bf16");
   module.def("grpo_rows", &grpo_rows);
   module.def("populate_pages", &populate_pages);
+  module.def("tensor_checksum", &tensor_checksum);
+  module.def("copy_and_add_sums", &copy_and_add_sums);
+  module.def("mix_sums", &mix_sums);
   module.def("matmul", &matmul);
   module.def("packed_size", &packed_size);
   module.def("pack_weight", &pack_weight);

@@ -26,6 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xrl.kernels.native import native_module
+
 Words = NDArray[np.uint64]
 
 ROW_WORDS = 1024
@@ -56,9 +58,70 @@ def joined_checksum(partial: Iterable[int]) -> str:
     return f"{sum(partial) % 2**64:016x}"
 
 
+def num_sums(num_bytes: int) -> int:
+    """How many words the sums of a tensor of so many bytes are: of its rows, then of its columns."""
+    return -(-num_bytes // ROW_BYTES) + ROW_WORDS
+
+
+def checksum_from_sums(sums: Words, name: str, tensor: Tensor) -> int:
+    """A tensor's share in its layer's checksum, as `partial_checksum`, from its row and column sums.
+
+    Args:
+        sums: [num_sums(bytes of the tensor)], added up over all who have a part of it.
+        tensor: of its dtype and shape; its bytes are not looked at.
+    """
+    rows, columns = sums[:-ROW_WORDS], sums[-ROW_WORDS:]
+    native = native_module()
+    if native is None:
+        mixed = _mix_sums(rows, columns)
+    else:
+        mixed = np.array([native.mix_sums(rows.ctypes.data, len(rows), columns.ctypes.data)], dtype=np.uint64)
+    total = _mix(mixed, _text_hash(name, tensor))
+    return int(total.view(np.int64)[0])
+
+
+def can_sum(*lengths: int) -> bool:
+    """Whether `copy_and_add_sums` takes pieces that begin at, and are as long as, so many bytes."""
+    return native_module() is not None and all(length % 8 == 0 for length in lengths)
+
+
+def copy_and_add_sums(source: Tensor, target: Tensor, whole: Tensor, sums: Tensor) -> None:
+    """Copy a piece of a tensor to its place, and add its words to the tensor's sums in the same pass.
+
+    The bytes go past the cache: they are many, and it is others who read them.
+
+    Args:
+        source: on the CPU.
+        target: where it goes: a view of `whole` of the same shape and dtype as `source`.
+        whole: a contiguous tensor.
+        sums: [num_sums(bytes of whole)] int64.
+
+    Raises:
+        ValueError: the two differ in shape or dtype, or pieces are no multiples of 8 bytes.
+    """
+    if source.shape != target.shape or source.dtype != target.dtype:
+        raise ValueError(f"{source.dtype} {list(source.shape)} cannot be copied to {target.dtype} {list(target.shape)}")
+    size = source.element_size()
+    run, dims = size, []
+    for length, from_stride, to_stride in zip(source.shape, source.stride(), target.stride(), strict=True):
+        if length > 1:
+            dims.append((length, from_stride * size, to_stride * size))
+    while dims and dims[-1][1:] == (run, run):
+        run *= dims.pop()[0]
+    native = native_module()
+    assert native is not None, "see can_sum"
+    offset = target.data_ptr() - whole.data_ptr()
+    columns = sums.data_ptr() + 8 * (len(sums) - ROW_WORDS)
+    if source.numel():
+        native.copy_and_add_sums(source.data_ptr(), whole.data_ptr(), offset, run, dims, sums.data_ptr(), columns)
+
+
 def tensor_checksum(tensor: Tensor) -> Words:
     """[1] checksum of a tensor's bytes, whatever they mean."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    native = native_module()
+    if native is not None and flat.device.type == "cpu":
+        return np.array([native.tensor_checksum(flat.data_ptr(), flat.numel())], dtype=np.uint64)
     num_rows = flat.numel() // ROW_BYTES
     body, tail = flat[: num_rows * ROW_BYTES], flat[num_rows * ROW_BYTES :]
     rows, columns = (_sums if flat.device.type == "cpu" else _device_sums)(body)
@@ -68,6 +131,11 @@ def tensor_checksum(tensor: Tensor) -> Words:
         words = last.view(np.uint64)
         rows = np.append(rows, np.add.reduce(words))
         columns = columns + words
+    return _mix_sums(rows, columns)
+
+
+def _mix_sums(rows: Words, columns: Words) -> Words:
+    """[1] a tensor's checksum from its sums."""
     total: Words = _mix(rows, np.arange(len(rows), dtype=np.uint64)).sum(keepdims=True)
     return total + _mix(columns, ~np.arange(ROW_WORDS, dtype=np.uint64)).sum(keepdims=True)
 
