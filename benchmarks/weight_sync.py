@@ -58,20 +58,26 @@ EMBEDDED_UPDATES = WARM_UP + 5
 
 
 class HoldingEngine:
-    """Keeps its own copy of the weights, and can do nothing with them. Hosted by a real worker process."""
+    """Keeps its own copy of the weights, and can do nothing with them. Hosted by a real worker process.
+
+    From the second update on the worker copies into its memory, as it checks the bytes.
+    """
 
     def __init__(self, **_: Any) -> None:
         self.weights_version = -1
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, dict[str, Tensor]] = {}
 
     def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
         raise EngineError("this engine holds weights and cannot generate")
 
+    def room(self, layer: str) -> dict[str, Tensor]:
+        return self.tensors.get(layer, {})
+
     def load_layer(self, bucket: WeightBucket) -> None:
+        own = self.tensors.setdefault(bucket.layer, {})
         for name, tensor in bucket.tensors.items():
-            if name not in self.tensors:
-                self.tensors[name] = torch.empty_like(tensor)
-            self.tensors[name].copy_(tensor)
+            if name not in own:
+                own[name] = tensor.clone()
 
     def finish_update(self, version: int) -> None:
         self.weights_version = version

@@ -185,12 +185,18 @@ void swiglu_backward(Address x, Address grad, int64_t num_rows, int64_t size, Ad
                num_threads);
 }
 
-uint64_t tensor_checksum(Address bytes, int64_t num_bytes) {
+// The checksum of a tensor's bytes, which are copied to target on the way, where that is not 0.
+uint64_t tensor_checksum(Address bytes, int64_t num_bytes, Address target) {
   xrl::check(num_bytes >= 0, "num_bytes must be >= 0");
   py::gil_scoped_release release;
   std::vector<uint64_t> rows(static_cast<std::size_t>((num_bytes + xrl::kChecksumRowBytes - 1) / xrl::kChecksumRowBytes));
   std::vector<uint64_t> columns(xrl::kChecksumRowWords);
-  XRL_DISPATCH(add_sums, at<const char>(bytes), num_bytes, rows.data(), columns.data());
+  if (target == 0) {
+    XRL_DISPATCH(add_sums, at<const char>(bytes), num_bytes, rows.data(), columns.data());
+  } else {
+    XRL_DISPATCH(copy_whole_and_add_sums, at<const char>(bytes), at<char>(target), num_bytes, rows.data(),
+                 columns.data());
+  }
   return xrl::mix_sums(rows.data(), static_cast<int64_t>(rows.size()), columns.data());
 }
 

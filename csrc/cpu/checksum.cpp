@@ -98,16 +98,36 @@ void add_run(const char* source, int64_t num_bytes, char* target, int64_t offset
   }
 }
 
+// A whole tensor, whose last word may be short.
+template <bool kCopies>
+void add_whole(const char* source, char* target, int64_t num_bytes, uint64_t* rows, uint64_t* columns) {
+  const int64_t whole = num_bytes / 8 * 8;
+  add_run<kCopies>(source, whole, target, 0, rows, columns);
+  if (whole == num_bytes) return;
+  const std::size_t rest = static_cast<std::size_t>(num_bytes - whole);
+  uint64_t last = 0;  // zeros behind the last byte
+  std::memcpy(&last, source + whole, rest);
+  if (kCopies) std::memcpy(target + whole, source + whole, rest);
+  rows[whole / kChecksumRowBytes] += last;
+  columns[whole % kChecksumRowBytes / 8] += last;
+}
+
+// Others read what was streamed.
+inline void complete_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace
 
 void add_sums(const char* source, int64_t num_bytes, uint64_t* rows, uint64_t* columns) {
-  const int64_t whole = num_bytes / 8 * 8;
-  add_run<false>(source, whole, nullptr, 0, rows, columns);
-  if (whole == num_bytes) return;
-  uint64_t last = 0;  // zeros behind the last byte
-  std::memcpy(&last, source + whole, static_cast<std::size_t>(num_bytes - whole));
-  rows[whole / kChecksumRowBytes] += last;
-  columns[whole % kChecksumRowBytes / 8] += last;
+  add_whole<false>(source, nullptr, num_bytes, rows, columns);
+}
+
+void copy_whole_and_add_sums(const char* source, char* target, int64_t num_bytes, uint64_t* rows, uint64_t* columns) {
+  add_whole<true>(source, target, num_bytes, rows, columns);
+  complete_streams();
 }
 
 void copy_and_add_sums(const char* source, char* target, int64_t offset, const ByteRuns& runs, uint64_t* rows,
@@ -121,9 +141,7 @@ void copy_and_add_sums(const char* source, char* target, int64_t offset, const B
       }
     }
   }
-#if defined(__AVX2__)
-  _mm_sfence();  // others read what was streamed
-#endif
+  complete_streams();
 }
 
 }  // namespace xrl::XRL_ISA

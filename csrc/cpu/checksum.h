@@ -23,6 +23,9 @@ struct ByteRuns {
   namespace xrl::ISA {                                                                                             \
   /* rows [ceil(num_bytes / row)] and columns [1024] += the sums of the words at source; the last may be short */  \
   void add_sums(const char* source, int64_t num_bytes, uint64_t* rows, uint64_t* columns);                         \
+  /* the same, and copies them to target, past the cache */                                                        \
+  void copy_whole_and_add_sums(const char* source, char* target, int64_t num_bytes, uint64_t* rows,                \
+                               uint64_t* columns);                                                                 \
   /* copies the runs at source to `offset` of the tensor at target, past the cache, and adds them to its sums; */  \
   /* offset, strides and lengths are multiples of 8 */                                                             \
   void copy_and_add_sums(const char* source, char* target, int64_t offset, const ByteRuns& runs, uint64_t* rows,   \

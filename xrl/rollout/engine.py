@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from xrl.types import Completion, GenerateRequest, WeightBucket
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class EngineError(RuntimeError):
@@ -44,6 +48,25 @@ def check_request(request: GenerateRequest, *, vocab_size: int, max_model_len: i
             f"{where}: prompt ({len(request.token_ids)}) + max_new_tokens ({sampling.max_new_tokens}) = {total} "
             f"tokens exceed max_model_len {max_model_len}"
         )
+
+
+@runtime_checkable
+class HasRoom(Protocol):
+    """What an engine may offer beside the contract: that bytes are written where they are to stay, as they are checked.
+
+    One pass over them instead of two. Only of use to engines that keep weights in the form in which they arrive.
+    """
+
+    def room(self, layer: str) -> Mapping[str, Tensor]:
+        """The engine's own memory for tensors of a layer: name -> contiguous tensor. May be empty.
+
+        It is written to from then on, so the engine cannot generate until an update is complete. `load_layer` comes
+        next, with these very tensors among the bucket's; nothing is left for it to copy then.
+
+        Raises:
+            EngineError: requests are in flight.
+        """
+        ...
 
 
 class Engine(Protocol):

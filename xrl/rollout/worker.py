@@ -25,9 +25,9 @@ from aiohttp import web
 
 from xrl.config import SettingsError
 from xrl.rollout import create_engine, protocol
-from xrl.rollout.engine import Engine, EngineError, EngineNotReady
+from xrl.rollout.engine import Engine, EngineError, EngineNotReady, HasRoom
 from xrl.types import Completion, WeightBucket
-from xrl.weights.checksum import layer_checksum
+from xrl.weights.checksum import take_layer
 from xrl.weights.transport import Manifest, Receiver, TransportError, create_receiver
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -152,11 +152,12 @@ class Worker:
         )
 
     def _load(self, manifest: Manifest) -> str:
-        """The checksum of what arrived; loaded only if it is the sender's."""
+        """The checksum of what arrived; loaded only if it is the sender's, or written into the engine's room before."""
         if self.receiver is None:
             raise TransportError(f"no trainer has connected before it sent {manifest.layer}")
         tensors = self.receiver.receive(manifest)
-        checksum = layer_checksum(tensors)
+        room = self.engine.room(manifest.layer) if isinstance(self.engine, HasRoom) else {}
+        checksum, tensors = take_layer(tensors, room)
         if checksum == manifest.checksum:
             self.engine.load_layer(WeightBucket(version=manifest.version, layer=manifest.layer, tensors=tensors))
         return checksum

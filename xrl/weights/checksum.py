@@ -45,6 +45,25 @@ def layer_checksum(tensors: Mapping[str, Tensor]) -> str:
     return joined_checksum([partial_checksum(tensors)])
 
 
+def take_layer(tensors: Mapping[str, Tensor], room: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """The checksum of a layer that arrived, and its tensors: those that there is room for are copied there meanwhile.
+
+    Args:
+        room: name -> contiguous tensor. Where it does not fit in shape, dtype or device, the tensor stays where it is.
+    """
+    total = np.zeros(1, dtype=np.uint64)
+    taken = {}
+    for name, tensor in tensors.items():
+        target = room.get(name)
+        if target is not None and _fits(tensor, target):
+            total += _mix(_copy_with_checksum(tensor, target), _text_hash(name, tensor))
+            taken[name] = target
+        else:
+            total += _mix(tensor_checksum(tensor), _text_hash(name, tensor))
+            taken[name] = tensor
+    return joined_checksum([int(total[0])]), taken
+
+
 def partial_checksum(tensors: Mapping[str, Tensor]) -> int:
     """The share of some of a layer's tensors in its checksum, in [-2^63, 2^63)."""
     total = np.zeros(1, dtype=np.uint64)
@@ -116,12 +135,31 @@ def copy_and_add_sums(source: Tensor, target: Tensor, whole: Tensor, sums: Tenso
         native.copy_and_add_sums(source.data_ptr(), whole.data_ptr(), offset, run, dims, sums.data_ptr(), columns)
 
 
+def _fits(source: Tensor, target: Tensor) -> bool:
+    return (
+        source.shape == target.shape
+        and source.dtype == target.dtype
+        and source.device == target.device
+        and source.is_contiguous()
+        and target.is_contiguous()
+    )
+
+
+def _copy_with_checksum(source: Tensor, target: Tensor) -> Words:
+    """`tensor_checksum` of the source, whose bytes go to the target in the same pass, where that can be."""
+    native = native_module()
+    if native is None or source.device.type != "cpu":
+        target.copy_(source)
+        return tensor_checksum(source)
+    return np.array([native.tensor_checksum(source.data_ptr(), source.nbytes, target.data_ptr())], dtype=np.uint64)
+
+
 def tensor_checksum(tensor: Tensor) -> Words:
     """[1] checksum of a tensor's bytes, whatever they mean."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     native = native_module()
     if native is not None and flat.device.type == "cpu":
-        return np.array([native.tensor_checksum(flat.data_ptr(), flat.numel())], dtype=np.uint64)
+        return np.array([native.tensor_checksum(flat.data_ptr(), flat.numel(), 0)], dtype=np.uint64)
     num_rows = flat.numel() // ROW_BYTES
     body, tail = flat[: num_rows * ROW_BYTES], flat[num_rows * ROW_BYTES :]
     rows, columns = (_sums if flat.device.type == "cpu" else _device_sums)(body)

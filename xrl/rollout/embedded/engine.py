@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from xrl.config import SettingsError
 from xrl.metrics.memory import return_freed_memory
@@ -106,6 +107,13 @@ class EmbeddedEngine:
             done.result()
             with self._changed:
                 self._is_asleep = False
+
+    def room(self, layer: str) -> dict[str, Tensor]:
+        with self._one_at_a_time:
+            with self._changed:
+                self._check_idle("take weights")
+                self._not_ready = f"an update is under way, {layer} is being written"
+            return self._weights.room(layer)
 
     def load_layer(self, bucket: WeightBucket) -> None:
         with self._one_at_a_time:

@@ -15,6 +15,9 @@ from xrl.rollout.engine import EngineError
 from xrl.weights.plan import EMBEDDINGS, FINAL, part_names, tensor_shapes
 
 
+EMBEDDING = "model.embed_tokens.weight"
+
+
 @dataclass(kw_only=True)
 class LayerWeights:
     """One decoder layer."""
@@ -74,6 +77,15 @@ class DecoderWeights:
             else:
                 self._arrived[part] = {name: tensor.clone() for name, tensor in self._arrived[part].items()}
 
+    def room(self, part: str) -> dict[str, Tensor]:
+        """Where tensors stay as they arrive: the embeddings on the CPU."""
+        if part != EMBEDDINGS or self.device.type != "cpu":
+            return {}
+        shape = self._expected[EMBEDDINGS][EMBEDDING]
+        if self.embedding.shape != shape:
+            self.embedding = torch.empty(shape, dtype=self.dtype)
+        return {EMBEDDING: self.embedding}
+
     def finish(self) -> None:
         """Close an update.
 
@@ -121,7 +133,8 @@ class DecoderWeights:
 
     def _install(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         if part == EMBEDDINGS:
-            self.embedding = self._copy(tensors["model.embed_tokens.weight"])
+            if tensors[EMBEDDING].data_ptr() != self.embedding.data_ptr():  # as it does where it was given room
+                self.embedding = self._copy(tensors[EMBEDDING])
             if self.shape.tied_embeddings:
                 self.head = PackedLinear(self.embedding)
         elif part == FINAL:
