@@ -14,7 +14,6 @@ from xrl.rollout.embedded.mlp import Experts, GatedMLP
 from xrl.rollout.engine import EngineError
 from xrl.weights.plan import EMBEDDINGS, FINAL, part_names, tensor_shapes
 
-
 EMBEDDING = "model.embed_tokens.weight"
 
 
