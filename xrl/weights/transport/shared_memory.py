@@ -6,6 +6,7 @@ behind however either process ends; the kernel frees it with the last of the two
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from xrl.types import WeightBucket
 from xrl.weights.transport import Manifest, TensorEntry, TransportError, aligned
+
+
+MADV_POPULATE_WRITE = 23  # of Linux 5.14; mmap has no name for it before Python 3.14
 
 
 class Sender:
@@ -129,9 +133,13 @@ class Receiver:
 
 
 def _map(descriptor: int, num_bytes: int) -> mmap.mmap:
-    # All pages at once: to meet them one by one while copying costs more than the copying.
-    populate = getattr(mmap, "MAP_POPULATE", 0)
-    return mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | populate)
+    memory = mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED)
+    # Large pages where the system has them, and all at once: to meet them one by one while copying costs more than the
+    # copying.
+    for advice in (mmap.MADV_HUGEPAGE, MADV_POPULATE_WRITE):
+        with contextlib.suppress(OSError):  # an older kernel
+            memory.madvise(advice)
+    return memory
 
 
 def _views(memory: mmap.mmap, entries: Sequence[TensorEntry], where: Mapping[str, Any]) -> dict[str, Tensor]:
