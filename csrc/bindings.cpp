@@ -22,6 +22,7 @@
 #include "cpu/rms_norm.h"
 #include "cpu/rope_cache.h"
 #include "cpu/sample_tokens.h"
+#include "cpu/steps.h"
 #include "cpu/vector_math.h"
 #include "cuda_bindings.h"
 #include "dispatch.h"
@@ -216,8 +217,29 @@ void copy_and_add_sums(Address source, Address target, int64_t offset, int64_t n
                at<uint64_t>(columns));
 }
 
-uint64_t mix_sums(Address rows, int64_t num_rows, Address columns) {
-  return xrl::mix_sums(at<const uint64_t>(rows), num_rows, at<const uint64_t>(columns));
+// The sum, modulo 2^64, of mix(checksum, hash) over tensors of (place in the sums, rows, hash of its name, dtype, shape).
+uint64_t checksum_from_sums(const std::vector<Address>& shares,
+                            const std::vector<std::tuple<int64_t, int64_t, uint64_t>>& tensors) {
+  xrl::check(!shares.empty(), "there must be a share of the sums");
+  py::gil_scoped_release release;
+  uint64_t total = 0;
+  std::vector<uint64_t> sums;
+  for (const auto& [place, num_rows, hash] : tensors) {
+    sums.assign(static_cast<std::size_t>(num_rows + xrl::kChecksumRowWords), 0);
+    for (Address share : shares) {
+      const uint64_t* of_rank = at<const uint64_t>(share) + place;
+      for (std::size_t i = 0; i < sums.size(); ++i) sums[i] += of_rank[i];
+    }
+    total += xrl::mix(xrl::mix_sums(sums.data(), num_rows, sums.data() + num_rows), hash);
+  }
+  return total;
+}
+
+void set_step(Address counter, int32_t step) { xrl::set_step(at<int32_t>(counter), step); }
+
+bool wait_for_step(Address counter, int32_t step, double seconds) {
+  py::gil_scoped_release release;
+  return xrl::wait_for_step(at<const int32_t>(counter), step, seconds);
 }
 
 void populate_pages(const std::vector<Address>& areas, std::size_t num_bytes, int num_threads) {
@@ -460,7 +482,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("populate_pages", &populate_pages);
   module.def("tensor_checksum", &tensor_checksum);
   module.def("copy_and_add_sums", &copy_and_add_sums);
-  module.def("mix_sums", &mix_sums);
+  module.def("checksum_from_sums", &checksum_from_sums);
+  module.def("set_step", &set_step);
+  module.def("wait_for_step", &wait_for_step);
   module.def("matmul", &matmul);
   module.def("packed_size", &packed_size);
   module.def("pack_weight", &pack_weight);

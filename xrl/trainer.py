@@ -19,6 +19,7 @@ from xrl.algorithms import Algorithm
 from xrl.algorithms.aggregation import token_weights
 from xrl.config import Settings
 from xrl.data.prompts import PromptDataset
+from xrl.kernels.native import native_module
 from xrl.metrics.journal import Journal
 from xrl.metrics.mean import Mean, merge
 from xrl.metrics.memory import cuda_peak_bytes, peak_rss_bytes, return_freed_memory
@@ -67,6 +68,7 @@ class Trainer:
         self.shares_memory = (
             settings.rollout.chosen_transport == "shared_memory"
             and groups.device.type == "cpu"
+            and native_module() is not None
             and int(os.environ.get("LOCAL_WORLD_SIZE", groups.layout.world_size)) == groups.layout.world_size
         )
         # Filled on rank 0 while a step runs, then written as one row.

@@ -18,8 +18,11 @@ change places and differ in their highest bit alone: the sign of a number.)
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -56,10 +59,10 @@ def take_layer(tensors: Mapping[str, Tensor], room: Mapping[str, Tensor]) -> tup
     for name, tensor in tensors.items():
         target = room.get(name)
         if target is not None and _fits(tensor, target):
-            total += _mix(_copy_with_checksum(tensor, target), _text_hash(name, tensor))
+            total += _mix(_copy_with_checksum(tensor, target), _text_hash(name, tensor.dtype, tuple(tensor.shape)))
             taken[name] = target
         else:
-            total += _mix(tensor_checksum(tensor), _text_hash(name, tensor))
+            total += _mix(tensor_checksum(tensor), _text_hash(name, tensor.dtype, tuple(tensor.shape)))
             taken[name] = tensor
     return joined_checksum([int(total[0])]), taken
 
@@ -68,7 +71,7 @@ def partial_checksum(tensors: Mapping[str, Tensor]) -> int:
     """The share of some of a layer's tensors in its checksum, in [-2^63, 2^63)."""
     total = np.zeros(1, dtype=np.uint64)
     for name, tensor in tensors.items():
-        total += _mix(tensor_checksum(tensor), _text_hash(name, tensor))
+        total += _mix(tensor_checksum(tensor), _text_hash(name, tensor.dtype, tuple(tensor.shape)))
     return int(total.view(np.int64)[0])
 
 
@@ -77,26 +80,38 @@ def joined_checksum(partial: Iterable[int]) -> str:
     return f"{sum(partial) % 2**64:016x}"
 
 
-def num_sums(num_bytes: int) -> int:
-    """How many words the sums of a tensor of so many bytes are: of its rows, then of its columns."""
-    return -(-num_bytes // ROW_BYTES) + ROW_WORDS
+@dataclass(frozen=True, kw_only=True)
+class SummedTensor:
+    """A tensor whose sums are taken as it is copied, and where they lie among those of its layer."""
+
+    place: int
+    num_sums: int  # words: of its rows, then of its columns
+    text_hash: int
+
+    @classmethod
+    def of(cls, name: str, dtype: torch.dtype, shape: Sequence[int], *, place: int) -> SummedTensor:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        text_hash = int(_text_hash(name, dtype, tuple(shape))[0])
+        return cls(place=place, num_sums=-(-num_bytes // ROW_BYTES) + ROW_WORDS, text_hash=text_hash)
+
+    def in_share(self, share: Tensor) -> Tensor:
+        """Its sums, of one who copies a part of it."""
+        return share[self.place : self.place + self.num_sums]
 
 
-def checksum_from_sums(sums: Words, name: str, tensor: Tensor) -> int:
-    """A tensor's share in its layer's checksum, as `partial_checksum`, from its row and column sums.
+def checksum_from_sums(shares: Sequence[Tensor], tensors: Iterable[SummedTensor]) -> int:
+    """The share of some of a layer's tensors in its checksum, as `partial_checksum`, from their row and column sums.
 
     Args:
-        sums: [num_sums(bytes of the tensor)], added up over all who have a part of it.
-        tensor: of its dtype and shape; its bytes are not looked at.
+        shares: int64 sums of all who copied a part, to be added up.
     """
-    rows, columns = sums[:-ROW_WORDS], sums[-ROW_WORDS:]
     native = native_module()
-    if native is None:
-        mixed = _mix_sums(rows, columns)
-    else:
-        mixed = np.array([native.mix_sums(rows.ctypes.data, len(rows), columns.ctypes.data)], dtype=np.uint64)
-    total = _mix(mixed, _text_hash(name, tensor))
-    return int(total.view(np.int64)[0])
+    assert native is not None, "see can_sum"
+    total: int = native.checksum_from_sums(
+        [share.data_ptr() for share in shares],
+        [(each.place, each.num_sums - ROW_WORDS, each.text_hash) for each in tensors],
+    )
+    return total
 
 
 def can_sum(*lengths: int) -> bool:
@@ -113,7 +128,7 @@ def copy_and_add_sums(source: Tensor, target: Tensor, whole: Tensor, sums: Tenso
         source: on the CPU.
         target: where it goes: a view of `whole` of the same shape and dtype as `source`.
         whole: a contiguous tensor.
-        sums: [num_sums(bytes of whole)] int64.
+        sums: the tensor's, int64 (see SummedTensor).
 
     Raises:
         ValueError: the two differ in shape or dtype, or pieces are no multiples of 8 bytes.
@@ -197,8 +212,9 @@ def _device_sums(body: Tensor) -> tuple[Words, Words]:
     return rows.view(np.uint64), columns.view(np.uint64)
 
 
-def _text_hash(name: str, tensor: Tensor) -> Words:
-    text = f"{name} {tensor.dtype} {list(tensor.shape)}"
+@functools.lru_cache(maxsize=65_536)
+def _text_hash(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Words:
+    text = f"{name} {dtype} {list(shape)}"
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), dtype=np.uint64)
 
 

@@ -64,8 +64,8 @@ def export_into(
         part: one of `planned.parts`.
         destination: Hugging Face name -> tensor of the shape in `planned.tensors(part)`, in any number format: values
             are converted as they are copied. Names of other parts may be there too.
-        sums: name -> sums of the tensor's checksum, [num_sums(its bytes)] int64, to which this rank's share is added on
-            the way. Only of tensors that `can_sum`, in the weights' own number format.
+        sums: name -> sums of the tensor's checksum (see SummedTensor), to which this rank's share is added on the way.
+            Only of tensors that `can_sum`, in the weights' own number format.
     """
     weights = _per_stage(parameters)
     for parameter in planned.part_parameters(part, place):

@@ -1,32 +1,37 @@
 """The model out of its ranks where all of them are on one host: each writes its share straight to where workers read.
 
 Nothing is sent and nothing gathered: a layer's bytes are copied once, by the ranks at the same time, into memory that
-rank 0 keeps (see xrl.weights.transport.shared_memory).
+rank 0 keeps (see xrl.weights.transport.shared_memory), and the sums of its checksum are taken in the same pass. The
+ranks tell each other how far they are by counters in memory:
 
-    rank 0    room for i | write | all have written | checksum a share | yield i, the consumer sends it | ...
-    rank r                 write | all have written | checksum a share | wait for room for i + 1
+    rank 0    room for i | write | all have written | checksum | yield i, the consumer sends it | room for i + 1 | ...
+    rank r                 write | wait for room for i + 1 ..............................................| write | ...
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from xrl.kernels.native import native_module
 from xrl.models.shape import ModelShape
 from xrl.parallel.groups import ParallelGroups
 from xrl.types import WeightBucket
-from xrl.weights.checksum import can_sum, checksum_from_sums, joined_checksum, num_sums, partial_checksum
+from xrl.weights.checksum import SummedTensor, can_sum, checksum_from_sums, joined_checksum, partial_checksum
 from xrl.weights.export import export_into
 from xrl.weights.plan import Plan, plan
 from xrl.weights.slices import Weights, has_engine_layers
 from xrl.weights.transport import TensorEntry
 from xrl.weights.transport.shared_memory import Receiver, Sender
+
+ALIVE_INTERVAL_S = 1.0
+CACHE_LINE = 16  # 32-bit counters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +43,13 @@ class ProvenBucket(WeightBucket):
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """A part of the model as it lies in the memory, and where in each rank's sums its tensors' are."""
+    """A part of the model as it lies in the memory."""
 
     name: str
     entries: Sequence[TensorEntry]
-    sums: Mapping[str, slice]  # of those tensors whose sums are taken as they are copied
+    summed: Mapping[str, SummedTensor]  # those whose sums are taken as they are copied
     num_sums: int
     holders: Sequence[int]  # ranks that write it
-
-    def views(self, sums: Tensor) -> dict[str, Tensor]:
-        """Each tensor's place in one rank's sums."""
-        return {name: sums[place] for name, place in self.sums.items()}
 
 
 class SharedExporter:
@@ -58,11 +59,12 @@ class SharedExporter:
         self.shape = shape
         self.groups = groups
         self._place = groups.layout.place(groups.rank)
-        self._receiver = Receiver()  # of the other ranks: rank 0's memory, mapped once
         self._plan: Plan | None = None
         self._parts: list[_Part] = []
+        self._receiver = Receiver()  # of the other ranks: rank 0's memory, mapped once
+        self._own_sender: Sender | None = None
+        self._steps: _Steps | None = None
         # Each rank adds up its share's sums in a row of its own: [world size, most sums of a part].
-        self._sums_sender: Sender | None = None
         self._sums = torch.empty(0, 0, dtype=torch.long)
 
     @torch.no_grad()
@@ -74,66 +76,135 @@ class SharedExporter:
         Args:
             weights: this rank's, by their names in the GPTModel, one mapping for each virtual pipeline stage.
             sender: with the memory; on rank 0, None on the others.
+
+        Raises:
+            RuntimeError: another rank has ended.
         """
         planned = self._prepare(weights)
-        mine = self._sums[self.groups.rank]
-        for part in self._parts:
-            # What rank 0 sends says that the room is free, too.
-            tensors = self._shared(sender, self._receiver, part.entries)
-            if self.groups.rank in part.holders:
+        assert self._steps is not None
+        rank, mine = self.groups.rank, self._sums[self.groups.rank]
+        rooms = self._rooms(sender, self._receiver, [part.entries for part in self._parts])
+        for part, tensors in zip(self._parts, rooms, strict=True):
+            if rank == 0:
+                self._steps.give_room()
+            if rank in part.holders:
+                self._steps.wait_for_room()
                 mine[: part.num_sums].zero_()
-                export_into(weights, planned, self._place, part.name, tensors, part.views(mine))
-            dist.barrier(self.groups.control)
-            if sender is not None:
+                sums = {name: summed.in_share(mine) for name, summed in part.summed.items()}
+                export_into(weights, planned, self._place, part.name, tensors, sums)
+            self._steps.finish()
+            if rank == 0:
+                self._steps.wait_for(part.holders)
                 checksum = self._checksum(part, tensors)
                 yield ProvenBucket(version=version, layer=part.name, tensors=tensors, checksum=checksum)
 
     def _prepare(self, weights: Weights) -> Plan:
-        """Plan, and agree on the memory of the sums, with the first update."""
+        """Plan, and agree on the memory for sums and counters, with the first update."""
         if self._plan is None:
             self._plan = plan(self.shape, self.groups.layout, transformer_engine=has_engine_layers(weights[0]))
             dtype = next(iter(weights[0].values())).dtype
             self._parts = [_make_part(self._plan, name, dtype) for name in self._plan.parts]
-            words = max(part.num_sums for part in self._parts)
-            entry = TensorEntry(name="sums", dtype="int64", shape=(self.groups.layout.world_size, words))
-            self._sums_sender = Sender() if self.groups.rank == 0 else None
-            self._sums = self._shared(self._sums_sender, Receiver(), [entry])["sums"]
+            size = self.groups.layout.world_size
+            sums = TensorEntry(name="sums", dtype="int64", shape=(size, max(part.num_sums for part in self._parts)))
+            steps = TensorEntry(name="steps", dtype="int32", shape=(size + 1, CACHE_LINE))
+            self._own_sender = Sender() if self.groups.rank == 0 else None
+            (shared,) = self._rooms(self._own_sender, Receiver(), [[sums, steps]])
+            self._sums = shared["sums"]
+            self._steps = _Steps(shared["steps"], self.groups)
         return self._plan
 
     def _checksum(self, part: _Part, tensors: Mapping[str, Tensor]) -> str:
-        everyone = self._sums[list(part.holders), : part.num_sums].numpy().view(np.uint64).sum(axis=0, dtype=np.uint64)
-        shares = [checksum_from_sums(everyone[place], name, tensors[name]) for name, place in part.sums.items()]
-        others = {name: tensor for name, tensor in tensors.items() if name not in part.sums}
-        return joined_checksum([*shares, partial_checksum(others)])
+        summed = checksum_from_sums([self._sums[rank] for rank in part.holders], part.summed.values())
+        others = {name: tensor for name, tensor in tensors.items() if name not in part.summed}
+        return joined_checksum([summed, partial_checksum(others)])
 
-    def _shared(
-        self, sender: Sender | None, receiver: Receiver, entries: Sequence[TensorEntry]
-    ) -> Mapping[str, Tensor]:
-        """Room that rank 0 gives, on every rank. What is sent: four numbers and an offset for each tensor."""
-        numbers = torch.zeros(3 + len(entries), dtype=torch.long)
-        tensors: Mapping[str, Tensor] = {}
+    def _rooms(
+        self, sender: Sender | None, receiver: Receiver, buckets: Sequence[Sequence[TensorEntry]]
+    ) -> list[Mapping[str, Tensor]]:
+        """Rooms that rank 0 gives, on every rank. What is sent: three numbers and an offset for each tensor."""
+        numbers = torch.zeros(3 + sum(map(len, buckets)), dtype=torch.long)
+        rooms: list[Mapping[str, Tensor]] = []
         if sender is not None:
-            tensors, where = sender.place(entries)
-            numbers = torch.tensor([where["pid"], where["descriptor"], where["num_bytes"], *where["offsets"]])
+            placed = [sender.place(entries) for entries in buckets]
+            rooms = [tensors for tensors, _ in placed]
+            last = placed[-1][1]
+            offsets = [offset for _, where in placed for offset in where["offsets"]]
+            numbers = torch.tensor([last["pid"], last["descriptor"], sender.num_bytes, *offsets])
         dist.broadcast(numbers, group_src=0, group=self.groups.control)
-        if sender is not None:
-            return tensors
-        pid, descriptor, num_bytes, *offsets = numbers.tolist()
-        where = {"pid": pid, "descriptor": descriptor, "num_bytes": num_bytes, "offsets": offsets}
-        return receiver.views(entries, where)
+        if sender is None:
+            pid, descriptor, num_bytes, *offsets = numbers.tolist()
+            for entries in buckets:
+                where = {"pid": pid, "descriptor": descriptor, "num_bytes": num_bytes, "offsets": offsets}
+                rooms.append(receiver.views(entries, where | {"offsets": offsets[: len(entries)]}))
+                del offsets[: len(entries)]
+        return rooms
+
+
+class _Steps:
+    """How far each rank is, in memory that all of them see. A step is a part of the model, over all updates.
+
+    Args:
+        counters: [world size + 1, CACHE_LINE] int32. Of each rank the parts it has written, and its process; in the
+            last row the parts that there was room for.
+    """
+
+    def __init__(self, counters: Tensor, groups: ParallelGroups) -> None:
+        self._counters = counters
+        self._native = native_module()
+        self._step, self._rank = 0, groups.rank
+        counters[groups.rank, 1] = os.getpid()
+        dist.barrier(groups.control)
+
+    def give_room(self) -> None:
+        """Rank 0: the next part may be written."""
+        self._set(-1, self._step + 1)
+
+    def wait_for_room(self) -> None:
+        self._wait(-1, self._step + 1, process=0)
+
+    def finish(self) -> None:
+        """This rank has written its share of the part, if it has one."""
+        self._step += 1
+        self._set(self._rank, self._step)
+
+    def wait_for(self, ranks: Sequence[int]) -> None:
+        """Until these have written the part, too."""
+        for rank in ranks:
+            self._wait(rank, self._step, process=rank)
+
+    def _set(self, row: int, step: int) -> None:
+        assert self._native is not None, "see can_sum"
+        self._native.set_step(self._counters[row].data_ptr(), step)
+
+    def _wait(self, row: int, step: int, *, process: int) -> None:
+        assert self._native is not None, "see can_sum"
+        while not self._native.wait_for_step(self._counters[row].data_ptr(), step, ALIVE_INTERVAL_S):
+            pid = int(self._counters[process, 1])
+            if not _is_alive(pid):
+                raise RuntimeError(f"weight update: rank {process} has ended (process {pid})")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _make_part(planned: Plan, name: str, dtype: torch.dtype) -> _Part:
     entries = _entries(planned, name, dtype)
-    sums, end = {}, 0
+    summed, end = {}, 0
     for entry in entries:
         if _can_sum(planned, entry):
-            start, end = end, end + num_sums(entry.num_bytes)
-            sums[entry.name] = slice(start, end)
+            summed[entry.name] = SummedTensor.of(entry.name, entry.torch_dtype, entry.shape, place=end)
+            end += summed[entry.name].num_sums
     layout = planned.layout
     holders = set(planned.holders(name))
     ranks = [rank for rank in range(layout.world_size) if layout.place(rank) in holders]
-    return _Part(name=name, entries=entries, sums=sums, num_sums=end, holders=ranks)
+    return _Part(name=name, entries=entries, summed=summed, num_sums=end, holders=ranks)
 
 
 def _can_sum(planned: Plan, entry: TensorEntry) -> bool:

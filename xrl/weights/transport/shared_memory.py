@@ -18,7 +18,6 @@ from torch import Tensor
 from xrl.types import WeightBucket
 from xrl.weights.transport import Manifest, TensorEntry, TransportError, aligned
 
-
 MADV_POPULATE_WRITE = 23  # of Linux 5.14; mmap has no name for it before Python 3.14
 
 
@@ -38,7 +37,8 @@ class Sender:
         self._descriptor = os.memfd_create("xrl-weights", os.MFD_CLOEXEC)
         self._memory: mmap.mmap | None = None
         self._last = (0, 0)  # where the bucket before lies: start, end
-        self._placed: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # room that is being filled in place
+        # Rooms that are being filled in place, by the identity of their tensors, and what the memory was like then.
+        self._placed: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -52,17 +52,20 @@ class Sender:
         pass
 
     def put(self, bucket: WeightBucket) -> Mapping[str, Any]:
-        placed, self._placed = self._placed, None
-        if placed is not None and bucket.tensors is placed[0]:
-            return placed[1]
+        placed = self._placed.pop(id(bucket.tensors), None)
+        if placed is not None:
+            return placed[1] | {"num_bytes": self.num_bytes}
         tensors, where = self.place([TensorEntry.of(name, tensor) for name, tensor in bucket.tensors.items()])
-        self._placed = None
+        del self._placed[id(tensors)]
         for name, tensor in bucket.tensors.items():
             tensors[name].copy_(tensor)
         return where
 
     def place(self, entries: Sequence[TensorEntry]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Room for a bucket: its tensors, and where others find them, as `views` takes it."""
+        """Room for a bucket: its tensors, and where others find them, as `views` takes it.
+
+        Several may be asked for ahead. Each lies where the next but one may lie again.
+        """
         offsets, size = [], 0
         for entry in entries:
             offsets.append(size)
@@ -77,8 +80,9 @@ class Sender:
             "offsets": [start + offset for offset in offsets],
         }
         assert self._memory is not None
-        self._placed = _views(self._memory, entries, where), where
-        return self._placed
+        tensors = _views(self._memory, entries, where)
+        self._placed[id(tensors)] = tensors, where
+        return tensors, where
 
     def send(self, worker: int, bucket: WeightBucket) -> None:
         pass  # it is there
@@ -88,6 +92,7 @@ class Sender:
 
     def close(self) -> None:
         """Free the memory (receivers keep what they have mapped)."""
+        self._placed.clear()
         self._memory = None
         os.close(self._descriptor)
 
