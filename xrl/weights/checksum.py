@@ -115,39 +115,53 @@ def checksum_from_sums(shares: Sequence[Tensor], tensors: Iterable[SummedTensor]
 
 
 def can_sum(*lengths: int) -> bool:
-    """Whether `copy_and_add_sums` takes pieces that begin at, and are as long as, so many bytes."""
+    """Whether a `SummingCopy` takes pieces that begin at, and are as long as, so many bytes."""
     return native_module() is not None and all(length % 8 == 0 for length in lengths)
 
 
-def copy_and_add_sums(source: Tensor, target: Tensor, whole: Tensor, sums: Tensor) -> None:
-    """Copy a piece of a tensor to its place, and add its words to the tensor's sums in the same pass.
+class SummingCopy:
+    """Copies a piece of a tensor to its place, and adds its words to the tensor's sums in the same pass.
 
-    The bytes go past the cache: they are many, and it is others who read them.
-
-    Args:
-        source: on the CPU.
-        target: where it goes: a view of `whole` of the same shape and dtype as `source`.
-        whole: a contiguous tensor.
-        sums: the tensor's, int64 (see SummedTensor).
-
-    Raises:
-        ValueError: the two differ in shape or dtype, or pieces are no multiples of 8 bytes.
+    The bytes go past the cache: they are many, and it is others who read them. May be done again and again, as long as
+    the tensors' memory stays where it is.
     """
-    if source.shape != target.shape or source.dtype != target.dtype:
-        raise ValueError(f"{source.dtype} {list(source.shape)} cannot be copied to {target.dtype} {list(target.shape)}")
-    size = source.element_size()
-    run, dims = size, []
-    for length, from_stride, to_stride in zip(source.shape, source.stride(), target.stride(), strict=True):
-        if length > 1:
-            dims.append((length, from_stride * size, to_stride * size))
-    while dims and dims[-1][1:] == (run, run):
-        run *= dims.pop()[0]
-    native = native_module()
-    assert native is not None, "see can_sum"
-    offset = target.data_ptr() - whole.data_ptr()
-    columns = sums.data_ptr() + 8 * (len(sums) - ROW_WORDS)
-    if source.numel():
-        native.copy_and_add_sums(source.data_ptr(), whole.data_ptr(), offset, run, dims, sums.data_ptr(), columns)
+
+    def __init__(self, source: Tensor, target: Tensor, whole: Tensor, sums: Tensor) -> None:
+        """
+        Args:
+            source: on the CPU.
+            target: where it goes: a view of `whole` of the same shape and dtype as `source`.
+            whole: a contiguous tensor.
+            sums: the tensor's, int64 (see SummedTensor).
+
+        Raises:
+            ValueError: the two differ in shape or dtype.
+        """
+        if source.shape != target.shape or source.dtype != target.dtype:
+            raise ValueError(
+                f"{source.dtype} {list(source.shape)} cannot be copied to {target.dtype} {list(target.shape)}"
+            )
+        size = source.element_size()
+        run = size  # bytes that follow each other in both
+        dims = [
+            (length, from_stride * size, to_stride * size)
+            for length, from_stride, to_stride in zip(source.shape, source.stride(), target.stride(), strict=True)
+            if length > 1
+        ]
+        while dims and dims[-1][1:] == (run, run):
+            run *= dims.pop()[0]
+        if not source.numel():
+            run = 0
+        offset = target.data_ptr() - whole.data_ptr()
+        columns = sums.data_ptr() + 8 * (len(sums) - ROW_WORDS)
+        self._arguments = source.data_ptr(), whole.data_ptr(), offset, run, dims, sums.data_ptr(), columns
+        native = native_module()
+        assert native is not None, "see can_sum"
+        self._copy = native.copy_and_add_sums
+
+    def run(self) -> None:
+        """Raises ValueError for pieces that are no multiples of 8 bytes, see `can_sum`."""
+        self._copy(*self._arguments)
 
 
 def _fits(source: Tensor, target: Tensor) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,6 @@ from xrl.models.shape import ModelShape
 from xrl.parallel.groups import ParallelGroups
 from xrl.parallel.layout import Place
 from xrl.types import WeightBucket
-from xrl.weights.checksum import copy_and_add_sums
 from xrl.weights.plan import ParameterPlan, Plan, Slice, plan
 from xrl.weights.slices import Weights, find_weight, has_engine_layers, in_parameter, in_tensor
 
@@ -49,7 +47,6 @@ def export_into(
     place: Place,
     part: str,
     destination: Mapping[str, Tensor],
-    sums: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write this rank's share of a part into whole tensors that other ranks write into too.
 
@@ -64,21 +61,21 @@ def export_into(
         part: one of `planned.parts`.
         destination: Hugging Face name -> tensor of the shape in `planned.tensors(part)`, in any number format: values
             are converted as they are copied. Names of other parts may be there too.
-        sums: name -> sums of the tensor's checksum (see SummedTensor), to which this rank's share is added on the way.
-            Only of tensors that `can_sum`, in the weights' own number format.
     """
+    for piece, source in share_of(parameters, planned, place, part):
+        in_tensor(piece, destination[piece.tensor]).copy_(in_parameter(piece, source))
+
+
+def share_of(
+    parameters: Mapping[str, Tensor] | Weights, planned: Plan, place: Place, part: str
+) -> Iterator[tuple[Slice, Tensor]]:
+    """What this rank writes of a part: slices, each with the parameter that holds it. Arguments as of `export_into`."""
     weights = _per_stage(parameters)
     for parameter in planned.part_parameters(part, place):
         if parameter.is_exported:
             source = find_weight(parameter, weights)
             for piece in parameter.slices:
-                target = in_tensor(piece, destination[piece.tensor])
-                if piece.tensor in sums:
-                    copy_and_add_sums(
-                        in_parameter(piece, source), target, destination[piece.tensor], sums[piece.tensor]
-                    )
-                else:
-                    target.copy_(in_parameter(piece, source))
+                yield piece, source
 
 
 def _per_stage(parameters: Mapping[str, Tensor] | Weights) -> Weights:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -23,10 +24,17 @@ from xrl.kernels.native import native_module
 from xrl.models.shape import ModelShape
 from xrl.parallel.groups import ParallelGroups
 from xrl.types import WeightBucket
-from xrl.weights.checksum import SummedTensor, can_sum, checksum_from_sums, joined_checksum, partial_checksum
-from xrl.weights.export import export_into
-from xrl.weights.plan import Plan, plan
-from xrl.weights.slices import Weights, has_engine_layers
+from xrl.weights.checksum import (
+    SummedTensor,
+    SummingCopy,
+    can_sum,
+    checksum_from_sums,
+    joined_checksum,
+    partial_checksum,
+)
+from xrl.weights.export import share_of
+from xrl.weights.plan import Plan, Slice, plan
+from xrl.weights.slices import Weights, has_engine_layers, in_parameter, in_tensor
 from xrl.weights.transport import TensorEntry
 from xrl.weights.transport.shared_memory import Receiver, Sender
 
@@ -66,6 +74,8 @@ class SharedExporter:
         self._steps: _Steps | None = None
         # Each rank adds up its share's sums in a row of its own: [world size, most sums of a part].
         self._sums = torch.empty(0, 0, dtype=torch.long)
+        # Part -> addresses of all tensors, and the copies between them: most updates find them where they were.
+        self._copies: dict[str, tuple[tuple[int, ...], list[Callable[[], object]]]] = {}
 
     @torch.no_grad()
     def stream(self, weights: Weights, sender: Sender | None, *, version: int) -> Iterator[ProvenBucket]:
@@ -90,13 +100,29 @@ class SharedExporter:
             if rank in part.holders:
                 self._steps.wait_for_room()
                 mine[: part.num_sums].zero_()
-                sums = {name: summed.in_share(mine) for name, summed in part.summed.items()}
-                export_into(weights, planned, self._place, part.name, tensors, sums)
+                self._write(planned, weights, part, tensors)
             self._steps.finish()
             if rank == 0:
                 self._steps.wait_for(part.holders)
                 checksum = self._checksum(part, tensors)
                 yield ProvenBucket(version=version, layer=part.name, tensors=tensors, checksum=checksum)
+
+    def _write(self, planned: Plan, weights: Weights, part: _Part, tensors: Mapping[str, Tensor]) -> None:
+        """This rank's share of a part, with its sums."""
+        share = list(share_of(weights, planned, self._place, part.name))
+        where = tuple(tensor.data_ptr() for tensor in (*tensors.values(), *(source for _, source in share)))
+        if self._copies.get(part.name, ((), []))[0] != where:
+            self._copies[part.name] = where, [self._copy(part, piece, source, tensors) for piece, source in share]
+        for copy in self._copies[part.name][1]:
+            copy()
+
+    def _copy(self, part: _Part, piece: Slice, source: Tensor, tensors: Mapping[str, Tensor]) -> Callable[[], object]:
+        whole = tensors[piece.tensor]
+        target, source = in_tensor(piece, whole), in_parameter(piece, source)
+        if piece.tensor not in part.summed:
+            return partial(target.copy_, source)
+        sums = part.summed[piece.tensor].in_share(self._sums[self.groups.rank])
+        return SummingCopy(source, target, whole, sums).run
 
     def _prepare(self, weights: Weights) -> Plan:
         """Plan, and agree on the memory for sums and counters, with the first update."""

@@ -115,6 +115,8 @@ class Sender(Protocol):
     # Whether a bucket that was put needs its tensors no more: the next one may then be gathered, and be put, while it
     # is being sent. Not the next but one.
     copies: bool
+    # Whether `send` does anything, and so is worth a thread.
+    sends: bool
 
     def invite(self, worker: int, host: str) -> dict[str, Any]:
         """Begin a connection: JSON with which the worker, which listens on `host`, makes its receiver."""

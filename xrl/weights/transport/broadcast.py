@@ -31,6 +31,7 @@ class Sender:
     """Rank 0 of a group with each worker. See `xrl.weights.transport.Sender`."""
 
     copies = False
+    sends = True
 
     def __init__(self, *, timeout_s: float, device: torch.device) -> None:
         self._timeout = timedelta(seconds=timeout_s)

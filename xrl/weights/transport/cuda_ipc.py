@@ -24,6 +24,7 @@ class Sender:
     """Keeps the last two buckets alive. See `xrl.weights.transport.Sender`."""
 
     copies = False
+    sends = False
 
     def __init__(self, *, timeout_s: float, device: torch.device) -> None:
         if device.type != "cuda":

@@ -17,6 +17,7 @@ class Sender:
     """Keeps the last two buckets for receivers to take. See `xrl.weights.transport.Sender`."""
 
     copies = False
+    sends = False
 
     def __init__(self, *, timeout_s: float, device: torch.device) -> None:
         self._buckets: dict[str, Mapping[str, Tensor]] = {}

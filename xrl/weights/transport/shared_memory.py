@@ -32,6 +32,7 @@ class Sender:
     """
 
     copies = True
+    sends = False
 
     def __init__(self, *, timeout_s: float = 0.0, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
         self._descriptor = os.memfd_create("xrl-weights", os.MFD_CLOEXEC)
