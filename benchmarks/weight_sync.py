@@ -142,7 +142,7 @@ def lead(
             model_dir=options.model,
             dtype=options.dtype,
             devices=["cpu"],
-            num_threads=1,
+            num_threads=os.cpu_count() or 1,
             max_model_len=64,
             log_dir=Path(folder),
         )

@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -187,18 +189,35 @@ void swiglu_backward(Address x, Address grad, int64_t num_rows, int64_t size, Ad
 }
 
 // The checksum of a tensor's bytes, which are copied to target on the way, where that is not 0.
-uint64_t tensor_checksum(Address bytes, int64_t num_bytes, Address target) {
+uint64_t tensor_checksum(Address bytes, int64_t num_bytes, Address target, int num_threads) {
   xrl::check(num_bytes >= 0, "num_bytes must be >= 0");
+  xrl::check(num_threads >= 1, "num_threads must be >= 1, got " + std::to_string(num_threads));
   py::gil_scoped_release release;
-  std::vector<uint64_t> rows(static_cast<std::size_t>((num_bytes + xrl::kChecksumRowBytes - 1) / xrl::kChecksumRowBytes));
-  std::vector<uint64_t> columns(xrl::kChecksumRowWords);
-  if (target == 0) {
-    XRL_DISPATCH(add_sums, at<const char>(bytes), num_bytes, rows.data(), columns.data());
-  } else {
-    XRL_DISPATCH(copy_whole_and_add_sums, at<const char>(bytes), at<char>(target), num_bytes, rows.data(),
-                 columns.data());
+  const int64_t num_rows = (num_bytes + xrl::kChecksumRowBytes - 1) / xrl::kChecksumRowBytes;
+  std::vector<uint64_t> rows(static_cast<std::size_t>(num_rows)), columns(xrl::kChecksumRowWords);
+  // Threads of its own, not OpenMP's: those would spin afterwards, in a process that has other things to do.
+  const int64_t share = (num_rows + num_threads - 1) / num_threads;
+  std::vector<std::vector<uint64_t>> columns_of(static_cast<std::size_t>(num_threads), columns);
+  const auto sum_share = [&](int thread) {
+    const int64_t first = std::min(num_rows, thread * share), start = first * xrl::kChecksumRowBytes;
+    const int64_t length = std::min(num_bytes - start, share * xrl::kChecksumRowBytes);
+    if (length <= 0) return;
+    uint64_t* own_columns = columns_of[static_cast<std::size_t>(thread)].data();
+    if (target == 0) {
+      XRL_DISPATCH(add_sums, at<const char>(bytes) + start, length, rows.data() + first, own_columns);
+    } else {
+      XRL_DISPATCH(copy_whole_and_add_sums, at<const char>(bytes) + start, at<char>(target) + start, length,
+                   rows.data() + first, own_columns);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < num_threads; ++thread) others.emplace_back(sum_share, thread);
+  sum_share(0);
+  for (std::thread& other : others) other.join();
+  for (const std::vector<uint64_t>& each : columns_of) {
+    for (std::size_t j = 0; j < columns.size(); ++j) columns[j] += each[j];
   }
-  return xrl::mix_sums(rows.data(), static_cast<int64_t>(rows.size()), columns.data());
+  return xrl::mix_sums(rows.data(), num_rows, columns.data());
 }
 
 void copy_and_add_sums(Address source, Address target, int64_t offset, int64_t num_bytes,

@@ -23,6 +23,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ ROW_WORDS = 1024
 ROW_BYTES = 8 * ROW_WORDS
 # Rows looked at together: half a megabyte stays in a core's cache while it is read twice.
 _CPU_ROWS = 64
+# Starting threads pays for tensors that are larger than this: embeddings.
+THREADS_FROM_BYTES = 64 << 20
 
 
 def layer_checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -180,7 +183,14 @@ def _copy_with_checksum(source: Tensor, target: Tensor) -> Words:
     if native is None or source.device.type != "cpu":
         target.copy_(source)
         return tensor_checksum(source)
-    return np.array([native.tensor_checksum(source.data_ptr(), source.nbytes, target.data_ptr())], dtype=np.uint64)
+    return np.array([_native_checksum(native, source, target)], dtype=np.uint64)
+
+
+def _native_checksum(native: ModuleType, source: Tensor, target: Tensor | None) -> int:
+    threads = torch.get_num_threads() if source.nbytes >= THREADS_FROM_BYTES else 1
+    where = 0 if target is None else target.data_ptr()
+    checksum: int = native.tensor_checksum(source.data_ptr(), source.nbytes, where, threads)
+    return checksum
 
 
 def tensor_checksum(tensor: Tensor) -> Words:
@@ -188,7 +198,7 @@ def tensor_checksum(tensor: Tensor) -> Words:
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     native = native_module()
     if native is not None and flat.device.type == "cpu":
-        return np.array([native.tensor_checksum(flat.data_ptr(), flat.numel(), 0)], dtype=np.uint64)
+        return np.array([_native_checksum(native, flat, None)], dtype=np.uint64)
     num_rows = flat.numel() // ROW_BYTES
     body, tail = flat[: num_rows * ROW_BYTES], flat[num_rows * ROW_BYTES :]
     rows, columns = (_sums if flat.device.type == "cpu" else _device_sums)(body)

@@ -151,6 +151,7 @@ class SharedExporter:
         numbers = torch.zeros(3 + sum(map(len, buckets)), dtype=torch.long)
         rooms: list[Mapping[str, Tensor]] = []
         if sender is not None:
+            sender.restart()
             placed = [sender.place(entries) for entries in buckets]
             rooms = [tensors for tensors, _ in placed]
             last = placed[-1][1]

@@ -85,6 +85,11 @@ class Sender:
         self._placed[id(tensors)] = tensors, where
         return tensors, where
 
+    def restart(self) -> None:
+        """All buckets so far have been taken: the next ones lie where those of every update lie."""
+        self._last = (0, 0)
+        self._placed.clear()
+
     def send(self, worker: int, bucket: WeightBucket) -> None:
         pass  # it is there
 
