@@ -99,10 +99,14 @@ class Publisher:
             where = self._sender.put(bucket)
             checksum = bucket.checksum if isinstance(bucket, ProvenBucket) else layer_checksum(bucket.tensors)
             manifest = Manifest.of(bucket, where=where, checksum=checksum)
+            parcel = _Parcel(name=f"weights version {version}, {bucket.layer}", bucket=bucket, manifest=manifest)
+            if sending is not None and self._sender.sends:
+                sending.result()
+            # Workers that fetch the bytes themselves are told of a layer while they take the one before.
+            following = self.pool.start(self._send_to_all(workers, parcel))
             if sending is not None:
                 sending.result()
-            parcel = _Parcel(name=f"weights version {version}, {bucket.layer}", bucket=bucket, manifest=manifest)
-            sending = self.pool.start(self._send_to_all(workers, parcel))
+            sending = following
             if not self._sender.copies:
                 sending.result()
             num_layers += 1
@@ -156,7 +160,8 @@ class Publisher:
             try:
                 await action(worker)  # type: ignore[operator]
             except (WorkerGone, TransportError, TimeoutError) as error:
-                del workers[worker.number]
+                if workers.pop(worker.number, None) is None:
+                    return  # it was lost over another layer
                 self._disconnect(worker)
                 self.pool.lose(worker, f"{doing}: {error or 'no answer in time'}", life=life)
             except CorruptedWeights:

@@ -50,6 +50,7 @@ class Worker:
         self.stopping = asyncio.Event()
         self._numbers = itertools.count()
         self._num_running = 0
+        self._one_layer = asyncio.Lock()  # the trainer tells of the next one while this one is taken
         self._abandoned: set[asyncio.Future[list[Completion]]] = set()
 
     def application(self) -> web.Application:
@@ -118,8 +119,9 @@ class Worker:
 
     async def load_layer(self, http: web.Request) -> web.Response:
         manifest = Manifest.from_json(await http.json())
-        await self._end_of_abandoned()
-        checksum = await asyncio.to_thread(self._load, manifest)
+        async with self._one_layer:
+            await self._end_of_abandoned()
+            checksum = await asyncio.to_thread(self._load, manifest)
         return web.json_response({"checksum": checksum})
 
     async def finish_update(self, http: web.Request) -> web.Response:
