@@ -1,5 +1,6 @@
 """Updates, sleep, aborts and failures of the embedded engine."""
 
+import dataclasses
 import json
 import threading
 import time
@@ -16,8 +17,9 @@ from xrl.config import SettingsError
 from xrl.rollout import create_engine
 from xrl.rollout.embedded.engine import IDLE_S
 from xrl.rollout.embedded.model import Decoder
-from xrl.rollout.engine import Engine, EngineError, EngineNotReady
+from xrl.rollout.engine import Engine, EngineError, EngineNotReady, HasRoom
 from xrl.types import WeightBucket
+from xrl.weights.checksum import take_layer
 
 MakeEngine = Callable[..., Engine]
 
@@ -81,6 +83,24 @@ def test_a_layer_may_arrive_in_pieces_whose_memory_is_reused(make_engine: MakeEn
             piece.fill_(float("nan"))
     pieces.finish_update(0)
     assert generate(pieces, [1, 2])[0].token_ids == generate(whole, [1, 2])[0].token_ids
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_may_be_written_where_they_stay(make_engine: MakeEngine, tied: bool) -> None:
+    models = [make_model(seed=seed, tied=tied) for seed in (1, 2)]
+    engine = make_engine(models[0], load=False)
+    for version, model in enumerate(models):
+        for bucket in buckets(model, version=version):
+            _, tensors = take_layer(bucket.tensors, engine.room(bucket.layer))
+            in_place = [name for name in tensors if tensors[name] is not bucket.tensors[name]]
+            assert in_place == (["model.embed_tokens.weight"] if bucket.layer == "embeddings" else [])
+            with pytest.raises(EngineNotReady, match="an update is under way"):
+                engine.submit(request([1]))
+            engine.load_layer(dataclasses.replace(bucket, tensors=tensors))
+        engine.finish_update(version)
+        other = make_engine(model)
+        assert generate(engine, [1, 2])[0].token_ids == generate(other, [1, 2])[0].token_ids
+    assert isinstance(engine, HasRoom)
 
 
 def test_an_update_abandoned_half_way_does_not_count_for_the_next(make_engine: MakeEngine) -> None:

@@ -19,11 +19,14 @@ from xrl.models.build import build_model, transformer_config  # noqa: E402
 from xrl.models.shape import read_model_shape  # noqa: E402
 from xrl.parallel.groups import ParallelGroups  # noqa: E402
 from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
+from xrl.weights.checksum import layer_checksum  # noqa: E402
 from xrl.weights.export import WeightExporter  # noqa: E402
 from xrl.weights.load import load_weights  # noqa: E402
 from xrl.weights.megatron_files import rank_file  # noqa: E402
 from xrl.weights.plan import part_names, plan, tensor_shapes  # noqa: E402
+from xrl.weights.shared_export import SharedExporter  # noqa: E402
 from xrl.weights.slices import named_weights  # noqa: E402
+from xrl.weights.transport.shared_memory import Sender  # noqa: E402
 
 UPDATES = 100
 
@@ -65,6 +68,29 @@ def check_export(model: torch.nn.Module, folder: Path, groups: ParallelGroups) -
                 keeps = dtype is None or name.endswith("e_score_correction_bias")
                 expected = source[name] if keeps else source[name].to(dtype)
                 assert torch.equal(tensor, expected), f"{folder.name}, {dtype}: {name}"
+
+
+def check_shared_export(model: torch.nn.Module, folder: Path, groups: ParallelGroups) -> None:
+    """What lies in rank 0's memory is the checkpoint, its checksum is right, and new weights replace old ones."""
+    shape = read_model_shape(folder)
+    source = load_file(folder / "model.safetensors")
+    exporter = SharedExporter(shape, groups)
+    sender = Sender() if groups.rank == 0 else None
+    for version, factor in ((0, 1.0), (1, 1.0), (2, 2.0), (3, 0.5)):
+        with torch.no_grad():
+            for tensor in named_weights(model).values():
+                tensor.mul_(factor)
+        parts = []
+        for bucket in exporter.stream([named_weights(model)], sender, version=version):
+            assert bucket.version == version
+            parts.append(bucket.layer)
+            assert bucket.checksum == layer_checksum(bucket.tensors), f"{folder.name}: {bucket.layer}"
+            for name, tensor in bucket.tensors.items():
+                expected = source[name] * (2.0 if version == 2 else 1.0)
+                assert torch.equal(tensor, expected), f"{folder.name}, version {version}: {name}"
+        assert parts == (part_names(shape) if groups.rank == 0 else [])
+    if sender is not None:
+        sender.close()
 
 
 def check_memory(model: torch.nn.Module, folder: Path, groups: ParallelGroups) -> None:
@@ -129,6 +155,7 @@ def main() -> None:
         check_plan(model, folder, groups)
         load_weights(model, shape, groups, folder)
         check_export(model, folder, groups)
+        check_shared_export(model, folder, groups)
         if number == 0:
             check_memory(model, folder, groups)
             if arguments.converted:

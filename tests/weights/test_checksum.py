@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 from xrl.weights import checksum
-from xrl.weights.checksum import ROW_BYTES, joined_checksum, layer_checksum, partial_checksum, tensor_checksum
+from xrl.weights.checksum import (
+    ROW_BYTES,
+    SummedTensor,
+    SummingCopy,
+    checksum_from_sums,
+    joined_checksum,
+    layer_checksum,
+    partial_checksum,
+    take_layer,
+    tensor_checksum,
+)
 
 ROW_ELEMENTS = ROW_BYTES // 2  # of bf16
 
@@ -75,6 +88,7 @@ def test_swapped_tensors_wrong_names_dtypes_and_shapes_are_noticed() -> None:
 def test_accelerators_compute_the_same(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
     expected = tensor_checksum(tensor)
+    monkeypatch.setattr(checksum, "native_module", lambda: None)
     monkeypatch.setattr(checksum, "_sums", checksum._device_sums)
     assert tensor_checksum(tensor) == expected
 
@@ -83,6 +97,99 @@ def test_a_view_has_the_checksum_of_its_copy() -> None:
     tensor = torch.randn(300, 200)
     assert tensor_checksum(tensor.T) == tensor_checksum(tensor.T.contiguous())
     assert tensor_checksum(torch.tensor(1.5)) == tensor_checksum(torch.tensor([1.5]))
+
+
+NUM_BYTES = [0, 1, 8, 63, 64, 4864, ROW_BYTES - 1, ROW_BYTES, 3 * ROW_BYTES + 5, 200 * ROW_BYTES + 17]
+
+
+@pytest.mark.parametrize("num_bytes", NUM_BYTES)
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_the_kernel_computes_the_same_and_copies(
+    num_bytes: int, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = torch.randint(0, 256, (num_bytes + 3,), dtype=torch.uint8)[3:]
+    native = checksum.native_module()
+    assert native is not None
+    room = torch.zeros(num_bytes + 64, dtype=torch.uint8)
+    address = tensor.data_ptr() if num_bytes else 0
+    found = [native.tensor_checksum(address, num_bytes, 0, num_threads)]
+    for start in (0, 1, 8):  # stores past the cache need an aligned place, others do not
+        room.zero_()
+        found.append(native.tensor_checksum(address, num_bytes, room.data_ptr() + start, num_threads))
+        assert torch.equal(room[start : start + num_bytes], tensor)
+        assert not room[:start].any() and not room[start + num_bytes :].any()
+    monkeypatch.setattr(checksum, "native_module", lambda: None)
+    assert set(found) == {int(tensor_checksum(tensor)[0])}
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_every_instruction_set_computes_the_same(isa: str) -> None:
+    program = (
+        "import torch; from xrl.weights.checksum import SummingCopy, SummedTensor, checksum_from_sums, tensor_checksum;"
+        "t = (torch.arange(300 * 200) % 251).to(torch.uint8).view(300, 200); whole = torch.zeros_like(t);"
+        "place = SummedTensor.of('w', t.dtype, t.shape, place=0); sums = torch.zeros(place.num_sums, dtype=torch.long);"
+        "[SummingCopy(t[:, c], whole[:, c], whole, sums).run() for c in (slice(0, 72), slice(72, 200))];"
+        "assert torch.equal(t, whole); print(int(tensor_checksum(t)[0]), checksum_from_sums([sums], [place]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "XRL_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    tensor = (torch.arange(300 * 200) % 251).to(torch.uint8).view(300, 200)
+    expected = int(tensor_checksum(tensor)[0]), partial_checksum({"w": tensor}) % 2**64
+    assert result.stdout.split() == [str(number) for number in expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        [(slice(0, 3), slice(None)), (slice(3, 96), slice(None))],
+        [(slice(None), slice(0, 64)), (slice(None), slice(64, 100))],
+        [(slice(None), slice(0, 4)), (slice(None), slice(4, 100))],
+        [(slice(start, start + 24), slice(None)) for start in range(0, 96, 24)],
+    ],
+    ids=["rows", "columns", "few columns", "heads"],
+)
+def test_sums_of_pieces_are_those_of_the_whole(cuts: list[tuple[slice, slice]], dtype: torch.dtype) -> None:
+    source = torch.randn(96, 100).to(dtype)
+    whole = torch.full_like(source, torch.nan)
+    summed = SummedTensor.of("w", dtype, whole.shape, place=5)
+    shares = [torch.zeros(5 + summed.num_sums, dtype=torch.long) for _ in range(2)]
+    for number, cut in enumerate(cuts):
+        # A parameter holds its rows apart, as where queries, keys and values take turns.
+        parameter = torch.stack([source[cut], torch.zeros_like(source[cut])], dim=1)[:, 0]
+        SummingCopy(parameter, whole[cut], whole, summed.in_share(shares[number % 2])).run()
+    assert torch.equal(whole, source)
+    assert joined_checksum([checksum_from_sums(shares, [summed])]) == layer_checksum({"w": source})
+    assert not any(share[:5].any() for share in shares)
+
+
+def test_pieces_that_do_not_fit_are_refused() -> None:
+    whole, sums = torch.zeros(6, 10), torch.zeros(2000, dtype=torch.long)
+    with pytest.raises(ValueError, match="cannot be copied"):
+        SummingCopy(torch.zeros(2, 10, dtype=torch.bfloat16), whole[:2], whole, sums)
+    with pytest.raises(ValueError, match="multiples of 8 bytes"):
+        SummingCopy(torch.zeros(6, 3), whole[:, :3], whole, sums).run()
+
+
+def test_layer_is_copied_where_there_is_room_for_it() -> None:
+    tensors = layer() | {"bias": torch.ones(3)}
+    room = {
+        "up.weight": torch.zeros_like(tensors["up.weight"]),
+        "down.weight": torch.zeros(130, 100),  # another dtype
+        "bias": torch.zeros(3, 2)[:, 0],  # not contiguous
+        "other": torch.zeros(3),
+    }
+    found, taken = take_layer(tensors, room)
+    assert found == layer_checksum(tensors)
+    assert taken["up.weight"] is room["up.weight"]
+    assert torch.equal(room["up.weight"], tensors["up.weight"])
+    assert all(taken[name] is tensors[name] for name in ("norm.weight", "down.weight", "bias"))
+    assert list(taken) == list(tensors)
 
 
 @pytest.mark.gpu

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.distributed.launch import run_ranks
 from tests.tiny_models import FAMILIES, make_checkpoint
+from xrl.kernels.native import native_module
 from xrl.parallel.layout import Layout
+from xrl.weights import shared_export
 from xrl.weights.convert import open_source, to_megatron
 from xrl.weights.plan import plan
 
@@ -45,3 +52,32 @@ def test_experts_come_from_all_their_ranks(tmp_path: Path) -> None:
         for family in ("qwen3_moe", "deepseek_v3")
     ]
     run_ranks(WORKER, 4, "--tp=2", "--ep=2", "--models", *folders)
+
+
+def test_a_rank_that_has_ended_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_export.dist, "barrier", lambda group: None)
+    monkeypatch.setattr(shared_export, "ALIVE_INTERVAL_S", 0.05)
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    counters = torch.zeros(3, shared_export.CACHE_LINE, dtype=torch.int32)
+    steps = shared_export._Steps(counters, SimpleNamespace(rank=0, control=None))
+    steps.give_room()
+    steps.finish()
+    counters[1, 1] = child.pid
+    steps.wait_for([0])
+    with pytest.raises(RuntimeError, match=f"rank 1 has ended .process {child.pid}."):
+        steps.wait_for([0, 1])
+    counters[1, 0] = 1  # it had written its share before
+    steps.wait_for([0, 1])
+
+
+def test_steps_wake_those_who_wait() -> None:
+    native = native_module()
+    assert native is not None
+    counter = torch.zeros(1, dtype=torch.int32)
+    assert not native.wait_for_step(counter.data_ptr(), 1, 0.01)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(native.wait_for_step, counter.data_ptr(), 2, 30.0)
+        native.set_step(counter.data_ptr(), 1)
+        native.set_step(counter.data_ptr(), 2)
+        assert waiting.result(timeout=10)

@@ -11,8 +11,17 @@ import torch
 
 from xrl.types import WeightBucket
 from xrl.weights.checksum import layer_checksum
-from xrl.weights.transport import Manifest, Receiver, Sender, TransportError, create_receiver, create_sender
+from xrl.weights.transport import (
+    Manifest,
+    Receiver,
+    Sender,
+    TensorEntry,
+    TransportError,
+    create_receiver,
+    create_sender,
+)
 from xrl.weights.transport.broadcast import address_towards
+from xrl.weights.transport.shared_memory import Receiver as SharedMemoryReceiver
 from xrl.weights.transport.shared_memory import Sender as SharedMemorySender
 
 CPU = torch.device("cpu")
@@ -96,6 +105,26 @@ def test_shared_memory_grows_to_the_largest_bucket_and_two_others() -> None:
     one = sum(tensor.nbytes for tensor in small.tensors.values())
     assert len(set(sizes[1:])) == 1
     assert sizes[-1] <= 2 * sum(tensor.nbytes for tensor in large.tensors.values()) + 2 * one + 4096
+    sender.close()
+
+
+def test_shared_memory_is_placed_alike_in_every_update() -> None:
+    sender, receiver = SharedMemorySender(), SharedMemoryReceiver()
+    buckets = [bucket("embeddings", rows=5_000)] + [bucket(f"layers.{index}", rows=900) for index in range(4)]
+    entries = [[TensorEntry.of(name, tensor) for name, tensor in each.tensors.items()] for each in buckets]
+    places = []
+    for version in range(3):
+        sender.restart()
+        placed = [sender.place(each) for each in entries]  # all of them ahead
+        for sent, (tensors, _) in zip(buckets, placed, strict=True):  # each holds while the next one is filled
+            for name, tensor in tensors.items():
+                tensor.copy_(sent.tensors[name] + version)
+            filled = WeightBucket(version=version, layer=sent.layer, tensors=tensors)
+            manifest = Manifest.of(filled, checksum="", where=sender.put(filled))
+            for name, tensor in receiver.receive(manifest).items():
+                assert torch.equal(tensor, sent.tensors[name] + version)
+        places.append([where["offsets"] for _, where in placed])
+    assert places[0] == places[1] == places[2]
     sender.close()
 
 
