@@ -109,9 +109,15 @@ def liger_loss(batch: Batch, logits: Tensor) -> Tensor:
 
 
 def our_loss(
-    batch: Batch, inputs: Mapping[str, Any], config: AlgorithmConfig, backend: BackendName, logits: Tensor
+    batch: Batch,
+    inputs: Mapping[str, Any],
+    config: AlgorithmConfig,
+    backend: BackendName,
+    logits: Tensor,
+    *,
+    upstream: float | None = None,
 ) -> Tensor:
-    return grpo_token_loss(logits, batch.ids, config=config, backend=backend, **inputs).token_loss
+    return grpo_token_loss(logits, batch.ids, config=config, backend=backend, upstream=upstream, **inputs).token_loss
 
 
 def in_two_passes(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
@@ -146,6 +152,8 @@ def loss_contestants(batch: Batch, backends: list[BackendName]) -> dict[str, tup
     }
     for name in backends:
         calls[f"xrl {name}"] = partial(our_loss, batch, batch.inputs, TIMED, name), rows
+        # As the trainer calls it, which knows what its backward pass brings; the others multiply the gradient by it.
+        calls[f"xrl {name}, upstream known"] = partial(our_loss, batch, batch.inputs, TIMED, name, upstream=1.0), rows
         calls[f"xrl {name}, 1 row in 5 live"] = partial(our_loss, batch, batch.sparse, WITHOUT_KL, name), rows
         if isinstance(choose_backend(name, device=DEVICE, dtype=rows.dtype), SinglePassBackend):
             calls[f"xrl {name}, two passes"] = partial(in_two_passes, calls[f"xrl {name}"][0]), rows

@@ -35,6 +35,8 @@ def build_lead(settings: Settings, groups: ParallelGroups, stack: contextlib.Exi
     folder.config.write_text(dump_settings(settings))
     write_environment(folder.environment)
     pool = stack.enter_context(start_workers(settings, groups, folder))
+    if settings.rollout.colocate:
+        pool.wait_until_ready()  # an engine needs the device for its start, and gives it up then
     judge = create_judge(settings.rewards)
     stack.callback(judge.close)
 

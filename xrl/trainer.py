@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -95,6 +96,7 @@ class Trainer:
         """Sample, judge, score, learn, publish."""
         start = time.perf_counter()
         samples = broadcast_samples(self.sample(index) if self.lead else None, self.groups.control)
+        self.take_turn("actor")
         reports = self.actor.update(
             samples, self.algorithm.loss, self.token_weights, fused_loss=self.algorithm.fused_loss
         )
@@ -133,6 +135,7 @@ class Trainer:
 
     def publish(self, *, version: int) -> None:
         """Stream the weights to every rollout worker. Collective: each rank gives its part."""
+        self.take_turn("actor")  # also with the first weights, and for workers that were started again meanwhile
         start = time.perf_counter()
         if self.shares_memory:
             buckets = self.actor.shared_weights(self.lead.publisher.memory if self.lead else None, version=version)
@@ -149,7 +152,24 @@ class Trainer:
         for _ in buckets:  # nothing is left on rank 0; the other ranks get nothing but must take part
             pass
         self.row["seconds/publish"] = time.perf_counter() - start
+        self.take_turn("engines")
         self.check_canary()
+
+    def take_turn(self, whose: Literal["actor", "engines"]) -> None:
+        """Give the devices to the actor for training, or to the rollout engines, where they share them. Collective."""
+        if not self.settings.rollout.colocate:
+            return
+        start = time.perf_counter()
+        if whose == "engines":
+            self.actor.memory.offload()
+        elif self.lead:
+            self.lead.collector.pool.sleep()
+        dist.barrier(self.groups.control)  # what one gives up is free before the other takes it
+        if whose == "actor":
+            self.actor.memory.restore()
+        elif self.lead:
+            self.lead.collector.pool.wake()
+        self.row["seconds/turns"] = self.row.get("seconds/turns", 0.0) + time.perf_counter() - start
 
     def check_canary(self) -> None:
         """Let the actor score what each worker samples with its new weights. Collective.

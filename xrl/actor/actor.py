@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xrl.actor.microbatch import Microbatch, MicrobatchMaker
+from xrl.actor.offload import TrainingMemory
 from xrl.actor.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from xrl.actor.pipeline import Pipeline
 from xrl.actor.scorer import TokenScorer
@@ -79,6 +80,7 @@ class Actor:
         self.ddp = wrap_data_parallel(self.model, settings.parallel)
         self.optimizer = build_optimizer(self.ddp, settings.optimizer, settings.parallel, dtype=self.dtype)
         self.schedule = build_schedule(self.optimizer, settings.optimizer, num_updates=num_updates)
+        self.memory = TrainingMemory(self.ddp, self.optimizer, self.reference)
         self.pipeline = Pipeline(self.ddp, head, data_parallel_size=groups.layout.data_size)
         self.scorer = TokenScorer(
             settings=settings,

@@ -59,6 +59,10 @@ class RolloutConfig:
     oversampling: float = 1.5
     """With --partial-rollout: prompts in flight for each prompt of a batch."""
 
+    colocate: bool = False
+    """Actor and engines take turns on the same devices: engines give theirs up while the actor trains, and the actor's
+    gradients, main weights and optimizer state are on the host while engines sample."""
+
     weight_transport: str = "auto"
     """How weights reach the workers: shared_memory (one host), cuda_ipc (one host, CUDA), broadcast (any hosts), or
     auto: shared_memory, with --rollout-worker-urls broadcast."""
@@ -158,6 +162,10 @@ class RolloutConfig:
         if self.worker_addresses and self.rollout_num_workers is not None:
             raise SettingsError(
                 "--rollout-num-workers starts workers here, --rollout-worker-urls uses others: take one"
+            )
+        if self.worker_addresses and self.colocate:
+            raise SettingsError(
+                "--colocate is for engines on the actor's own devices, --rollout-worker-urls names workers elsewhere"
             )
         if self.worker_addresses and self.weight_transport in ("shared_memory", "cuda_ipc"):
             raise SettingsError(

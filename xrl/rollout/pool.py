@@ -40,6 +40,8 @@ START_TIMEOUT_S = 120.0
 # A worker answers for its health beside whatever its engine does.
 HEALTH_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 3.0
+# Sleeping and waking move weights and caches, and build what the device computes with.
+TURN_TIMEOUT_S = 120.0
 
 
 @dataclass
@@ -271,6 +273,35 @@ class WorkerPool:
         answers = self.start(ask_everyone()).result()
         _ = self.alive
         return [answer for answer in answers if answer is not None]
+
+    def sleep(self) -> None:
+        """Have every worker give its device to the actor, weights and all: an update comes before the next request.
+
+        Raises:
+            RuntimeError: a worker refused: names it.
+            WorkerGone: no worker is left.
+        """
+        self._tell_all(f"{protocol.SLEEP}?level=2")
+
+    def wake(self) -> None:
+        """The opposite: each engine takes what memory it wants. Raises as `sleep`."""
+        self._tell_all(protocol.WAKE)
+
+    def _tell_all(self, path: str) -> None:
+        async def tell(worker: WorkerHandle) -> None:
+            life = self.life(worker)
+            try:
+                await self.post(worker, path, {}, timeout_s=TURN_TIMEOUT_S)
+            except (WorkerGone, TimeoutError) as error:
+                self.lose(worker, str(error), life=life)
+            except RuntimeError as error:
+                raise RuntimeError(f"rollout worker {worker.number}: {error}") from error
+
+        async def tell_everyone() -> None:
+            await asyncio.gather(*map(tell, workers))
+
+        workers = self.reachable()
+        self.start(tell_everyone()).result()
 
     def cut_short(self) -> None:
         """End the rollout that `generate` is at: what is left of it comes back at once, as it is."""
