@@ -57,3 +57,27 @@ class SwappingEngine(EmbeddedEngine):
 def _other_norm(name: str) -> str:
     first, second = "input_layernorm", "post_attention_layernorm"
     return name.replace(first, second) if first in name else name.replace(second, first)
+
+
+class NotingEngine(EmbeddedEngine):
+    """Notes in the file XRL_TEST_NOTES what was asked of it."""
+
+    def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
+        self._note("submit")
+        return super().submit(request)
+
+    def load_layer(self, bucket: WeightBucket) -> None:
+        self._note("load")
+        super().load_layer(bucket)
+
+    def sleep(self, *, keep_weights: bool = True) -> None:
+        self._note("sleep with weights" if keep_weights else "sleep")
+        super().sleep(keep_weights=keep_weights)
+
+    def wake(self) -> None:
+        super().wake()
+        self._note("wake")
+
+    def _note(self, what: str) -> None:
+        with open(os.environ["XRL_TEST_NOTES"], "a") as file:
+            file.write(what + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -95,6 +96,28 @@ def test_answers_cut_off_in_one_rollout_go_on_in_the_next(tmp_path: Path) -> Non
         assert row["groups/total"] == 4
         assert sorted(answers(tmp_path, number).values()) == [2] * 4
         assert row["mismatch"] <= LARGEST_DIFFERENCE
+
+
+def test_actor_and_engines_that_take_turns_compute_the_same(tmp_path: Path) -> None:
+    flags = ("--num-rollouts", "3", "--nproc-per-node", "2", "--tensor-model-parallel-size", "2", "--kl-coef", "0.05")
+    flags += ("--updates-per-rollout", "2", "--engine", "tests.e2e.faulty_engines:NotingEngine")
+    found = {}
+    for name in ("apart", "colocated"):
+        folder = tmp_path / name
+        folder.mkdir()
+        turns = ("--colocate",) if name == "colocated" else ()
+        rows, _ = train(folder, *flags, *turns, XRL_TEST_NOTES=str(folder / "notes"))
+        same = ("reward/mean", "loss", "kl", "grad_norm", "mismatch", "canary")
+        found[name] = [{key: row[key] for key in same if key in row} for row in rows]
+        notes = [note for note, _ in itertools.groupby((folder / "notes").read_text().split("\n")[:-1])]
+        if turns:
+            # Sleep comes twice: before the update, and again before the weights, for workers that are new by then.
+            assert notes == ["sleep", "load", "wake", "submit"] * 4
+            assert all("seconds/turns" in row for row in rows)
+        else:
+            assert notes == ["load", "submit"] * 4
+    assert found["apart"] == found["colocated"]
+    assert len(found["apart"]) == 3 and len(found["apart"][0]) >= 5
 
 
 def test_canary_ends_a_run_whose_engine_takes_one_norm_for_the_other(tmp_path: Path) -> None:
