@@ -1,7 +1,7 @@
 """Weight buckets through CUDA memory that two processes of one host share: handles go over the control connection.
 
 The sender keeps its tensors until the worker has answered; the worker maps them and copies out of them on its own
-device. Unproven: no test of it has run on a GPU yet.
+device.
 """
 
 from __future__ import annotations
