@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from tests.tiny_models import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_DIFFERENCE = 1e-5
+# Set where hosts must be network namespaces, not addresses of one.
+NEED_NAMESPACES = "XRL_TESTS_NEED_NAMESPACES"
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -145,7 +148,10 @@ def hosts() -> Iterator[list[tuple[str, list[str]]]]:
                 _ip("-n", name, "addr", "add", f"{network}.2/24", "dev", "eth0")
                 _ip("-n", name, "link", "set", "eth0", "up")
                 found.append((f"{network}.2", ["ip", "netns", "exec", name]))
-        except (OSError, subprocess.CalledProcessError):
+        except (OSError, subprocess.CalledProcessError) as error:
+            if NEED_NAMESPACES in os.environ:
+                raise
+            warnings.warn(f"two loopback addresses stand for two hosts: {error}", stacklevel=1)
             found = [(f"127.0.0.{2 + number}", []) for number in range(2)]
         yield found
 
