@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,12 @@ from xrl.rollout.evaluate import Evaluator
 from xrl.rollout.publish import Publisher
 from xrl.types import Sample, SamplingParams
 from xrl.weights.hf_files import prune_hf_folders, write_hf_folder
+
+logger = logging.getLogger("xrl")
+T = TypeVar("T")
+
+# What rank 0 says to the others while it works with the engines.
+_DONE, _REPUBLISH = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +79,11 @@ class Trainer:
             and native_module() is not None
             and int(os.environ.get("LOCAL_WORLD_SIZE", groups.layout.world_size)) == groups.layout.world_size
         )
+        self.version = 0  # of the weights that the engines have
         # Filled on rank 0 while a step runs, then written as one row.
         self.row: dict[str, float] = {}
+        if lead:
+            lead.collector.pool.recover = self.republish
 
     def train(self) -> None:
         """Train from the first rollout to `hf-final`."""
@@ -95,7 +105,7 @@ class Trainer:
     def step(self, index: int) -> None:
         """Sample, judge, score, learn, publish."""
         start = time.perf_counter()
-        samples = broadcast_samples(self.sample(index) if self.lead else None, self.groups.control)
+        samples = broadcast_samples(self.with_engines(lambda: self.sample(index)), self.groups.control)
         self.take_turn("actor")
         reports = self.actor.update(
             samples, self.algorithm.loss, self.token_weights, fused_loss=self.algorithm.fused_loss
@@ -135,6 +145,7 @@ class Trainer:
 
     def publish(self, *, version: int) -> None:
         """Stream the weights to every rollout worker. Collective: each rank gives its part."""
+        self.version = version
         self.take_turn("actor")  # also with the first weights, and for workers that were started again meanwhile
         start = time.perf_counter()
         if self.shares_memory:
@@ -154,6 +165,34 @@ class Trainer:
         self.row["seconds/publish"] = time.perf_counter() - start
         self.take_turn("engines")
         self.check_canary()
+
+    def with_engines(self, action: Callable[[], T]) -> T | None:
+        """Let rank 0 ask something of the engines; the others wait, and help if the weights are to be published again.
+
+        Collective. What rank 0 got, None on the others.
+        """
+        if self.lead:
+            result = action()
+            self._tell(_DONE)
+            return result
+        while self._told() == _REPUBLISH:
+            self.publish(version=self.version)
+        return None
+
+    def republish(self) -> None:
+        """Within `with_engines`, on rank 0: no worker is ready; give the weights to those that can take them."""
+        assert self.lead is not None
+        logger.warning("no rollout worker is ready: weights version %d are published once more", self.version)
+        self._tell(_REPUBLISH)
+        self.publish(version=self.version)
+
+    def _tell(self, what: int) -> None:
+        dist.broadcast(torch.tensor([what]), group_src=0, group=self.groups.control)
+
+    def _told(self) -> int:
+        what = torch.zeros(1, dtype=torch.long)
+        dist.broadcast(what, group_src=0, group=self.groups.control)
+        return int(what)
 
     def take_turn(self, whose: Literal["actor", "engines"]) -> None:
         """Give the devices to the actor for training, or to the rollout engines, where they share them. Collective."""
@@ -189,9 +228,10 @@ class Trainer:
         self.row["seconds/canary"] = time.perf_counter() - start
 
     def evaluate(self, index: int) -> None:
-        """Pass rates on held-out prompts. Rank 0 only; the others wait at the next collective."""
-        if self.lead and self.lead.evaluator:
-            self.lead.journal.evaluation(index, self.lead.evaluator.evaluate())
+        """Pass rates on held-out prompts. Collective."""
+        found = self.with_engines(lambda: self.lead.evaluator.evaluate() if self.lead and self.lead.evaluator else None)
+        if self.lead and found is not None:
+            self.lead.journal.evaluation(index, found)
 
     def save(self, name: str) -> None:
         """Write a Hugging Face folder below the run's. Collective."""

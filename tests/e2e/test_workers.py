@@ -86,6 +86,27 @@ def test_run_loses_a_worker_in_a_rollout_and_one_in_an_update_and_no_sample(tmp_
         assert row["mismatch"] <= LARGEST_DIFFERENCE and row["canary"] <= LARGEST_DIFFERENCE
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_run_whose_only_worker_dies_in_a_rollout_goes_on_when_it_is_back(tmp_path: Path, ranks: int) -> None:
+    deaths = tmp_path / "deaths"
+    deaths.mkdir()
+    (deaths / "loading").touch()  # this death has been died
+    rows, said = train(
+        tmp_path,
+        *("--engine", "tests.e2e.faulty_engines:DyingEngine", "--rollout-num-workers", "1", "--num-rollouts", "4"),
+        *("--nproc-per-node", str(ranks), "--tensor-model-parallel-size", str(ranks), "--rollout-max-batch-size", "4"),
+        XRL_TEST_DEATHS=str(deaths),
+    )
+    assert (deaths / "sampling").exists()
+    assert "no rollout worker is ready: weights version 2 are published once more" in said
+    assert [row["workers/lost"] for row in rows] == [row["workers/restarted"] for row in rows] == [0, 0, 1, 1]
+    assert rows[2]["prompts/retried"] >= 1
+    assert sum(row["prompts/failed"] for row in rows) == 0
+    for number, row in enumerate(rows, start=1):
+        assert sorted(answers(tmp_path, number).values()) == [2] * 4
+        assert row["mismatch"] <= LARGEST_DIFFERENCE and row["canary"] <= LARGEST_DIFFERENCE
+
+
 def test_answers_cut_off_in_one_rollout_go_on_in_the_next(tmp_path: Path) -> None:
     rows, _ = train(
         tmp_path,

@@ -40,6 +40,10 @@ class RolloutCounts:
     unfinished: int = 0  # cut off, to go on in the next rollout
 
 
+class _NoneReady:
+    """In the place of a result: no worker can be asked, and one may be again with the weights of an update."""
+
+
 class StaleAnswer(RuntimeError):
     """An answer was sampled with other weights than the rollout's."""
 
@@ -62,15 +66,20 @@ class Dispatch:
         self._results: queue.Queue[Any] = queue.Queue()
         self._loads: dict[int, _Load] = {}
         self._changed = asyncio.Condition()
-        self._is_cut_short = self._has_ended = False
+        self._is_cut_short = self._has_ended = self._is_waiting = False
 
     def next_result(self) -> tuple[int, list[Completion] | None]:
         """Wait for the next request to finish: its place, and its completions or None.
 
+        Where no worker is ready, the pool's `recover` is called, and the requests go on.
+
         Raises:
             WorkerGone: no worker is left.
         """
-        result = self._results.get()
+        while isinstance(result := self._results.get(), _NoneReady):
+            assert self.pool.recover is not None
+            self.pool.recover()
+            self.pool.start(self._go_on()).result()
         if isinstance(result, BaseException):
             raise result
         found: tuple[int, list[Completion] | None] = result
@@ -99,7 +108,7 @@ class Dispatch:
         async with self._changed:
             self._changed.notify_all()
         while not self._has_ended:  # again, for those that were on their way to a worker
-            await asyncio.gather(*(self._abort(worker, None) for worker in self.pool.alive))
+            await asyncio.gather(*(self._abort(worker, None) for worker in self.pool.ready()))
             await asyncio.sleep(ABORT_AGAIN_S)
 
     async def _generate(self, place: int, request: GenerateRequest) -> None:
@@ -107,8 +116,7 @@ class Dispatch:
         for attempt in range(self.config.rollout_max_retries + 1):
             self.counts.retried += attempt > 0
             worker = await self._take_worker(request, avoid)
-            if self._is_cut_short:
-                await self._give_back(worker, request)
+            if worker is None:
                 self.counts.unfinished += 1
                 self._results.put((place, []))
                 return
@@ -162,21 +170,38 @@ class Dispatch:
         with contextlib.suppress(RuntimeError, TimeoutError):
             await self.pool.post(worker, protocol.ABORT, body, timeout_s=ABORT_TIMEOUT_S)
 
-    async def _take_worker(self, request: GenerateRequest, avoid: int | None) -> WorkerHandle:
-        """The least loaded worker with room; another than the one that just failed, where there is one."""
+    async def _take_worker(self, request: GenerateRequest, avoid: int | None) -> WorkerHandle | None:
+        """The least loaded worker with room; another than the one that just failed, where there is one.
+
+        None when the rollout was cut short.
+        """
         limit = self.config.rollout_max_batch_size * QUEUE_AHEAD
         async with self._changed:
-            while True:
-                alive = self.pool.alive
+            while not self._is_cut_short:
+                ready = self.pool.ready()
+                if not ready and self.pool.can_recover:
+                    if not self._is_waiting:
+                        self._is_waiting = True
+                        self._results.put(_NoneReady())
+                    await self._changed.wait()
+                    continue
+                alive = ready or self.pool.alive
                 candidates = [worker for worker in alive if worker.number != avoid] or alive
                 loads = {worker.number: self._loads.setdefault(worker.number, _Load()) for worker in candidates}
                 worker = min(candidates, key=lambda candidate: loads[candidate.number].tokens)
                 load = loads[worker.number]
-                if self._is_cut_short or load.sequences == 0 or load.sequences + request.num_samples <= limit:
+                if load.sequences == 0 or load.sequences + request.num_samples <= limit:
                     load.sequences += request.num_samples
                     load.tokens += _tokens(request)
                     return worker
                 await self._changed.wait()
+        return None
+
+    async def _go_on(self) -> None:
+        """Workers are ready again."""
+        async with self._changed:
+            self._is_waiting = False
+            self._changed.notify_all()
 
     async def _give_back(self, worker: WorkerHandle, request: GenerateRequest) -> None:
         async with self._changed:

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +109,9 @@ class WorkerPool:
         self._thread.start()
         self._session: aiohttp.ClientSession | None = None
         self._dispatch: Dispatch | None = None  # of the last call of `generate`
+        # Publishes the current weights once more, in the thread that calls `generate`: for when no worker is ready, and
+        # one that is started again, or has other weights, could be. Without it, the loss of the last one is the end.
+        self.recover: Callable[[], None] | None = None
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -139,12 +142,22 @@ class WorkerPool:
         Raises:
             WorkerGone: there is none left.
         """
-        with self._lock:
-            self._notice_ends()
-            alive = [worker for worker in self.workers if self._is_ready(worker)]
+        alive = self.ready()
         if not alive:
             raise WorkerGone(f"no rollout worker is left{self._reasons()}; {self.workers[-1].log_tail()}")
         return alive
+
+    def ready(self) -> list[WorkerHandle]:
+        """As `alive`, or none."""
+        with self._lock:
+            self._notice_ends()
+            return [worker for worker in self.workers if self._is_ready(worker)]
+
+    @property
+    def can_recover(self) -> bool:
+        """Whether `recover` may make a worker ready: one that is not lost."""
+        with self._lock:
+            return self.recover is not None and any(not standing.lost for standing in self._standings.values())
 
     def reachable(self) -> list[WorkerHandle]:
         """Workers that listen, whatever weights they have; waits for one to start where there is none.
