@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -106,7 +107,7 @@ class Trainer:
         """Sample, judge, score, learn, publish."""
         start = time.perf_counter()
         samples = broadcast_samples(self.with_engines(lambda: self.sample(index)), self.groups.control)
-        self.take_turn("actor")
+        self.take_device()
         reports = self.actor.update(
             samples, self.algorithm.loss, self.token_weights, fused_loss=self.algorithm.fused_loss
         )
@@ -146,7 +147,7 @@ class Trainer:
     def publish(self, *, version: int) -> None:
         """Stream the weights to every rollout worker. Collective: each rank gives its part."""
         self.version = version
-        self.take_turn("actor")  # also with the first weights, and for workers that were started again meanwhile
+        self.give_device()
         start = time.perf_counter()
         if self.shares_memory:
             buckets = self.actor.shared_weights(self.lead.publisher.memory if self.lead else None, version=version)
@@ -163,7 +164,9 @@ class Trainer:
         for _ in buckets:  # nothing is left on rank 0; the other ranks get nothing but must take part
             pass
         self.row["seconds/publish"] = time.perf_counter() - start
-        self.take_turn("engines")
+        if self.lead and self.settings.rollout.colocate:
+            with self.turning():
+                self.lead.collector.pool.wake()
         self.check_canary()
 
     def with_engines(self, action: Callable[[], T]) -> T | None:
@@ -194,20 +197,31 @@ class Trainer:
         dist.broadcast(what, group_src=0, group=self.groups.control)
         return int(what)
 
-    def take_turn(self, whose: Literal["actor", "engines"]) -> None:
-        """Give the devices to the actor for training, or to the rollout engines, where they share them. Collective."""
+    def take_device(self) -> None:
+        """Where engines and actor share devices: engines go to sleep, what training needs comes back. Collective."""
         if not self.settings.rollout.colocate:
             return
-        start = time.perf_counter()
-        if whose == "engines":
-            self.actor.memory.offload()
-        elif self.lead:
-            self.lead.collector.pool.sleep()
-        dist.barrier(self.groups.control)  # what one gives up is free before the other takes it
-        if whose == "actor":
+        with self.turning():
+            if self.lead:
+                self.lead.collector.pool.sleep()
+            dist.barrier(self.groups.control)  # what one gives up is free before the other takes it
             self.actor.memory.restore()
-        elif self.lead:
-            self.lead.collector.pool.wake()
+
+    def give_device(self) -> None:
+        """The opposite, but for waking the engines: they take the new weights first. Collective."""
+        if not self.settings.rollout.colocate:
+            return
+        with self.turning():
+            self.actor.memory.offload()
+            dist.barrier(self.groups.control)
+            if self.lead:  # before the first update, and for workers that were started again meanwhile
+                self.lead.collector.pool.sleep()
+
+    @contextlib.contextmanager
+    def turning(self) -> Iterator[None]:
+        """Count the seconds that turns take."""
+        start = time.perf_counter()
+        yield
         self.row["seconds/turns"] = self.row.get("seconds/turns", 0.0) + time.perf_counter() - start
 
     def check_canary(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -60,7 +61,7 @@ def test_a_rank_that_has_ended_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     counters = torch.zeros(3, shared_export.CACHE_LINE, dtype=torch.int32)
-    steps = shared_export._Steps(counters, SimpleNamespace(rank=0, control=None))
+    steps = shared_export._Steps(counters, SimpleNamespace(rank=0, control=None), 0.3)
     steps.give_room()
     steps.finish()
     counters[1, 1] = child.pid
@@ -69,6 +70,18 @@ def test_a_rank_that_has_ended_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         steps.wait_for([0, 1])
     counters[1, 0] = 1  # it had written its share before
     steps.wait_for([0, 1])
+    counters[1, 0], counters[1, 1] = 0, os.getpid()  # alive, and does not come
+    with pytest.raises(RuntimeError, match="rank 1 .process .* did not come within 0.3 s"):
+        steps.wait_for([0, 1])
+
+
+def test_a_process_whose_status_nobody_has_asked_for_has_ended() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    assert not shared_export._is_alive(child.pid)
+    child.wait()
+    assert not shared_export._is_alive(child.pid)
+    assert shared_export._is_alive(os.getpid())
 
 
 def test_steps_wake_those_who_wait() -> None:

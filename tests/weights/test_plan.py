@@ -10,9 +10,10 @@ import torch
 from tests.weights.shapes import SHAPES, layouts, load, places, random_tensors, reader, with_layers
 from xrl.config import SettingsError
 from xrl.parallel.layout import Layout, Place
-from xrl.weights.export import export_into
+from xrl.weights.export import share_of
 from xrl.weights.families import TABLES
 from xrl.weights.plan import plan
+from xrl.weights.slices import in_parameter, in_tensor
 
 SINGLE = Layout(tensor_size=1, pipeline_size=1)
 
@@ -38,7 +39,8 @@ def test_round_trip_is_bitwise_at_every_layout(family: str, tied: bool) -> None:
         found = {name: torch.full_like(tensor, torch.nan) for name, tensor in source.items()}
         for part in planned.parts:
             for place in planned.holders(part):
-                export_into(ranks[place], planned, place, part, found)
+                for piece, parameter in share_of(ranks[place], planned, place, part):
+                    in_tensor(piece, found[piece.tensor]).copy_(in_parameter(piece, parameter))
         for name, tensor in source.items():
             assert torch.equal(found[name], tensor), f"{layout}: {name}"
 

@@ -128,6 +128,17 @@ def test_shared_memory_is_placed_alike_in_every_update() -> None:
     sender.close()
 
 
+def test_shared_memory_that_takes_the_number_of_another_is_not_taken_for_it() -> None:
+    receiver = SharedMemoryReceiver()
+    for seed in range(2):
+        sender = SharedMemorySender()
+        sent = bucket("layers.0", seed=seed)
+        where = dict(sender.put(sent))
+        manifest = Manifest.of(sent, checksum="", where=where)
+        assert torch.equal(receiver.receive(manifest)["a"], sent.tensors["a"])
+        sender.close()  # the next one gets its descriptor
+
+
 def test_broadcast_to_one_worker_goes_on_when_another_is_gone() -> None:
     sender, first = connect("broadcast")
     second = meet(sender, "broadcast", worker=1)

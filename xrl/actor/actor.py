@@ -63,7 +63,9 @@ class Actor:
         self.model = build_model(self.shape, config, groups, transformer_engine=transformer_engine)
         load_weights(self.model, self.shape, groups, settings.model.model)
         self.exporter = WeightExporter(self.shape, groups)
-        self.shared_exporter = SharedExporter(self.shape, groups)
+        self.shared_exporter = SharedExporter(
+            self.shape, groups, timeout_s=60.0 * settings.parallel.distributed_timeout_minutes
+        )
         # The frozen starting point, for the KL; no second model, only a second set of weights.
         self.reference = (
             {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}

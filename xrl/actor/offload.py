@@ -22,7 +22,8 @@ class TrainingMemory:
         self, model: DistributedDataParallel, optimizer: MegatronOptimizer, reference: dict[str, Tensor] | None
     ) -> None:
         self._model, self._optimizer, self._reference = model, optimizer, reference or {}
-        self._host: dict[tuple[int, str], Tensor] = {}  # page-locked, used again and again
+        # Page-locked, used again and again; with what it is for, so that no other can have its id.
+        self._host: dict[tuple[int, str], tuple[object, Tensor]] = {}
         self._away: list[_Away] = []
         self.is_offloaded = False
 
@@ -37,15 +38,16 @@ class TrainingMemory:
         for holder, name, tensor in self._tensors():
             if tensor.device.type == "cpu":
                 continue
-            host = self._host.get((id(holder), name))
-            if host is None:
-                host = self._host[id(holder), name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            _, host = self._host.get((id(holder), name), (None, None))
+            if host is None or host.shape != tensor.shape or host.dtype != tensor.dtype:
+                host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+                self._host[id(holder), name] = holder, host
             host.copy_(tensor, non_blocking=True)
-            self._away.append(_Away(holder, name, tensor.device))
+            self._away.append(_Away(holder, name, host, tensor.device))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         for away in self._away:
-            away.put(self._host[id(away.holder), away.name])
+            away.put(away.host)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -58,7 +60,7 @@ class TrainingMemory:
         for buffer in self._grad_buffers():
             buffer.reload_from_cpu(move_params=False, move_grads=True)
         for away in self._away:
-            away.put(self._host[id(away.holder), away.name].to(away.device, non_blocking=True))
+            away.put(away.host.to(away.device, non_blocking=True))
         self._away.clear()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -85,8 +87,8 @@ class TrainingMemory:
 class _Away:
     """A place whose tensor is on the host."""
 
-    def __init__(self, holder: object, name: str, device: torch.device) -> None:
-        self.holder, self.name, self.device = holder, name, device
+    def __init__(self, holder: object, name: str, host: Tensor, device: torch.device) -> None:
+        self.holder, self.name, self.host, self.device = holder, name, host, device
 
     def put(self, tensor: Tensor) -> None:
         if isinstance(self.holder, Tensor):

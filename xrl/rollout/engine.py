@@ -60,8 +60,9 @@ class HasRoom(Protocol):
     def room(self, layer: str) -> Mapping[str, Tensor]:
         """The engine's own memory for tensors of a layer: name -> contiguous tensor. May be empty.
 
-        It is written to from then on, so the engine cannot generate until an update is complete. `load_layer` comes
-        next, with these very tensors among the bucket's; nothing is left for it to copy then.
+        It is written to from then on, so the engine cannot generate until an update is complete. When the bytes are
+        those that were sent, `load_layer` comes, with those of these tensors that fitted among the bucket's; nothing of
+        them is left for it to copy. When they are not, the room is asked for again, or the update ends there.
 
         Raises:
             EngineError: requests are in flight.

@@ -290,15 +290,30 @@ class WorkerPool:
     def sleep(self) -> None:
         """Have every worker give its device to the actor, weights and all: an update comes before the next request.
 
+        Waits for workers that are starting: they must not take the device while the actor uses it.
+
         Raises:
             RuntimeError: a worker refused: names it.
             WorkerGone: no worker is left.
         """
+        while self._is_any_starting():
+            time.sleep(0.1)
         self._tell_all(f"{protocol.SLEEP}?level=2")
 
     def wake(self) -> None:
         """The opposite: each engine takes what memory it wants. Raises as `sleep`."""
         self._tell_all(protocol.WAKE)
+
+    def _is_any_starting(self) -> bool:
+        with self._lock:
+            self._notice_ends()
+            # One that does not listen in time is lost by being asked.
+            return any(
+                isinstance(worker, WorkerProcess)
+                and not self._listens(worker)
+                and not self._standings[worker.number].lost
+                for worker in self.workers
+            )
 
     def _tell_all(self, path: str) -> None:
         async def tell(worker: WorkerHandle) -> None:

@@ -83,7 +83,8 @@ class Publisher:
         run stops, as `on_lost_worker` says.
 
         Args:
-            buckets: consumed in order, to the end, once. Each must stay as it is until the next one is asked for.
+            buckets: consumed in order, to the end, once. Each must stay as it is until the next one is asked for, and a
+                ProvenBucket, which is sent from where it lies, until the next but one is.
 
         Raises:
             CorruptedWeights: a layer's checksum was wrong twice.
@@ -93,6 +94,8 @@ class Publisher:
         start = time.perf_counter()
         self._num_resent = num_bytes = num_tensors = num_layers = 0
         workers = {worker.number: worker for worker in self.pool.reachable()}
+        if self.memory is not None:
+            self.memory.restart()
         self.pool.start(self._to_all(workers, self._connect, "connecting for weights")).result()
         sending: Future[None] | None = None
         for bucket in buckets:
@@ -195,12 +198,14 @@ class Publisher:
 
     async def _send(self, worker: WorkerHandle, parcel: _Parcel) -> None:
         for attempt in range(1, MAX_TRIES + 1):
-            told = self.pool.post(worker, protocol.LOAD_LAYER, parcel.manifest.to_json(), timeout_s=self.timeout_s)
+            manifest = parcel.manifest.to_json()
             if self._sender.sends:
+                told = self.pool.post(worker, protocol.LOAD_LAYER, manifest, timeout_s=self.timeout_s)
                 sent = asyncio.to_thread(self._sender.send, worker.number, parcel.bucket)
                 answer, _ = await _both(told, sent)
             else:
-                answer = await told
+                # It may be at the layer before.
+                answer = await self.pool.post(worker, protocol.LOAD_LAYER, manifest, timeout_s=2 * self.timeout_s)
             if answer["checksum"] == parcel.manifest.checksum:
                 return
             logger.error(

@@ -253,10 +253,13 @@ def _frees_completed(device_index: int) -> Iterator[None]:
     stop, waiting = threading.Event(), threading.Event()
 
     def wait() -> None:
-        torch.cuda.set_device(device_index)
-        while not stop.is_set():
-            torch.cuda.synchronize()
-            waiting.set()
+        try:
+            torch.cuda.set_device(device_index)
+            while not stop.is_set():
+                torch.cuda.synchronize()
+                waiting.set()
+        finally:
+            waiting.set()  # where the device fails, `sleep` says so
 
     thread = threading.Thread(target=wait, name="turbomind-frees", daemon=True)
     thread.start()
@@ -265,7 +268,7 @@ def _frees_completed(device_index: int) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join()
+        thread.join(SYNCHRONIZE_TIMEOUT_S)
 
 
 def _import() -> tuple[Any, Any, Any]:

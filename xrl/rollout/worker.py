@@ -154,7 +154,7 @@ class Worker:
         )
 
     def _load(self, manifest: Manifest) -> str:
-        """The checksum of what arrived; loaded only if it is the sender's, or written into the engine's room before."""
+        """The checksum of what arrived; loaded if it is the sender's. An engine's room is written to in any case."""
         if self.receiver is None:
             raise TransportError(f"no trainer has connected before it sent {manifest.layer}")
         tensors = self.receiver.receive(manifest)

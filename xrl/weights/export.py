@@ -40,36 +40,22 @@ def export_weights(
     return WeightExporter(shape, groups, dtype=dtype).stream(parameters, version=version)
 
 
-@torch.no_grad()
-def export_into(
-    parameters: Mapping[str, Tensor] | Weights,
-    planned: Plan,
-    place: Place,
-    part: str,
-    destination: Mapping[str, Tensor],
-) -> None:
-    """Write this rank's share of a part into whole tensors that other ranks write into too.
+def share_of(
+    parameters: Mapping[str, Tensor] | Weights, planned: Plan, place: Place, part: str
+) -> Iterator[tuple[Slice, Tensor]]:
+    """What this rank writes into whole tensors of a part, where several ranks write into the same memory.
 
-    For memory that ranks of a host share: no rank waits for another, nothing is sent. A part is whole once every rank
-    of `planned.holders(part)` has returned; the caller sees to that. Different ranks write different bytes. A rank that
-    holds nothing of the part that others do not write returns at once.
+    Different ranks write different rows; a rank that holds nothing of the part that others do not write has no share.
 
     Args:
         parameters: this rank's weights by their names in the GPTModel (one mapping for each virtual stage).
         planned: `plan(shape, groups.layout)`.
         place: `groups.layout.place(groups.rank)`.
         part: one of `planned.parts`.
-        destination: Hugging Face name -> tensor of the shape in `planned.tensors(part)`, in any number format: values
-            are converted as they are copied. Names of other parts may be there too.
+
+    Returns:
+        Slices, each with the parameter that holds it.
     """
-    for piece, source in share_of(parameters, planned, place, part):
-        in_tensor(piece, destination[piece.tensor]).copy_(in_parameter(piece, source))
-
-
-def share_of(
-    parameters: Mapping[str, Tensor] | Weights, planned: Plan, place: Place, part: str
-) -> Iterator[tuple[Slice, Tensor]]:
-    """What this rank writes of a part: slices, each with the parameter that holds it. Arguments as of `export_into`."""
     weights = _per_stage(parameters)
     for parameter in planned.part_parameters(part, place):
         if parameter.is_exported:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,6 +41,7 @@ from xrl.weights.transport import TensorEntry
 from xrl.weights.transport.shared_memory import Receiver, Sender
 
 ALIVE_INTERVAL_S = 1.0
+TIMEOUT_S = 1800.0
 CACHE_LINE = 16  # 32-bit counters
 
 
@@ -61,9 +64,16 @@ class _Part:
 
 
 class SharedExporter:
-    """Exports weights as often as asked for. All ranks must be on one host, with weights on the CPU."""
+    """Exports weights as often as asked for.
 
-    def __init__(self, shape: ModelShape, groups: ParallelGroups) -> None:
+    All ranks must be on one host, with weights on the CPU and the compiled module.
+
+    Args:
+        timeout_s: longest wait for another rank.
+    """
+
+    def __init__(self, shape: ModelShape, groups: ParallelGroups, *, timeout_s: float = TIMEOUT_S) -> None:
+        self.timeout_s = timeout_s
         self.shape = shape
         self.groups = groups
         self._place = groups.layout.place(groups.rank)
@@ -71,6 +81,7 @@ class SharedExporter:
         self._parts: list[_Part] = []
         self._receiver = Receiver()  # of the other ranks: rank 0's memory, mapped once
         self._own_sender: Sender | None = None
+        self._is_under_way = False
         self._steps: _Steps | None = None
         # Each rank adds up its share's sums in a row of its own: [world size, most sums of a part].
         self._sums = torch.empty(0, 0, dtype=torch.long)
@@ -84,12 +95,20 @@ class SharedExporter:
         Collective: every rank must run the generator to its end.
 
         Args:
-            weights: this rank's, by their names in the GPTModel, one mapping for each virtual pipeline stage.
+            weights: this rank's, by their names in the GPTModel, one mapping for each virtual pipeline stage;
+                contiguous, and always in the number format of the first update.
             sender: with the memory; on rank 0, None on the others.
 
         Raises:
-            RuntimeError: another rank has ended.
+            RuntimeError: another rank has ended, or does not come; or the last update was not run to its end.
         """
+        if native_module() is None:
+            raise RuntimeError("weights cannot be exported through shared memory without xrl's compiled module")
+        if self._is_under_way:
+            raise RuntimeError(
+                "the last update of the weights was not run to its end: ranks no longer agree on the next"
+            )
+        self._is_under_way = True
         planned = self._prepare(weights)
         assert self._steps is not None
         rank, mine = self.groups.rank, self._sums[self.groups.rank]
@@ -106,6 +125,7 @@ class SharedExporter:
                 self._steps.wait_for(part.holders)
                 checksum = self._checksum(part, tensors)
                 yield ProvenBucket(version=version, layer=part.name, tensors=tensors, checksum=checksum)
+        self._is_under_way = False
 
     def _write(self, planned: Plan, weights: Weights, part: _Part, tensors: Mapping[str, Tensor]) -> None:
         """This rank's share of a part, with its sums."""
@@ -136,7 +156,7 @@ class SharedExporter:
             self._own_sender = Sender() if self.groups.rank == 0 else None
             (shared,) = self._rooms(self._own_sender, Receiver(), [[sums, steps]])
             self._sums = shared["sums"]
-            self._steps = _Steps(shared["steps"], self.groups)
+            self._steps = _Steps(shared["steps"], self.groups, self.timeout_s)
         return self._plan
 
     def _checksum(self, part: _Part, tensors: Mapping[str, Tensor]) -> str:
@@ -147,8 +167,8 @@ class SharedExporter:
     def _rooms(
         self, sender: Sender | None, receiver: Receiver, buckets: Sequence[Sequence[TensorEntry]]
     ) -> list[Mapping[str, Tensor]]:
-        """Rooms that rank 0 gives, on every rank. What is sent: three numbers and an offset for each tensor."""
-        numbers = torch.zeros(3 + sum(map(len, buckets)), dtype=torch.long)
+        """Rooms that rank 0 gives, on every rank. What is sent: four numbers and an offset for each tensor."""
+        numbers = torch.zeros(4 + sum(map(len, buckets)), dtype=torch.long)
         rooms: list[Mapping[str, Tensor]] = []
         if sender is not None:
             sender.restart()
@@ -156,13 +176,13 @@ class SharedExporter:
             rooms = [tensors for tensors, _ in placed]
             last = placed[-1][1]
             offsets = [offset for _, where in placed for offset in where["offsets"]]
-            numbers = torch.tensor([last["pid"], last["descriptor"], sender.num_bytes, *offsets])
+            numbers = torch.tensor([last["pid"], last["descriptor"], last["inode"], sender.num_bytes, *offsets])
         dist.broadcast(numbers, group_src=0, group=self.groups.control)
         if sender is None:
-            pid, descriptor, num_bytes, *offsets = numbers.tolist()
+            pid, descriptor, inode, num_bytes, *offsets = numbers.tolist()
+            memory = {"pid": pid, "descriptor": descriptor, "inode": inode, "num_bytes": num_bytes}
             for entries in buckets:
-                where = {"pid": pid, "descriptor": descriptor, "num_bytes": num_bytes, "offsets": offsets}
-                rooms.append(receiver.views(entries, where | {"offsets": offsets[: len(entries)]}))
+                rooms.append(receiver.views(entries, {**memory, "offsets": offsets[: len(entries)]}))
                 del offsets[: len(entries)]
         return rooms
 
@@ -175,8 +195,8 @@ class _Steps:
             last row the parts that there was room for.
     """
 
-    def __init__(self, counters: Tensor, groups: ParallelGroups) -> None:
-        self._counters = counters
+    def __init__(self, counters: Tensor, groups: ParallelGroups, timeout_s: float) -> None:
+        self._counters, self._timeout_s = counters, timeout_s
         self._native = native_module()
         self._step, self._rank = 0, groups.rank
         counters[groups.rank, 1] = os.getpid()
@@ -200,25 +220,28 @@ class _Steps:
             self._wait(rank, self._step, process=rank)
 
     def _set(self, row: int, step: int) -> None:
-        assert self._native is not None, "see can_sum"
+        assert self._native is not None  # see `stream`
         self._native.set_step(self._counters[row].data_ptr(), step)
 
     def _wait(self, row: int, step: int, *, process: int) -> None:
-        assert self._native is not None, "see can_sum"
+        assert self._native is not None  # see `stream`
+        deadline = time.monotonic() + self._timeout_s
         while not self._native.wait_for_step(self._counters[row].data_ptr(), step, ALIVE_INTERVAL_S):
             pid = int(self._counters[process, 1])
             if not _is_alive(pid):
                 raise RuntimeError(f"weight update: rank {process} has ended (process {pid})")
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"weight update: rank {process} (process {pid}) did not come within {self._timeout_s:g} s"
+                )
 
 
 def _is_alive(pid: int) -> bool:
+    """One that has ended, and that nobody has asked for its status, is not."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _make_part(planned: Plan, name: str, dtype: torch.dtype) -> _Part:

@@ -28,7 +28,7 @@ class Sender:
     room, and `put` then finds it there.
 
     A bucket goes to the start of the memory, or behind the bucket before it where that is in the way. So the memory
-    grows to the embeddings and two layers at most, and is used again for update after update.
+    grows to three neighbouring parts of the model at most, and is used again for update after update.
     """
 
     copies = True
@@ -77,6 +77,8 @@ class Sender:
         where = {
             "pid": os.getpid(),
             "descriptor": self._descriptor,
+            # Another memory may get the number of one that was closed.
+            "inode": os.fstat(self._descriptor).st_ino,
             "num_bytes": self.num_bytes,
             "offsets": [start + offset for offset in offsets],
         }
@@ -118,18 +120,19 @@ class Receiver:
         timeout_s: float = 0.0,
         device: torch.device = torch.device("cpu"),  # noqa: B008
     ) -> None:
-        self._mapped: dict[tuple[int, int], mmap.mmap] = {}
+        self._mapped: dict[tuple[int, int, int], mmap.mmap] = {}
 
     def receive(self, manifest: Manifest) -> dict[str, Tensor]:
         return self.views(manifest.tensors, manifest.where)
 
     def views(self, entries: Sequence[TensorEntry], where: Mapping[str, Any]) -> dict[str, Tensor]:
         """Tensors over the sender's memory."""
-        key, num_bytes = (int(where["pid"]), int(where["descriptor"])), int(where["num_bytes"])
+        pid, descriptor, num_bytes = int(where["pid"]), int(where["descriptor"]), int(where["num_bytes"])
+        key = pid, descriptor, int(where["inode"])
         memory = self._mapped.get(key)
         if memory is None or len(memory) != num_bytes:
             try:
-                descriptor = os.open("/proc/{}/fd/{}".format(*key), os.O_RDWR)
+                descriptor = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
             except OSError as error:
                 raise TransportError(f"the sender's memory cannot be opened: {error}") from error
             try:
