@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xrl.launch.exit import EXIT_ERROR, has_announced
+from xrl.launch.memory import set_large_pages
 from xrl.launch.signals import STOP_SIGNALS
 from xrl.launch.threads import set_thread_waiting
 
@@ -56,6 +57,7 @@ def _prepare_process(num_ranks: int) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     set_thread_waiting(os.environ)
+    set_large_pages(os.environ)
     # After this many seconds a rank that was told to end is killed; by default 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")
 

@@ -14,6 +14,7 @@ import xrl
 from xrl.config import SettingsError
 from xrl.config.parse import parse_settings
 from xrl.launch.exit import EXIT_BAD_SETTINGS, run_main
+from xrl.launch.memory import restart_with_large_pages
 from xrl.launch.threads import set_thread_waiting
 from xrl.launch.variables import RANK_VARIABLES
 
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command not in COMMANDS:
         print(f"xrl: error: unknown command {command!r}, known are: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(EXIT_BAD_SETTINGS)
+    if command == "train" and argv is None and not {"-h", "--help"} & set(arguments):
+        restart_with_large_pages()
     try:
         COMMANDS[command](arguments)
     except SettingsError as error:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from xrl.launch.memory import set_large_pages
 from xrl.launch.threads import set_thread_waiting
 from xrl.launch.variables import RANK_VARIABLES
 from xrl.rollout import protocol
@@ -96,6 +97,7 @@ class WorkerProcess:
         }
         self._environment["OMP_NUM_THREADS"] = str(num_threads)
         set_thread_waiting(self._environment)
+        set_large_pages(self._environment)
         log.parent.mkdir(parents=True, exist_ok=True)
         self._process = self._start()
 
