@@ -72,7 +72,8 @@ def test_death_of_a_rank_ends_everything_and_is_named(model: Path, tmp_path: Pat
 
 
 def test_death_of_every_rollout_worker_ends_everything_and_is_named(model: Path, tmp_path: Path) -> None:
-    with training(model, tmp_path, "-m", "xrl.cli", "train", *TWO_RANKS) as run:
+    command = ("-m", "xrl.cli", "train", *TWO_RANKS, "--rollout-max-restarts", "0")
+    with training(model, tmp_path, *command) as run:
         process_of(run, "xrl.rollout.worker").kill()
         run.wait_for(lambda: "rollout worker" in run.stderr)
         assert run.end(process_of(run, "xrl.rollout.worker").pid, signal.SIGKILL) == 1
