@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "address.h"
 #include "check.h"
 #include "cpu/decode_attention.h"
 #include "cpu/gated_mlp.h"
@@ -31,12 +32,8 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using xrl::Address;
+using xrl::at;
 
 template <typename T>
 xrl::LogitRows<T> rows(Address logits, int64_t num_rows, int64_t num_columns, int64_t row_stride) {

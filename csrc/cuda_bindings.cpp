@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "address.h"
 #include "check.h"
 #include "cuda/grpo_cluster.h"
 #include "cuda/grpo_rows.h"
@@ -19,15 +20,11 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
+using xrl::Address;
+using xrl::at;
 
 // The kernels count columns in 32 bits, and may look some thousands ahead.
 constexpr int64_t kMaxColumns = int64_t{1} << 30;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void check_rows(int64_t num_rows, int64_t num_columns, int64_t row_stride) {
   xrl::check(num_rows >= 0 && num_columns >= 0, "num_rows and num_columns must be >= 0");

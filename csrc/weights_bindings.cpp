@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "address.h"
 #include "check.h"
 #include "cpu/checksum.h"
 #include "cpu/steps.h"
@@ -19,12 +20,8 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using xrl::Address;
+using xrl::at;
 
 // The checksum of a tensor's bytes, which are copied to target on the way, where that is not 0.
 uint64_t tensor_checksum(Address bytes, int64_t num_bytes, Address target, int num_threads) {

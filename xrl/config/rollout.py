@@ -68,7 +68,8 @@ class RolloutConfig:
     auto: shared_memory, with --rollout-worker-urls broadcast."""
 
     weight_sync_timeout_s: float = 120.0
-    """A worker that does not take a layer within this time is lost."""
+    """A worker that does not take a layer within this time is lost; through shared memory, within twice the time, as it
+    is told of a layer while it takes the one before."""
 
     canary_tokens: int = 16
     """Tokens that each worker samples after every weight update, for the actor to score; 0: no canary."""

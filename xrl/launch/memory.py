@@ -21,9 +21,10 @@ def set_large_pages(environment: MutableMapping[str, str]) -> None:
 def restart_with_large_pages() -> None:
     """Start this very command again with large pages: a process gets them from its start or not at all.
 
-    Returns where it runs with them already, or with settings of somebody else's, and where there is no glibc.
+    Returns where it runs with them already, or with settings of somebody else's, and where there is no glibc or no
+    interpreter to start.
     """
-    if sys.platform != "linux" or TUNABLES in os.environ:
+    if sys.platform != "linux" or TUNABLES in os.environ or not os.access(sys.executable, os.X_OK):
         return
     set_large_pages(os.environ)
     sys.stdout.flush()

@@ -69,7 +69,8 @@ class SharedExporter:
     All ranks must be on one host, with weights on the CPU and the compiled module.
 
     Args:
-        timeout_s: longest wait for another rank.
+        timeout_s: longest wait of rank 0 for another rank's share. The others wait for rank 0 as long as it lives: it
+            waits for workers, with time-outs of its own.
     """
 
     def __init__(self, shape: ModelShape, groups: ParallelGroups, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -207,7 +208,7 @@ class _Steps:
         self._set(-1, self._step + 1)
 
     def wait_for_room(self) -> None:
-        self._wait(-1, self._step + 1, process=0)
+        self._wait(-1, self._step + 1, process=0, timeout_s=math.inf)
 
     def finish(self) -> None:
         """This rank has written its share of the part, if it has one."""
@@ -217,23 +218,21 @@ class _Steps:
     def wait_for(self, ranks: Sequence[int]) -> None:
         """Until these have written the part, too."""
         for rank in ranks:
-            self._wait(rank, self._step, process=rank)
+            self._wait(rank, self._step, process=rank, timeout_s=self._timeout_s)
 
     def _set(self, row: int, step: int) -> None:
         assert self._native is not None  # see `stream`
         self._native.set_step(self._counters[row].data_ptr(), step)
 
-    def _wait(self, row: int, step: int, *, process: int) -> None:
+    def _wait(self, row: int, step: int, *, process: int, timeout_s: float) -> None:
         assert self._native is not None  # see `stream`
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + timeout_s
         while not self._native.wait_for_step(self._counters[row].data_ptr(), step, ALIVE_INTERVAL_S):
             pid = int(self._counters[process, 1])
             if not _is_alive(pid):
                 raise RuntimeError(f"weight update: rank {process} has ended (process {pid})")
             if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"weight update: rank {process} (process {pid}) did not come within {self._timeout_s:g} s"
-                )
+                raise RuntimeError(f"weight update: rank {process} (process {pid}) did not come within {timeout_s:g} s")
 
 
 def _is_alive(pid: int) -> bool:
