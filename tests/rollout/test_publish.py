@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import signal
@@ -17,7 +18,7 @@ import torch
 from tests.rollout.pools import ENGINE, MakePool, bucket, generate, request
 from xrl.rollout import protocol
 from xrl.rollout.pool import WorkerGone, WorkerPool
-from xrl.rollout.process import WorkerProcess
+from xrl.rollout.process import WorkerHandle, WorkerProcess
 from xrl.rollout.publish import CorruptedWeights, Publisher
 from xrl.types import WeightBucket
 from xrl.weights.transport import broadcast, shared_memory
@@ -126,6 +127,25 @@ def test_stuck_worker_is_named_with_its_layer(
     publisher.publish(interrupt(layers(2), pool, signal.SIGSTOP), version=2)
     assert "rollout worker 0 is lost (weights version 2, layers." in caplog.text
     check_answers(pool, 2)
+
+
+def test_worker_that_dies_with_two_layers_under_way_is_named_with_the_one_it_was_at(
+    make_pool: MakePool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(2, weight_transport="shared_memory", update=False)
+    publisher = Publisher(pool)
+    post = pool.post
+    fails_after_s = {"layers.2": 1.0, "layers.3": 0.0}  # the later one's call fails first
+
+    async def dying_post(worker: WorkerHandle, path: str, body: dict[str, Any], *, timeout_s: float) -> object:
+        if worker.number == 0 and path == protocol.LOAD_LAYER and body["layer"] in fails_after_s:
+            await asyncio.sleep(fails_after_s[body["layer"]])
+            raise WorkerGone("it died")
+        return await post(worker, path, body, timeout_s=timeout_s)
+
+    monkeypatch.setattr(pool, "post", dying_post)
+    assert publisher.publish(layers(1), version=1).num_workers == 1
+    assert "rollout worker 0 is lost (weights version 1, layers.2: it died)" in caplog.text
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

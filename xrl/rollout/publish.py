@@ -74,6 +74,7 @@ class Publisher:
         self.transport = config.chosen_transport
         self._sender = create_sender(self.transport, timeout_s=self.timeout_s, device=device)
         self._connected: dict[int, int] = {}  # worker -> the life in which it was connected
+        self._taking: dict[int, list[str]] = {}  # worker -> layers it was told of and has not confirmed, in order
         self._num_resent = 0
 
     def publish(self, buckets: Iterable[WeightBucket], *, version: int) -> PublishReport:
@@ -94,6 +95,7 @@ class Publisher:
         start = time.perf_counter()
         self._num_resent = num_bytes = num_tensors = num_layers = 0
         workers = {worker.number: worker for worker in self.pool.reachable()}
+        self._taking = {number: [] for number in workers}
         if self.memory is not None:
             self.memory.restart()
         self.pool.start(self._to_all(workers, self._connect, "connecting for weights")).result()
@@ -166,7 +168,9 @@ class Publisher:
                 if workers.pop(worker.number, None) is None:
                     return  # it was lost over another layer
                 self._disconnect(worker)
-                self.pool.lose(worker, f"{doing}: {error or 'no answer in time'}", life=life)
+                # Of two layers under way either may fail first; it is the earlier one that the worker was at.
+                at = self._taking[worker.number][0] if self._taking[worker.number] else doing
+                self.pool.lose(worker, f"{at}: {error or 'no answer in time'}", life=life)
             except CorruptedWeights:
                 raise
             except RuntimeError as error:
@@ -197,6 +201,7 @@ class Publisher:
         self._sender.disconnect(worker.number)
 
     async def _send(self, worker: WorkerHandle, parcel: _Parcel) -> None:
+        self._taking[worker.number].append(parcel.name)
         for attempt in range(1, MAX_TRIES + 1):
             manifest = parcel.manifest.to_json()
             if self._sender.sends:
@@ -207,6 +212,7 @@ class Publisher:
                 # It may be at the layer before.
                 answer = await self.pool.post(worker, protocol.LOAD_LAYER, manifest, timeout_s=2 * self.timeout_s)
             if answer["checksum"] == parcel.manifest.checksum:
+                self._taking[worker.number].remove(parcel.name)
                 return
             logger.error(
                 "%s: rollout worker %d got bytes with checksum %s instead of %s (try %d of %d)",
