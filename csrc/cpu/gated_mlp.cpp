@@ -9,32 +9,35 @@
 namespace xrl::XRL_ISA {
 namespace {
 
-// A weight packed for one pass over all rows. The team packs it together; each of its threads must call `pack`.
+// A weight as the panels of a product: where it stands, or packed for one pass over all rows.
 class TeamWeight {
  public:
   TeamWeight(const StridedMatrix& b, int64_t depth, int64_t columns)
-      : b_(b), packed_(make_floats(depth * round_up(columns, kPanel))), view_{packed_.get(), depth, columns, false} {}
+      : b_(b), depth_(depth), columns_(columns), packed_(has_panels(b, columns) ? nullptr : packed_room()) {}
 
+  // The team packs it together: each of its threads must call this.
   void pack() {
-    const int64_t num_panels = this->num_panels();
+    if (packed_ == nullptr) return;
 #pragma omp for schedule(static)
-    for (int64_t p = 0; p < num_panels; ++p) {
-      pack_panel(b_.from(0, p * kPanel), panel_columns(p * kPanel, view_.columns), static_cast<int>(view_.depth),
-                 packed_.get() + p * kPanel * view_.depth);
+    for (int64_t column = 0; column < columns_; column += kPanel) {
+      pack_panel(b_.from(0, column), panel_columns(column, columns_), static_cast<int>(depth_),
+                 packed_.get() + column * depth_);
     }
   }
 
-  // c[rows, columns] = a b, for one tile of rows.
-  void multiply(const float* a, int64_t a_stride, int rows, float* c, int64_t c_stride, float* copy) const {
-    product_of_panels({a, a_stride, 1}, view_, {nullptr, 0}, rows, 0, num_panels(), c, c_stride, copy);
+  // c[rows, columns] = a b
+  void multiply(const float* a, int64_t a_stride, int64_t rows, float* c, int64_t c_stride, float* copies) const {
+    const Panels panels = packed_ == nullptr ? panels_in_place(b_) : panels_packed(packed_.get(), depth_);
+    rows_times_panels({a, a_stride, 1}, panels, {nullptr, 0}, rows, columns_, depth_, c, c_stride, copies);
   }
 
  private:
-  int64_t num_panels() const { return (view_.columns + kPanel - 1) / kPanel; }
+  Floats packed_room() const { return make_floats(depth_ * round_up(columns_, kPanel)); }
 
   StridedMatrix b_;
+  int64_t depth_;
+  int64_t columns_;
   Floats packed_;
-  PackedWeight view_;
 };
 
 inline void swiglu_row(const float* hidden, int64_t ffn, float* out) {
@@ -53,17 +56,17 @@ void gated_mlp_forward(const float* x, const GatedMlp& mlp, int64_t rows, float*
   TeamWeight down({mlp.down, 1, mlp.ffn}, mlp.ffn, mlp.outputs);
 #pragma omp parallel num_threads(num_threads)
   {
-    const Floats copy = make_floats(kCopySize);
+    const Floats copies = make_floats(kChunkTiles * kCopySize);
+    const Share share(rows, omp_get_thread_num(), omp_get_num_threads());
     const Floats activated = make_floats(kTileRows * mlp.ffn);
     gate_up.pack();
     down.pack();
-#pragma omp for schedule(dynamic)
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      const int count = tile_rows(row, rows);
+    for (int64_t row = share.first; row < share.last; row += kTileRows) {
+      const int count = tile_rows(row, share.last);
       float* tile_hidden = hidden + row * width;
-      gate_up.multiply(x + row * mlp.inputs, mlp.inputs, count, tile_hidden, width, copy.get());
+      gate_up.multiply(x + row * mlp.inputs, mlp.inputs, count, tile_hidden, width, copies.get());
       for (int i = 0; i < count; ++i) swiglu_row(tile_hidden + i * width, mlp.ffn, activated.get() + i * mlp.ffn);
-      down.multiply(activated.get(), mlp.ffn, count, out + row * mlp.outputs, mlp.outputs, copy.get());
+      down.multiply(activated.get(), mlp.ffn, count, out + row * mlp.outputs, mlp.outputs, copies.get());
     }
   }
 }
@@ -75,22 +78,22 @@ void gated_mlp_backward(const float* grad, const GatedMlp& mlp, int64_t rows, fl
   TeamWeight gate_up({mlp.gate_up, mlp.inputs, 1}, grad_x == nullptr ? 0 : width, mlp.inputs);
 #pragma omp parallel num_threads(num_threads)
   {
-    const Floats copy = make_floats(kCopySize);
+    const Floats copies = make_floats(kChunkTiles * kCopySize);
+    const Share share(rows, omp_get_thread_num(), omp_get_num_threads());
     down.pack();
     gate_up.pack();
-#pragma omp for schedule(dynamic)
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      const int count = tile_rows(row, rows);
+    for (int64_t row = share.first; row < share.last; row += kTileRows) {
+      const int count = tile_rows(row, share.last);
       float* tile_hidden = hidden + row * width;
       float* tile_activated = activated + row * mlp.ffn;  // its gradient, until the next lines
-      down.multiply(grad + row * mlp.outputs, mlp.outputs, count, tile_activated, mlp.ffn, copy.get());
+      down.multiply(grad + row * mlp.outputs, mlp.outputs, count, tile_activated, mlp.ffn, copies.get());
       for (int i = 0; i < count; ++i) {
         float* in = tile_hidden + i * width;
         float* place = tile_activated + i * mlp.ffn;
         swiglu_gradient_row<true>(in, place, mlp.ffn, in, place);
       }
       if (grad_x != nullptr) {
-        gate_up.multiply(tile_hidden, width, count, grad_x + row * mlp.inputs, mlp.inputs, copy.get());
+        gate_up.multiply(tile_hidden, width, count, grad_x + row * mlp.inputs, mlp.inputs, copies.get());
       }
     }
   }

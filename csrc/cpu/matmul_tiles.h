@@ -1,6 +1,6 @@
 // What products in blocks are made of: tiles of rows, panels of columns. Blocks as in BLIS (doi:10.1145/2764454): a
-// panel of B's columns is read from L2 for each tile of A's rows, which stays in L1, while the tile of C is summed in
-// registers. All functions are static: this file is compiled once per instruction set.
+// panel of B's columns and a chunk of tiles of A's rows come from L2, while one tile of C is summed in registers. All
+// functions are static: this file is compiled once per instruction set.
 #pragma once
 
 #include <algorithm>
@@ -18,56 +18,82 @@ constexpr int kPanel = kPanelVectors * kLanes;  // columns
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // with kPanelVectors, as many sums as the registers hold
 constexpr int kBlockDepth = 384;
 constexpr int kBlockColumns = 512;  // a block of B, depth x columns, stays in L2
+constexpr int kChunkTiles = 8;      // that take turns with a panel
 // Rows this far apart fall into the same few lines of L1 and drive each other out.
 constexpr int64_t kAliasingStride = 1024;
 constexpr int kCopyStride = kBlockDepth + 16;
 
 static_assert(kBlockColumns % kPanel == 0 && kBlockDepth % kLanes == 0);
 
-template <int M>
-static inline void tile_of_rows(int rows, const StridedMatrix& a, const float* panel, int depth, const Addend& addend,
-                                float* c, int64_t c_stride) {
-  if constexpr (M > 1) {
-    if (rows < M) return tile_of_rows<M - 1>(rows, a, panel, depth, addend, c, c_stride);
+// B in panels: row k of panel p is at data + p * panel_stride + k * row_stride.
+struct Panels {
+  const float* data;
+  int64_t panel_stride;
+  int64_t row_stride;
+
+  Panels from(int64_t row, int64_t panel) const {
+    return {data + panel * panel_stride + row * row_stride, panel_stride, row_stride};
   }
-  tile_product<M, kPanelVectors>(a, panel, kPanel, depth, addend.data, addend.row_stride, c, c_stride);
+};
+
+// Whether panels can be read fast from where they stand, in b[depth, columns].
+static inline bool has_panels(const StridedMatrix& b, int64_t columns) {
+  return b.column_stride == 1 && columns % kPanel == 0 && b.row_stride % kAliasingStride != 0;
 }
 
-// c[rows, columns] = a panel + addend for one tile of rows and one panel, of which only `columns` may be touched.
-static inline void tile(int rows, int columns, const StridedMatrix& a, const float* panel, int depth,
+static inline Panels panels_in_place(const StridedMatrix& b) { return {b.data, kPanel, b.row_stride}; }
+
+static inline Panels panels_packed(const float* data, int64_t depth) { return {data, kPanel * depth, kPanel}; }
+
+template <int M>
+static inline void tile_of_rows(int rows, const StridedMatrix& a, const Panels& b, int depth, const Addend& addend,
+                                float* c, int64_t c_stride) {
+  if constexpr (M > 1) {
+    if (rows < M) return tile_of_rows<M - 1>(rows, a, b, depth, addend, c, c_stride);
+  }
+  tile_product<M, kPanelVectors>(a, b.data, b.row_stride, depth, addend.data, addend.row_stride, c, c_stride);
+}
+
+// c[rows, columns] = a b + addend for one tile of rows and one panel, of which only `columns` may be touched.
+static inline void tile(int rows, int columns, const StridedMatrix& a, const Panels& b, int depth,
                         const Addend& addend, float* c, int64_t c_stride) {
-  if (columns == kPanel) return tile_of_rows<kTileRows>(rows, a, panel, depth, addend, c, c_stride);
+  if (columns == kPanel) return tile_of_rows<kTileRows>(rows, a, b, depth, addend, c, c_stride);
   alignas(64) float sums[kTileRows * kPanel] = {};
   const size_t width = sizeof(float) * columns;
   if (addend.data != nullptr) {
     for (int i = 0; i < rows; ++i) std::memcpy(sums + i * kPanel, addend.data + i * addend.row_stride, width);
   }
-  tile_of_rows<kTileRows>(rows, a, panel, depth, {sums, kPanel}, sums, kPanel);
+  tile_of_rows<kTileRows>(rows, a, b, depth, {sums, kPanel}, sums, kPanel);
   for (int i = 0; i < rows; ++i) std::memcpy(c + i * c_stride, sums + i * kPanel, width);
 }
 
-// A tile of A as the product wants it: where it stands, or copied into `copy` where it cannot be read fast from there.
+// Whether tiles of A cannot be read fast from where they stand.
+static inline bool must_copy(const StridedMatrix& a) {
+  if (a.column_stride != 1 && a.row_stride != 1) return true;
+  return (a.column_stride == 1 ? a.row_stride : a.column_stride) % kAliasingStride == 0;
+}
+
+// A tile of A as the product wants it: where it stands, or copied into `copy`.
 static inline StridedMatrix readable(const StridedMatrix& a, int rows, int depth, float* copy) {
+  if (!must_copy(a)) return a;
   if (a.column_stride == 1) {
-    if (rows == 1 || a.row_stride % kAliasingStride != 0) return a;
     for (int i = 0; i < rows; ++i) {
       std::memcpy(copy + i * kCopyStride, a.data + i * a.row_stride, sizeof(float) * depth);
     }
     return {copy, kCopyStride, 1};
   }
-  if (a.row_stride == 1 && rows == kTileRows) {
-    for (int k = 0; k < depth; ++k) {
-      std::memcpy(copy + k * kTileRows, a.data + k * a.column_stride, sizeof(float) * kTileRows);
-    }
-  } else {
-    for (int k = 0; k < depth; ++k) {
-      for (int i = 0; i < rows; ++i) copy[k * kTileRows + i] = a.data[i * a.row_stride + k * a.column_stride];
-    }
+  for (int k = 0; k < depth; ++k) {
+    for (int i = 0; i < rows; ++i) copy[k * kTileRows + i] = a.data[i * a.row_stride + k * a.column_stride];
   }
   return {copy, 1, kTileRows};
 }
 
 constexpr int64_t kCopySize = std::max<int64_t>(kTileRows * kCopyStride, kTileRows * kBlockDepth);
+
+// Room for the copies of a chunk, if there will be any.
+static inline Floats room_for_copies(const StridedMatrix& a) {
+  return must_copy(a) ? make_floats(kChunkTiles * kCopySize) : nullptr;
+}
 
 // Two registers' numbers by turns, the first halves' and the second halves'.
 static inline void interleave(Lanes a, Lanes b, Lanes& low, Lanes& high) {
@@ -128,22 +154,77 @@ static inline int panel_columns(int64_t first, int64_t columns) {
   return static_cast<int>(std::min<int64_t>(kPanel, columns - first));
 }
 
-// One tile of rows times the panels [first, last).
-static inline void product_of_panels(const StridedMatrix& a, const PackedWeight& b, const Addend& addend, int rows,
-                                     int64_t first, int64_t last, float* c, int64_t c_stride, float* copy) {
+// c[rows, columns] = a b + addend, with `depth` of at most kBlockDepth; `copies` has room for a chunk's.
+static inline void chunks_times_panels(const StridedMatrix& a, const Panels& b, const Addend& addend, int64_t rows,
+                                       int64_t columns, int depth, float* c, int64_t c_stride, float* copies) {
+  constexpr int64_t kChunkRows = kChunkTiles * kTileRows;
+  for (int64_t first = 0; first < rows; first += kChunkRows) {
+    const int64_t last = std::min(rows, first + kChunkRows);
+    StridedMatrix tiles[kChunkTiles];
+    for (int64_t row = first; row < last; row += kTileRows) {
+      const int64_t t = (row - first) / kTileRows;
+      tiles[t] = readable(a.from(row, 0), tile_rows(row, last), depth, copies + t * kCopySize);
+    }
+    for (int64_t column = 0; column < columns; column += kPanel) {
+      for (int64_t row = first; row < last; row += kTileRows) {
+        float* place = c + row * c_stride + column;
+        const Addend start{addend.data == nullptr ? nullptr : addend.data + row * addend.row_stride + column,
+                           addend.row_stride};
+        tile(tile_rows(row, last), panel_columns(column, columns), tiles[(row - first) / kTileRows],
+             b.from(0, column / kPanel), depth, start, place, c_stride);
+      }
+    }
+  }
+}
+
+// The same for any depth.
+static inline void rows_times_panels(const StridedMatrix& a, const Panels& b, const Addend& addend, int64_t rows,
+                                     int64_t columns, int64_t depth, float* c, int64_t c_stride, float* copies) {
   int64_t k = 0;
   do {
-    const int depth = static_cast<int>(std::min<int64_t>(kBlockDepth, b.depth - k));
-    const StridedMatrix from = readable(a.from(0, k), rows, depth, copy);
-    for (int64_t p = first; p < last; ++p) {
-      float* place = c + p * kPanel;
-      Addend start{place, c_stride};
-      if (k == 0) start = {addend.data == nullptr ? nullptr : addend.data + p * kPanel, addend.row_stride};
-      tile(rows, panel_columns(p * kPanel, b.columns), from, b.data + (p * b.depth + k) * kPanel, depth, start, place,
-           c_stride);
-    }
+    const int block_depth = static_cast<int>(std::min<int64_t>(kBlockDepth, depth - k));
+    chunks_times_panels(a.from(0, k), b.from(k, 0), k == 0 ? addend : Addend{c, c_stride}, rows, columns, block_depth,
+                        c, c_stride, copies);
     k += kBlockDepth;
-  } while (k < b.depth);
+  } while (k < depth);
 }
+
+// Part `part` of `count` things, as even as it gets.
+struct Share {
+  int64_t first;
+  int64_t last;
+
+  Share(int64_t count, int64_t part, int64_t num_parts)
+      : first(count * part / num_parts), last(count * (part + 1) / num_parts) {}
+
+  int64_t size() const { return last - first; }
+};
+
+// Which rows and which columns a team's threads compute: those of one call as those of the next, because what a thread
+// has written is near it, and may be far from the others (cores that share no L3).
+struct Split {
+  int64_t row_parts;
+  int64_t column_parts;
+
+  Split(int64_t rows, int64_t columns, int64_t num_threads) : row_parts(num_threads), column_parts(1) {
+    int64_t lowest = INT64_MAX;
+    for (int64_t parts = 1; parts <= num_threads; ++parts) {
+      if (num_threads % parts != 0) continue;
+      const int64_t my_rows = (rows * parts + num_threads - 1) / num_threads;
+      const int64_t my_columns = (columns + parts - 1) / parts;
+      // A panel costs its product with each row, of which less than a tile take as long as one; reading a row or a
+      // column costs about as much as a product.
+      const int64_t cost = std::max<int64_t>(my_rows, kTileRows) * ((my_columns + kPanel - 1) / kPanel) + my_rows +
+                           my_columns;
+      if (cost >= lowest) continue;
+      lowest = cost;
+      row_parts = num_threads / parts;
+      column_parts = parts;
+    }
+  }
+
+  Share rows(int64_t count, int64_t thread) const { return {count, thread / column_parts, row_parts}; }
+  Share columns(int64_t count, int64_t thread) const { return {count, thread % column_parts, column_parts}; }
+};
 
 }  // namespace xrl

@@ -16,7 +16,10 @@ from xrl.kernels.packed_linear import PackedLinear, PackedSwiGLU
 
 # Rows, columns, depth: single elements, parts of a tile, more than a block of columns (512) and of depth (384), rows
 # that fall into the same lines of L1 (1,024 apart), nothing to add up.
-SHAPES = [(1, 1, 1), (7, 33, 5), (130, 257, 33), (13, 512, 1030), (25, 31, 1024), (3, 1100, 700), (20, 40, 0)]
+SHAPES = [
+    *((1, 1, 1), (7, 33, 5), (130, 257, 33), (13, 512, 1030), (25, 31, 1024), (3, 1100, 700), (20, 40, 0)),
+    *((1024, 64, 40), (30, 1024, 50), (20, 2080, 33)),
+]
 
 
 def make_matrix(rows: int, columns: int, *, transposed: bool) -> Tensor:
@@ -65,7 +68,28 @@ def test_a_row_does_not_depend_on_its_company() -> None:
         assert torch.equal(packed(a[row : row + 1])[0], whole[row])
 
 
-@pytest.mark.parametrize(("rows", "columns", "depth"), [*SHAPES[:-1], (0, 8, 4)])
+@pytest.mark.parametrize("num_threads", [2, 3, 4, 6])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 200), (5, 64), (30, 1600), (100, 96), (3, 20), (0, 32), (4, 0)])
+def test_any_number_of_threads_gives_the_same(
+    rows: int, columns: int, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    a, weight = torch.randn(rows, 400), torch.randn(columns, 400)
+
+    def products() -> list[Tensor]:
+        found = [matmul(a, weight.t()), matmul(a, weight.t().contiguous()), matmul(a.t().contiguous().t(), weight.t())]
+        if columns:
+            found += [PackedLinear(weight)(a), PackedSwiGLU(weight)(a)]
+        return found
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = products()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    for found, exact in zip(products(), alone, strict=True):
+        assert torch.equal(found, exact)
+
+
+@pytest.mark.parametrize(("rows", "columns", "depth"), [*SHAPES, (0, 8, 4)])
 def test_packed_products_equal_fp64(rows: int, columns: int, depth: int) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, depth), torch.randn(columns, depth), torch.randn(columns)
