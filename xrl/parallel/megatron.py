@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from xrl.config import ParallelConfig, SettingsError
 from xrl.parallel.cpu import prepare_megatron_for_cpu
+from xrl.parallel.gloo import one_event_loop
 from xrl.parallel.groups import ParallelGroups
 from xrl.parallel.layout import Layout
 
@@ -29,23 +30,23 @@ def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
         backend = "nccl" if device.type == "cuda" else "gloo"
 
     prepare_megatron_for_cpu()
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, rank=0, world_size=1, store=store, timeout=timeout)
-
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        context_parallel_size=config.context_parallel_size,
-        expert_model_parallel_size=config.expert_model_parallel_size,
-        distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
-    )
+    with one_event_loop():
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        else:
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, rank=0, world_size=1, store=store, timeout=timeout)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+            context_parallel_size=config.context_parallel_size,
+            expert_model_parallel_size=config.expert_model_parallel_size,
+            distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
+        )
+        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return ParallelGroups(
         layout=Layout.of_world(
             world_size,
