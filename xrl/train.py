@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -45,7 +46,12 @@ def train(settings: Settings) -> None:
         lead = build_lead(settings, groups, stack) if groups.rank == 0 else None
         num_rollouts = share_rollout_count(lead, groups)
         actor = Actor(settings, groups, num_updates=num_rollouts * settings.algorithm.updates_per_rollout)
-        Trainer(settings, groups, actor, create_algorithm(settings.algorithm), lead, num_rollouts=num_rollouts).train()
+        trainer = Trainer(
+            settings, groups, actor, create_algorithm(settings.algorithm), lead, num_rollouts=num_rollouts
+        )
+        gc.collect()
+        gc.freeze()  # modules and models stay: collections need not go through them again, many times a step
+        trainer.train()
 
 
 if __name__ == "__main__":

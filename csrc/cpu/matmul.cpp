@@ -35,7 +35,9 @@ void matmul(const StridedMatrix& a, const StridedMatrix& b, int64_t rows, int64_
         Panels panels = panels_in_place(b.from(k, column));
         if (!in_place) {
           panels = panels_packed(block.get(), block_depth);
+          if (column > 0 || k > 0) {
 #pragma omp barrier  // others may be at the block before
+          }
 #pragma omp for schedule(static)
           for (int64_t p = 0; p < num_panels; ++p) {
             pack_panel(b.from(k, column + p * kPanel), panel_columns(p * kPanel, block_columns), block_depth,

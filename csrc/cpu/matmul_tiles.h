@@ -18,7 +18,7 @@ constexpr int kPanel = kPanelVectors * kLanes;  // columns
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // with kPanelVectors, as many sums as the registers hold
 constexpr int kBlockDepth = 384;
 constexpr int kBlockColumns = 512;  // a block of B, depth x columns, stays in L2
-constexpr int kChunkTiles = 8;      // that take turns with a panel
+constexpr int kChunkTiles = 4;      // that take turns with a panel
 // Rows this far apart fall into the same few lines of L1 and drive each other out.
 constexpr int64_t kAliasingStride = 1024;
 constexpr int kCopyStride = kBlockDepth + 16;
