@@ -28,7 +28,7 @@ class TeamWeight {
   // c[rows, columns] = a b
   void multiply(const float* a, int64_t a_stride, int64_t rows, float* c, int64_t c_stride, float* copies) const {
     const Panels panels = packed_ == nullptr ? panels_in_place(b_) : panels_packed(packed_.get(), depth_);
-    rows_times_panels({a, a_stride, 1}, panels, {nullptr, 0}, rows, columns_, depth_, c, c_stride, copies);
+    chunk_times_deep_panels({a, a_stride, 1}, panels, {nullptr, 0}, rows, columns_, depth_, c, c_stride, copies);
   }
 
  private:
@@ -54,15 +54,17 @@ void gated_mlp_forward(const float* x, const GatedMlp& mlp, int64_t rows, float*
   const int64_t width = 2 * mlp.ffn;
   TeamWeight gate_up({mlp.gate_up, 1, mlp.inputs}, mlp.inputs, width);
   TeamWeight down({mlp.down, 1, mlp.ffn}, mlp.ffn, mlp.outputs);
+  Turns turns(num_threads);
 #pragma omp parallel num_threads(num_threads)
   {
     const Floats copies = make_floats(kChunkTiles * kCopySize);
-    const Share share(rows, omp_get_thread_num(), omp_get_num_threads());
+    const Split split(rows, 1, omp_get_num_threads());
     const Floats activated = make_floats(kTileRows * mlp.ffn);
     gate_up.pack();
     down.pack();
-    for (int64_t row = share.first; row < share.last; row += kTileRows) {
-      const int count = tile_rows(row, share.last);
+    for (Turn turn; turns.take(0, omp_get_thread_num(), split, kTileRows, turn);) {
+      const int64_t row = turn.rows.first;
+      const int count = static_cast<int>(turn.rows.size());
       float* tile_hidden = hidden + row * width;
       gate_up.multiply(x + row * mlp.inputs, mlp.inputs, count, tile_hidden, width, copies.get());
       for (int i = 0; i < count; ++i) swiglu_row(tile_hidden + i * width, mlp.ffn, activated.get() + i * mlp.ffn);
@@ -76,14 +78,16 @@ void gated_mlp_backward(const float* grad, const GatedMlp& mlp, int64_t rows, fl
   const int64_t width = 2 * mlp.ffn;
   TeamWeight down({mlp.down, mlp.ffn, 1}, mlp.outputs, mlp.ffn);
   TeamWeight gate_up({mlp.gate_up, mlp.inputs, 1}, grad_x == nullptr ? 0 : width, mlp.inputs);
+  Turns turns(num_threads);
 #pragma omp parallel num_threads(num_threads)
   {
     const Floats copies = make_floats(kChunkTiles * kCopySize);
-    const Share share(rows, omp_get_thread_num(), omp_get_num_threads());
+    const Split split(rows, 1, omp_get_num_threads());
     down.pack();
     gate_up.pack();
-    for (int64_t row = share.first; row < share.last; row += kTileRows) {
-      const int count = tile_rows(row, share.last);
+    for (Turn turn; turns.take(0, omp_get_thread_num(), split, kTileRows, turn);) {
+      const int64_t row = turn.rows.first;
+      const int count = static_cast<int>(turn.rows.size());
       float* tile_hidden = hidden + row * width;
       float* tile_activated = activated + row * mlp.ffn;  // its gradient, until the next lines
       down.multiply(grad + row * mlp.outputs, mlp.outputs, count, tile_activated, mlp.ffn, copies.get());

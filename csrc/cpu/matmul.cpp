@@ -16,37 +16,43 @@ void matmul(const StridedMatrix& a, const StridedMatrix& b, int64_t rows, int64_
   const bool in_place = has_panels(b, columns);
   const int64_t widest = std::min<int64_t>(kBlockColumns, round_up(columns, kPanel));
   const Floats block = in_place ? nullptr : make_floats(widest * std::clamp<int64_t>(depth, 1, kBlockDepth));
+  Turns turns(num_threads);
 #pragma omp parallel num_threads(num_threads)
   {
     const Floats copies = room_for_copies(a);
     const int64_t thread = omp_get_thread_num();
     const Split split(rows, columns, omp_get_num_threads());
-    const Share my_rows = split.rows(rows, thread);
     const int64_t width = in_place ? kBlockColumns * split.column_parts : kBlockColumns;
+    int64_t num_blocks = 0;
     for (int64_t column = 0; column < columns; column += width) {
       const int64_t block_columns = std::min<int64_t>(width, columns - column);
       const int64_t num_panels = (block_columns + kPanel - 1) / kPanel;
-      const Share my_panels = split.columns(num_panels, thread);
-      const int64_t my_columns = std::min(my_panels.last * kPanel, block_columns) - my_panels.first * kPanel;
-      float* place = c + my_rows.first * c_stride + column + my_panels.first * kPanel;
       int64_t k = 0;
       do {
         const int block_depth = static_cast<int>(std::min<int64_t>(kBlockDepth, depth - k));
+        if (num_blocks > 0) {
+#pragma omp barrier  // some may be at the block before, whose sums this one's are added to
+        }
+        turns.prepare_next(num_blocks, thread);
         Panels panels = panels_in_place(b.from(k, column));
         if (!in_place) {
           panels = panels_packed(block.get(), block_depth);
-          if (column > 0 || k > 0) {
-#pragma omp barrier  // others may be at the block before
-          }
 #pragma omp for schedule(static)
           for (int64_t p = 0; p < num_panels; ++p) {
             pack_panel(b.from(k, column + p * kPanel), panel_columns(p * kPanel, block_columns), block_depth,
                        block.get() + p * kPanel * block_depth);
           }
         }
-        const Addend addend{adds || k > 0 ? place : nullptr, c_stride};
-        chunks_times_panels(a.from(my_rows.first, k), panels.from(0, my_panels.first), addend, my_rows.size(),
-                            my_columns, block_depth, place, c_stride, copies.get());
+        for (Turn turn; turns.take(num_blocks, thread, split, kChunkRows, turn);) {
+          const Range own = split.columns(num_panels, turn.owner);
+          const int64_t first = own.first * kPanel;
+          float* place = c + turn.rows.first * c_stride + column + first;
+          chunk_times_panels(a.from(turn.rows.first, k), panels.from(0, own.first),
+                             {adds || k > 0 ? place : nullptr, c_stride}, turn.rows.size(),
+                             std::min(own.last * kPanel, block_columns) - first, block_depth, place, c_stride,
+                             copies.get());
+        }
+        ++num_blocks;
         k += kBlockDepth;
       } while (k < depth);
     }
@@ -108,24 +114,27 @@ void packed_matmul(const StridedMatrix& a, const PackedWeight& b, const Addend& 
   if (rows == 0) return;
   const int64_t width = b.is_gated ? kLanes : kPanel;
   const int64_t num_panels = (b.columns + width - 1) / width;
+  Turns turns(num_threads);
 #pragma omp parallel num_threads(num_threads)
   {
     const Floats copies = room_for_copies(a);
     const int64_t thread = omp_get_thread_num();
     const Split split(rows, num_panels * kPanel, omp_get_num_threads());
-    const Share my_rows = split.rows(rows, thread);
-    const Share my_panels = split.columns(num_panels, thread);
-    const int64_t first = my_panels.first * width;
-    const int64_t columns = std::min(my_panels.last * width, b.columns) - first;
-    const StridedMatrix from = a.from(my_rows.first, 0);
-    const Panels panels = panels_packed(b.data, b.depth).from(0, my_panels.first);
-    float* place = c + my_rows.first * c_stride + first;
-    if (b.is_gated) {
-      gated_product(from, panels, my_rows.size(), columns, b.depth, place, c_stride, copies.get());
-    } else {
-      const Addend start{addend.data == nullptr ? nullptr : addend.data + my_rows.first * addend.row_stride + first,
-                         addend.row_stride};
-      rows_times_panels(from, panels, start, my_rows.size(), columns, b.depth, place, c_stride, copies.get());
+    for (Turn turn; turns.take(0, thread, split, kChunkRows, turn);) {
+      const Range own = split.columns(num_panels, turn.owner);
+      const int64_t row = turn.rows.first;
+      const int64_t first = own.first * width;
+      const int64_t columns = std::min(own.last * width, b.columns) - first;
+      const Panels panels = panels_packed(b.data, b.depth).from(0, own.first);
+      float* place = c + row * c_stride + first;
+      if (b.is_gated) {
+        gated_product(a.from(row, 0), panels, turn.rows.size(), columns, b.depth, place, c_stride, copies.get());
+      } else {
+        const Addend start{addend.data == nullptr ? nullptr : addend.data + row * addend.row_stride + first,
+                           addend.row_stride};
+        chunk_times_deep_panels(a.from(row, 0), panels, start, turn.rows.size(), columns, b.depth, place, c_stride,
+                                copies.get());
+      }
     }
   }
 }

@@ -4,8 +4,10 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
 #include "cpu/aligned_floats.h"
 #include "cpu/matmul.h"
@@ -154,59 +156,52 @@ static inline int panel_columns(int64_t first, int64_t columns) {
   return static_cast<int>(std::min<int64_t>(kPanel, columns - first));
 }
 
-// c[rows, columns] = a b + addend, with `depth` of at most kBlockDepth; `copies` has room for a chunk's.
-static inline void chunks_times_panels(const StridedMatrix& a, const Panels& b, const Addend& addend, int64_t rows,
-                                       int64_t columns, int depth, float* c, int64_t c_stride, float* copies) {
-  constexpr int64_t kChunkRows = kChunkTiles * kTileRows;
-  for (int64_t first = 0; first < rows; first += kChunkRows) {
-    const int64_t last = std::min(rows, first + kChunkRows);
-    StridedMatrix tiles[kChunkTiles];
-    for (int64_t row = first; row < last; row += kTileRows) {
-      const int64_t t = (row - first) / kTileRows;
-      tiles[t] = readable(a.from(row, 0), tile_rows(row, last), depth, copies + t * kCopySize);
-    }
-    for (int64_t column = 0; column < columns; column += kPanel) {
-      for (int64_t row = first; row < last; row += kTileRows) {
-        float* place = c + row * c_stride + column;
-        const Addend start{addend.data == nullptr ? nullptr : addend.data + row * addend.row_stride + column,
-                           addend.row_stride};
-        tile(tile_rows(row, last), panel_columns(column, columns), tiles[(row - first) / kTileRows],
-             b.from(0, column / kPanel), depth, start, place, c_stride);
-      }
+constexpr int64_t kChunkRows = kChunkTiles * kTileRows;
+
+// c[rows, columns] = a b + addend for a chunk of rows, with `depth` of at most kBlockDepth.
+static inline void chunk_times_panels(const StridedMatrix& a, const Panels& b, const Addend& addend, int64_t rows,
+                                      int64_t columns, int depth, float* c, int64_t c_stride, float* copies) {
+  StridedMatrix tiles[kChunkTiles];
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    const int64_t t = row / kTileRows;
+    tiles[t] = readable(a.from(row, 0), tile_rows(row, rows), depth, copies + t * kCopySize);
+  }
+  for (int64_t column = 0; column < columns; column += kPanel) {
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      float* place = c + row * c_stride + column;
+      const Addend start{addend.data == nullptr ? nullptr : addend.data + row * addend.row_stride + column,
+                         addend.row_stride};
+      tile(tile_rows(row, rows), panel_columns(column, columns), tiles[row / kTileRows], b.from(0, column / kPanel),
+           depth, start, place, c_stride);
     }
   }
 }
 
 // The same for any depth.
-static inline void rows_times_panels(const StridedMatrix& a, const Panels& b, const Addend& addend, int64_t rows,
-                                     int64_t columns, int64_t depth, float* c, int64_t c_stride, float* copies) {
+static inline void chunk_times_deep_panels(const StridedMatrix& a, const Panels& b, const Addend& addend, int64_t rows,
+                                           int64_t columns, int64_t depth, float* c, int64_t c_stride, float* copies) {
   int64_t k = 0;
   do {
     const int block_depth = static_cast<int>(std::min<int64_t>(kBlockDepth, depth - k));
-    chunks_times_panels(a.from(0, k), b.from(k, 0), k == 0 ? addend : Addend{c, c_stride}, rows, columns, block_depth,
-                        c, c_stride, copies);
+    chunk_times_panels(a.from(0, k), b.from(k, 0), k == 0 ? addend : Addend{c, c_stride}, rows, columns, block_depth, c,
+                       c_stride, copies);
     k += kBlockDepth;
   } while (k < depth);
 }
 
-// Part `part` of `count` things, as even as it gets.
-struct Share {
+// A range of rows, columns or panels.
+struct Range {
   int64_t first;
   int64_t last;
-
-  Share(int64_t count, int64_t part, int64_t num_parts)
-      : first(count * part / num_parts), last(count * (part + 1) / num_parts) {}
 
   int64_t size() const { return last - first; }
 };
 
 // Which rows and which columns a team's threads compute: those of one call as those of the next, because what a thread
 // has written is near it, and may be far from the others (cores that share no L3).
-struct Split {
-  int64_t row_parts;
-  int64_t column_parts;
-
-  Split(int64_t rows, int64_t columns, int64_t num_threads) : row_parts(num_threads), column_parts(1) {
+class Split {
+ public:
+  Split(int64_t rows, int64_t columns, int64_t num_threads) : num_threads(num_threads), rows_(rows) {
     int64_t lowest = INT64_MAX;
     for (int64_t parts = 1; parts <= num_threads; ++parts) {
       if (num_threads % parts != 0) continue;
@@ -216,15 +211,64 @@ struct Split {
       // column costs about as much as a product.
       const int64_t cost = std::max<int64_t>(my_rows, kTileRows) * ((my_columns + kPanel - 1) / kPanel) + my_rows +
                            my_columns;
-      if (cost >= lowest) continue;
-      lowest = cost;
-      row_parts = num_threads / parts;
-      column_parts = parts;
+      if (cost < lowest) {
+        lowest = cost;
+        column_parts = parts;
+      }
     }
   }
 
-  Share rows(int64_t count, int64_t thread) const { return {count, thread / column_parts, row_parts}; }
-  Share columns(int64_t count, int64_t thread) const { return {count, thread % column_parts, column_parts}; }
+  Range rows(int64_t thread) const { return part(rows_, thread / column_parts, num_threads / column_parts); }
+  // Of `count` columns or panels.
+  Range columns(int64_t count, int64_t thread) const { return part(count, thread % column_parts, column_parts); }
+
+  int64_t num_threads;
+  int64_t column_parts = 1;
+
+ private:
+  static Range part(int64_t count, int64_t index, int64_t num_parts) {
+    return {count * index / num_parts, count * (index + 1) / num_parts};
+  }
+
+  int64_t rows_;
+};
+
+// Some rows of a thread's part, for whoever computes them.
+struct Turn {
+  int64_t owner;
+  Range rows;
+};
+
+// Each thread takes its own rows, some at a time, and then what others have left, who may be late or have slower cores.
+class Turns {
+ public:
+  explicit Turns(int64_t max_threads) : taken_(new Counter[2 * max_threads]) {}
+
+  // Each thread calls it in every block but the last; between two blocks there is a barrier.
+  void prepare_next(int64_t block, int64_t thread) { taken(block + 1, thread) = 0; }
+
+  // False when no rows are left.
+  bool take(int64_t block, int64_t thread, const Split& split, int64_t num_rows, Turn& turn) {
+    for (int64_t i = 0; i < split.num_threads; ++i) {
+      const int64_t owner = (thread + i) % split.num_threads;
+      const Range rows = split.rows(owner);
+      const int64_t first = rows.first + num_rows * taken(block, owner).fetch_add(1, std::memory_order_relaxed);
+      if (first >= rows.last) continue;
+      turn = {owner, {first, std::min(first + num_rows, rows.last)}};
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  // Two blocks' at a time, in lines of their own.
+  struct alignas(64) Counter {
+    std::atomic<int64_t> taken{0};
+  };
+
+  std::atomic<int64_t>& taken(int64_t block, int64_t thread) { return taken_[2 * thread + block % 2].taken; }
+
+  std::unique_ptr<Counter[]> taken_;
 };
 
 }  // namespace xrl
