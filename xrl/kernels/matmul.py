@@ -2,7 +2,7 @@
 
 Every element is one sum, from its first term to its last (a bias or residual that is added in the same pass comes
 before them), whatever the number of rows and threads: a row's result does not depend on what else is in the batch.
-`python benchmarks/matmul.py` compares it with oneDNN and MKL: about as fast as the better of the two at each shape.
+`python benchmarks/matmul.py` compares it with oneDNN and MKL.
 """
 
 from __future__ import annotations
