@@ -27,8 +27,8 @@ def one_event_loop() -> Iterator[None]:
     original: Any = distributed_c10d.ProcessGroupGloo
     devices: list[Any] = []
 
-    class SharingGloo(original):  # type: ignore[misc]
-        def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+    class SharingGloo(original):
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
             if not devices:
                 devices.extend(_devices(original))
             options = original._Options()
