@@ -27,6 +27,8 @@ constexpr int kCopyStride = kBlockDepth + 16;
 
 static_assert(kBlockColumns % kPanel == 0 && kBlockDepth % kLanes == 0);
 
+namespace {  // a copy of these for each instruction set, as of the functions
+
 // B in panels: row k of panel p is at data + p * panel_stride + k * row_stride.
 struct Panels {
   const float* data;
@@ -37,6 +39,8 @@ struct Panels {
     return {data + panel * panel_stride + row * row_stride, panel_stride, row_stride};
   }
 };
+
+}  // namespace
 
 // Whether panels can be read fast from where they stand, in b[depth, columns].
 static inline bool has_panels(const StridedMatrix& b, int64_t columns) {
@@ -77,7 +81,7 @@ static inline bool must_copy(const StridedMatrix& a) {
 
 // A tile of A as the product wants it: where it stands, or copied into `copy`.
 static inline StridedMatrix readable(const StridedMatrix& a, int rows, int depth, float* copy) {
-  if (!must_copy(a)) return a;
+  if (!must_copy(a) || (rows == 1 && a.column_stride == 1)) return a;
   if (a.column_stride == 1) {
     for (int i = 0; i < rows; ++i) {
       std::memcpy(copy + i * kCopyStride, a.data + i * a.row_stride, sizeof(float) * depth);
@@ -189,6 +193,8 @@ static inline void chunk_times_deep_panels(const StridedMatrix& a, const Panels&
   } while (k < depth);
 }
 
+namespace {
+
 // A range of rows, columns or panels.
 struct Range {
   int64_t first;
@@ -270,5 +276,7 @@ class Turns {
 
   std::unique_ptr<Counter[]> taken_;
 };
+
+}  // namespace
 
 }  // namespace xrl

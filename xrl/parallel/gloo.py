@@ -33,6 +33,7 @@ def one_event_loop() -> Iterator[None]:
                 devices.extend(_devices(original))
             options = original._Options()
             options._devices = devices
+            options._threads = 2 * len(devices)
             options._timeout = timeout
             super().__init__(store, rank, size, options)
 
