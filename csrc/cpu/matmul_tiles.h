@@ -250,7 +250,7 @@ class Turns {
  public:
   explicit Turns(int64_t max_threads) : taken_(new Counter[2 * max_threads]) {}
 
-  // Each thread calls it in every block but the last; between two blocks there is a barrier.
+  // Each thread calls it in a block before it takes turns; between two blocks there is a barrier.
   void prepare_next(int64_t block, int64_t thread) { taken(block + 1, thread) = 0; }
 
   // False when no rows are left.
