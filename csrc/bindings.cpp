@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -11,6 +12,7 @@
 #include "address.h"
 #include "check.h"
 #include "cpu/decode_attention.h"
+#include "cpu/decode_layers.h"
 #include "cpu/gated_mlp.h"
 #include "cpu/grpo_loss.h"
 #include "cpu/huge_pages.h"
@@ -107,16 +109,20 @@ void grpo_single_pass(Address logits, int64_t num_rows, int64_t num_columns, int
                num_threads);
 }
 
-template <typename T>
-void decode_attention(Address query, Address out, int num_heads, int64_t query_stride, Address keys, Address values,
-                      int num_kv_heads, int block_size, int head_dim, Address group_starts, int num_groups,
-                      Address prompt_blocks, int64_t prompt_blocks_stride, Address prompt_lengths, Address row_blocks,
-                      int64_t row_blocks_stride, Address row_lengths, int num_threads) {
+void check_attention(int num_heads, int num_kv_heads, int block_size) {
   xrl::check(num_heads % num_kv_heads == 0 && num_heads / num_kv_heads <= xrl::kMaxQueriesPerHead,
              "num_heads must be a multiple of num_kv_heads, at most " + std::to_string(xrl::kMaxQueriesPerHead) +
                  " times as many");
   xrl::check(block_size > 0 && xrl::kSpanTokens % block_size == 0,
              "block_size must divide " + std::to_string(xrl::kSpanTokens) + ", got " + std::to_string(block_size));
+}
+
+template <typename T>
+void decode_attention(Address query, Address out, int num_heads, int64_t query_stride, Address keys, Address values,
+                      int num_kv_heads, int block_size, int head_dim, Address group_starts, int num_groups,
+                      Address prompt_blocks, int64_t prompt_blocks_stride, Address prompt_lengths, Address row_blocks,
+                      int64_t row_blocks_stride, Address row_lengths, int num_threads) {
+  check_attention(num_heads, num_kv_heads, block_size);
   const xrl::DecodeQueries<T> queries{at<const T>(query), at<T>(out), num_heads, query_stride};
   const xrl::PagedCache<T> cache{at<const T>(keys), at<const T>(values), num_kv_heads, block_size, head_dim};
   const xrl::PagedRows rows{at<const int32_t>(group_starts),   at<const int32_t>(prompt_blocks),
@@ -227,6 +233,41 @@ void packed_matmul(Address a, int64_t a_stride, Address packed, int64_t depth, i
   XRL_DISPATCH(packed_matmul, xrl::StridedMatrix{at<const float>(a), a_stride, 1},
                xrl::PackedWeight{at<const float>(packed), depth, columns, is_gated},
                xrl::Addend{at<const float>(addend), addend_stride}, rows, at<float>(c), c_stride, num_threads);
+}
+
+// (hidden, ffn, num_heads, num_kv_heads, head_dim, block_size, eps)
+using DecoderShapeTuple = std::tuple<int64_t, int64_t, int, int, int, int, float>;
+// (num_rows, positions, slots, group_starts, num_groups, prompt_blocks, their row stride, prompt_lengths, row_blocks,
+// their row stride, row_lengths, cos, sin)
+using DecoderRowsTuple = std::tuple<int64_t, Address, Address, Address, int, Address, int64_t, Address, Address, int64_t,
+                                    Address, Address, Address>;
+// Addresses in the order of xrl::DecoderLayer.
+using DecoderLayerArray = std::array<Address, 11>;
+
+void decode_layers(Address x, const std::vector<DecoderLayerArray>& layers, const DecoderShapeTuple& shape_tuple,
+                   const DecoderRowsTuple& rows_tuple, int num_threads) {
+  const auto [hidden, ffn, num_heads, num_kv_heads, head_dim, block_size, eps] = shape_tuple;
+  const auto [num_rows, positions, slots, group_starts, num_groups, prompt_blocks, prompt_blocks_stride, prompt_lengths,
+              row_blocks, row_blocks_stride, row_lengths, cos, sin] = rows_tuple;
+  check_attention(num_heads, num_kv_heads, block_size);
+  check_sizes(num_rows, hidden, num_threads);
+  const xrl::DecoderShape shape{hidden, ffn, num_heads, num_kv_heads, head_dim, block_size, eps};
+  const xrl::PagedRows context{at<const int32_t>(group_starts),   at<const int32_t>(prompt_blocks),
+                               at<const int32_t>(prompt_lengths), at<const int32_t>(row_blocks),
+                               at<const int32_t>(row_lengths),    num_groups,
+                               prompt_blocks_stride,              row_blocks_stride};
+  const xrl::DecoderRows rows{num_rows, at<const int32_t>(positions), at<const int32_t>(slots), context,
+                              at<const float>(cos), at<const float>(sin)};
+  std::vector<xrl::DecoderLayer> addressed;
+  for (const auto& [input_norm, qkv, qkv_bias, q_norm, k_norm, attention_out, mlp_norm, gate_up, down, keys, values] :
+       layers) {
+    addressed.push_back({at<const float>(input_norm), at<const float>(qkv), at<const float>(qkv_bias),
+                         at<const float>(q_norm), at<const float>(k_norm), at<const float>(attention_out),
+                         at<const float>(mlp_norm), at<const float>(gate_up), at<const float>(down), at<float>(keys),
+                         at<float>(values)});
+  }
+  py::gil_scoped_release release;
+  XRL_DISPATCH(decode_layers, addressed.data(), addressed.size(), shape, rows, at<float>(x), num_threads);
 }
 
 // (gate_up, down, inputs, ffn, outputs)
@@ -427,6 +468,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("packed_matmul", &packed_matmul);
   module.def("gated_mlp_forward", &gated_mlp_forward);
   module.def("gated_mlp_backward", &gated_mlp_backward);
+  module.def("decode_layers", &decode_layers);
   module.def("sample_tokens", &sample_tokens);
 #ifdef XRL_WITH_CUDA
   xrl::bind_cuda(module);

@@ -31,6 +31,17 @@ class PagedContext:
     row_blocks: Tensor  # [N, max_row_blocks] cache blocks of each row's own tokens
     row_lengths: Tensor  # [N] own tokens, the new one included; 0 marks a padding row
 
+    def check(self, num_rows: int) -> None:
+        """Raises ValueError where the tables do not fit together, or a batch of so many rows."""
+        num_groups = len(self.prompt_lengths)
+        if (len(self.row_lengths), len(self.row_blocks)) != (num_rows, num_rows):
+            raise ValueError(f"row_lengths and row_blocks must have {num_rows} rows, as query has")
+        if (len(self.prompt_blocks), len(self.group_starts)) != (num_groups, num_groups + 1):
+            raise ValueError(f"prompt_blocks must have {num_groups} rows and group_starts {num_groups + 1} entries")
+        for name, tensor in vars(self).items():
+            if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+                raise ValueError(f"{name} must be int32 with adjacent columns, got {tensor.dtype}")
+
 
 def decode_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext) -> Tensor:
     """out[n, h] = softmax(query[n, h] . K / sqrt(D)) V over row n's prompt and own tokens (arXiv:2309.06180).
@@ -48,7 +59,8 @@ def decode_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, cont
     """
     _check(query, key_cache, value_cache, context)
     module = native_module()
-    if module is None or not _fits_native(query, key_cache, value_cache):
+    repeats = query.shape[1] // key_cache.shape[1]
+    if module is None or not _heads_side_by_side(query) or not fits_native(key_cache, value_cache, repeats=repeats):
         return decode_attention_reference(query, key_cache, value_cache, context)
     num_heads, head_dim = query.shape[1:]
     num_kv_heads, block_size = key_cache.shape[1:3]
@@ -76,17 +88,21 @@ def decode_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, cont
     return out
 
 
-def _fits_native(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
+def fits_native(key_cache: Tensor, value_cache: Tensor, *, repeats: int) -> bool:
+    """Whether the kernel reads such a cache, for so many query heads a KV head."""
     return (
-        query.device.type == "cpu"
-        and query.dtype in _SUFFIX
-        and query.shape[2] in _NATIVE_HEAD_DIMS
-        and query.shape[1] // key_cache.shape[1] <= _NATIVE_MAX_REPEATS
+        key_cache.device.type == "cpu"
+        and key_cache.dtype in _SUFFIX
+        and key_cache.shape[3] in _NATIVE_HEAD_DIMS
+        and repeats <= _NATIVE_MAX_REPEATS
         and key_cache.shape[2] in _NATIVE_BLOCK_SIZES
-        and query.stride()[1:] == (query.shape[2], 1)
         and key_cache.is_contiguous()
         and value_cache.is_contiguous()
     )
+
+
+def _heads_side_by_side(query: Tensor) -> bool:
+    return query.is_cpu and query.stride()[1:] == (query.shape[2], 1)
 
 
 def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext) -> None:
@@ -103,14 +119,7 @@ def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, context: Paged
             f"query, key_cache and value_cache must have one dtype, "
             f"got {query.dtype}, {key_cache.dtype} and {value_cache.dtype}"
         )
-    num_rows, num_groups = len(query), len(context.prompt_lengths)
-    if (len(context.row_lengths), len(context.row_blocks)) != (num_rows, num_rows):
-        raise ValueError(f"row_lengths and row_blocks must have {num_rows} rows, as query has")
-    if (len(context.prompt_blocks), len(context.group_starts)) != (num_groups, num_groups + 1):
-        raise ValueError(f"prompt_blocks must have {num_groups} rows and group_starts {num_groups + 1} entries")
-    for name, tensor in vars(context).items():
-        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must be int32 with adjacent columns, got {tensor.dtype}")
+    context.check(len(query))
 
 
 def decode_attention_reference(query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext) -> Tensor:

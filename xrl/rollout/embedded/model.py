@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xrl.kernels.decode_attention import PagedContext, decode_attention
+from xrl.kernels.decode_layers import DecoderLayer, RopeTables, can_run, decode_layers
 from xrl.kernels.rms_norm import rms_norm
 from xrl.kernels.rope_cache import rope_cache
 from xrl.models.rotary import rotary_frequencies, rotary_table
 from xrl.models.shape import ModelShape
 from xrl.rollout.embedded.cache import KVCache
+from xrl.rollout.embedded.mlp import Experts
 from xrl.rollout.embedded.weights import DecoderWeights
 
 
@@ -66,6 +68,12 @@ class Decoder:
         Returns:
             [N, H] final hidden states
         """
+        layers = self._whole_layers(cache)
+        if layers is not None:
+            x = F.embedding(tokens, self.weights.embedding)
+            rope = RopeTables(positions=positions, cos=self.cos, sin=self.sin)
+            decode_layers(x, layers, context, rope, slots=slots, eps=self.shape.norm_eps)
+            return rms_norm(x, self.weights.final_norm, self.shape.norm_eps)
 
         def attend(qkv: Tensor, layer: int) -> Tensor:
             query = qkv[:, : self.shape.num_heads]
@@ -77,6 +85,30 @@ class Decoder:
         """[N, H] final hidden states -> [N, V] fp32"""
         assert self.weights.head is not None
         return self.weights.head(hidden).float()
+
+    def _whole_layers(self, cache: KVCache) -> list[DecoderLayer] | None:
+        """The layers for `decode_layers`; None where it does not take them."""
+        layers = []
+        for index in range(self.shape.num_layers):
+            layer = self.weights.layers[index]
+            if isinstance(layer.mlp, Experts):
+                return None
+            whole = DecoderLayer(
+                input_norm=layer.input_norm,
+                qkv=layer.qkv,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                attention_out=layer.attention_out,
+                mlp_norm=layer.mlp_norm,
+                gate_up=layer.mlp.gate_up,
+                down=layer.mlp.down,
+                keys=cache.keys[index],
+                values=cache.values[index],
+            )
+            if not can_run(whole):
+                return None
+            layers.append(whole)
+        return layers
 
     def _forward(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache, attend: Callable[[Tensor, int], Tensor]
