@@ -47,7 +47,7 @@ def contestants(kind: str, x: list[Tensor], g: list[Tensor], weight: Tensor) -> 
         }
     total = torch.zeros_like(weight)
     return {
-        "ours": lambda i: matmul_into(g[i].t(), x[i], total, adds=True),
+        "ours": lambda i: matmul_into(g[i].t(), x[i], total, addend=total),
         "oneDNN": lambda i: total.add_(onednn(g[i].t(), x[i])),
         "MKL": lambda i: total.addmm_(g[i].t(), x[i]),
     }

@@ -203,12 +203,17 @@ xrl::StridedMatrix matrix(const MatrixTuple& tuple) {
   return {at<const float>(data), row_stride, column_stride};
 }
 
-void matmul(const MatrixTuple& a, const MatrixTuple& b, int64_t rows, int64_t columns, int64_t depth, Address c,
-            int64_t c_stride, bool adds, int num_threads) {
+// (address, row_stride)
+using AddendTuple = std::tuple<Address, int64_t>;
+
+xrl::Addend addend(const AddendTuple& tuple) { return {at<const float>(std::get<0>(tuple)), std::get<1>(tuple)}; }
+
+void matmul(const MatrixTuple& a, const MatrixTuple& b, const AddendTuple& start, int64_t rows, int64_t columns,
+            int64_t depth, Address c, int64_t c_stride, int num_threads) {
   check_sizes(rows, columns, num_threads);
   check_sizes(depth, columns, num_threads);
   py::gil_scoped_release release;
-  XRL_DISPATCH(matmul, matrix(a), matrix(b), rows, columns, depth, at<float>(c), c_stride, adds, num_threads);
+  XRL_DISPATCH(matmul, matrix(a), matrix(b), addend(start), rows, columns, depth, at<float>(c), c_stride, num_threads);
 }
 
 int64_t packed_size(int64_t depth, int64_t columns, bool is_gated) {
@@ -225,14 +230,13 @@ void pack_weight(const MatrixTuple& weight, int64_t depth, int64_t columns, bool
 }
 
 void packed_matmul(Address a, int64_t a_stride, Address packed, int64_t depth, int64_t columns, bool is_gated,
-                   Address addend, int64_t addend_stride, int64_t rows, Address c, int64_t c_stride,
-                   int num_threads) {
+                   const AddendTuple& start, int64_t rows, Address c, int64_t c_stride, int num_threads) {
   check_sizes(rows, columns, num_threads);
-  xrl::check(addend == 0 || !is_gated, "a gated product takes no addend");
+  xrl::check(std::get<0>(start) == 0 || !is_gated, "a gated product takes no addend");
   py::gil_scoped_release release;
   XRL_DISPATCH(packed_matmul, xrl::StridedMatrix{at<const float>(a), a_stride, 1},
                xrl::PackedWeight{at<const float>(packed), depth, columns, is_gated},
-               xrl::Addend{at<const float>(addend), addend_stride}, rows, at<float>(c), c_stride, num_threads);
+               addend(start), rows, at<float>(c), c_stride, num_threads);
 }
 
 // (hidden, ffn, num_heads, num_kv_heads, head_dim, block_size, eps)
@@ -284,7 +288,8 @@ void gated_mlp_forward(Address x, const GatedMlpTuple& mlp, int64_t rows, Addres
   const xrl::GatedMlp weights = gated_mlp(mlp);
   check_sizes(rows, weights.ffn, num_threads);
   py::gil_scoped_release release;
-  XRL_DISPATCH(gated_mlp_forward, at<const float>(x), weights, rows, at<float>(hidden), at<float>(out), num_threads);
+  XRL_DISPATCH(gated_mlp_forward, at<const float>(x), weights, xrl::Addend{nullptr, 0}, rows, at<float>(hidden),
+               at<float>(out), num_threads);
 }
 
 void gated_mlp_backward(Address grad, const GatedMlpTuple& mlp, int64_t rows, Address hidden, Address activated,
@@ -311,7 +316,7 @@ void rms_norm_backward(Address x, Address weight, Address inverse_rms, Address g
   check_sizes(num_rows, size, num_threads);
   py::gil_scoped_release release;
   XRL_DISPATCH(rms_norm_backward, at<const T>(x), at<const T>(weight), at<const float>(inverse_rms), at<const T>(grad),
-               num_rows, size, at<T>(grad_x), at<float>(grad_weight), num_threads);
+               static_cast<const T*>(nullptr), num_rows, size, at<T>(grad_x), at<float>(grad_weight), num_threads);
 }
 
 template <typename T>

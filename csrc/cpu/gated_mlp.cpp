@@ -9,6 +9,8 @@
 namespace xrl::XRL_ISA {
 namespace {
 
+constexpr Addend kNothing{nullptr, 0};
+
 // A weight as the panels of a product: where it stands, or packed for one pass over all rows.
 class TeamWeight {
  public:
@@ -25,10 +27,11 @@ class TeamWeight {
     }
   }
 
-  // c[rows, columns] = a b
-  void multiply(const float* a, int64_t a_stride, int64_t rows, float* c, int64_t c_stride, float* copies) const {
+  // c[rows, columns] = a b + addend
+  void multiply(const float* a, int64_t a_stride, const Addend& addend, int64_t rows, float* c, int64_t c_stride,
+                float* copies) const {
     const Panels panels = packed_ == nullptr ? panels_in_place(b_) : panels_packed(packed_.get(), depth_);
-    chunk_times_deep_panels({a, a_stride, 1}, panels, {nullptr, 0}, rows, columns_, depth_, c, c_stride, copies);
+    chunk_times_deep_panels({a, a_stride, 1}, panels, addend, rows, columns_, depth_, c, c_stride, copies);
   }
 
  private:
@@ -50,7 +53,8 @@ inline void swiglu_row(const float* hidden, int64_t ffn, float* out) {
 
 }  // namespace
 
-void gated_mlp_forward(const float* x, const GatedMlp& mlp, int64_t rows, float* hidden, float* out, int num_threads) {
+void gated_mlp_forward(const float* x, const GatedMlp& mlp, const Addend& addend, int64_t rows, float* hidden,
+                       float* out, int num_threads) {
   const int64_t width = 2 * mlp.ffn;
   TeamWeight gate_up({mlp.gate_up, 1, mlp.inputs}, mlp.inputs, width);
   TeamWeight down({mlp.down, 1, mlp.ffn}, mlp.ffn, mlp.outputs);
@@ -66,9 +70,10 @@ void gated_mlp_forward(const float* x, const GatedMlp& mlp, int64_t rows, float*
       const int64_t row = turn.rows.first;
       const int count = static_cast<int>(turn.rows.size());
       float* tile_hidden = hidden + row * width;
-      gate_up.multiply(x + row * mlp.inputs, mlp.inputs, count, tile_hidden, width, copies.get());
+      gate_up.multiply(x + row * mlp.inputs, mlp.inputs, kNothing, count, tile_hidden, width, copies.get());
       for (int i = 0; i < count; ++i) swiglu_row(tile_hidden + i * width, mlp.ffn, activated.get() + i * mlp.ffn);
-      down.multiply(activated.get(), mlp.ffn, count, out + row * mlp.outputs, mlp.outputs, copies.get());
+      down.multiply(activated.get(), mlp.ffn, addend.from(row, 0), count, out + row * mlp.outputs, mlp.outputs,
+                    copies.get());
     }
   }
 }
@@ -90,14 +95,14 @@ void gated_mlp_backward(const float* grad, const GatedMlp& mlp, int64_t rows, fl
       const int count = static_cast<int>(turn.rows.size());
       float* tile_hidden = hidden + row * width;
       float* tile_activated = activated + row * mlp.ffn;  // its gradient, until the next lines
-      down.multiply(grad + row * mlp.outputs, mlp.outputs, count, tile_activated, mlp.ffn, copies.get());
+      down.multiply(grad + row * mlp.outputs, mlp.outputs, kNothing, count, tile_activated, mlp.ffn, copies.get());
       for (int i = 0; i < count; ++i) {
         float* in = tile_hidden + i * width;
         float* place = tile_activated + i * mlp.ffn;
         swiglu_gradient_row<true>(in, place, mlp.ffn, in, place);
       }
       if (grad_x != nullptr) {
-        gate_up.multiply(tile_hidden, width, count, grad_x + row * mlp.inputs, mlp.inputs, copies.get());
+        gate_up.multiply(tile_hidden, width, kNothing, count, grad_x + row * mlp.inputs, mlp.inputs, copies.get());
       }
     }
   }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/matmul.h"
+
 namespace xrl {
 
 // gate_up [2 * ffn, inputs] with the gate's rows first; down [outputs, ffn]; both contiguous.
@@ -19,9 +21,9 @@ struct GatedMlp {
 
 #define XRL_DECLARE_GATED_MLP(ISA)                                                                                  \
   namespace xrl::ISA {                                                                                              \
-  /* hidden [rows, 2 * ffn] = x gate_up^T; out [rows, outputs] = swiglu(hidden) down^T */                           \
-  void gated_mlp_forward(const float* x, const GatedMlp& mlp, int64_t rows, float* hidden, float* out,              \
-                         int num_threads);                                                                          \
+  /* hidden [rows, 2 * ffn] = x gate_up^T; out [rows, outputs] = swiglu(hidden) down^T + addend */                  \
+  void gated_mlp_forward(const float* x, const GatedMlp& mlp, const Addend& addend, int64_t rows, float* hidden,    \
+                         float* out, int num_threads);                                                              \
   /* hidden becomes its own gradient; activated [rows, ffn] = swiglu(hidden), as it was; grad_x [rows, inputs], */  \
   /* where it is not null, is x's gradient */                                                                       \
   void gated_mlp_backward(const float* grad, const GatedMlp& mlp, int64_t rows, float* hidden, float* activated,    \

@@ -64,8 +64,8 @@ void rms_norm_forward(const T* x, const T* weight, int64_t num_rows, int64_t siz
 }
 
 template <typename T>
-void rms_norm_backward(const T* x, const T* weight, const float* inverse_rms, const T* grad, int64_t num_rows,
-                       int64_t size, T* grad_x, float* grad_weight, int num_threads) {
+void rms_norm_backward(const T* x, const T* weight, const float* inverse_rms, const T* grad, const T* addend,
+                       int64_t num_rows, int64_t size, T* grad_x, float* grad_weight, int num_threads) {
 #pragma omp parallel num_threads(num_threads)
   {
     float* sums = grad_weight + omp_get_thread_num() * size;
@@ -80,12 +80,19 @@ void rms_norm_backward(const T* x, const T* weight, const float* inverse_rms, co
 #pragma omp simd reduction(+ : projection)
       for (int64_t i = 0; i < size; ++i) projection += load(dy[i]) * load(weight[i]) * load(in[i]);
       projection *= scale * scale / static_cast<float>(size);
+      const auto store_gradients = [&](auto start) {
 #pragma omp simd
-      for (int64_t i = 0; i < size; ++i) {
-        const float value = load(in[i]);
-        const float d = load(dy[i]);
-        sums[i] += d * value * scale;
-        store(dx + i, scale * (d * load(weight[i]) - value * projection));
+        for (int64_t i = 0; i < size; ++i) {
+          const float value = load(in[i]);
+          const float d = load(dy[i]);
+          sums[i] += d * value * scale;
+          store(dx + i, start(i) + scale * (d * load(weight[i]) - value * projection));
+        }
+      };
+      if (addend == nullptr) {
+        store_gradients([](int64_t) { return 0.0f; });
+      } else {
+        store_gradients([&](int64_t i) { return load(addend[row * size + i]); });
       }
     }
   }
@@ -117,7 +124,7 @@ void rotary(const T* x, const T* cosine, const T* sine, int64_t num_tokens, int6
   template void swiglu_forward<T>(const T*, int64_t, int64_t, T*, int);                                             \
   template void swiglu_backward<T>(const T*, const T*, int64_t, int64_t, T*, T*, int);                              \
   template void rms_norm_forward<T>(const T*, const T*, int64_t, int64_t, float, T*, float*, int);                  \
-  template void rms_norm_backward<T>(const T*, const T*, const float*, const T*, int64_t, int64_t, T*, float*, int); \
+  template void rms_norm_backward<T>(const T*, const T*, const float*, const T*, const T*, int64_t, int64_t, T*, float*, int); \
   template void rotary<T>(const T*, const T*, const T*, int64_t, int64_t, int64_t, float, T*, int);
 
 XRL_INSTANTIATE(float)

@@ -16,10 +16,11 @@
   template <typename T>                                                                                             \
   void rms_norm_forward(const T* x, const T* weight, int64_t num_rows, int64_t size, float eps, T* out,             \
                         float* inverse_rms, int num_threads);                                                       \
-  /* grad_weight [num_threads, size]: each thread's sum, to be added up by the caller */                            \
+  /* grad_x = x's gradient + addend, where that is not null; grad_weight [num_threads, size]: each thread's sum, */ \
+  /* to be added up by the caller */                                                                                \
   template <typename T>                                                                                             \
-  void rms_norm_backward(const T* x, const T* weight, const float* inverse_rms, const T* grad, int64_t num_rows,    \
-                         int64_t size, T* grad_x, float* grad_weight, int num_threads);                             \
+  void rms_norm_backward(const T* x, const T* weight, const float* inverse_rms, const T* grad, const T* addend,     \
+                         int64_t num_rows, int64_t size, T* grad_x, float* grad_weight, int num_threads);           \
   /* half-split rotary embedding of [tokens, heads, dim]; cosine and sine [tokens, dim]; sign -1 turns it back */   \
   template <typename T>                                                                                             \
   void rotary(const T* x, const T* cosine, const T* sine, int64_t num_tokens, int64_t num_heads, int64_t dim,       \

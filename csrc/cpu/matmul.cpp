@@ -10,8 +10,8 @@
 #include "cpu/swiglu.h"
 
 namespace xrl::XRL_ISA {
-void matmul(const StridedMatrix& a, const StridedMatrix& b, int64_t rows, int64_t columns, int64_t depth, float* c,
-            int64_t c_stride, bool adds, int num_threads) {
+void matmul(const StridedMatrix& a, const StridedMatrix& b, const Addend& addend, int64_t rows, int64_t columns,
+            int64_t depth, float* c, int64_t c_stride, int num_threads) {
   if (rows == 0 || columns == 0) return;
   const bool in_place = has_panels(b, columns);
   const int64_t widest = std::min<int64_t>(kBlockColumns, round_up(columns, kPanel));
@@ -47,8 +47,8 @@ void matmul(const StridedMatrix& a, const StridedMatrix& b, int64_t rows, int64_
           const Range own = split.columns(num_panels, turn.owner);
           const int64_t first = own.first * kPanel;
           float* place = c + turn.rows.first * c_stride + column + first;
-          chunk_times_panels(a.from(turn.rows.first, k), panels.from(0, own.first),
-                             {adds || k > 0 ? place : nullptr, c_stride}, turn.rows.size(),
+          const Addend start = k > 0 ? Addend{place, c_stride} : addend.from(turn.rows.first, column + first);
+          chunk_times_panels(a.from(turn.rows.first, k), panels.from(0, own.first), start, turn.rows.size(),
                              std::min(own.last * kPanel, block_columns) - first, block_depth, place, c_stride,
                              copies.get());
         }
@@ -130,10 +130,8 @@ void packed_matmul(const StridedMatrix& a, const PackedWeight& b, const Addend& 
       if (b.is_gated) {
         gated_product(a.from(row, 0), panels, turn.rows.size(), columns, b.depth, place, c_stride, copies.get());
       } else {
-        const Addend start{addend.data == nullptr ? nullptr : addend.data + row * addend.row_stride + first,
-                           addend.row_stride};
-        chunk_times_deep_panels(a.from(row, 0), panels, start, turn.rows.size(), columns, b.depth, place, c_stride,
-                                copies.get());
+        chunk_times_deep_panels(a.from(row, 0), panels, addend.from(row, first), turn.rows.size(), columns, b.depth,
+                                place, c_stride, copies.get());
       }
     }
   }

@@ -17,20 +17,24 @@ struct PackedWeight {
   bool is_gated;
 };
 
-// What a product of packed weights is added to: row r, column c at data[r * row_stride + c]; null is nothing. A bias
+// What a product is added to: row r, column c at data[r * row_stride + c]; null is nothing. A bias
 // has a row stride of 0.
 struct Addend {
   const float* data;
   int64_t row_stride;
+
+  Addend from(int64_t row, int64_t column) const {
+    return {data == nullptr ? nullptr : data + row * row_stride + column, row_stride};
+  }
 };
 
 }  // namespace xrl
 
 #define XRL_DECLARE_MATMUL(ISA)                                                                                      \
   namespace xrl::ISA {                                                                                               \
-  /* c[rows, columns] (+)= a[rows, depth] b[depth, columns] */                                                       \
-  void matmul(const StridedMatrix& a, const StridedMatrix& b, int64_t rows, int64_t columns, int64_t depth,          \
-              float* c, int64_t c_stride, bool adds, int num_threads);                                               \
+  /* c[rows, columns] = a[rows, depth] b[depth, columns] + addend, which may be c */                                 \
+  void matmul(const StridedMatrix& a, const StridedMatrix& b, const Addend& addend, int64_t rows, int64_t columns,   \
+              int64_t depth, float* c, int64_t c_stride, int num_threads);                                           \
   /* floats that a packed weight takes */                                                                            \
   void packed_size(int64_t depth, int64_t columns, bool is_gated, int64_t* size);                                    \
   /* b[depth, columns], or [depth, 2 * columns] of a gated weight */                                                 \

@@ -161,6 +161,23 @@ static inline int panel_columns(int64_t first, int64_t columns) {
 }
 
 constexpr int64_t kChunkRows = kChunkTiles * kTileRows;
+constexpr int kLineFloats = 16;
+
+// What the tile after this one begins with and writes: lines far apart, which hardware prefetchers do not foresee.
+static inline void prefetch_sums(const Addend& addend, const float* c, int64_t c_stride, int rows) {
+  const Addend read = addend.data == nullptr ? Addend{c, c_stride} : addend;
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < kPanel; j += kLineFloats) __builtin_prefetch(read.data + i * read.row_stride + j);
+  }
+}
+
+// A share of the chunk after this one, where A is transposed and each step of the depth is on a page of its own.
+static inline void prefetch_chunk(const StridedMatrix& a, int64_t tile, int depth) {
+  for (int64_t k = tile * depth / kChunkTiles; k < (tile + 1) * depth / kChunkTiles; ++k) {
+    const float* rows = a.data + kChunkRows + k * a.column_stride;
+    for (int i = 0; i < kChunkRows; i += kLineFloats) __builtin_prefetch(rows + i, 0, 2);
+  }
+}
 
 // c[rows, columns] = a b + addend for a chunk of rows, with `depth` of at most kBlockDepth.
 static inline void chunk_times_panels(const StridedMatrix& a, const Panels& b, const Addend& addend, int64_t rows,
@@ -173,10 +190,17 @@ static inline void chunk_times_panels(const StridedMatrix& a, const Panels& b, c
   for (int64_t column = 0; column < columns; column += kPanel) {
     for (int64_t row = 0; row < rows; row += kTileRows) {
       float* place = c + row * c_stride + column;
-      const Addend start{addend.data == nullptr ? nullptr : addend.data + row * addend.row_stride + column,
-                         addend.row_stride};
+      const bool is_last_tile = row + kTileRows >= rows;
+      const bool is_last_panel = column + kPanel >= columns;
+      const int64_t next_row = is_last_tile ? 0 : row + kTileRows;
+      const int64_t next_column = is_last_tile ? column + kPanel : column;
+      if (next_column < columns) {
+        prefetch_sums(addend.from(next_row, next_column), c + next_row * c_stride + next_column, c_stride,
+                      tile_rows(next_row, rows));
+      }
+      if (is_last_panel && a.row_stride == 1 && rows == kChunkRows) prefetch_chunk(a, row / kTileRows, depth);
       tile(tile_rows(row, rows), panel_columns(column, columns), tiles[row / kTileRows], b.from(0, column / kPanel),
-           depth, start, place, c_stride);
+           depth, addend.from(row, column), place, c_stride);
     }
   }
 }

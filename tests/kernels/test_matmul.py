@@ -42,7 +42,7 @@ def test_product_and_sum_equal_fp64(
     whole = torch.randn(rows, columns + 3)
     out, behind = whole[:, :columns], whole[:, columns:].clone()
     exact, before = a.double() @ b.double(), out.double()
-    matmul_into(a, b, out, adds=True)
+    matmul_into(a, b, out, addend=out)
     assert_close(out, exact + before, depth)
     matmul_into(a, b, out)
     assert_close(out, exact, depth)

@@ -51,7 +51,7 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
     if main_grad is None or main_grad.dtype != grad.dtype:
         return matmul(grad.t(), x)
     if has_matmul(grad, x, main_grad):
-        matmul_into(grad.t(), x, main_grad, adds=True)
+        matmul_into(grad.t(), x, main_grad, addend=main_grad)
     else:
         main_grad.addmm_(grad.t(), x)
     return None

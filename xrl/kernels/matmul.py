@@ -29,12 +29,13 @@ def _has_vectors() -> bool:
     return module is not None and module.cpu_isa() != "scalar"
 
 
-def matmul_into(a: Tensor, b: Tensor, out: Tensor, *, adds: bool = False) -> None:
-    """out = a b, or out += a b; without autograd.
+def matmul_into(a: Tensor, b: Tensor, out: Tensor, *, addend: Tensor | None = None) -> None:
+    """out = a b + addend; without autograd.
 
     Args:
         a, b: [M, K] and [K, N] fp32, in any layout
         out: [M, N] fp32, rows contiguous; overlaps neither
+        addend: [M, N] as out, and may be out
 
     Raises:
         ValueError: shapes, types or layouts that do not fit together.
@@ -45,30 +46,33 @@ def matmul_into(a: Tensor, b: Tensor, out: Tensor, *, adds: bool = False) -> Non
         )
     if not (a.dtype == b.dtype == out.dtype == torch.float32 and a.is_cpu and b.is_cpu and out.is_cpu):
         raise ValueError(f"fp32 matrices on the CPU are needed, got {a.dtype}, {b.dtype} and {out.dtype}")
-    if out.shape[1] > 1 and out.stride(1) != 1:
-        raise ValueError(f"the rows of out must be contiguous, got strides {list(out.stride())}")
+    if addend is not None and (addend.shape, addend.dtype, addend.device) != (out.shape, out.dtype, out.device):
+        raise ValueError(f"addend must be as out, {list(out.shape)}, got {addend.dtype} {list(addend.shape)}")
+    for name, matrix in (("out", out), ("addend", addend)):
+        if matrix is not None and matrix.shape[1] > 1 and matrix.stride(1) != 1:
+            raise ValueError(f"the rows of {name} must be contiguous, got strides {list(matrix.stride())}")
     if out.numel() == 0:
         return
     module = native_module()
     if module is None:
-        torch.add(out, a @ b, out=out) if adds else torch.matmul(a, b, out=out)
+        torch.matmul(a, b, out=out) if addend is None else torch.add(addend, a @ b, out=out)
         return
     module.matmul(
         (a.data_ptr(), *a.stride()),
         (b.data_ptr(), *b.stride()),
+        (0, 0) if addend is None else (addend.data_ptr(), addend.stride(0)),
         *out.shape,
         a.shape[1],
         out.data_ptr(),
         out.stride(0),
-        adds,
         torch.get_num_threads(),
     )
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] times b [K, N] -> [M, N], by the kernel where it takes them; without autograd."""
+def matmul(a: Tensor, b: Tensor, addend: Tensor | None = None) -> Tensor:
+    """a [M, K] times b [K, N], plus addend [M, N]; by the kernel where it takes them, without autograd."""
     if not has_matmul(a, b):
-        return a @ b
+        return a @ b if addend is None else a @ b + addend
     out = a.new_empty(a.shape[0], b.shape[1])
-    matmul_into(a, b, out)
+    matmul_into(a, b, out, addend=addend)
     return out

@@ -235,7 +235,7 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 def _add_product(out: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """out [V, H] += gradient^T [V, C] hidden [C, H]"""
     if has_matmul(out, gradient, hidden):
-        matmul_into(gradient.t(), hidden, out, adds=True)
+        matmul_into(gradient.t(), hidden, out, addend=out)
     elif out.dtype == gradient.dtype:
         out.addmm_(gradient.t(), hidden)
     elif out.device.type == "cuda":
