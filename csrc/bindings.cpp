@@ -3,16 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "address.h"
+#include "arguments.h"
 #include "check.h"
 #include "cpu/decode_attention.h"
-#include "cpu/decode_layers.h"
 #include "cpu/gated_mlp.h"
 #include "cpu/grpo_loss.h"
 #include "cpu/huge_pages.h"
@@ -28,6 +27,7 @@
 #include "cuda_bindings.h"
 #include "dispatch.h"
 #include "grpo_params.h"
+#include "layer_bindings.h"
 #include "weights_bindings.h"
 
 namespace py = pybind11;
@@ -109,20 +109,12 @@ void grpo_single_pass(Address logits, int64_t num_rows, int64_t num_columns, int
                num_threads);
 }
 
-void check_attention(int num_heads, int num_kv_heads, int block_size) {
-  xrl::check(num_heads % num_kv_heads == 0 && num_heads / num_kv_heads <= xrl::kMaxQueriesPerHead,
-             "num_heads must be a multiple of num_kv_heads, at most " + std::to_string(xrl::kMaxQueriesPerHead) +
-                 " times as many");
-  xrl::check(block_size > 0 && xrl::kSpanTokens % block_size == 0,
-             "block_size must divide " + std::to_string(xrl::kSpanTokens) + ", got " + std::to_string(block_size));
-}
-
 template <typename T>
 void decode_attention(Address query, Address out, int num_heads, int64_t query_stride, Address keys, Address values,
                       int num_kv_heads, int block_size, int head_dim, Address group_starts, int num_groups,
                       Address prompt_blocks, int64_t prompt_blocks_stride, Address prompt_lengths, Address row_blocks,
                       int64_t row_blocks_stride, Address row_lengths, int num_threads) {
-  check_attention(num_heads, num_kv_heads, block_size);
+  xrl::check_attention(num_heads, num_kv_heads, block_size);
   const xrl::DecodeQueries<T> queries{at<const T>(query), at<T>(out), num_heads, query_stride};
   const xrl::PagedCache<T> cache{at<const T>(keys), at<const T>(values), num_kv_heads, block_size, head_dim};
   const xrl::PagedRows rows{at<const int32_t>(group_starts),   at<const int32_t>(prompt_blocks),
@@ -167,14 +159,9 @@ void sample_tokens(Address logits, int64_t num_rows, int64_t vocab_size, Address
                at<const double>(uniforms), at<int64_t>(token_ids), at<float>(logprobs), num_threads);
 }
 
-void check_sizes(int64_t num_rows, int64_t size, int num_threads) {
-  xrl::check(num_rows >= 0 && size >= 1, "num_rows must be >= 0 and size >= 1");
-  xrl::check(num_threads >= 1, "num_threads must be >= 1, got " + std::to_string(num_threads));
-}
-
 template <typename T>
 void swiglu_forward(Address x, int64_t num_rows, int64_t size, Address out, int num_threads) {
-  check_sizes(num_rows, size, num_threads);
+  xrl::check_sizes(num_rows, size, num_threads);
   py::gil_scoped_release release;
   XRL_DISPATCH(swiglu_forward, at<const T>(x), num_rows, size, at<T>(out), num_threads);
 }
@@ -182,7 +169,7 @@ void swiglu_forward(Address x, int64_t num_rows, int64_t size, Address out, int 
 template <typename T>
 void swiglu_backward(Address x, Address grad, int64_t num_rows, int64_t size, Address grad_x, Address out,
                      int num_threads) {
-  check_sizes(num_rows, size, num_threads);
+  xrl::check_sizes(num_rows, size, num_threads);
   py::gil_scoped_release release;
   XRL_DISPATCH(swiglu_backward, at<const T>(x), at<const T>(grad), num_rows, size, at<T>(grad_x), at<T>(out),
                num_threads);
@@ -210,8 +197,8 @@ xrl::Addend addend(const AddendTuple& tuple) { return {at<const float>(std::get<
 
 void matmul(const MatrixTuple& a, const MatrixTuple& b, const AddendTuple& start, int64_t rows, int64_t columns,
             int64_t depth, Address c, int64_t c_stride, int num_threads) {
-  check_sizes(rows, columns, num_threads);
-  check_sizes(depth, columns, num_threads);
+  xrl::check_sizes(rows, columns, num_threads);
+  xrl::check_sizes(depth, columns, num_threads);
   py::gil_scoped_release release;
   XRL_DISPATCH(matmul, matrix(a), matrix(b), addend(start), rows, columns, depth, at<float>(c), c_stride, num_threads);
 }
@@ -224,54 +211,19 @@ int64_t packed_size(int64_t depth, int64_t columns, bool is_gated) {
 
 void pack_weight(const MatrixTuple& weight, int64_t depth, int64_t columns, bool is_gated, Address packed,
                  int num_threads) {
-  check_sizes(depth, columns, num_threads);
+  xrl::check_sizes(depth, columns, num_threads);
   py::gil_scoped_release release;
   XRL_DISPATCH(pack_weight, matrix(weight), depth, columns, is_gated, at<float>(packed), num_threads);
 }
 
 void packed_matmul(Address a, int64_t a_stride, Address packed, int64_t depth, int64_t columns, bool is_gated,
                    const AddendTuple& start, int64_t rows, Address c, int64_t c_stride, int num_threads) {
-  check_sizes(rows, columns, num_threads);
+  xrl::check_sizes(rows, columns, num_threads);
   xrl::check(std::get<0>(start) == 0 || !is_gated, "a gated product takes no addend");
   py::gil_scoped_release release;
   XRL_DISPATCH(packed_matmul, xrl::StridedMatrix{at<const float>(a), a_stride, 1},
                xrl::PackedWeight{at<const float>(packed), depth, columns, is_gated},
                addend(start), rows, at<float>(c), c_stride, num_threads);
-}
-
-// (hidden, ffn, num_heads, num_kv_heads, head_dim, block_size, eps)
-using DecoderShapeTuple = std::tuple<int64_t, int64_t, int, int, int, int, float>;
-// (num_rows, positions, slots, group_starts, num_groups, prompt_blocks, their row stride, prompt_lengths, row_blocks,
-// their row stride, row_lengths, cos, sin)
-using DecoderRowsTuple = std::tuple<int64_t, Address, Address, Address, int, Address, int64_t, Address, Address, int64_t,
-                                    Address, Address, Address>;
-// Addresses in the order of xrl::DecoderLayer.
-using DecoderLayerArray = std::array<Address, 11>;
-
-void decode_layers(Address x, const std::vector<DecoderLayerArray>& layers, const DecoderShapeTuple& shape_tuple,
-                   const DecoderRowsTuple& rows_tuple, int num_threads) {
-  const auto [hidden, ffn, num_heads, num_kv_heads, head_dim, block_size, eps] = shape_tuple;
-  const auto [num_rows, positions, slots, group_starts, num_groups, prompt_blocks, prompt_blocks_stride, prompt_lengths,
-              row_blocks, row_blocks_stride, row_lengths, cos, sin] = rows_tuple;
-  check_attention(num_heads, num_kv_heads, block_size);
-  check_sizes(num_rows, hidden, num_threads);
-  const xrl::DecoderShape shape{hidden, ffn, num_heads, num_kv_heads, head_dim, block_size, eps};
-  const xrl::PagedRows context{at<const int32_t>(group_starts),   at<const int32_t>(prompt_blocks),
-                               at<const int32_t>(prompt_lengths), at<const int32_t>(row_blocks),
-                               at<const int32_t>(row_lengths),    num_groups,
-                               prompt_blocks_stride,              row_blocks_stride};
-  const xrl::DecoderRows rows{num_rows, at<const int32_t>(positions), at<const int32_t>(slots), context,
-                              at<const float>(cos), at<const float>(sin)};
-  std::vector<xrl::DecoderLayer> addressed;
-  for (const auto& [input_norm, qkv, qkv_bias, q_norm, k_norm, attention_out, mlp_norm, gate_up, down, keys, values] :
-       layers) {
-    addressed.push_back({at<const float>(input_norm), at<const float>(qkv), at<const float>(qkv_bias),
-                         at<const float>(q_norm), at<const float>(k_norm), at<const float>(attention_out),
-                         at<const float>(mlp_norm), at<const float>(gate_up), at<const float>(down), at<float>(keys),
-                         at<float>(values)});
-  }
-  py::gil_scoped_release release;
-  XRL_DISPATCH(decode_layers, addressed.data(), addressed.size(), shape, rows, at<float>(x), num_threads);
 }
 
 // (gate_up, down, inputs, ffn, outputs)
@@ -286,7 +238,7 @@ xrl::GatedMlp gated_mlp(const GatedMlpTuple& tuple) {
 void gated_mlp_forward(Address x, const GatedMlpTuple& mlp, int64_t rows, Address hidden, Address out,
                        int num_threads) {
   const xrl::GatedMlp weights = gated_mlp(mlp);
-  check_sizes(rows, weights.ffn, num_threads);
+  xrl::check_sizes(rows, weights.ffn, num_threads);
   py::gil_scoped_release release;
   XRL_DISPATCH(gated_mlp_forward, at<const float>(x), weights, xrl::Addend{nullptr, 0}, rows, at<float>(hidden),
                at<float>(out), num_threads);
@@ -295,7 +247,7 @@ void gated_mlp_forward(Address x, const GatedMlpTuple& mlp, int64_t rows, Addres
 void gated_mlp_backward(Address grad, const GatedMlpTuple& mlp, int64_t rows, Address hidden, Address activated,
                         Address grad_x, int num_threads) {
   const xrl::GatedMlp weights = gated_mlp(mlp);
-  check_sizes(rows, weights.ffn, num_threads);
+  xrl::check_sizes(rows, weights.ffn, num_threads);
   py::gil_scoped_release release;
   XRL_DISPATCH(gated_mlp_backward, at<const float>(grad), weights, rows, at<float>(hidden), at<float>(activated),
                at<float>(grad_x), num_threads);
@@ -304,7 +256,7 @@ void gated_mlp_backward(Address grad, const GatedMlpTuple& mlp, int64_t rows, Ad
 template <typename T>
 void rms_norm_forward(Address x, Address weight, int64_t num_rows, int64_t size, float eps, Address out,
                       Address inverse_rms, int num_threads) {
-  check_sizes(num_rows, size, num_threads);
+  xrl::check_sizes(num_rows, size, num_threads);
   py::gil_scoped_release release;
   XRL_DISPATCH(rms_norm_forward, at<const T>(x), at<const T>(weight), num_rows, size, eps, at<T>(out),
                at<float>(inverse_rms), num_threads);
@@ -313,7 +265,7 @@ void rms_norm_forward(Address x, Address weight, int64_t num_rows, int64_t size,
 template <typename T>
 void rms_norm_backward(Address x, Address weight, Address inverse_rms, Address grad, int64_t num_rows, int64_t size,
                        Address grad_x, Address grad_weight, int num_threads) {
-  check_sizes(num_rows, size, num_threads);
+  xrl::check_sizes(num_rows, size, num_threads);
   py::gil_scoped_release release;
   XRL_DISPATCH(rms_norm_backward, at<const T>(x), at<const T>(weight), at<const float>(inverse_rms), at<const T>(grad),
                static_cast<const T*>(nullptr), num_rows, size, at<T>(grad_x), at<float>(grad_weight), num_threads);
@@ -322,29 +274,11 @@ void rms_norm_backward(Address x, Address weight, Address inverse_rms, Address g
 template <typename T>
 void rotary(Address x, Address cosine, Address sine, int64_t num_tokens, int64_t num_heads, int64_t dim, float sign,
             Address out, int num_threads) {
-  check_sizes(num_tokens, dim, num_threads);
+  xrl::check_sizes(num_tokens, dim, num_threads);
   xrl::check(dim % 2 == 0, "dim must be even, got " + std::to_string(dim));
   py::gil_scoped_release release;
   XRL_DISPATCH(rotary, at<const T>(x), at<const T>(cosine), at<const T>(sine), num_tokens, num_heads, dim, sign,
                at<T>(out), num_threads);
-}
-
-// Sequences of a pack: the addresses of starts, lengths and parents, their number and the step between their tokens.
-using SequencesTuple = std::tuple<Address, Address, Address, int64_t, int64_t>;
-
-xrl::PackedSequences packed_sequences(const SequencesTuple& tuple) {
-  const auto& [starts, lengths, parents, count, step] = tuple;
-  return {at<const int32_t>(starts), at<const int32_t>(lengths), at<const int32_t>(parents), count, step};
-}
-
-// (num_tokens, num_kv_heads, queries_per_key, head_dim)
-using QkvTuple = std::tuple<int64_t, int, int, int>;
-
-xrl::QkvShape qkv_shape(const QkvTuple& tuple) {
-  const auto& [num_tokens, num_kv_heads, queries_per_key, head_dim] = tuple;
-  xrl::check(num_kv_heads >= 1 && queries_per_key >= 1, "num_kv_heads and queries_per_key must be >= 1");
-  xrl::check(head_dim > 0 && head_dim % 16 == 0, "head_dim must be a multiple of 16, got " + std::to_string(head_dim));
-  return {num_tokens, num_kv_heads, queries_per_key, head_dim};
 }
 
 // (cosine, sine, q_weight, k_weight, eps)
@@ -357,73 +291,56 @@ xrl::QkvRope<T> qkv_rope(const RopeTuple& tuple) {
 }
 
 template <typename T>
-void qkv_rope_forward(Address mixed, const QkvTuple& shape, const RopeTuple& rope, Address query, Address key,
+void qkv_rope_forward(Address mixed, const xrl::QkvTuple& shape, const RopeTuple& rope, Address query, Address key,
                       int num_threads) {
-  const xrl::QkvShape qkv = qkv_shape(shape);
+  const xrl::QkvShape qkv = xrl::qkv_shape(shape);
   py::gil_scoped_release release;
   XRL_DISPATCH(qkv_rope_forward, at<const T>(mixed), qkv, qkv_rope<T>(rope), at<T>(query), at<T>(key), num_threads);
 }
 
 template <typename T>
-void qkv_rope_backward(Address mixed, Address grad_query, Address grad_key, const QkvTuple& shape,
+void qkv_rope_backward(Address mixed, Address grad_query, Address grad_key, const xrl::QkvTuple& shape,
                        const RopeTuple& rope, Address grad_mixed, Address grad_weights, int num_threads) {
-  const xrl::QkvShape qkv = qkv_shape(shape);
+  const xrl::QkvShape qkv = xrl::qkv_shape(shape);
   py::gil_scoped_release release;
   XRL_DISPATCH(qkv_rope_backward, at<const T>(mixed), at<const T>(grad_query), at<const T>(grad_key), qkv,
                qkv_rope<T>(rope), at<T>(grad_mixed), at<float>(grad_weights), num_threads);
 }
 
-// Where heads stand that lie side by side in a token.
 template <typename T>
-xrl::TokenHeads<T> dense_heads(Address place, int num_heads, int head_dim) {
-  return {at<T>(place), static_cast<int64_t>(num_heads) * head_dim, head_dim};
-}
-
-// The values inside of the QKV product's output.
-template <typename T>
-xrl::TokenHeads<T> values_of(Address mixed, const xrl::QkvShape& shape) {
-  const int64_t head_stride = static_cast<int64_t>(shape.queries_per_key + 2) * shape.head_dim;
-  return {at<T>(mixed) + (shape.queries_per_key + 1) * shape.head_dim, shape.num_kv_heads * head_stride, head_stride};
-}
-
-xrl::AttentionShape attention_shape(const xrl::QkvShape& shape, float scale) {
-  return {shape.num_kv_heads * shape.queries_per_key, shape.num_kv_heads, shape.head_dim, shape.num_tokens, scale};
-}
-
-template <typename T>
-void packed_attention_forward(Address query, Address key, Address mixed, const QkvTuple& shape, float scale,
-                              const SequencesTuple& sequences, Address out, Address log_sums, int num_threads) {
-  const xrl::QkvShape qkv = qkv_shape(shape);
-  const xrl::AttentionShape attention = attention_shape(qkv, scale);
+void packed_attention_forward(Address query, Address key, Address mixed, const xrl::QkvTuple& shape, float scale,
+                              const xrl::SequencesTuple& sequences, Address out, Address log_sums, int num_threads) {
+  const xrl::QkvShape qkv = xrl::qkv_shape(shape);
+  const xrl::AttentionShape attention = xrl::attention_shape(qkv, scale);
   const int dim = qkv.head_dim;
-  const xrl::AttentionForward<T> tensors{dense_heads<const T>(query, attention.num_heads, dim),
-                                         dense_heads<const T>(key, attention.num_kv_heads, dim),
-                                         values_of<const T>(mixed, qkv), dense_heads<T>(out, attention.num_heads, dim),
+  const xrl::AttentionForward<T> tensors{xrl::dense_heads(at<const T>(query), attention.num_heads, dim),
+                                         xrl::dense_heads(at<const T>(key), attention.num_kv_heads, dim),
+                                         xrl::values_of(at<const T>(mixed), qkv), xrl::dense_heads(at<T>(out), attention.num_heads, dim),
                                          at<float>(log_sums)};
   py::gil_scoped_release release;
-  XRL_DISPATCH(packed_attention_forward, tensors, packed_sequences(sequences), attention, num_threads);
+  XRL_DISPATCH(packed_attention_forward, tensors, xrl::packed_sequences(sequences), attention, num_threads);
 }
 
 template <typename T>
 void packed_attention_backward(Address query, Address key, Address mixed, Address out, Address log_sums,
-                               Address grad_out, const QkvTuple& shape, float scale, const SequencesTuple& sequences,
+                               Address grad_out, const xrl::QkvTuple& shape, float scale, const xrl::SequencesTuple& sequences,
                                Address grad_query, Address grad_key, Address grad_mixed, int num_threads) {
-  const xrl::QkvShape qkv = qkv_shape(shape);
-  const xrl::AttentionShape attention = attention_shape(qkv, scale);
+  const xrl::QkvShape qkv = xrl::qkv_shape(shape);
+  const xrl::AttentionShape attention = xrl::attention_shape(qkv, scale);
   const int dim = qkv.head_dim;
   const int num_heads = attention.num_heads;
   const int num_kv_heads = attention.num_kv_heads;
-  const xrl::AttentionBackward<T> tensors{dense_heads<const T>(query, num_heads, dim),
-                                          dense_heads<const T>(key, num_kv_heads, dim),
-                                          values_of<const T>(mixed, qkv),
-                                          dense_heads<const T>(out, num_heads, dim),
-                                          dense_heads<const T>(grad_out, num_heads, dim),
+  const xrl::AttentionBackward<T> tensors{xrl::dense_heads(at<const T>(query), num_heads, dim),
+                                          xrl::dense_heads(at<const T>(key), num_kv_heads, dim),
+                                          xrl::values_of(at<const T>(mixed), qkv),
+                                          xrl::dense_heads(at<const T>(out), num_heads, dim),
+                                          xrl::dense_heads(at<const T>(grad_out), num_heads, dim),
                                           at<const float>(log_sums),
-                                          dense_heads<T>(grad_query, num_heads, dim),
-                                          dense_heads<T>(grad_key, num_kv_heads, dim),
-                                          values_of<T>(grad_mixed, qkv)};
+                                          xrl::dense_heads(at<T>(grad_query), num_heads, dim),
+                                          xrl::dense_heads(at<T>(grad_key), num_kv_heads, dim),
+                                          xrl::values_of(at<T>(grad_mixed), qkv)};
   py::gil_scoped_release release;
-  XRL_DISPATCH(packed_attention_backward, tensors, packed_sequences(sequences), attention, num_threads);
+  XRL_DISPATCH(packed_attention_backward, tensors, xrl::packed_sequences(sequences), attention, num_threads);
 }
 
 const char* cpu_isa() {
@@ -467,13 +384,13 @@ PYBIND11_MODULE(_C, module) {
   module.def("grpo_rows", &grpo_rows);
   module.def("populate_pages", &populate_pages);
   xrl::bind_weights(module);
+  xrl::bind_layers(module);
   module.def("matmul", &matmul);
   module.def("packed_size", &packed_size);
   module.def("pack_weight", &pack_weight);
   module.def("packed_matmul", &packed_matmul);
   module.def("gated_mlp_forward", &gated_mlp_forward);
   module.def("gated_mlp_backward", &gated_mlp_backward);
-  module.def("decode_layers", &decode_layers);
   module.def("sample_tokens", &sample_tokens);
 #ifdef XRL_WITH_CUDA
   xrl::bind_cuda(module);

@@ -17,6 +17,12 @@ struct TokenHeads {
   int64_t head_stride;
 };
 
+// Heads that lie side by side in a token.
+template <typename T>
+TokenHeads<T> dense_heads(T* place, int num_heads, int head_dim) {
+  return {place, static_cast<int64_t>(num_heads) * head_dim, head_dim};
+}
+
 // Token i of sequence s is token starts[s] + i * step of the pack.
 struct PackedSequences {
   const int32_t* starts;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/packed_attention.h"
 #include "cpu/vector_math.h"
 
 namespace xrl {
@@ -15,6 +16,17 @@ struct QkvShape {
   int queries_per_key;
   int head_dim;
 };
+
+// The values inside of it.
+template <typename T>
+TokenHeads<T> values_of(T* mixed, const QkvShape& shape) {
+  const int64_t head_stride = static_cast<int64_t>(shape.queries_per_key + 2) * shape.head_dim;
+  return {mixed + (shape.queries_per_key + 1) * shape.head_dim, shape.num_kv_heads * head_stride, head_stride};
+}
+
+inline AttentionShape attention_shape(const QkvShape& shape, float scale) {
+  return {shape.num_kv_heads * shape.queries_per_key, shape.num_kv_heads, shape.head_dim, shape.num_tokens, scale};
+}
 
 // cosine, sine: [num_tokens, head_dim]. q_weight and k_weight [head_dim] are null where heads are not normalised.
 template <typename T>

@@ -56,7 +56,7 @@ class _GatedMLP(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         ctx.save_for_backward(x, gate_up, down)
         # Not saved: autograd would refuse that the backward pass overwrites it.
-        if _is_fused(x, gate_up, down):
+        if is_fused(x, gate_up, down):
             ctx.hidden = hidden = x.new_empty(x.shape[0], gate_up.shape[0])
             out = x.new_empty(x.shape[0], down.shape[0])
             _kernels().gated_mlp_forward(
@@ -81,7 +81,7 @@ class _GatedMLP(torch.autograd.Function):
             raise RuntimeError("gated_mlp: the backward pass can run once: it overwrites what the forward pass kept")
         grad = grads[0].contiguous()
         needs_x, needs_gate_up, needs_down = ctx.needs_input_grad
-        if _is_fused(x, gate_up, down):
+        if is_fused(x, gate_up, down):
             grad_x = torch.empty_like(x) if needs_x else None
             activated = hidden.new_empty(len(hidden), down.shape[1])
             _kernels().gated_mlp_backward(
@@ -102,7 +102,7 @@ class _GatedMLP(torch.autograd.Function):
         return grad_x, grad_gate_up, grad_down
 
 
-def _is_fused(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+def is_fused(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
     """Whether the kernel serves: it packs both weights at every call, which must not take much memory."""
     size = 4 * (gate_up.numel() + down.numel())
     return size <= _MOST_PACKED_BYTES and has_matmul(x, gate_up, down)

@@ -5,6 +5,7 @@ By our own kernel where it has vector instructions, else `torch.nn.functional.li
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,23 @@ class _CpuLinear(torch.autograd.Function):
         grad_x = matmul(grad, weight) if needs_x else None
         grad_weight = weight_gradient(grad, x, weight) if needs_weight else None
         return grad_x, grad_weight
+
+
+@dataclass(frozen=True)
+class GradientRoom:
+    """Where a kernel adds a parameter's gradient, and what autograd then gets of it."""
+
+    buffer: Tensor
+    result: Tensor | None
+
+
+def gradient_room(parameter: Tensor) -> GradientRoom:
+    """Megatron's gradient buffer where there is one of the same type, which autograd does not see; else zeros."""
+    main_grad: Tensor | None = getattr(parameter, "main_grad", None)
+    if main_grad is not None and main_grad.dtype == parameter.dtype and main_grad.is_contiguous():
+        return GradientRoom(main_grad, None)
+    zeros = torch.zeros_like(parameter)
+    return GradientRoom(zeros, zeros)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import LayerNormImpl, Transform
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from xrl.models.attention import PackedAttention
+from xrl.models.decoder_layer import DecoderLayer
 from xrl.models.latent_attention import LatentAttention
 from xrl.models.linear import ColumnParallelLinear, RowParallelLinear
 from xrl.models.mlp import GatedMLP, SwiGLU
@@ -51,6 +52,8 @@ def _local_layer(shape: ModelShape, num_experts: int | None) -> ModuleSpec:
         multi_latent_attention=shape.latent is not None,
         normalization="RMSNorm",
     )
+    if DecoderLayer.fits(shape, num_experts=num_experts):
+        layer.module = DecoderLayer
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     _own_attention(layer.submodules.self_attention, shape)

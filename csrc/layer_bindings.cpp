@@ -1,0 +1,120 @@
+#include "layer_bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+#include "address.h"
+#include "arguments.h"
+#include "cpu/decode_layers.h"
+#include "cpu/train_layer.h"
+#include "dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using xrl::Address;
+using xrl::at;
+
+// (hidden, ffn, num_heads, num_kv_heads, head_dim, block_size, eps)
+using DecoderShapeTuple = std::tuple<int64_t, int64_t, int, int, int, int, float>;
+// (num_rows, positions, slots, group_starts, num_groups, prompt_blocks, their row stride, prompt_lengths, row_blocks,
+// their row stride, row_lengths, cos, sin)
+using DecoderRowsTuple = std::tuple<int64_t, Address, Address, Address, int, Address, int64_t, Address, Address, int64_t,
+                                    Address, Address, Address>;
+// Addresses in the order of xrl::DecoderLayer.
+using DecoderLayerArray = std::array<Address, 11>;
+
+void decode_layers(Address x, const std::vector<DecoderLayerArray>& layers, const DecoderShapeTuple& shape_tuple,
+                   const DecoderRowsTuple& rows_tuple, int num_threads) {
+  const auto [hidden, ffn, num_heads, num_kv_heads, head_dim, block_size, eps] = shape_tuple;
+  const auto [num_rows, positions, slots, group_starts, num_groups, prompt_blocks, prompt_blocks_stride, prompt_lengths,
+              row_blocks, row_blocks_stride, row_lengths, cos, sin] = rows_tuple;
+  xrl::check_attention(num_heads, num_kv_heads, block_size);
+  xrl::check_sizes(num_rows, hidden, num_threads);
+  const xrl::DecoderShape shape{hidden, ffn, num_heads, num_kv_heads, head_dim, block_size, eps};
+  const xrl::PagedRows context{at<const int32_t>(group_starts),   at<const int32_t>(prompt_blocks),
+                               at<const int32_t>(prompt_lengths), at<const int32_t>(row_blocks),
+                               at<const int32_t>(row_lengths),    num_groups,
+                               prompt_blocks_stride,              row_blocks_stride};
+  const xrl::DecoderRows rows{num_rows, at<const int32_t>(positions), at<const int32_t>(slots), context,
+                              at<const float>(cos), at<const float>(sin)};
+  std::vector<xrl::DecoderLayer> addressed;
+  for (const auto& [input_norm, qkv, qkv_bias, q_norm, k_norm, attention_out, mlp_norm, gate_up, down, keys, values] :
+       layers) {
+    addressed.push_back({at<const float>(input_norm), at<const float>(qkv), at<const float>(qkv_bias),
+                         at<const float>(q_norm), at<const float>(k_norm), at<const float>(attention_out),
+                         at<const float>(mlp_norm), at<const float>(gate_up), at<const float>(down), at<float>(keys),
+                         at<float>(values)});
+  }
+  py::gil_scoped_release release;
+  XRL_DISPATCH(decode_layers, addressed.data(), addressed.size(), shape, rows, at<float>(x), num_threads);
+}
+
+// (rows, hidden, ffn, eps, scale)
+using TrainShapeTuple = std::tuple<int64_t, int64_t, int64_t, float, float>;
+// Addresses in the order of xrl::LayerParameters.
+using ParametersArray = std::array<Address, 9>;
+
+template <typename T>
+xrl::LayerParameters<T> parameters(const ParametersArray& addresses) {
+  const auto& [input_norm, qkv, qkv_bias, q_norm, k_norm, attention_out, mlp_norm, gate_up, down] = addresses;
+  return {at<T>(input_norm),    at<T>(qkv),      at<T>(qkv_bias), at<T>(q_norm), at<T>(k_norm),
+          at<T>(attention_out), at<T>(mlp_norm), at<T>(gate_up),  at<T>(down)};
+}
+
+xrl::TrainLayerShape train_shape(const TrainShapeTuple& tuple, const xrl::QkvTuple& qkv) {
+  const auto& [rows, hidden, ffn, eps, scale] = tuple;
+  const xrl::QkvShape heads = xrl::qkv_shape(qkv);
+  xrl::check(hidden >= 1 && ffn >= 1, "hidden and ffn must be >= 1");
+  xrl::check(rows >= 1 && heads.num_tokens <= rows, "rows must be >= 1 and at least the tokens of all sequences");
+  return {rows, heads, hidden, ffn, eps, scale};
+}
+
+// (shape, QKV shape, weights, sequences, cosine, sine)
+using TrainLayerTuple =
+    std::tuple<TrainShapeTuple, xrl::QkvTuple, ParametersArray, xrl::SequencesTuple, Address, Address>;
+
+xrl::TrainLayer train_layer(const TrainLayerTuple& tuple) {
+  const auto& [shape, qkv, weights, sequences, cosine, sine] = tuple;
+  return {train_shape(shape, qkv), parameters<const float>(weights), xrl::packed_sequences(sequences),
+          at<const float>(cosine), at<const float>(sine)};
+}
+
+int64_t train_layer_kept(const TrainShapeTuple& shape, const xrl::QkvTuple& qkv) {
+  return xrl::KeptActivations::size(train_shape(shape, qkv));
+}
+
+void train_layer_forward(const TrainLayerTuple& tuple, Address x, Address kept, Address out, int num_threads) {
+  const xrl::TrainLayer layer = train_layer(tuple);
+  xrl::check_sizes(layer.shape.rows, layer.shape.hidden, num_threads);
+  py::gil_scoped_release release;
+  XRL_DISPATCH(train_layer_forward, layer, at<const float>(x), xrl::KeptActivations(layer.shape, at<float>(kept)),
+               at<float>(out), num_threads);
+}
+
+void train_layer_backward(const TrainLayerTuple& tuple, Address x, Address kept, Address grad,
+                          const ParametersArray& gradients, Address grad_x, int num_threads) {
+  const xrl::TrainLayer layer = train_layer(tuple);
+  xrl::check_sizes(layer.shape.rows, layer.shape.hidden, num_threads);
+  py::gil_scoped_release release;
+  XRL_DISPATCH(train_layer_backward, layer, at<const float>(x), xrl::KeptActivations(layer.shape, at<float>(kept)),
+               at<const float>(grad), parameters<float>(gradients), at<float>(grad_x), num_threads);
+}
+
+}  // namespace
+
+namespace xrl {
+
+void bind_layers(py::module_& module) {
+  module.def("decode_layers", &decode_layers);
+  module.def("train_layer_kept", &train_layer_kept);
+  module.def("train_layer_forward", &train_layer_forward);
+  module.def("train_layer_backward", &train_layer_backward);
+}
+
+}  // namespace xrl

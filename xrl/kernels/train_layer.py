@@ -1,0 +1,141 @@
+"""A dense decoder layer for training as one operation: fp32, on the CPU, on one tensor rank.
+
+It runs the kernels of `layer_ops`, `linear`, `self_attention` and `gated_mlp` one after the other without coming back
+to Python in between. Each of them sweeps the caches, and the interpreter and PyTorch would have to fetch their code and
+data from memory again twenty times a layer.
+
+Shapes: T tokens; H hidden size; F of the MLP; n query heads and g key/value heads of size d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xrl.kernels.gated_mlp import is_fused, reference_gated_mlp
+from xrl.kernels.layer_ops import reference_rms_norm
+from xrl.kernels.linear import gradient_room
+from xrl.kernels.native import native_module
+from xrl.kernels.self_attention import HEAD_DIM_MULTIPLE, HeadRules, PackedSequences, reference_self_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerParameters:
+    """In the order of the kernel's arguments."""
+
+    input_norm: Tensor  # [H]
+    qkv: Tensor  # [(n + 2 g) * d, H] as megatron-core lays it out
+    qkv_bias: Tensor | None  # [(n + 2 g) * d]
+    q_norm: Tensor | None  # [d]
+    k_norm: Tensor | None  # [d]
+    attention_out: Tensor  # [H, n * d]
+    mlp_norm: Tensor  # [H]
+    gate_up: Tensor  # [2 F, H] the gate's rows before the up projection's
+    down: Tensor  # [H, F]
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them, without a copy."""
+        return tuple(vars(self).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRules:
+    """What a layer is told beside its parameters."""
+
+    sequences: PackedSequences
+    cos: Tensor  # [T, d]
+    sin: Tensor  # [T, d]
+    num_kv_heads: int
+    eps: float  # of every norm
+    scale: float  # of the scores
+
+
+def can_run(x: Tensor, parameters: LayerParameters, rules: LayerRules) -> bool:
+    """Whether `train_layer` has a kernel for such a layer."""
+    tensors = [x, rules.cos, rules.sin, *(tensor for tensor in parameters.tensors() if tensor is not None)]
+    if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in tensors):
+        return False
+    head_dim = rules.cos.shape[-1]
+    return x.numel() > 0 and head_dim % HEAD_DIM_MULTIPLE == 0 and is_fused(x, parameters.gate_up, parameters.down)
+
+
+def train_layer(x: Tensor, parameters: LayerParameters, rules: LayerRules) -> Tensor:
+    """What the layer makes of x [..., H]; differentiable in x and all parameters, once. See `can_run`."""
+    out: Tensor = _TrainLayer.apply(x, rules, *parameters.tensors())
+    return out
+
+
+def reference_train_layer(x: Tensor, parameters: LayerParameters, rules: LayerRules) -> Tensor:
+    """The specification of `train_layer`."""
+    p = parameters
+    heads = HeadRules(
+        cos=rules.cos, sin=rules.sin, q_weight=p.q_norm, k_weight=p.k_norm, eps=rules.eps, scale=rules.scale
+    )
+    mixed = F.linear(reference_rms_norm(x, p.input_norm, rules.eps), p.qkv, p.qkv_bias).flatten(0, -2)
+    attended = reference_self_attention(mixed, rules.sequences, heads, num_kv_heads=rules.num_kv_heads)
+    x = x + F.linear(attended, p.attention_out).view(x.shape)
+    return reference_gated_mlp(reference_rms_norm(x, p.mlp_norm, rules.eps), p.gate_up, p.down) + x
+
+
+class _TrainLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rules: LayerRules, *parameters: Tensor | None) -> Tensor:
+        module: Any = native_module()
+        layer = _layer(x, rules, parameters)
+        # Not saved: autograd would refuse that the backward pass overwrites it.
+        ctx.kept = x.new_empty(module.train_layer_kept(*layer[:2]))
+        ctx.rules = rules
+        ctx.save_for_backward(x, *parameters)
+        out = torch.empty_like(x)
+        module.train_layer_forward(layer, x.data_ptr(), ctx.kept.data_ptr(), out.data_ptr(), torch.get_num_threads())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None
+        if kept is None:
+            raise RuntimeError("train_layer: the backward pass can run once: it overwrites what the forward pass kept")
+        grad, grad_x = grads[0].contiguous(), torch.empty_like(x)
+        rooms = [
+            gradient_room(parameter) if needed else None
+            for parameter, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True)
+        ]
+        native_module().train_layer_backward(  # type: ignore[union-attr]
+            _layer(x, ctx.rules, parameters),
+            x.data_ptr(),
+            kept.data_ptr(),
+            grad.data_ptr(),
+            [0 if room is None else room.buffer.data_ptr() for room in rooms],
+            grad_x.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return grad_x, None, *(None if room is None else room.result for room in rooms)
+
+
+def _layer(x: Tensor, rules: LayerRules, parameters: tuple[Tensor | None, ...] | list[Tensor | None]) -> Any:
+    """The layer as the kernel takes it."""
+    sequences = rules.sequences
+    weights = [0 if tensor is None else tensor.data_ptr() for tensor in parameters]
+    hidden, head_dim = x.shape[-1], rules.cos.shape[-1]
+    out_weight, down = parameters[5], parameters[8]
+    assert out_weight is not None and down is not None
+    queries_per_key = out_weight.shape[1] // (rules.num_kv_heads * head_dim)
+    return (
+        (x.numel() // hidden, hidden, down.shape[1], rules.eps, rules.scale),
+        (sequences.num_tokens, rules.num_kv_heads, queries_per_key, head_dim),
+        weights,
+        (
+            sequences.starts.data_ptr(),
+            sequences.lengths.data_ptr(),
+            sequences.parents.data_ptr(),
+            len(sequences.starts),
+            sequences.step,
+        ),
+        rules.cos.data_ptr(),
+        rules.sin.data_ptr(),
+    )

@@ -1,0 +1,74 @@
+"""megatron-core's decoder layer as one operation, where we have a kernel for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from xrl.kernels.train_layer import LayerParameters, LayerRules, can_run, train_layer
+from xrl.models.mlp import GatedMLP
+from xrl.models.norm import RMSNorm
+from xrl.models.packed import AttentionInputs
+from xrl.models.self_attention import SelfAttention
+from xrl.models.shape import ModelShape
+
+
+class DecoderLayer(TransformerLayer):
+    """Same parameters. On several tensor ranks, and where there is no such kernel, megatron-core's own way."""
+
+    input_layernorm: RMSNorm
+    self_attention: SelfAttention
+    pre_mlp_layernorm: RMSNorm
+    mlp: GatedMLP
+
+    @staticmethod
+    def fits(shape: ModelShape, *, num_experts: int | None) -> bool:
+        """Whether such a layer consists of the modules above."""
+        has_bias = shape.out_bias or shape.mlp_bias
+        return num_experts is None and shape.latent is None and not has_bias and not torch.cuda.is_available()
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, packed_seq_params: AttentionInputs | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[S, B, H] -> [S, B, H], and no context."""
+        rules = None if packed_seq_params is None else self._rules(packed_seq_params)
+        parameters = self._layer_parameters()
+        if rules is not None and can_run(hidden_states, parameters, rules):
+            return train_layer(hidden_states, parameters, rules), None
+        output: tuple[Tensor, Tensor | None] = super().forward(
+            hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+        return output
+
+    def _rules(self, inputs: AttentionInputs) -> LayerRules | None:
+        if inputs.sequences is None or inputs.cos is None or inputs.sin is None:
+            return None
+        attention = self.self_attention
+        if attention.linear_proj.tp_group.size() > 1:
+            return None
+        return LayerRules(
+            sequences=inputs.sequences,
+            cos=inputs.cos,
+            sin=inputs.sin,
+            num_kv_heads=attention.num_query_groups_per_partition,
+            eps=self.config.layernorm_epsilon,
+            scale=attention.core_attention.scale,
+        )
+
+    def _layer_parameters(self) -> LayerParameters:
+        attention = self.self_attention
+        return LayerParameters(
+            input_norm=self.input_layernorm.weight,
+            qkv=attention.linear_qkv.weight,
+            qkv_bias=attention.linear_qkv.bias,
+            # Without QK norm the modules are identities, which have no weight.
+            q_norm=getattr(attention.q_layernorm, "weight", None),
+            k_norm=getattr(attention.k_layernorm, "weight", None),
+            attention_out=attention.linear_proj.weight,
+            mlp_norm=self.pre_mlp_layernorm.weight,
+            gate_up=self.mlp.linear_fc1.weight,
+            down=self.mlp.linear_fc2.weight,
+        )
