@@ -313,18 +313,19 @@ void packed_attention_forward(Address query, Address key, Address mixed, const x
   const xrl::QkvShape qkv = xrl::qkv_shape(shape);
   const xrl::AttentionShape attention = xrl::attention_shape(qkv, scale);
   const int dim = qkv.head_dim;
-  const xrl::AttentionForward<T> tensors{xrl::dense_heads(at<const T>(query), attention.num_heads, dim),
-                                         xrl::dense_heads(at<const T>(key), attention.num_kv_heads, dim),
-                                         xrl::values_of(at<const T>(mixed), qkv), xrl::dense_heads(at<T>(out), attention.num_heads, dim),
-                                         at<float>(log_sums)};
+  const xrl::AttentionForward<T> tensors{
+      xrl::dense_heads(at<const T>(query), attention.num_heads, dim),
+      xrl::dense_heads(at<const T>(key), attention.num_kv_heads, dim), xrl::values_of(at<const T>(mixed), qkv),
+      xrl::dense_heads(at<T>(out), attention.num_heads, dim), at<float>(log_sums)};
   py::gil_scoped_release release;
   XRL_DISPATCH(packed_attention_forward, tensors, xrl::packed_sequences(sequences), attention, num_threads);
 }
 
 template <typename T>
 void packed_attention_backward(Address query, Address key, Address mixed, Address out, Address log_sums,
-                               Address grad_out, const xrl::QkvTuple& shape, float scale, const xrl::SequencesTuple& sequences,
-                               Address grad_query, Address grad_key, Address grad_mixed, int num_threads) {
+                               Address grad_out, const xrl::QkvTuple& shape, float scale,
+                               const xrl::SequencesTuple& sequences, Address grad_query, Address grad_key,
+                               Address grad_mixed, int num_threads) {
   const xrl::QkvShape qkv = xrl::qkv_shape(shape);
   const xrl::AttentionShape attention = xrl::attention_shape(qkv, scale);
   const int dim = qkv.head_dim;

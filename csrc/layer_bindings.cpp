@@ -24,8 +24,8 @@ using xrl::at;
 using DecoderShapeTuple = std::tuple<int64_t, int64_t, int, int, int, int, float>;
 // (num_rows, positions, slots, group_starts, num_groups, prompt_blocks, their row stride, prompt_lengths, row_blocks,
 // their row stride, row_lengths, cos, sin)
-using DecoderRowsTuple = std::tuple<int64_t, Address, Address, Address, int, Address, int64_t, Address, Address, int64_t,
-                                    Address, Address, Address>;
+using DecoderRowsTuple = std::tuple<int64_t, Address, Address, Address, int, Address, int64_t, Address, Address,
+                                    int64_t, Address, Address, Address>;
 // Addresses in the order of xrl::DecoderLayer.
 using DecoderLayerArray = std::array<Address, 11>;
 

@@ -124,7 +124,8 @@ void rotary(const T* x, const T* cosine, const T* sine, int64_t num_tokens, int6
   template void swiglu_forward<T>(const T*, int64_t, int64_t, T*, int);                                             \
   template void swiglu_backward<T>(const T*, const T*, int64_t, int64_t, T*, T*, int);                              \
   template void rms_norm_forward<T>(const T*, const T*, int64_t, int64_t, float, T*, float*, int);                  \
-  template void rms_norm_backward<T>(const T*, const T*, const float*, const T*, const T*, int64_t, int64_t, T*, float*, int); \
+  template void rms_norm_backward<T>(const T*, const T*, const float*, const T*, const T*, int64_t, int64_t, T*,    \
+                                     float*, int);                                                                  \
   template void rotary<T>(const T*, const T*, const T*, int64_t, int64_t, int64_t, float, T*, int);
 
 XRL_INSTANTIATE(float)

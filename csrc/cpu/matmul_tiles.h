@@ -12,6 +12,7 @@
 #include "cpu/aligned_floats.h"
 #include "cpu/matmul.h"
 #include "cpu/tile_product.h"
+#include "cpu/transpose.h"
 
 namespace xrl {
 
@@ -101,30 +102,6 @@ static inline Floats room_for_copies(const StridedMatrix& a) {
   return must_copy(a) ? make_floats(kChunkTiles * kCopySize) : nullptr;
 }
 
-// Two registers' numbers by turns, the first halves' and the second halves'.
-static inline void interleave(Lanes a, Lanes b, Lanes& low, Lanes& high) {
-  LaneBits first, second;
-  for (int lane = 0; lane < kLanes / 2; ++lane) {
-    first[2 * lane] = lane;
-    first[2 * lane + 1] = lane + kLanes;
-    second[2 * lane] = lane + kLanes / 2;
-    second[2 * lane + 1] = lane + kLanes / 2 + kLanes;
-  }
-  low = __builtin_shuffle(a, b, first);
-  high = __builtin_shuffle(a, b, second);
-}
-
-// Of kLanes x kLanes numbers: log2(kLanes) perfect shuffles.
-static inline void transpose(Lanes (&rows)[kLanes]) {
-  for (int size = 1; size < kLanes; size *= 2) {
-    Lanes shuffled[kLanes];
-    for (int i = 0; i < kLanes / 2; ++i) {
-      interleave(rows[i], rows[i + kLanes / 2], shuffled[2 * i], shuffled[2 * i + 1]);
-    }
-    for (int i = 0; i < kLanes; ++i) rows[i] = shuffled[i];
-  }
-}
-
 // One vector of columns of b, for all of its depth, into a panel; past `columns` it is filled up with zeros.
 static inline void pack_vector(const StridedMatrix& b, int columns, int depth, float* panel) {
   int k = 0;
@@ -191,13 +168,13 @@ static inline void chunk_times_panels(const StridedMatrix& a, const Panels& b, c
     for (int64_t row = 0; row < rows; row += kTileRows) {
       float* place = c + row * c_stride + column;
       const bool is_last_tile = row + kTileRows >= rows;
-      const bool is_last_panel = column + kPanel >= columns;
       const int64_t next_row = is_last_tile ? 0 : row + kTileRows;
       const int64_t next_column = is_last_tile ? column + kPanel : column;
       if (next_column < columns) {
         prefetch_sums(addend.from(next_row, next_column), c + next_row * c_stride + next_column, c_stride,
                       tile_rows(next_row, rows));
       }
+      const bool is_last_panel = column + kPanel >= columns;
       if (is_last_panel && a.row_stride == 1 && rows == kChunkRows) prefetch_chunk(a, row / kTileRows, depth);
       tile(tile_rows(row, rows), panel_columns(column, columns), tiles[row / kTileRows], b.from(0, column / kPanel),
            depth, addend.from(row, column), place, c_stride);

@@ -10,11 +10,12 @@
 
 #include "cpu/aligned_floats.h"
 #include "cpu/tile_product.h"
+#include "cpu/transpose.h"
 
 namespace xrl::XRL_ISA {
 namespace {
 
-constexpr int kTileQueries = 6 * kProductRows;  // queries scored together
+constexpr int kTileQueries = 11 * kProductRows;  // queries scored together
 constexpr int kTileKeys = 64;                   // columns of a transposed tile of keys, which then fits in L1
 constexpr int kSpanKeys = 4 * kTileKeys;        // scored before the softmax is brought up to date
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
@@ -83,14 +84,60 @@ void gather_transposed(const TokenHeads<const T>& heads, int head, const Context
                        float* tiles) {
   const int num_keys = context.num_keys();
   for (int first = 0; first < num_keys; first += kTileKeys, tiles += dim * kTileKeys) {
-    const int count = std::min(kTileKeys, num_keys - first);
-    for (int j = 0; j < count; ++j) {
-      const T* place = head_of(heads, context.key_token(first + j, step), head);
-      for (int d = 0; d < dim; ++d) tiles[d * kTileKeys + j] = load(place[d]);
+    for (int j = 0; j < kTileKeys; j += kLanes) {
+      for (int d = 0; d < dim; d += kLanes) {
+        Lanes square[kLanes];
+        for (int key = 0; key < kLanes; ++key) {
+          const int number = first + j + key;
+          square[key] = number < num_keys ? load_lanes(head_of(heads, context.key_token(number, step), head) + d)
+                                          : Lanes{};
+        }
+        transpose(square);
+        for (int i = 0; i < kLanes; ++i) store_lanes(tiles + (d + i) * kTileKeys + j, square[i]);
+      }
     }
-    for (int d = 0; d < dim && count < kTileKeys; ++d) {
-      std::fill(tiles + d * kTileKeys + count, tiles + (d + 1) * kTileKeys, 0.0f);
-    }
+  }
+}
+
+// Which of `count` keys the queries [first, first + count) of a tile see, query by query and kProductRows at a time.
+struct CausalEdge {
+  int seen_by_first;  // may be less than none, or more than all
+  int num_queries;
+  int num_keys;
+
+  int seen(int query) const { return std::clamp(seen_by_first + query, 0, num_keys); }
+  int rows(int query) const { return std::min(kProductRows, num_queries - query); }
+  // By any query of the group that begins with this one.
+  int seen_by_group(int query) const { return seen(query + rows(query) - 1); }
+  // The first query that sees this key.
+  int first_query(int key) const { return std::clamp(key + 1 - seen_by_first, 0, num_queries); }
+};
+
+// scores[query][key] = query . key, of the keys that the group of the query sees.
+inline void scores_product(const float* queries, const float* key_tile, const CausalEdge& edge, int dim, float* scores,
+                           int64_t stride) {
+  for (int i = 0; i < edge.num_queries; i += kProductRows) {
+    product({queries + i * dim, dim, 1}, key_tile, kTileKeys, edge.rows(i), edge.seen_by_group(i), dim,
+            scores + i * stride, stride, false);
+  }
+}
+
+// out[query] (+)= the sum over keys of weights[query][key] * values[key]
+inline void weighted_sums(const float* weights, int64_t stride, const float* values, const CausalEdge& edge, int dim,
+                          float* out, bool adds) {
+  for (int i = 0; i < edge.num_queries; i += kProductRows) {
+    product({weights + i * stride, stride, 1}, values, dim, edge.rows(i), dim, edge.seen_by_group(i), out + i * dim,
+            dim, adds);
+  }
+}
+
+// out[key] += the sum over queries of weights[query][key] * rows[query]
+inline void add_transposed_sums(const float* weights, int64_t stride, const float* rows, const CausalEdge& edge,
+                                int dim, float* out) {
+  for (int key = 0; key < edge.num_keys; key += kProductRows) {
+    const int first = edge.first_query(key);
+    product({weights + first * stride + key, 1, stride}, rows + first * dim, dim,
+            std::min(kProductRows, edge.num_keys - key), dim, edge.num_queries - first, out + key * dim, dim, true);
   }
 }
 
@@ -107,15 +154,18 @@ struct ForwardScratch {
         scores(make_floats(kTileQueries * kSpanKeys)) {}
 };
 
-// Scores of one query's span into weights, of which the first `seen` count; rescale what came before.
+inline void fill_zeros(float* row, int first, int last) {
+  for (int j = first; j < last; j += kLanes) store_lanes(row + j, Lanes{});
+}
+
+// Scores of one query's span into weights, of which the first `seen` count and the others become zeros; rescale what
+// came before.
 inline void update_softmax(ForwardScratch& scratch, int i, int seen, int count, int dim) {
   float* scores = scratch.scores.get() + i * kSpanKeys;
-  const int end = static_cast<int>(round_up(count, kLanes));
+  const int end = static_cast<int>(round_up(seen, kLanes));
+  fill_zeros(scores, end, count);
+  if (seen == 0) return;
   for (int j = seen; j < end; ++j) scores[j] = kLowest;
-  if (seen <= 0) {
-    for (int j = 0; j < end; j += kLanes) store_lanes(scores + j, Lanes{});
-    return;
-  }
   Lanes top = all_lanes(scratch.max_score[i]);
   for (int j = 0; j < seen; j += kLanes) {
     const Lanes s = load_lanes(scores + j);
@@ -155,16 +205,14 @@ void attend(const AttentionForward<T>& tensors, const AttentionShape& shape, con
   const int seen_by_first = context.prompt_length + first + 1;
   const int num_keys = seen_by_first + count - 1;  // that the last query sees
   for (int span = 0; span < num_keys; span += kSpanKeys) {
-    const int width = std::min(kSpanKeys, num_keys - span);
-    for (int j = 0; j < width; j += kTileKeys) {
-      product({query, dim, 1}, scratch.keys.get() + static_cast<int64_t>(span + j) * dim, kTileKeys, count,
-              std::min(kTileKeys, width - j), dim, scores + j, kSpanKeys, false);
+    const CausalEdge edge{seen_by_first - span, count, std::min(kSpanKeys, num_keys - span)};
+    for (int j = 0; j < edge.num_keys; j += kTileKeys) {
+      const CausalEdge tile{seen_by_first - span - j, count, std::min(kTileKeys, edge.num_keys - j)};
+      scores_product(query, scratch.keys.get() + static_cast<int64_t>(span + j) * dim, tile, dim, scores + j,
+                     kSpanKeys);
     }
-    for (int i = 0; i < count; ++i) {
-      update_softmax(scratch, i, std::clamp(seen_by_first + i - span, 0, width), width, dim);
-    }
-    product({scores, kSpanKeys, 1}, scratch.values.get() + static_cast<int64_t>(span) * dim, dim, count, dim, width,
-            sums, dim, true);
+    for (int i = 0; i < count; ++i) update_softmax(scratch, i, edge.seen(i), edge.num_keys, dim);
+    weighted_sums(scores, kSpanKeys, scratch.values.get() + static_cast<int64_t>(span) * dim, edge, dim, sums, true);
   }
   for (int i = 0; i < count; ++i) {
     const int64_t token = start + i * step;
@@ -194,10 +242,13 @@ struct BackwardScratch {
         grad_scores(make_floats(kTileQueries * kTileKeys)) {}
 };
 
-// Scores and gradients of the weights, in place, into weights and gradients of the scores; `seen` keys count.
+// Scores and gradients of the weights, in place, into weights and gradients of the scores; `seen` keys count, the
+// others get zeros.
 inline void softmax_gradient(float* weights, float* grad_scores, float log_sum, float shift, int seen, int count) {
-  const int end = static_cast<int>(round_up(count, kLanes));
-  for (int j = std::max(0, seen); j < end; ++j) weights[j] = kLowest;
+  const int end = static_cast<int>(round_up(seen, kLanes));
+  for (int j = seen; j < end; ++j) weights[j] = kLowest;
+  fill_zeros(weights, end, count);
+  fill_zeros(grad_scores, end, count);
   for (int j = 0; j < end; j += kLanes) {
     const Lanes w = exp_nonpositive(load_lanes(weights + j) - log_sum);
     store_lanes(weights + j, w);
@@ -230,19 +281,17 @@ void attend_backward(const AttentionBackward<T>& tensors, const AttentionShape& 
   const int seen_by_first = context.prompt_length + first + 1;
   const int num_keys = seen_by_first + count - 1;
   for (int tile = 0; tile < num_keys; tile += kTileKeys) {
-    const int width = std::min(kTileKeys, num_keys - tile);
+    const CausalEdge edge{seen_by_first - tile, count, std::min(kTileKeys, num_keys - tile)};
     const int64_t place = static_cast<int64_t>(tile) * dim;
-    product({query, dim, 1}, scratch.key_tiles.get() + place, kTileKeys, count, width, dim, weights, kTileKeys, false);
-    product({grad_out, dim, 1}, scratch.value_tiles.get() + place, kTileKeys, count, width, dim, grad_scores,
-            kTileKeys, false);
+    scores_product(query, scratch.key_tiles.get() + place, edge, dim, weights, kTileKeys);
+    scores_product(grad_out, scratch.value_tiles.get() + place, edge, dim, grad_scores, kTileKeys);
     for (int i = 0; i < count; ++i) {
       softmax_gradient(weights + i * kTileKeys, grad_scores + i * kTileKeys, scratch.log_sums[i], scratch.shifts[i],
-                       seen_by_first + i - tile, width);
+                       edge.seen(i), edge.num_keys);
     }
-    product({weights, 1, kTileKeys}, grad_out, dim, width, dim, count, scratch.grad_values.get() + place, dim, true);
-    product({grad_scores, 1, kTileKeys}, query, dim, width, dim, count, scratch.grad_keys.get() + place, dim, true);
-    product({grad_scores, kTileKeys, 1}, scratch.keys.get() + place, dim, count, dim, width, grad_query, dim,
-            tile > 0);
+    add_transposed_sums(weights, kTileKeys, grad_out, edge, dim, scratch.grad_values.get() + place);
+    add_transposed_sums(grad_scores, kTileKeys, query, edge, dim, scratch.grad_keys.get() + place);
+    weighted_sums(grad_scores, kTileKeys, scratch.keys.get() + place, edge, dim, grad_query, tile > 0);
   }
   for (int i = 0; i < count; ++i) {
     T* out = head_of(tensors.grad_query, start + i * step, head);

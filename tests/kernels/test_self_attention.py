@@ -20,8 +20,8 @@ PACKS = {
     "one token": ([1], [], []),
     "plain sequences": ([5, 1, 40], [], []),
     "a prompt without answers and one with three": ([3, 9], [4, 1, 7], [1, 1, 1]),
-    "tiles of queries and keys exactly full": ([64], [36, 72], [0, 0]),
-    "one more than tiles hold": ([65], [37, 73], [0, 0]),
+    "tiles of queries and keys exactly full": ([64], [66, 132], [0, 0]),
+    "one more than tiles hold": ([65], [67, 133], [0, 0]),
     "answers longer than a span of keys": ([300], [530, 2], [0, 0]),
 }
 HEADS = {"grouped": (4, 2, 32), "one key head": (6, 1, 16), "as many keys as queries": (2, 2, 48), "large": (2, 1, 128)}
