@@ -20,10 +20,10 @@ inline void check_sizes(int64_t num_rows, int64_t size, int num_threads) {
 
 inline void check_attention(int num_heads, int num_kv_heads, int block_size) {
   check(num_heads % num_kv_heads == 0 && num_heads / num_kv_heads <= kMaxQueriesPerHead,
-             "num_heads must be a multiple of num_kv_heads, at most " + std::to_string(kMaxQueriesPerHead) +
-                 " times as many");
+        "num_heads must be a multiple of num_kv_heads, at most " + std::to_string(kMaxQueriesPerHead) +
+            " times as many");
   check(block_size > 0 && kSpanTokens % block_size == 0,
-             "block_size must divide " + std::to_string(kSpanTokens) + ", got " + std::to_string(block_size));
+        "block_size must divide " + std::to_string(kSpanTokens) + ", got " + std::to_string(block_size));
 }
 
 // Sequences of a pack: the addresses of starts, lengths and parents, their number and the step between their tokens.

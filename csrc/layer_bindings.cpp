@@ -4,11 +4,13 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "address.h"
 #include "arguments.h"
+#include "check.h"
 #include "cpu/decode_layers.h"
 #include "cpu/train_layer.h"
 #include "dispatch.h"
@@ -26,10 +28,10 @@ using DecoderShapeTuple = std::tuple<int64_t, int64_t, int, int, int, int, float
 // their row stride, row_lengths, cos, sin)
 using DecoderRowsTuple = std::tuple<int64_t, Address, Address, Address, int, Address, int64_t, Address, Address,
                                     int64_t, Address, Address, Address>;
-// Addresses in the order of xrl::DecoderLayer.
-using DecoderLayerArray = std::array<Address, 11>;
+// Addresses in the order of xrl::DecodeLayer.
+using DecodeLayerArray = std::array<Address, 11>;
 
-void decode_layers(Address x, const std::vector<DecoderLayerArray>& layers, const DecoderShapeTuple& shape_tuple,
+void decode_layers(Address x, const std::vector<DecodeLayerArray>& layers, const DecoderShapeTuple& shape_tuple,
                    const DecoderRowsTuple& rows_tuple, int num_threads) {
   const auto [hidden, ffn, num_heads, num_kv_heads, head_dim, block_size, eps] = shape_tuple;
   const auto [num_rows, positions, slots, group_starts, num_groups, prompt_blocks, prompt_blocks_stride, prompt_lengths,
@@ -43,7 +45,10 @@ void decode_layers(Address x, const std::vector<DecoderLayerArray>& layers, cons
                                prompt_blocks_stride,              row_blocks_stride};
   const xrl::DecoderRows rows{num_rows, at<const int32_t>(positions), at<const int32_t>(slots), context,
                               at<const float>(cos), at<const float>(sin)};
-  std::vector<xrl::DecoderLayer> addressed;
+  const int32_t* starts = context.group_starts;
+  xrl::check(starts[0] == 0 && starts[num_groups] == num_rows,
+             "group_starts must go from 0 to " + std::to_string(num_rows));
+  std::vector<xrl::DecodeLayer> addressed;
   for (const auto& [input_norm, qkv, qkv_bias, q_norm, k_norm, attention_out, mlp_norm, gate_up, down, keys, values] :
        layers) {
     addressed.push_back({at<const float>(input_norm), at<const float>(qkv), at<const float>(qkv_bias),

@@ -49,7 +49,28 @@ class RowRange {
   std::vector<int32_t> starts_;
 };
 
-void run_layers(const DecoderLayer* layers, int64_t num_layers, const DecoderShape& shape, const DecoderRows& rows,
+// The borders of `num_parts` consecutive ranges of rows that take about as long as each other. A product takes a time for
+// each weight, attention one for each number of the context, which comes from memory.
+std::vector<int64_t> equal_parts(const DecoderShape& shape, const DecoderRows& rows, int64_t num_parts) {
+  constexpr int64_t kWeightsPerNumber = 20;  // that are multiplied while a number is fetched
+  const int64_t heads = shape.num_heads + 2 * shape.num_kv_heads + shape.num_heads;
+  const int64_t num_weights = shape.hidden * (heads * shape.head_dim + 3 * shape.ffn);
+  const int64_t numbers_per_token = 2 * static_cast<int64_t>(shape.num_kv_heads) * shape.head_dim;
+  std::vector<int64_t> cost_before(rows.count + 1, 0);
+  for (int64_t row = 0; row < rows.count; ++row) {
+    const int64_t numbers = rows.context.row_lengths[row] * numbers_per_token;
+    cost_before[row + 1] = cost_before[row] + num_weights + kWeightsPerNumber * numbers;
+  }
+  std::vector<int64_t> borders;
+  for (int64_t part = 0; part <= num_parts; ++part) {
+    const int64_t target = cost_before.back() / num_parts * part;
+    borders.push_back(std::lower_bound(cost_before.begin(), cost_before.end(), target) - cost_before.begin());
+  }
+  borders.back() = rows.count;
+  return borders;
+}
+
+void run_layers(const DecodeLayer* layers, int64_t num_layers, const DecoderShape& shape, const DecoderRows& rows,
                 float* x, int num_threads) {
   const int64_t count = rows.count, hidden = shape.hidden, ffn = shape.ffn;
   const int64_t query_width = static_cast<int64_t>(shape.num_heads) * shape.head_dim;
@@ -60,7 +81,7 @@ void run_layers(const DecoderLayer* layers, int64_t num_layers, const DecoderSha
   const auto multiply = [&](const float* a, const PackedWeight& weight, const Addend& addend, float* out) {
     packed_matmul({a, weight.depth, 1}, weight, addend, count, out, weight.columns, num_threads);
   };
-  for (const DecoderLayer* layer = layers; layer < layers + num_layers; ++layer) {
+  for (const DecodeLayer* layer = layers; layer < layers + num_layers; ++layer) {
     rms_norm<float>(x, layer->input_norm, shape.eps, count, hidden, normed.get(), num_threads);
     multiply(normed.get(), {layer->qkv, hidden, qkv_width, false}, {layer->qkv_bias, 0}, qkv.get());
     rope_cache<float>({qkv.get(), count, shape.num_heads, shape.num_kv_heads, shape.head_dim, rows.positions,
@@ -78,16 +99,18 @@ void run_layers(const DecoderLayer* layers, int64_t num_layers, const DecoderSha
 
 }  // namespace
 
-void decode_layers(const DecoderLayer* layers, int64_t num_layers, const DecoderShape& shape, const DecoderRows& rows,
+void decode_layers(const DecodeLayer* layers, int64_t num_layers, const DecoderShape& shape, const DecoderRows& rows,
                    float* x, int num_threads) {
   if (rows.count < kRowsPerThread * num_threads) {
     return run_layers(layers, num_layers, shape, rows, x, num_threads);
   }
 #pragma omp parallel num_threads(num_threads)
   {
-    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-    const int64_t first = rows.count * thread / team, last = rows.count * (thread + 1) / team;
-    run_layers(layers, num_layers, shape, RowRange(rows, first, last).rows(), x + first * shape.hidden, 1);
+    const std::vector<int64_t> borders = equal_parts(shape, rows, omp_get_num_threads());
+    const int64_t first = borders[omp_get_thread_num()], last = borders[omp_get_thread_num() + 1];
+    if (first < last) {
+      run_layers(layers, num_layers, shape, RowRange(rows, first, last).rows(), x + first * shape.hidden, 1);
+    }
   }
 }
 

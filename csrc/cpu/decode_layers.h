@@ -20,7 +20,7 @@ struct DecoderShape {
 };
 
 // Weights packed by pack_weight, of which gate_up is gated; and the layer's part of the cache.
-struct DecoderLayer {
+struct DecodeLayer {
   const float* input_norm;
   const float* qkv;
   const float* qkv_bias;  // or null
@@ -49,7 +49,7 @@ struct DecoderRows {
 #define XRL_DECLARE_DECODE_LAYERS(ISA)                                                                              \
   namespace xrl::ISA {                                                                                              \
   /* x[rows.count, hidden]: the embeddings of the tokens, then what the last layer makes of them */                 \
-  void decode_layers(const DecoderLayer* layers, int64_t num_layers, const DecoderShape& shape,                     \
+  void decode_layers(const DecodeLayer* layers, int64_t num_layers, const DecoderShape& shape,                     \
                      const DecoderRows& rows, float* x, int num_threads);                                           \
   }
 

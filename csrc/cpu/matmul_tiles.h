@@ -140,7 +140,8 @@ static inline int panel_columns(int64_t first, int64_t columns) {
 constexpr int64_t kChunkRows = kChunkTiles * kTileRows;
 constexpr int kLineFloats = 16;
 
-// What the tile after this one begins with and writes: lines far apart, which hardware prefetchers do not foresee.
+// What the sums of the tile after this one begin with, or else where they will be written: lines far apart, which
+// hardware prefetchers do not foresee.
 static inline void prefetch_sums(const Addend& addend, const float* c, int64_t c_stride, int rows) {
   const Addend read = addend.data == nullptr ? Addend{c, c_stride} : addend;
   for (int i = 0; i < rows; ++i) {

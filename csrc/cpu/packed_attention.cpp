@@ -15,9 +15,9 @@
 namespace xrl::XRL_ISA {
 namespace {
 
-constexpr int kTileQueries = 11 * kProductRows;  // queries scored together
-constexpr int kTileKeys = 64;                   // columns of a transposed tile of keys, which then fits in L1
-constexpr int kSpanKeys = 4 * kTileKeys;        // scored before the softmax is brought up to date
+constexpr int kTileQueries = 11 * kProductRows;  // queries scored together: about as many as keys
+constexpr int kTileKeys = 64;                    // columns of a transposed tile of keys, which then fits in L1
+constexpr int kSpanKeys = 4 * kTileKeys;         // scored before the softmax is brought up to date
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 static_assert(kTileKeys % kLanes == 0);
@@ -99,7 +99,7 @@ void gather_transposed(const TokenHeads<const T>& heads, int head, const Context
   }
 }
 
-// Which of `count` keys the queries [first, first + count) of a tile see, query by query and kProductRows at a time.
+// Which of some neighbouring keys some neighbouring queries see: each query one more than the query before it.
 struct CausalEdge {
   int seen_by_first;  // may be less than none, or more than all
   int num_queries;
@@ -107,7 +107,7 @@ struct CausalEdge {
 
   int seen(int query) const { return std::clamp(seen_by_first + query, 0, num_keys); }
   int rows(int query) const { return std::min(kProductRows, num_queries - query); }
-  // By any query of the group that begins with this one.
+  // By any of the kProductRows queries that begin with this one.
   int seen_by_group(int query) const { return seen(query + rows(query) - 1); }
   // The first query that sees this key.
   int first_query(int key) const { return std::clamp(key + 1 - seen_by_first, 0, num_queries); }

@@ -61,8 +61,13 @@ class Operations {
 
   void add_bias_gradient(const float* grad, int64_t outputs, float* grad_bias) const {
     if (grad_bias == nullptr) return;
-    for (int64_t row = 0; row < shape_.rows; ++row) {
-      for (int64_t i = 0; i < outputs; ++i) grad_bias[i] += grad[row * outputs + i];
+    constexpr int64_t kColumns = 64;
+#pragma omp parallel for num_threads(num_threads_) schedule(static)
+    for (int64_t first = 0; first < outputs; first += kColumns) {
+      const int64_t last = std::min(first + kColumns, outputs);
+      for (int64_t row = 0; row < shape_.rows; ++row) {
+        for (int64_t i = first; i < last; ++i) grad_bias[i] += grad[row * outputs + i];
+      }
     }
   }
 
@@ -70,7 +75,7 @@ class Operations {
     return {layer_.weights.gate_up, layer_.weights.down, shape_.hidden, shape_.ffn, shape_.hidden};
   }
 
-  // out[rows, query_width]
+  // Fills `attended` and `log_sums` of what is kept, from `mixed`.
   void attend(const KeptActivations& kept) const {
     const RotatedHeads rotated(*this, kept.mixed);
     const AttentionForward<float> tensors{

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from tests.kernels.test_decode_attention import make_batch
-from xrl.kernels.decode_attention import PagedContext, decode_attention
-from xrl.kernels.decode_layers import DecoderLayer, RopeTables, can_run, decode_layers
+from xrl.kernels.decode_attention import PagedContext
+from xrl.kernels.decode_layers import DecodeLayer, RopeTables, decode_layers, reference_decode_layers
 from xrl.kernels.matmul import has_matmul
 from xrl.kernels.packed_linear import PackedLinear, PackedSwiGLU
-from xrl.kernels.rms_norm import rms_norm
-from xrl.kernels.rope_cache import rope_cache
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 48, 80, 4, 2, 16
 EPS = 1e-6
@@ -22,14 +20,14 @@ needs_kernel = pytest.mark.skipif(not has_matmul(torch.ones(1, 1)), reason="no c
 
 def make_layer(
     keys: Tensor, values: Tensor, *, seed: int, qk_norm: bool = True, qkv_bias: bool = False, out_bias: bool = False
-) -> DecoderLayer:
+) -> DecodeLayer:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
 
     qkv_width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-    return DecoderLayer(
+    return DecodeLayer(
         input_norm=1 + normal(HIDDEN),
         qkv=PackedLinear(normal(qkv_width, HIDDEN), normal(qkv_width) if qkv_bias else None),
         q_norm=1 + normal(HEAD_DIM) if qk_norm else None,
@@ -43,17 +41,6 @@ def make_layer(
     )
 
 
-def one_by_one(x: Tensor, layers: list[DecoderLayer], context: PagedContext, rope: RopeTables, slots: Tensor) -> Tensor:
-    for layer in layers:
-        qkv = layer.qkv(rms_norm(x, layer.input_norm, EPS)).view(len(x), -1, HEAD_DIM)
-        tables = (rope.cos, rope.sin, rope.positions)
-        rope_cache(qkv, *tables, layer.q_norm, layer.k_norm, EPS, layer.keys, layer.values, slots)
-        attended = decode_attention(qkv[:, :HEADS], layer.keys, layer.values, context).flatten(1)
-        x = layer.attention_out.plus(attended, x)
-        x = layer.down.plus(layer.gate_up(rms_norm(x, layer.mlp_norm, EPS)), x)
-    return x
-
-
 def newest_slots(context: PagedContext, block_size: int) -> Tensor:
     newest = context.row_lengths.long() - 1
     blocks = context.row_blocks.gather(1, newest.clamp(min=0)[:, None] // block_size)[:, 0].long()
@@ -64,6 +51,7 @@ BATCHES = {
     "few rows, all threads at each product": {"prompt_lengths": [5, 33], "group_sizes": [3, 4]},
     "a group on the border of two threads": {"prompt_lengths": [21, 40, 7], "group_sizes": [60, 70, 71]},
     "one group for all threads": {"prompt_lengths": [50], "group_sizes": [200]},
+    "groups without rows": {"prompt_lengths": [3, 5, 9, 4], "group_sizes": [0, 90, 0, 70]},
     "padding rows": {"prompt_lengths": [4, 17], "group_sizes": [100, 80], "num_padding": 12},
 }
 
@@ -82,42 +70,74 @@ def test_layers_equal_their_operations(name: str, model: dict[str, bool], num_th
     rope = RopeTables(positions=torch.randint(90, (num_rows,)).int(), cos=angles.cos(), sin=angles.sin())
     slots = newest_slots(context, keys.shape[2])
 
-    expected = one_by_one(x, theirs, context, rope, slots)
+    expected = reference_decode_layers(x, theirs, context, rope, slots=slots, eps=EPS)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        decode_layers(x, ours, context, rope, slots=slots, eps=EPS)
+        out = decode_layers(x.clone(), ours, context, rope, slots=slots, eps=EPS)
     finally:
         torch.set_num_threads(threads_before)
-    assert torch.equal(x, expected)
+    assert torch.equal(out, expected)
     for layer, other in zip(ours, theirs, strict=True):
         assert torch.equal(layer.keys, other.keys)
         assert torch.equal(layer.values, other.values)
     assert not torch.equal(ours[2].keys, keys)
 
 
-@needs_kernel
-def test_can_run_knows_what_the_kernel_lacks() -> None:
-    _, keys, values, _ = make_batch([4], [2], num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
-    assert can_run(make_layer(keys, values, seed=0))
-    assert not can_run(make_layer(keys, values, seed=0, out_bias=True))
-    assert not can_run(make_layer(keys.transpose(1, 2), values.transpose(1, 2), seed=0))
-    wide = torch.randn(keys.shape[0], KV_HEADS, 16, 24)
-    assert not can_run(make_layer(wide, wide, seed=0))
+def small_batch(num_rows: int = 2) -> tuple[list[DecodeLayer], PagedContext, RopeTables, Tensor]:
+    _, keys, values, context = make_batch([4], [num_rows], num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    angles = torch.rand(90, HEAD_DIM // 2, generator=torch.Generator().manual_seed(0))
+    rope = RopeTables(positions=torch.zeros(num_rows).int(), cos=angles.cos(), sin=angles.sin())
+    layers = [make_layer(keys, values, seed=seed, out_bias=True) for seed in range(2)]
+    return layers, context, rope, newest_slots(context, keys.shape[2])
 
 
-@needs_kernel
+@pytest.mark.parametrize("lacking", ["bias of the output", "the module", "strided cache"])
+def test_what_the_kernel_lacks_is_computed_one_by_one(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, context, rope, slots = small_batch()
+    if lacking != "bias of the output":
+        layers = [dataclasses.replace(layer, attention_out=PackedLinear(torch.eye(HIDDEN, 64))) for layer in layers]
+    if lacking == "the module":
+        monkeypatch.setattr("xrl.kernels.decode_layers.native_module", lambda: None)
+    if lacking == "strided cache":
+        layers = [
+            dataclasses.replace(layer, keys=layer.keys.mT.contiguous().mT, values=layer.values.mT.contiguous().mT)
+            for layer in layers
+        ]
+    copies = [
+        dataclasses.replace(layer, keys=layer.keys.contiguous().clone(), values=layer.values.contiguous().clone())
+        for layer in layers
+    ]
+    x = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(1))
+    out = decode_layers(x.clone(), layers, context, rope, slots=slots, eps=EPS)
+    expected = reference_decode_layers(x, copies, context, rope, slots=slots, eps=EPS)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(out, x)
+
+
 def test_bad_arguments_are_refused() -> None:
-    _, keys, values, context = make_batch([4], [2], num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
-    layers = [make_layer(keys, values, seed=0)]
-    angles = torch.rand(90, HEAD_DIM // 2)
-    rope = RopeTables(positions=torch.zeros(2).int(), cos=angles, sin=angles)
-    slots, x = torch.zeros(2).int(), torch.randn(2, HIDDEN)
-    with pytest.raises(ValueError, match="x must be"):
-        decode_layers(x.double(), layers, context, rope, slots=slots, eps=EPS)
-    with pytest.raises(ValueError, match="slots must be"):
-        decode_layers(x, layers, context, rope, slots=slots[:1], eps=EPS)
-    with pytest.raises(ValueError, match="cos must be"):
-        decode_layers(x, layers, context, dataclasses.replace(rope, cos=angles[:, 1:]), slots=slots, eps=EPS)
-    with pytest.raises(ValueError, match="must have 3 rows"):
-        decode_layers(torch.randn(3, HIDDEN), layers, context, rope, slots=slots, eps=EPS)
+    layers, context, rope, slots = small_batch()
+    x = torch.randn(2, HIDDEN)
+
+    def run(match: str, **changes: object) -> None:
+        arguments = {"x": x, "layers": layers, "context": context, "rope": rope, "slots": slots, **changes}
+        with pytest.raises(ValueError, match=match):
+            decode_layers(**arguments, eps=EPS)
+
+    run("x must be", x=x[:, 1:])
+    run("must have 3 rows", x=torch.randn(3, HIDDEN))
+    run("at least one layer", layers=[])
+    run("slots must be", slots=slots[:1])
+    run("cos must be", rope=dataclasses.replace(rope, cos=rope.cos[:, 1:]))
+    run("layer 1: products", layers=[layers[0], dataclasses.replace(layers[1], down=PackedLinear(torch.eye(8)))])
+    run("layer 1: keys", layers=[layers[0], dataclasses.replace(layers[1], keys=layers[1].keys[1:])])
+    run("layer 0: norms", layers=[dataclasses.replace(layers[0], q_norm=torch.ones(3)), layers[1]])
+
+
+@needs_kernel
+def test_rows_that_no_group_has_are_refused() -> None:
+    layers, context, rope, slots = small_batch()
+    layers = [dataclasses.replace(layer, attention_out=PackedLinear(torch.eye(HIDDEN, 64))) for layer in layers]
+    context = dataclasses.replace(context, group_starts=torch.tensor([0, 1]).int())
+    with pytest.raises(ValueError, match="group_starts must go from 0 to 2"):
+        decode_layers(torch.randn(2, HIDDEN), layers, context, rope, slots=slots, eps=EPS)

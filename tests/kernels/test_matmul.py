@@ -49,6 +49,21 @@ def test_product_and_sum_equal_fp64(
     assert torch.equal(whole[:, columns:], behind)  # what lies between the rows is left alone
 
 
+def test_addend_of_its_own() -> None:
+    torch.manual_seed(0)
+    a, b, addend = torch.randn(70, 900), torch.randn(900, 45), torch.randn(70, 50)[:, :45]
+    out = torch.empty(70, 45)
+    matmul_into(a, b, out, addend=addend)
+    assert_close(out, addend.double() + a.double() @ b.double(), 900)
+    bias = torch.randn(1, 45).expand(70, 45)
+    matmul_into(a, b, out, addend=bias)
+    assert_close(out, bias.double() + a.double() @ b.double(), 900)
+    with pytest.raises(ValueError, match="addend must be as out"):
+        matmul_into(a, b, out, addend=addend[:, 1:])
+    with pytest.raises(ValueError, match="rows of addend must be contiguous"):
+        matmul_into(a, b, out, addend=torch.randn(45, 70).t())
+
+
 def test_strides_of_zero_and_steps_are_read_as_they_are() -> None:
     torch.manual_seed(0)
     a = torch.randn(1, 1).expand(30, 50)

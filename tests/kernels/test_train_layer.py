@@ -10,14 +10,14 @@ from torch import Tensor
 
 from tests.kernels.test_self_attention import packed
 from xrl.kernels.matmul import has_matmul
-from xrl.kernels.train_layer import LayerParameters, LayerRules, can_run, reference_train_layer, train_layer
+from xrl.kernels.train_layer import LayerParameters, LayerRules, has_train_layer, reference_train_layer, train_layer
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 40, 56, 4, 2, 16
 
 pytestmark = pytest.mark.skipif(not has_matmul(torch.ones(1, 1)), reason="no compiled products for this machine")
 
 
-def random(*shape: int, seed: int) -> Tensor:
+def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -39,13 +39,13 @@ def make_layer(*, qk_norm: bool = True, qkv_bias: bool = False) -> LayerParamete
         if size is None:
             tensors[name] = None
         else:
-            values = random(*size, seed=seed) * size[-1] ** -0.5
+            values = normal(*size, seed=seed) * size[-1] ** -0.5
             tensors[name] = ((1 + values) if "norm" in name else values).requires_grad_()
     return LayerParameters(**tensors)
 
 
 def make_rules(num_rows: int, roots: list[int], branches: list[int], parents: list[int]) -> LayerRules:
-    angles = (torch.arange(num_rows)[:, None] * random(HEAD_DIM // 2, seed=20)).repeat(1, 2)
+    angles = (torch.arange(num_rows)[:, None] * normal(HEAD_DIM // 2, seed=20)).repeat(1, 2)
     return LayerRules(
         sequences=packed(roots, branches, parents),
         cos=angles.cos(),
@@ -77,9 +77,9 @@ def test_output_and_gradients_equal_the_reference(model: dict[str, bool], num_pa
     num_rows = 9 + 3 * 20 + 17 + num_padding
     rules = make_rules(num_rows, [9, 17], [20, 20, 20], [0, 0, 0])
     layer = make_layer(**model)
-    x = random(num_rows, 1, HIDDEN, seed=10).requires_grad_()
-    upstream = random(num_rows, 1, HIDDEN, seed=11)
-    assert can_run(x, layer, rules)
+    x = normal(num_rows, 1, HIDDEN, seed=10).requires_grad_()
+    upstream = normal(num_rows, 1, HIDDEN, seed=11)
+    assert has_train_layer(x, layer, rules)
     layer64, rules64 = exact(layer, rules)
     x64 = x.detach().double().requires_grad_()
     expected = reference_train_layer(x64, layer64, rules64)
@@ -101,7 +101,7 @@ def test_output_and_gradients_equal_the_reference(model: dict[str, bool], num_pa
 
 def test_gradients_that_megatron_keeps_are_added_there() -> None:
     rules = make_rules(12, [12], [], [])
-    layer, x = make_layer(), random(12, HIDDEN, seed=10)
+    layer, x = make_layer(), normal(12, HIDDEN, seed=10)
     layer64, rules64 = exact(layer, rules)
     for tensor in layer.tensors():
         if tensor is not None:
@@ -115,7 +115,7 @@ def test_gradients_that_megatron_keeps_are_added_there() -> None:
 
 
 def test_frozen_parameters_get_no_gradient() -> None:
-    layer, x = make_layer(), random(6, HIDDEN, seed=10).requires_grad_()
+    layer, x = make_layer(), normal(6, HIDDEN, seed=10).requires_grad_()
     for tensor in (layer.qkv, layer.mlp_norm, layer.down):
         tensor.requires_grad_(False)
     train_layer(x, layer, make_rules(6, [6], [], [])).sum().backward()
@@ -125,18 +125,59 @@ def test_frozen_parameters_get_no_gradient() -> None:
 
 
 def test_second_backward_pass_is_refused() -> None:
-    x = random(6, HIDDEN, seed=10).requires_grad_()
+    x = normal(6, HIDDEN, seed=10).requires_grad_()
     out = train_layer(x, make_layer(), make_rules(6, [6], [], [])).sum()
     out.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="can run once"):
         out.backward()
 
 
-def test_can_run_knows_what_the_kernel_lacks() -> None:
-    layer, rules, x = make_layer(), make_rules(6, [6], [], []), random(6, HIDDEN, seed=10)
-    assert can_run(x, layer, rules)
-    assert not can_run(x.bfloat16(), layer, rules)
-    assert not can_run(x[:0], layer, rules)
-    assert not can_run(x, dataclasses.replace(layer, down=layer.down.detach().t().contiguous().t()), rules)
+def test_it_is_known_what_the_kernel_lacks() -> None:
+    layer, rules, x = make_layer(), make_rules(6, [6], [], []), normal(6, HIDDEN, seed=10)
+    assert has_train_layer(x, layer, rules)
+    assert not has_train_layer(x.bfloat16(), layer, rules)
+    assert not has_train_layer(x[:0], layer, rules)
+    assert not has_train_layer(x, dataclasses.replace(layer, down=layer.down.detach().t().contiguous().t()), rules)
     narrow = dataclasses.replace(rules, cos=rules.cos[:, :8].contiguous(), sin=rules.sin[:, :8].contiguous())
-    assert not can_run(x, layer, narrow)
+    assert not has_train_layer(x, layer, narrow)
+
+
+def test_bad_arguments_are_refused() -> None:
+    layer, rules, x = make_layer(), make_rules(6, [6], [], []), normal(6, HIDDEN, seed=10)
+    sequences = rules.sequences
+    for match, change in {
+        r"input_norm must be \[40\], got \[3\]": {"input_norm": torch.ones(3)},
+        "qkv must be": {"qkv": torch.ones(32, HIDDEN)},
+        "needed together": {"k_norm": None},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            train_layer(x, dataclasses.replace(layer, **change), rules)
+    for match, change in {
+        "a row for each of the 6 tokens": {"cos": rules.cos[:5]},
+        "starts must be int32": {"sequences": dataclasses.replace(sequences, starts=sequences.starts.long())},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            train_layer(x, layer, dataclasses.replace(rules, **change))
+
+
+def test_sequences_side_by_side_in_memory() -> None:
+    length, num_sequences = 7, 3
+    rules = make_rules(length * num_sequences, [length] * num_sequences, [], [])
+    side_by_side = dataclasses.replace(rules.sequences, starts=torch.arange(num_sequences).int(), step=num_sequences)
+    layer = make_layer()
+    x = normal(num_sequences, length, HIDDEN, seed=10)
+    one_after_another = train_layer(x.flatten(0, 1), layer, rules).view(x.shape)
+    places = torch.arange(num_sequences * length).view(num_sequences, length).t().flatten()
+    padded = dataclasses.replace(
+        rules, sequences=side_by_side, cos=rules.cos[places].contiguous(), sin=rules.sin[places].contiguous()
+    )
+    out = train_layer(x.transpose(0, 1).contiguous(), layer, padded).transpose(0, 1)
+    torch.testing.assert_close(out, one_after_another, rtol=1e-6, atol=1e-6)
+
+
+def test_buffer_of_another_type_is_left_to_megatron() -> None:
+    layer, rules, x = make_layer(), make_rules(6, [6], [], []), normal(6, HIDDEN, seed=10)
+    layer.down.main_grad = torch.zeros_like(layer.down, dtype=torch.float64)  # type: ignore[attr-defined]
+    train_layer(x, layer, rules).sum().backward()
+    assert layer.down.grad is not None and layer.down.grad.count_nonzero() > 0
+    assert layer.down.main_grad.count_nonzero() == 0  # type: ignore[attr-defined]

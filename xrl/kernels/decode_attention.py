@@ -35,7 +35,7 @@ class PagedContext:
         """Raises ValueError where the tables do not fit together, or a batch of so many rows."""
         num_groups = len(self.prompt_lengths)
         if (len(self.row_lengths), len(self.row_blocks)) != (num_rows, num_rows):
-            raise ValueError(f"row_lengths and row_blocks must have {num_rows} rows, as query has")
+            raise ValueError(f"row_lengths and row_blocks must have {num_rows} rows, one for each new token")
         if (len(self.prompt_blocks), len(self.group_starts)) != (num_groups, num_groups + 1):
             raise ValueError(f"prompt_blocks must have {num_groups} rows and group_starts {num_groups + 1} entries")
         for name, tensor in vars(self).items():

@@ -69,10 +69,10 @@ def matmul_into(a: Tensor, b: Tensor, out: Tensor, *, addend: Tensor | None = No
     )
 
 
-def matmul(a: Tensor, b: Tensor, addend: Tensor | None = None) -> Tensor:
-    """a [M, K] times b [K, N], plus addend [M, N]; by the kernel where it takes them, without autograd."""
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] times b [K, N] -> [M, N], by the kernel where it takes them; without autograd."""
     if not has_matmul(a, b):
-        return a @ b if addend is None else a @ b + addend
+        return a @ b
     out = a.new_empty(a.shape[0], b.shape[1])
-    matmul_into(a, b, out, addend=addend)
+    matmul_into(a, b, out)
     return out

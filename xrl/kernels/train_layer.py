@@ -1,4 +1,4 @@
-"""A dense decoder layer for training as one operation: fp32, on the CPU, on one tensor rank.
+"""A dense decoder layer for training as one operation: fp32, on the CPU, on one tensor rank, up to a size of the MLP.
 
 It runs the kernels of `layer_ops`, `linear`, `self_attention` and `gated_mlp` one after the other without coming back
 to Python in between. Each of them sweeps the caches, and the interpreter and PyTorch would have to fetch their code and
@@ -9,7 +9,7 @@ Shapes: T tokens; H hidden size; F of the MLP; n query heads and g key/value hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -42,6 +42,9 @@ class LayerParameters:
         return tuple(vars(self).values())
 
 
+_NAMES = tuple(field.name for field in fields(LayerParameters))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerRules:
     """What a layer is told beside its parameters."""
@@ -54,8 +57,8 @@ class LayerRules:
     scale: float  # of the scores
 
 
-def can_run(x: Tensor, parameters: LayerParameters, rules: LayerRules) -> bool:
-    """Whether `train_layer` has a kernel for such a layer."""
+def has_train_layer(x: Tensor, parameters: LayerParameters, rules: LayerRules) -> bool:
+    """Whether there is a kernel for such a layer; `reference_train_layer` is a specification, slow."""
     tensors = [x, rules.cos, rules.sin, *(tensor for tensor in parameters.tensors() if tensor is not None)]
     if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in tensors):
         return False
@@ -64,7 +67,12 @@ def can_run(x: Tensor, parameters: LayerParameters, rules: LayerRules) -> bool:
 
 
 def train_layer(x: Tensor, parameters: LayerParameters, rules: LayerRules) -> Tensor:
-    """What the layer makes of x [..., H]; differentiable in x and all parameters, once. See `can_run`."""
+    """What the layer makes of x [..., H], by the kernel; differentiable in x and all parameters, once.
+
+    Raises:
+        ValueError: shapes or types that do not fit together.
+    """
+    _check(x, parameters, rules)
     out: Tensor = _TrainLayer.apply(x, rules, *parameters.tensors())
     return out
 
@@ -85,11 +93,11 @@ class _TrainLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rules: LayerRules, *parameters: Tensor | None) -> Tensor:
         module: Any = native_module()
-        layer = _layer(x, rules, parameters)
+        ctx.layer = layer = _layer(x, rules, *parameters)
+        ctx.save_for_backward(x, *parameters)
         # Not saved: autograd would refuse that the backward pass overwrites it.
         ctx.kept = x.new_empty(module.train_layer_kept(*layer[:2]))
-        ctx.rules = rules
-        ctx.save_for_backward(x, *parameters)
+        ctx.rules = rules  # whose tensors the layer points to
         out = torch.empty_like(x)
         module.train_layer_forward(layer, x.data_ptr(), ctx.kept.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out
@@ -106,7 +114,7 @@ class _TrainLayer(torch.autograd.Function):
             for parameter, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True)
         ]
         native_module().train_layer_backward(  # type: ignore[union-attr]
-            _layer(x, ctx.rules, parameters),
+            ctx.layer,
             x.data_ptr(),
             kept.data_ptr(),
             grad.data_ptr(),
@@ -117,18 +125,15 @@ class _TrainLayer(torch.autograd.Function):
         return grad_x, None, *(None if room is None else room.result for room in rooms)
 
 
-def _layer(x: Tensor, rules: LayerRules, parameters: tuple[Tensor | None, ...] | list[Tensor | None]) -> Any:
+def _layer(x: Tensor, rules: LayerRules, *parameters: Tensor | None) -> tuple[Any, ...]:
     """The layer as the kernel takes it."""
-    sequences = rules.sequences
-    weights = [0 if tensor is None else tensor.data_ptr() for tensor in parameters]
-    hidden, head_dim = x.shape[-1], rules.cos.shape[-1]
-    out_weight, down = parameters[5], parameters[8]
-    assert out_weight is not None and down is not None
-    queries_per_key = out_weight.shape[1] // (rules.num_kv_heads * head_dim)
+    given = LayerParameters(**dict(zip(_NAMES, parameters, strict=True)))  # type: ignore[arg-type]
+    sequences, hidden, head_dim = rules.sequences, x.shape[-1], rules.cos.shape[-1]
+    queries_per_key = given.attention_out.shape[1] // (rules.num_kv_heads * head_dim)
     return (
-        (x.numel() // hidden, hidden, down.shape[1], rules.eps, rules.scale),
+        (x.numel() // hidden, hidden, given.down.shape[1], rules.eps, rules.scale),
         (sequences.num_tokens, rules.num_kv_heads, queries_per_key, head_dim),
-        weights,
+        [0 if tensor is None else tensor.data_ptr() for tensor in parameters],
         (
             sequences.starts.data_ptr(),
             sequences.lengths.data_ptr(),
@@ -139,3 +144,33 @@ def _layer(x: Tensor, rules: LayerRules, parameters: tuple[Tensor | None, ...] |
         rules.cos.data_ptr(),
         rules.sin.data_ptr(),
     )
+
+
+def _check(x: Tensor, parameters: LayerParameters, rules: LayerRules) -> None:
+    hidden, head_dim, queries = x.shape[-1], rules.cos.shape[-1], parameters.attention_out.shape[1]
+    ffn, qkv_width = parameters.down.shape[1], queries + 2 * rules.num_kv_heads * head_dim
+    sizes = {
+        "input_norm": (hidden,),
+        "qkv": (qkv_width, hidden),
+        "qkv_bias": (qkv_width,),
+        "q_norm": (head_dim,),
+        "k_norm": (head_dim,),
+        "attention_out": (hidden, queries),
+        "mlp_norm": (hidden,),
+        "gate_up": (2 * ffn, hidden),
+        "down": (hidden, ffn),
+    }
+    for name, tensor in vars(parameters).items():
+        if tensor is not None and tensor.shape != sizes[name]:
+            raise ValueError(f"{name} must be {list(sizes[name])}, got {list(tensor.shape)}")
+    if queries % (rules.num_kv_heads * head_dim):
+        raise ValueError(f"{queries} query columns are not whole heads of {head_dim} for {rules.num_kv_heads} KV heads")
+    if (parameters.q_norm is None) != (parameters.k_norm is None):
+        raise ValueError("q_norm and k_norm are needed together or not at all")
+    sequences = rules.sequences
+    if sequences.num_tokens > min(x.numel() // hidden, len(rules.cos), len(rules.sin)):
+        raise ValueError(f"x, cos and sin must have a row for each of the {sequences.num_tokens} tokens of sequences")
+    for name in ("starts", "lengths", "parents"):
+        index = getattr(sequences, name)
+        if index.dtype != torch.int32 or index.shape != sequences.starts.shape or not index.is_contiguous():
+            raise ValueError(f"{name} must be int32 {list(sequences.starts.shape)}, got {index.dtype}")

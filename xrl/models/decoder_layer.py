@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from xrl.kernels.train_layer import LayerParameters, LayerRules, can_run, train_layer
+from xrl.kernels.train_layer import LayerParameters, LayerRules, has_train_layer, train_layer
 from xrl.models.mlp import GatedMLP
 from xrl.models.norm import RMSNorm
 from xrl.models.packed import AttentionInputs
@@ -36,7 +36,7 @@ class DecoderLayer(TransformerLayer):
         """[S, B, H] -> [S, B, H], and no context."""
         rules = None if packed_seq_params is None else self._rules(packed_seq_params)
         parameters = self._layer_parameters()
-        if rules is not None and can_run(hidden_states, parameters, rules):
+        if rules is not None and has_train_layer(hidden_states, parameters, rules):
             return train_layer(hidden_states, parameters, rules), None
         output: tuple[Tensor, Tensor | None] = super().forward(
             hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xrl.kernels.decode_attention import PagedContext, decode_attention
-from xrl.kernels.decode_layers import DecoderLayer, RopeTables, can_run, decode_layers
+from xrl.kernels.decode_layers import DecodeLayer, RopeTables, decode_layers
 from xrl.kernels.rms_norm import rms_norm
 from xrl.kernels.rope_cache import rope_cache
 from xrl.models.rotary import rotary_frequencies, rotary_table
@@ -68,11 +68,11 @@ class Decoder:
         Returns:
             [N, H] final hidden states
         """
-        layers = self._whole_layers(cache)
+        layers = self._dense_layers(cache)
         if layers is not None:
             x = F.embedding(tokens, self.weights.embedding)
             rope = RopeTables(positions=positions, cos=self.cos, sin=self.sin)
-            decode_layers(x, layers, context, rope, slots=slots, eps=self.shape.norm_eps)
+            x = decode_layers(x, layers, context, rope, slots=slots, eps=self.shape.norm_eps)
             return rms_norm(x, self.weights.final_norm, self.shape.norm_eps)
 
         def attend(qkv: Tensor, layer: int) -> Tensor:
@@ -86,28 +86,27 @@ class Decoder:
         assert self.weights.head is not None
         return self.weights.head(hidden).float()
 
-    def _whole_layers(self, cache: KVCache) -> list[DecoderLayer] | None:
-        """The layers for `decode_layers`; None where it does not take them."""
+    def _dense_layers(self, cache: KVCache) -> list[DecodeLayer] | None:
+        """The layers with their part of the cache; None where there are experts."""
         layers = []
         for index in range(self.shape.num_layers):
-            layer = self.weights.layers[index]
-            if isinstance(layer.mlp, Experts):
+            weights = self.weights.layers[index]
+            if isinstance(weights.mlp, Experts):
                 return None
-            whole = DecoderLayer(
-                input_norm=layer.input_norm,
-                qkv=layer.qkv,
-                q_norm=layer.q_norm,
-                k_norm=layer.k_norm,
-                attention_out=layer.attention_out,
-                mlp_norm=layer.mlp_norm,
-                gate_up=layer.mlp.gate_up,
-                down=layer.mlp.down,
-                keys=cache.keys[index],
-                values=cache.values[index],
+            layers.append(
+                DecodeLayer(
+                    input_norm=weights.input_norm,
+                    qkv=weights.qkv,
+                    q_norm=weights.q_norm,
+                    k_norm=weights.k_norm,
+                    attention_out=weights.attention_out,
+                    mlp_norm=weights.mlp_norm,
+                    gate_up=weights.mlp.gate_up,
+                    down=weights.mlp.down,
+                    keys=cache.keys[index],
+                    values=cache.values[index],
+                )
             )
-            if not can_run(whole):
-                return None
-            layers.append(whole)
         return layers
 
     def _forward(
