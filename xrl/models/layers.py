@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import LayerNormImpl, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,6 +26,9 @@ from xrl.models.mlp import GatedMLP, SwiGLU
 from xrl.models.norm import RMSNorm
 from xrl.models.self_attention import SelfAttention
 from xrl.models.shape import ModelShape
+
+# How megatron-core says of what a module is built: a ModuleSpec, or in later versions a partial call that builds it.
+Spec: TypeAlias = "ModuleSpec | functools.partial[Any]"
 
 
 def local_layers(shape: ModelShape, layers: Sequence[int]) -> TransformerBlockSubmodules:
@@ -58,7 +64,7 @@ def _local_layer(shape: ModelShape, num_experts: int | None) -> ModuleSpec:
     layer.submodules.pre_mlp_layernorm = RMSNorm
     _own_attention(layer.submodules.self_attention, shape)
     if num_experts is None:
-        _own_mlp(layer.submodules.mlp, shape)
+        layer.submodules.mlp = _own_mlp(layer.submodules.mlp, shape)
     else:
         _own_experts(layer.submodules.mlp)
     return layer
@@ -69,7 +75,9 @@ def _own_attention(spec: ModuleSpec, shape: ModelShape) -> None:
     parts.core_attention = PackedAttention
     if shape.latent is not None:
         spec.module = LatentAttention
-        parts.q_layernorm = parts.kv_layernorm = RMSNorm
+        # Queries that are projected at once have no latent to normalise.
+        parts.q_layernorm = IdentityOp if shape.latent.q_lora_rank is None else RMSNorm
+        parts.kv_layernorm = RMSNorm
     else:
         spec.module = _with_bias(SelfAttention) if shape.out_bias else SelfAttention
         if shape.qk_norm:
@@ -84,17 +92,28 @@ def _own_attention(spec: ModuleSpec, shape: ModelShape) -> None:
         parts.linear_q_proj = parts.linear_q_up_proj = parts.linear_kv_up_proj = ColumnParallelLinear
 
 
-def _own_mlp(spec: ModuleSpec, shape: ModelShape) -> None:
-    _own_linear(spec.submodules)
+def _own_mlp(spec: Spec, shape: ModelShape) -> Spec:
+    _own_linear(_parts(spec))
     if shape.mlp_bias:
-        spec.module = _with_bias(spec.module)
-    elif not torch.cuda.is_available():
-        spec.module = GatedMLP
+        return _of_module(spec, _with_bias(MLP))
+    return spec if torch.cuda.is_available() else _of_module(spec, GatedMLP)
 
 
-def _own_experts(spec: ModuleSpec) -> None:
-    _own_linear(spec.submodules.experts.submodules)
-    _own_linear(spec.submodules.shared_experts.submodules)
+def _own_experts(spec: Spec) -> None:
+    parts = _parts(spec)
+    _own_linear(_parts(parts.experts))
+    _own_linear(_parts(parts.shared_experts))
+
+
+def _parts(spec: Spec) -> Any:
+    return spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
+
+
+def _of_module(spec: Spec, module: type[MLP]) -> Spec:
+    """The same with another class of MLP."""
+    if isinstance(spec, ModuleSpec):
+        return ModuleSpec(module=module, params=spec.params, submodules=spec.submodules)
+    return functools.partial(module.as_mlp_submodule, *spec.args, **spec.keywords)
 
 
 def _own_linear(parts: MLPSubmodules) -> None:
@@ -113,7 +132,7 @@ def _engine_layer(shape: ModelShape, num_experts: int | None) -> ModuleSpec:
     if shape.out_bias:
         attention.module = _with_bias(attention.module)
     if shape.mlp_bias:
-        mlp.module = _with_bias(mlp.module)
+        layer.submodules.mlp = _of_module(mlp, _with_bias(MLP))
     return layer
 
 
