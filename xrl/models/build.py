@@ -72,7 +72,7 @@ def transformer_config(
             kv_channels=shape.head_dim,
             normalization="RMSNorm",
             layernorm_epsilon=shape.norm_eps,
-            qk_layernorm=shape.qk_norm or shape.latent is not None,
+            qk_layernorm=shape.qk_norm,
             gated_linear_unit=True,
             activation_func=torch.nn.functional.silu,
             add_bias_linear=False,

@@ -37,6 +37,11 @@ class LatentAttention(megatron.MLASelfAttention):
         if self.config.q_lora_rank is not None:
             self.q_layernorm.eps = LATENT_NORM_EPS
 
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """What the layer spec says: later versions of megatron-core ask here, and would want transformer-engine's."""
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
     def forward(
         self,
         hidden_states: Tensor,

@@ -12,7 +12,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import LayerNormImpl, TransformerBlockSubmodules
@@ -75,9 +74,7 @@ def _own_attention(spec: ModuleSpec, shape: ModelShape) -> None:
     parts.core_attention = PackedAttention
     if shape.latent is not None:
         spec.module = LatentAttention
-        # Queries that are projected at once have no latent to normalise.
-        parts.q_layernorm = IdentityOp if shape.latent.q_lora_rank is None else RMSNorm
-        parts.kv_layernorm = RMSNorm
+        parts.q_layernorm = parts.kv_layernorm = RMSNorm
     else:
         spec.module = _with_bias(SelfAttention) if shape.out_bias else SelfAttention
         if shape.qk_norm:
