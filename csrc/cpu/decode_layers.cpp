@@ -1,5 +1,5 @@
 // Rows do not need each other: where there are many, each thread takes its rows through all layers, without waiting for
-// the others, and what it computes stays near it. While one thread's attention waits for memory, another multiplies.
+// the others, and what it computes stays near it. While one thread's attention waits for memory, another may multiply.
 #include "cpu/decode_layers.h"
 
 #include <omp.h>
@@ -49,8 +49,8 @@ class RowRange {
   std::vector<int32_t> starts_;
 };
 
-// The borders of `num_parts` consecutive ranges of rows that take about as long as each other. A product takes a time for
-// each weight, attention one for each number of the context, which comes from memory.
+// The borders of `num_parts` consecutive ranges of rows that take about as long as each other. A product takes a time
+// for each weight, attention one for each number of the context, which comes from memory.
 std::vector<int64_t> equal_parts(const DecoderShape& shape, const DecoderRows& rows, int64_t num_parts) {
   constexpr int64_t kWeightsPerNumber = 20;  // that are multiplied while a number is fetched
   const int64_t heads = shape.num_heads + 2 * shape.num_kv_heads + shape.num_heads;

@@ -49,7 +49,7 @@ struct DecoderRows {
 #define XRL_DECLARE_DECODE_LAYERS(ISA)                                                                              \
   namespace xrl::ISA {                                                                                              \
   /* x[rows.count, hidden]: the embeddings of the tokens, then what the last layer makes of them */                 \
-  void decode_layers(const DecodeLayer* layers, int64_t num_layers, const DecoderShape& shape,                     \
+  void decode_layers(const DecodeLayer* layers, int64_t num_layers, const DecoderShape& shape,                      \
                      const DecoderRows& rows, float* x, int num_threads);                                           \
   }
 

@@ -17,8 +17,7 @@ struct PackedWeight {
   bool is_gated;
 };
 
-// What a product is added to: row r, column c at data[r * row_stride + c]; null is nothing. A bias
-// has a row stride of 0.
+// What a product is added to: row r, column c at data[r * row_stride + c]; null is nothing. A bias has row stride 0.
 struct Addend {
   const float* data;
   int64_t row_stride;

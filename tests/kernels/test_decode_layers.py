@@ -127,6 +127,8 @@ def test_bad_arguments_are_refused() -> None:
     run("x must be", x=x[:, 1:])
     run("must have 3 rows", x=torch.randn(3, HIDDEN))
     run("at least one layer", layers=[])
+    run("keys must be", layers=[dataclasses.replace(layers[0], keys=layers[0].keys[0])])
+    run("keys must be", layers=[dataclasses.replace(layers[0], attention_out=PackedLinear(torch.eye(HIDDEN, 60)))])
     run("slots must be", slots=slots[:1])
     run("cos must be", rope=dataclasses.replace(rope, cos=rope.cos[:, 1:]))
     run("layer 1: products", layers=[layers[0], dataclasses.replace(layers[1], down=PackedLinear(torch.eye(8)))])

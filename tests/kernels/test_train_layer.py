@@ -124,6 +124,16 @@ def test_frozen_parameters_get_no_gradient() -> None:
     assert x.grad is not None
 
 
+def test_what_the_kernel_lacks_is_computed_by_the_reference() -> None:
+    rules = make_rules(6, [6], [], [])
+    layer, rules64 = exact(make_layer(), rules)
+    x = normal(6, HIDDEN, seed=10).double()
+    out = train_layer(x, layer, rules64)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, reference_train_layer(x, layer, rules64))
+    assert_equal(train_layer(x.float(), make_layer(), rules), out)
+
+
 def test_second_backward_pass_is_refused() -> None:
     x = normal(6, HIDDEN, seed=10).requires_grad_()
     out = train_layer(x, make_layer(), make_rules(6, [6], [], [])).sum()
@@ -153,7 +163,8 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(ValueError, match=match):
             train_layer(x, dataclasses.replace(layer, **change), rules)
     for match, change in {
-        "a row for each of the 6 tokens": {"cos": rules.cos[:5]},
+        "a row for each of the 6 tokens": {"cos": rules.cos[:5], "sin": rules.sin[:5]},
+        r"must be \[T, d\]": {"sin": rules.sin[:, :8]},
         "starts must be int32": {"sequences": dataclasses.replace(sequences, starts=sequences.starts.long())},
     }.items():
         with pytest.raises(ValueError, match=match):

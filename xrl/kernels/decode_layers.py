@@ -169,6 +169,11 @@ def _check(x: Tensor, layers: Sequence[DecodeLayer], context: PagedContext, rope
     first = layers[0]
     hidden, ffn, cache = first.down.out_features, first.down.in_features, first.keys.shape
     queries = first.attention_out.in_features
+    if len(cache) != 4 or queries % (cache[1] * cache[3]):
+        raise ValueError(
+            f"keys must be [blocks, KV heads, block size, D], whole times as many query heads, got {list(cache)} "
+            f"and {queries} query columns"
+        )
     if x.ndim != 2 or x.shape[1] != hidden:
         raise ValueError(f"x must be [N, {hidden}], got {list(x.shape)}")
     context.check(len(x))

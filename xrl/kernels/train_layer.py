@@ -58,7 +58,7 @@ class LayerRules:
 
 
 def has_train_layer(x: Tensor, parameters: LayerParameters, rules: LayerRules) -> bool:
-    """Whether there is a kernel for such a layer; `reference_train_layer` is a specification, slow."""
+    """Whether there is a kernel for such a layer; `reference_train_layer`, which serves all others, is slow."""
     tensors = [x, rules.cos, rules.sin, *(tensor for tensor in parameters.tensors() if tensor is not None)]
     if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in tensors):
         return False
@@ -67,12 +67,14 @@ def has_train_layer(x: Tensor, parameters: LayerParameters, rules: LayerRules) -
 
 
 def train_layer(x: Tensor, parameters: LayerParameters, rules: LayerRules) -> Tensor:
-    """What the layer makes of x [..., H], by the kernel; differentiable in x and all parameters, once.
+    """What the layer makes of x [..., H]; differentiable in x and all parameters, once.
 
     Raises:
-        ValueError: shapes or types that do not fit together.
+        ValueError: shapes or types that do not fit together. Where sequences stand is taken on trust.
     """
     _check(x, parameters, rules)
+    if not has_train_layer(x, parameters, rules):
+        return reference_train_layer(x, parameters, rules)
     out: Tensor = _TrainLayer.apply(x, rules, *parameters.tensors())
     return out
 
@@ -93,11 +95,11 @@ class _TrainLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rules: LayerRules, *parameters: Tensor | None) -> Tensor:
         module: Any = native_module()
-        ctx.layer = layer = _layer(x, rules, *parameters)
+        layer = _layer(x, rules, *parameters)
         ctx.save_for_backward(x, *parameters)
+        ctx.rules = rules
         # Not saved: autograd would refuse that the backward pass overwrites it.
         ctx.kept = x.new_empty(module.train_layer_kept(*layer[:2]))
-        ctx.rules = rules  # whose tensors the layer points to
         out = torch.empty_like(x)
         module.train_layer_forward(layer, x.data_ptr(), ctx.kept.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out
@@ -114,7 +116,7 @@ class _TrainLayer(torch.autograd.Function):
             for parameter, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True)
         ]
         native_module().train_layer_backward(  # type: ignore[union-attr]
-            ctx.layer,
+            _layer(x, ctx.rules, *parameters),
             x.data_ptr(),
             kept.data_ptr(),
             grad.data_ptr(),
@@ -168,7 +170,9 @@ def _check(x: Tensor, parameters: LayerParameters, rules: LayerRules) -> None:
     if (parameters.q_norm is None) != (parameters.k_norm is None):
         raise ValueError("q_norm and k_norm are needed together or not at all")
     sequences = rules.sequences
-    if sequences.num_tokens > min(x.numel() // hidden, len(rules.cos), len(rules.sin)):
+    if rules.cos.ndim != 2 or rules.cos.shape != rules.sin.shape:
+        raise ValueError(f"cos and sin must be [T, d], got {list(rules.cos.shape)} and {list(rules.sin.shape)}")
+    if sequences.num_tokens > min(x.numel() // hidden, len(rules.cos)):
         raise ValueError(f"x, cos and sin must have a row for each of the {sequences.num_tokens} tokens of sequences")
     for name in ("starts", "lengths", "parents"):
         index = getattr(sequences, name)

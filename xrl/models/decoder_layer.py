@@ -35,9 +35,10 @@ class DecoderLayer(TransformerLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """[S, B, H] -> [S, B, H], and no context."""
         rules = None if packed_seq_params is None else self._rules(packed_seq_params)
-        parameters = self._layer_parameters()
-        if rules is not None and has_train_layer(hidden_states, parameters, rules):
-            return train_layer(hidden_states, parameters, rules), None
+        if rules is not None:
+            parameters = self._layer_parameters()
+            if has_train_layer(hidden_states, parameters, rules):
+                return train_layer(hidden_states, parameters, rules), None
         output: tuple[Tensor, Tensor | None] = super().forward(
             hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
         )
