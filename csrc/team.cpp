@@ -140,6 +140,8 @@ class Team {
   std::atomic<bool> caller_sleeps_{false};
 };
 
+std::atomic<int> chosen_threads{0};
+
 // Never destroyed: helpers run to the end of the process.
 Team* team = nullptr;
 
@@ -152,6 +154,10 @@ Team* new_team() {
 }
 
 }  // namespace
+
+void set_num_threads(int count) { chosen_threads.store(count); }
+
+int num_threads() { return chosen_threads.load(); }
 
 void call_team(int num_threads, TeamBody body, const void* context) {
   static const bool is_made = (team = new_team(), true);

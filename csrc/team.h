@@ -12,6 +12,10 @@ namespace xrl {
 
 using TeamBody = void (*)(const void* context, int thread);
 
+// Threads that kernels of this process use; 0 where nobody has said.
+void set_num_threads(int count);
+int num_threads();
+
 // Runs body(context, 0) here, and body(context, i), 1 <= i < num_threads, on each helper that comes before that one
 // returns; returns when all have returned. The body must take its work piece by piece, for as long as there is some:
 // any of the threads may do all of it. Calls from a body, or while another thread has the helpers, run on the caller
