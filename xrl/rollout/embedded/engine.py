@@ -149,8 +149,8 @@ class EmbeddedEngine:
     def _on_loop(self, task: Callable[[], None]) -> Future[None]:
         """Let the loop thread do it, soon. Call with the lock held, wait for the result without.
 
-        Whatever thread computes with PyTorch gets OpenMP threads of its own, and where those of all threads together are
-        more than the cores, they no longer spin while they wait: every step of the loop would pay for waking them.
+        Whatever thread computes with PyTorch gets OpenMP threads of its own, and where those of all threads together
+        are more than the cores, they no longer spin while they wait: every step of the loop would pay for waking them.
         """
         done: Future[None] = Future()
         self._tasks.append((task, done))
