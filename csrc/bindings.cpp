@@ -28,6 +28,7 @@
 #include "dispatch.h"
 #include "grpo_params.h"
 #include "layer_bindings.h"
+#include "team.h"
 #include "weights_bindings.h"
 
 namespace py = pybind11;
@@ -321,6 +322,26 @@ void packed_attention_forward(Address query, Address key, Address mixed, const x
   XRL_DISPATCH(packed_attention_forward, tensors, xrl::packed_sequences(sequences), attention, num_threads);
 }
 
+// qkv: for each token its query heads, then its key heads, then its value heads.
+template <typename T>
+void prefill_attention(Address qkv, const std::tuple<int, int, int, int64_t, float>& shape,
+                       const xrl::SequencesTuple& sequences, Address out, Address log_sums, int num_threads) {
+  const auto [num_heads, num_kv_heads, dim, num_tokens, scale] = shape;
+  xrl::check(num_kv_heads >= 1 && num_heads % num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads");
+  xrl::check(dim > 0 && dim % 16 == 0, "head_dim must be a multiple of 16, got " + std::to_string(dim));
+  const int64_t token_stride = static_cast<int64_t>(num_heads + 2 * num_kv_heads) * dim;
+  const T* heads = at<const T>(qkv);
+  const xrl::AttentionForward<T> tensors{
+      {heads, token_stride, dim},
+      {heads + num_heads * dim, token_stride, dim},
+      {heads + (num_heads + num_kv_heads) * dim, token_stride, dim},
+      xrl::dense_heads(at<T>(out), num_heads, dim),
+      at<float>(log_sums)};
+  const xrl::AttentionShape attention{num_heads, num_kv_heads, dim, num_tokens, scale};
+  py::gil_scoped_release release;
+  XRL_DISPATCH(packed_attention_forward, tensors, xrl::packed_sequences(sequences), attention, num_threads);
+}
+
 template <typename T>
 void packed_attention_backward(Address query, Address key, Address mixed, Address out, Address log_sums,
                                Address grad_out, const xrl::QkvTuple& shape, float scale,
@@ -373,6 +394,7 @@ void bind(py::module_& module, const std::string& suffix) {
   module.def(("qkv_rope_backward" + suffix).c_str(), &qkv_rope_backward<T>);
   module.def(("packed_attention_forward" + suffix).c_str(), &packed_attention_forward<T>);
   module.def(("packed_attention_backward" + suffix).c_str(), &packed_attention_backward<T>);
+  module.def(("prefill_attention" + suffix).c_str(), &prefill_attention<T>);
 }
 
 }  // namespace
@@ -380,6 +402,8 @@ void bind(py::module_& module, const std::string& suffix) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of xrl; call them through xrl.kernels, which checks shapes and types.";
   module.def("cpu_isa", &cpu_isa, "Instruction set the CPU kernels run with.");
+  module.def("set_num_threads", &xrl::set_num_threads, py::arg("count"), "Threads that kernels of this process use.");
+  module.def("num_threads", &xrl::num_threads, "What set_num_threads said, or 0.");
   bind<float>(module, "_f32");
   bind<xrl::bfloat16>(module, "_bf16");
   module.def("grpo_rows", &grpo_rows);

@@ -32,9 +32,12 @@ def train(settings: Settings) -> None:
     from xrl.parallel.cpu import prepare_megatron_for_cpu
 
     prepare_megatron_for_cpu()
+    import torch
+
     from xrl.actor.actor import Actor
     from xrl.algorithms import create_algorithm
     from xrl.assembly import build_lead, share_rollout_count
+    from xrl.kernels.threads import use_threads
     from xrl.metrics.console import setup_logging
     from xrl.parallel.megatron import initialize, shutdown
     from xrl.trainer import Trainer
@@ -49,6 +52,8 @@ def train(settings: Settings) -> None:
         trainer = Trainer(
             settings, groups, actor, create_algorithm(settings.algorithm), lead, num_rollouts=num_rollouts
         )
+        if groups.device.type == "cpu":
+            use_threads(torch.get_num_threads(), num_parameters=actor.num_parameters)
         gc.collect()
         gc.freeze()  # modules and models stay: collections need not go through them again, many times a step
         trainer.train()

@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "cpu/lanes.h"
+#include "team.h"
 
 namespace xrl::XRL_ISA {
 namespace {
@@ -184,14 +185,13 @@ void attend_all(const DecodeQueries<T>& queries, const PagedCache<T>& cache, con
       work[num_work++] = {group, row, std::min(row + tile_rows, end)};
     }
   }
-#pragma omp parallel num_threads(num_threads)
-  {
+  Tasks tasks(static_cast<int64_t>(num_work) * cache.num_kv_heads);
+  run_on_team(num_threads, [&](int) {
     Tile<D> tile;
-#pragma omp for schedule(dynamic, 1)
-    for (int task = 0; task < num_work * cache.num_kv_heads; ++task) {
+    for (int64_t task; tasks.take(task);) {
       attend_rows(tile, work[task / cache.num_kv_heads], task % cache.num_kv_heads, queries, cache, rows);
     }
-  }
+  });
 }
 
 }  // namespace

@@ -2,20 +2,20 @@
 // the others, and what it computes stays near it. While one thread's attention waits for memory, another may multiply.
 #include "cpu/decode_layers.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "cpu/aligned_floats.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rope_cache.h"
+#include "team.h"
 
 namespace xrl::XRL_ISA {
 namespace {
 
-// Threads on their own each read all weights: with so many rows they compute for longer than they read.
-constexpr int64_t kRowsPerThread = 64;
+// Each piece of the rows reads all weights: with so many rows it computes for longer than it reads.
+constexpr int64_t kRowsPerPiece = 64;
+constexpr int64_t kMostPieces = 4;  // of a thread's rows: what a late thread has left, another takes
 
 // Rows [first, last) of a batch, with those of its groups that they belong to.
 class RowRange {
@@ -101,17 +101,20 @@ void run_layers(const DecodeLayer* layers, int64_t num_layers, const DecoderShap
 
 void decode_layers(const DecodeLayer* layers, int64_t num_layers, const DecoderShape& shape, const DecoderRows& rows,
                    float* x, int num_threads) {
-  if (rows.count < kRowsPerThread * num_threads) {
+  if (rows.count < kRowsPerPiece * num_threads) {
     return run_layers(layers, num_layers, shape, rows, x, num_threads);
   }
-#pragma omp parallel num_threads(num_threads)
-  {
-    const std::vector<int64_t> borders = equal_parts(shape, rows, omp_get_num_threads());
-    const int64_t first = borders[omp_get_thread_num()], last = borders[omp_get_thread_num() + 1];
-    if (first < last) {
+  const int64_t num_pieces = std::min<int64_t>(rows.count / (kRowsPerPiece * num_threads), kMostPieces);
+  const std::vector<int64_t> borders = equal_parts(shape, rows, num_pieces * num_threads);
+  Shares shares(num_threads);
+  run_on_team(num_threads, [&](int thread) {
+    int owner;
+    for (int64_t piece; shares.take(thread, [&](int) { return num_pieces; }, owner, piece);) {
+      const int64_t first = borders[owner * num_pieces + piece], last = borders[owner * num_pieces + piece + 1];
+      if (first == last) continue;
       run_layers(layers, num_layers, shape, RowRange(rows, first, last).rows(), x + first * shape.hidden, 1);
     }
-  }
+  });
 }
 
 }  // namespace xrl::XRL_ISA

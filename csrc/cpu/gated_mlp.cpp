@@ -1,10 +1,9 @@
 #include "cpu/gated_mlp.h"
 
-#include <omp.h>
-
 #include "cpu/aligned_floats.h"
 #include "cpu/matmul_tiles.h"
 #include "cpu/swiglu.h"
+#include "team.h"
 
 namespace xrl::XRL_ISA {
 namespace {
@@ -17,14 +16,14 @@ class TeamWeight {
   TeamWeight(const StridedMatrix& b, int64_t depth, int64_t columns)
       : b_(b), depth_(depth), columns_(columns), packed_(has_panels(b, columns) ? nullptr : packed_room()) {}
 
-  // The team packs it together: each of its threads must call this.
-  void pack() {
+  void pack(int num_threads) {
     if (packed_ == nullptr) return;
-#pragma omp for schedule(static)
-    for (int64_t column = 0; column < columns_; column += kPanel) {
-      pack_panel(b_.from(0, column), panel_columns(column, columns_), static_cast<int>(depth_),
-                 packed_.get() + column * depth_);
-    }
+    for_ranges((columns_ + kPanel - 1) / kPanel, num_threads, [this](const Range& panels) {
+      for (int64_t column = panels.first * kPanel; column < panels.last * kPanel; column += kPanel) {
+        pack_panel(b_.from(0, column), panel_columns(column, columns_), static_cast<int>(depth_),
+                   packed_.get() + column * depth_);
+      }
+    });
   }
 
   // c[rows, columns] = a b + addend
@@ -58,15 +57,14 @@ void gated_mlp_forward(const float* x, const GatedMlp& mlp, const Addend& addend
   const int64_t width = 2 * mlp.ffn;
   TeamWeight gate_up({mlp.gate_up, 1, mlp.inputs}, mlp.inputs, width);
   TeamWeight down({mlp.down, 1, mlp.ffn}, mlp.ffn, mlp.outputs);
-  Turns turns(num_threads);
-#pragma omp parallel num_threads(num_threads)
-  {
+  gate_up.pack(num_threads);
+  down.pack(num_threads);
+  const Split split(rows, 1, std::max(num_threads, 1));
+  Turns turns(split, kTileRows);
+  run_on_team(num_threads, [&](int thread) {
     const Floats copies = make_floats(kChunkTiles * kCopySize);
-    const Split split(rows, 1, omp_get_num_threads());
     const Floats activated = make_floats(kTileRows * mlp.ffn);
-    gate_up.pack();
-    down.pack();
-    for (Turn turn; turns.take(0, omp_get_thread_num(), split, kTileRows, turn);) {
+    for (Turn turn; turns.take(thread, turn);) {
       const int64_t row = turn.rows.first;
       const int count = static_cast<int>(turn.rows.size());
       float* tile_hidden = hidden + row * width;
@@ -75,7 +73,7 @@ void gated_mlp_forward(const float* x, const GatedMlp& mlp, const Addend& addend
       down.multiply(activated.get(), mlp.ffn, addend.from(row, 0), count, out + row * mlp.outputs, mlp.outputs,
                     copies.get());
     }
-  }
+  });
 }
 
 void gated_mlp_backward(const float* grad, const GatedMlp& mlp, int64_t rows, float* hidden, float* activated,
@@ -83,14 +81,13 @@ void gated_mlp_backward(const float* grad, const GatedMlp& mlp, int64_t rows, fl
   const int64_t width = 2 * mlp.ffn;
   TeamWeight down({mlp.down, mlp.ffn, 1}, mlp.outputs, mlp.ffn);
   TeamWeight gate_up({mlp.gate_up, mlp.inputs, 1}, grad_x == nullptr ? 0 : width, mlp.inputs);
-  Turns turns(num_threads);
-#pragma omp parallel num_threads(num_threads)
-  {
+  down.pack(num_threads);
+  gate_up.pack(num_threads);
+  const Split split(rows, 1, std::max(num_threads, 1));
+  Turns turns(split, kTileRows);
+  run_on_team(num_threads, [&](int thread) {
     const Floats copies = make_floats(kChunkTiles * kCopySize);
-    const Split split(rows, 1, omp_get_num_threads());
-    down.pack();
-    gate_up.pack();
-    for (Turn turn; turns.take(0, omp_get_thread_num(), split, kTileRows, turn);) {
+    for (Turn turn; turns.take(thread, turn);) {
       const int64_t row = turn.rows.first;
       const int count = static_cast<int>(turn.rows.size());
       float* tile_hidden = hidden + row * width;
@@ -105,7 +102,7 @@ void gated_mlp_backward(const float* grad, const GatedMlp& mlp, int64_t rows, fl
         gate_up.multiply(tile_hidden, width, kNothing, count, grad_x + row * mlp.inputs, mlp.inputs, copies.get());
       }
     }
-  }
+  });
 }
 
 }  // namespace xrl::XRL_ISA

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cpu/logprob_row.h"
+#include "team.h"
 
 namespace xrl::XRL_ISA {
 namespace {
@@ -44,35 +45,36 @@ void grpo_single_pass(const LogitRows<T>& logits, const ChosenTokens& tokens, co
                       const SinglePassOutputs& out, int num_threads) {
   const GrpoOutputs row_outputs{out.data + 2 * out.num_rows, out.num_rows};
   const float slope_factor = factor * tokens.inverse_temperature;
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 4)
-  for (int64_t index = 0; index < logits.num_rows; ++index) {
-    const T* x = logits.data + index * logits.row_stride;
-    const int64_t target = tokens.ids[index] - tokens.vocab_start;
-    RowGradient slopes{};
-    GrpoRowOut values{};
-    float logprob = 0.0f;
-    float entropy = 0.0f;
-    if (inputs.weights[index] != 0.0f) {
-      const SoftmaxSums sums = softmax_sums(x, logits.num_columns, tokens.inverse_temperature);
-      const float log_sum = std::log(static_cast<float>(sums.sum_exp));
-      entropy = log_sum - static_cast<float>(sums.sum_exp_shifted / sums.sum_exp);
-      logprob = std::numeric_limits<float>::quiet_NaN();
-      if (target >= 0 && target < logits.num_columns) {
-        logprob =
-            shifted_target(x, logits.num_columns, target, sums.maximum, tokens.inverse_temperature) - log_sum;
+  for_ranges(logits.num_rows, num_threads, [&](const Range& range) {
+    for (int64_t index = range.first; index < range.last; ++index) {
+      const T* x = logits.data + index * logits.row_stride;
+      const int64_t target = tokens.ids[index] - tokens.vocab_start;
+      RowGradient slopes{};
+      GrpoRowOut values{};
+      float logprob = 0.0f;
+      float entropy = 0.0f;
+      if (inputs.weights[index] != 0.0f) {
+        const SoftmaxSums sums = softmax_sums(x, logits.num_columns, tokens.inverse_temperature);
+        const float log_sum = std::log(static_cast<float>(sums.sum_exp));
+        entropy = log_sum - static_cast<float>(sums.sum_exp_shifted / sums.sum_exp);
+        logprob = std::numeric_limits<float>::quiet_NaN();
+        if (target >= 0 && target < logits.num_columns) {
+          logprob =
+              shifted_target(x, logits.num_columns, target, sums.maximum, tokens.inverse_temperature) - log_sum;
+        }
+        values = grpo_token(read(inputs, index, logprob, entropy, params.importance_from_current), params);
+        slopes = {sums.maximum, log_sum, entropy, values.grad_logprob * slope_factor,
+                  params.entropy_coef == 0.0f ? 0.0f : values.grad_entropy * slope_factor};
       }
-      values = grpo_token(read(inputs, index, logprob, entropy, params.importance_from_current), params);
-      slopes = {sums.maximum, log_sum, entropy, values.grad_logprob * slope_factor,
-                params.entropy_coef == 0.0f ? 0.0f : values.grad_entropy * slope_factor};
+      out.data[index] = logprob;
+      out.data[out.num_rows + index] = entropy;
+      write(row_outputs, index, values);
+      if (gradient.data != nullptr) {
+        write_gradient(x, logits.num_columns, target, tokens.inverse_temperature, slopes,
+                       gradient.data + index * gradient.row_stride, gradient.num_columns);
+      }
     }
-    out.data[index] = logprob;
-    out.data[out.num_rows + index] = entropy;
-    write(row_outputs, index, values);
-    if (gradient.data != nullptr) {
-      write_gradient(x, logits.num_columns, target, tokens.inverse_temperature, slopes,
-                     gradient.data + index * gradient.row_stride, gradient.num_columns);
-    }
-  }
+  });
 }
 
 #define XRL_INSTANTIATE(T)                                                                                            \

@@ -9,6 +9,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "team.h"
+
 namespace xrl {
 
 // Fresh memory comes page by page, at a fault each: with 4 KiB pages a gradient of 1 GB costs 300,000 of them, longer
@@ -27,14 +29,16 @@ inline void advise_huge_pages(void* data, std::size_t num_bytes) {
 
 // Has the system put memory, all zeros, behind pages that nobody has written to yet: each thread some of the areas. At
 // first use every page would keep one thread waiting, and the others for it.
-inline void populate_pages(const std::vector<char*>& areas, std::size_t num_bytes, int num_threads) {
+static inline void populate_pages(const std::vector<char*>& areas, std::size_t num_bytes, int num_threads) {
   constexpr std::size_t kSmallestPage = 4096;
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic)
-  for (std::size_t i = 0; i < areas.size(); ++i) {
-    for (std::size_t byte = 0; byte < num_bytes; byte += kSmallestPage) {
-      *static_cast<volatile char*>(areas[i] + byte) = 0;
+  Tasks tasks(static_cast<int64_t>(areas.size()));
+  run_on_team(num_threads, [&](int) {
+    for (int64_t area; tasks.take(area);) {
+      for (std::size_t byte = 0; byte < num_bytes; byte += kSmallestPage) {
+        *static_cast<volatile char*>(areas[area] + byte) = 0;
+      }
     }
-  }
+  });
 }
 
 }  // namespace xrl

@@ -1,13 +1,12 @@
 #include "cpu/matmul.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "cpu/aligned_floats.h"
 #include "cpu/matmul_tiles.h"
 #include "cpu/swiglu.h"
+#include "team.h"
 
 namespace xrl::XRL_ISA {
 void matmul(const StridedMatrix& a, const StridedMatrix& b, const Addend& addend, int64_t rows, int64_t columns,
@@ -16,34 +15,28 @@ void matmul(const StridedMatrix& a, const StridedMatrix& b, const Addend& addend
   const bool in_place = has_panels(b, columns);
   const int64_t widest = std::min<int64_t>(kBlockColumns, round_up(columns, kPanel));
   const Floats block = in_place ? nullptr : make_floats(widest * std::clamp<int64_t>(depth, 1, kBlockDepth));
-  Turns turns(num_threads);
-#pragma omp parallel num_threads(num_threads)
-  {
-    const Floats copies = room_for_copies(a);
-    const int64_t thread = omp_get_thread_num();
-    const Split split(rows, columns, omp_get_num_threads());
-    const int64_t width = in_place ? kBlockColumns * split.column_parts : kBlockColumns;
-    int64_t num_blocks = 0;
-    for (int64_t column = 0; column < columns; column += width) {
-      const int64_t block_columns = std::min<int64_t>(width, columns - column);
-      const int64_t num_panels = (block_columns + kPanel - 1) / kPanel;
-      int64_t k = 0;
-      do {
-        const int block_depth = static_cast<int>(std::min<int64_t>(kBlockDepth, depth - k));
-        if (num_blocks > 0) {
-#pragma omp barrier  // some may be at the block before, whose sums this one's are added to
-        }
-        turns.prepare_next(num_blocks, thread);
-        Panels panels = panels_in_place(b.from(k, column));
-        if (!in_place) {
-          panels = panels_packed(block.get(), block_depth);
-#pragma omp for schedule(static)
-          for (int64_t p = 0; p < num_panels; ++p) {
+  const Split split(rows, columns, std::max(num_threads, 1));
+  const int64_t width = in_place ? kBlockColumns * split.column_parts : kBlockColumns;
+  for (int64_t column = 0; column < columns; column += width) {
+    const int64_t block_columns = std::min<int64_t>(width, columns - column);
+    const int64_t num_panels = (block_columns + kPanel - 1) / kPanel;
+    int64_t k = 0;
+    do {  // a block after the other: the sums of one are what the next one's are added to
+      const int block_depth = static_cast<int>(std::min<int64_t>(kBlockDepth, depth - k));
+      Panels panels = panels_in_place(b.from(k, column));
+      if (!in_place) {
+        panels = panels_packed(block.get(), block_depth);
+        for_ranges(num_panels, num_threads, [&](const Range& range) {
+          for (int64_t p = range.first; p < range.last; ++p) {
             pack_panel(b.from(k, column + p * kPanel), panel_columns(p * kPanel, block_columns), block_depth,
                        block.get() + p * kPanel * block_depth);
           }
-        }
-        for (Turn turn; turns.take(num_blocks, thread, split, kChunkRows, turn);) {
+        });
+      }
+      Turns turns(split, kChunkRows);
+      run_on_team(num_threads, [&](int thread) {
+        const Floats copies = room_for_copies(a);
+        for (Turn turn; turns.take(thread, turn);) {
           const Range own = split.columns(num_panels, turn.owner);
           const int64_t first = own.first * kPanel;
           float* place = c + turn.rows.first * c_stride + column + first;
@@ -52,10 +45,9 @@ void matmul(const StridedMatrix& a, const StridedMatrix& b, const Addend& addend
                              std::min(own.last * kPanel, block_columns) - first, block_depth, place, c_stride,
                              copies.get());
         }
-        ++num_blocks;
-        k += kBlockDepth;
-      } while (k < depth);
-    }
+      });
+      k += kBlockDepth;
+    } while (k < depth);
   }
 }
 
@@ -67,17 +59,18 @@ void pack_weight(const StridedMatrix& b, int64_t depth, int64_t columns, bool is
                  int num_threads) {
   const int64_t width = is_gated ? kLanes : kPanel;
   const int64_t num_panels = (columns + width - 1) / width;
-#pragma omp parallel for num_threads(num_threads) schedule(static)
-  for (int64_t p = 0; p < num_panels; ++p) {
-    float* panel = packed + p * kPanel * depth;
-    const int count = static_cast<int>(std::min(width, columns - p * width));
-    if (is_gated) {
-      pack_vector(b.from(0, p * width), count, static_cast<int>(depth), panel);
-      pack_vector(b.from(0, columns + p * width), count, static_cast<int>(depth), panel + kLanes);
-    } else {
-      pack_panel(b.from(0, p * width), count, static_cast<int>(depth), panel);
+  for_ranges(num_panels, num_threads, [&](const Range& range) {
+    for (int64_t p = range.first; p < range.last; ++p) {
+      float* panel = packed + p * kPanel * depth;
+      const int count = static_cast<int>(std::min(width, columns - p * width));
+      if (is_gated) {
+        pack_vector(b.from(0, p * width), count, static_cast<int>(depth), panel);
+        pack_vector(b.from(0, columns + p * width), count, static_cast<int>(depth), panel + kLanes);
+      } else {
+        pack_panel(b.from(0, p * width), count, static_cast<int>(depth), panel);
+      }
     }
-  }
+  });
 }
 
 namespace {
@@ -114,13 +107,11 @@ void packed_matmul(const StridedMatrix& a, const PackedWeight& b, const Addend& 
   if (rows == 0) return;
   const int64_t width = b.is_gated ? kLanes : kPanel;
   const int64_t num_panels = (b.columns + width - 1) / width;
-  Turns turns(num_threads);
-#pragma omp parallel num_threads(num_threads)
-  {
+  const Split split(rows, num_panels * kPanel, std::max(num_threads, 1));
+  Turns turns(split, kChunkRows);
+  run_on_team(num_threads, [&](int thread) {
     const Floats copies = room_for_copies(a);
-    const int64_t thread = omp_get_thread_num();
-    const Split split(rows, num_panels * kPanel, omp_get_num_threads());
-    for (Turn turn; turns.take(0, thread, split, kChunkRows, turn);) {
+    for (Turn turn; turns.take(thread, turn);) {
       const Range own = split.columns(num_panels, turn.owner);
       const int64_t row = turn.rows.first;
       const int64_t first = own.first * width;
@@ -134,7 +125,7 @@ void packed_matmul(const StridedMatrix& a, const PackedWeight& b, const Addend& 
                                 place, c_stride, copies.get());
       }
     }
-  }
+  });
 }
 
 }  // namespace xrl::XRL_ISA

@@ -4,15 +4,14 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 
 #include "cpu/aligned_floats.h"
 #include "cpu/matmul.h"
 #include "cpu/tile_product.h"
 #include "cpu/transpose.h"
+#include "team.h"
 
 namespace xrl {
 
@@ -197,19 +196,11 @@ static inline void chunk_times_deep_panels(const StridedMatrix& a, const Panels&
 
 namespace {
 
-// A range of rows, columns or panels.
-struct Range {
-  int64_t first;
-  int64_t last;
-
-  int64_t size() const { return last - first; }
-};
-
 // Which rows and which columns a team's threads compute: those of one call as those of the next, because what a thread
 // has written is near it, and may be far from the others (cores that share no L3).
 class Split {
  public:
-  Split(int64_t rows, int64_t columns, int64_t num_threads) : num_threads(num_threads), rows_(rows) {
+  Split(int64_t rows, int64_t columns, int num_threads) : num_threads(num_threads), rows_(rows) {
     int64_t lowest = INT64_MAX;
     for (int64_t parts = 1; parts <= num_threads; ++parts) {
       if (num_threads % parts != 0) continue;
@@ -230,7 +221,7 @@ class Split {
   // Of `count` columns or panels.
   Range columns(int64_t count, int64_t thread) const { return part(count, thread % column_parts, column_parts); }
 
-  int64_t num_threads;
+  int num_threads;
   int64_t column_parts = 1;
 
  private:
@@ -243,40 +234,30 @@ class Split {
 
 // Some rows of a thread's part, for whoever computes them.
 struct Turn {
-  int64_t owner;
+  int owner;
   Range rows;
 };
 
-// Each thread takes its own rows, some at a time, and then what others have left, who may be late or have slower cores.
+// Each thread takes its own rows, some at a time, and then what others have left.
 class Turns {
  public:
-  explicit Turns(int64_t max_threads) : taken_(new Counter[2 * max_threads]) {}
-
-  // Each thread calls it in a block before it takes turns; between two blocks there is a barrier.
-  void prepare_next(int64_t block, int64_t thread) { taken(block + 1, thread) = 0; }
+  Turns(const Split& split, int64_t num_rows) : split_(split), num_rows_(num_rows), shares_(split.num_threads) {}
 
   // False when no rows are left.
-  bool take(int64_t block, int64_t thread, const Split& split, int64_t num_rows, Turn& turn) {
-    for (int64_t i = 0; i < split.num_threads; ++i) {
-      const int64_t owner = (thread + i) % split.num_threads;
-      const Range rows = split.rows(owner);
-      const int64_t first = rows.first + num_rows * taken(block, owner).fetch_add(1, std::memory_order_relaxed);
-      if (first >= rows.last) continue;
-      turn = {owner, {first, std::min(first + num_rows, rows.last)}};
-      return true;
-    }
-    return false;
+  bool take(int thread, Turn& turn) {
+    const auto num_turns = [this](int owner) { return (split_.rows(owner).size() + num_rows_ - 1) / num_rows_; };
+    int64_t number;
+    if (!shares_.take(thread, num_turns, turn.owner, number)) return false;
+    const Range rows = split_.rows(turn.owner);
+    const int64_t first = rows.first + number * num_rows_;
+    turn.rows = {first, std::min(first + num_rows_, rows.last)};
+    return true;
   }
 
  private:
-  // Two blocks' at a time, in lines of their own.
-  struct alignas(64) Counter {
-    std::atomic<int64_t> taken{0};
-  };
-
-  std::atomic<int64_t>& taken(int64_t block, int64_t thread) { return taken_[2 * thread + block % 2].taken; }
-
-  std::unique_ptr<Counter[]> taken_;
+  const Split& split_;
+  int64_t num_rows_;
+  Shares shares_;
 };
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "cpu/aligned_floats.h"
 #include "cpu/tile_product.h"
 #include "cpu/transpose.h"
+#include "team.h"
 
 namespace xrl::XRL_ISA {
 namespace {
@@ -344,11 +345,10 @@ void packed_attention_forward(const AttentionForward<T>& tensors, const PackedSe
                               const AttentionShape& shape, int num_threads) {
   const int repeats = shape.num_heads / shape.num_kv_heads;
   const int64_t num_keys = most_keys(sequences);
-#pragma omp parallel num_threads(num_threads)
-  {
+  Tasks tasks(sequences.count * shape.num_kv_heads);
+  run_on_team(num_threads, [&](int) {
     ForwardScratch scratch(num_keys, shape.head_dim);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < sequences.count * shape.num_kv_heads; ++task) {
+    for (int64_t task; tasks.take(task);) {
       const Context context(sequences, task / shape.num_kv_heads);
       const int kv_head = static_cast<int>(task % shape.num_kv_heads);
       gather_transposed(tensors.key, kv_head, context, sequences.step, shape.head_dim, scratch.keys.get());
@@ -360,7 +360,7 @@ void packed_attention_forward(const AttentionForward<T>& tensors, const PackedSe
         }
       }
     }
-  }
+  });
 }
 
 template <typename T>
@@ -373,13 +373,12 @@ void packed_attention_backward(const AttentionBackward<T>& tensors, const Packed
   PromptGradients found(sequences, shape.num_kv_heads, dim);
   // Answers first and prompts last, which then add up what the answers found: two loops.
   for (const bool answers : {true, false}) {
-#pragma omp parallel num_threads(num_threads)
-    {
+    Tasks tasks(sequences.count * shape.num_kv_heads);
+    run_on_team(num_threads, [&](int) {
       BackwardScratch scratch(num_keys, dim);
       float* grad_keys = scratch.grad_keys.get();
       float* grad_values = scratch.grad_values.get();
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < sequences.count * shape.num_kv_heads; ++task) {
+      for (int64_t task; tasks.take(task);) {
         const int64_t sequence = task / shape.num_kv_heads;
         const int kv_head = static_cast<int>(task % shape.num_kv_heads);
         const Context context(sequences, sequence);
@@ -407,7 +406,7 @@ void packed_attention_backward(const AttentionBackward<T>& tensors, const Packed
         scatter(grad_keys + prompt_floats, tensors.grad_key, kv_head, context.start, step, context.length, dim);
         scatter(grad_values + prompt_floats, tensors.grad_value, kv_head, context.start, step, context.length, dim);
       }
-    }
+    });
   }
 }
 

@@ -1,10 +1,9 @@
 #include "cpu/qkv_rope.h"
 
-#include <omp.h>
-
 #include <cmath>
 
 #include "cpu/lanes.h"
+#include "team.h"
 
 namespace xrl::XRL_ISA {
 namespace {
@@ -77,34 +76,33 @@ template <typename V, typename T>
 void forward(const T* mixed, const QkvShape& shape, const QkvRope<T>& rope, T* query, T* key,
                       int num_threads) {
   const int dim = shape.head_dim;
-#pragma omp parallel for num_threads(num_threads) schedule(static)
-  for (int64_t token = 0; token < shape.num_tokens; ++token) {
-    const T* cosine = rope.cosine + token * dim;
-    const T* sine = rope.sine + token * dim;
-    const T* head = mixed + token * shape.num_kv_heads * (shape.queries_per_key + 2) * dim;
-    T* q = query + token * shape.num_kv_heads * shape.queries_per_key * dim;
-    T* k = key + token * shape.num_kv_heads * dim;
-    for (int g = 0; g < shape.num_kv_heads; ++g) {
-      for (int i = 0; i < shape.queries_per_key; ++i, head += dim, q += dim) {
-        rope_head<V>(head, cosine, sine, rope.q_weight, rope.eps, dim, q);
+  for_ranges(shape.num_tokens, num_threads, [&](const Range& range) {
+    for (int64_t token = range.first; token < range.last; ++token) {
+      const T* cosine = rope.cosine + token * dim;
+      const T* sine = rope.sine + token * dim;
+      const T* head = mixed + token * shape.num_kv_heads * (shape.queries_per_key + 2) * dim;
+      T* q = query + token * shape.num_kv_heads * shape.queries_per_key * dim;
+      T* k = key + token * shape.num_kv_heads * dim;
+      for (int g = 0; g < shape.num_kv_heads; ++g) {
+        for (int i = 0; i < shape.queries_per_key; ++i, head += dim, q += dim) {
+          rope_head<V>(head, cosine, sine, rope.q_weight, rope.eps, dim, q);
+        }
+        rope_head<V>(head, cosine, sine, rope.k_weight, rope.eps, dim, k);
+        head += 2 * dim;
+        k += dim;
       }
-      rope_head<V>(head, cosine, sine, rope.k_weight, rope.eps, dim, k);
-      head += 2 * dim;
-      k += dim;
     }
-  }
+  });
 }
 
 template <typename V, typename T>
 void backward(const T* mixed, const T* grad_query, const T* grad_key, const QkvShape& shape,
                        const QkvRope<T>& rope, T* grad_mixed, float* grad_weights, int num_threads) {
   const int dim = shape.head_dim;
-#pragma omp parallel num_threads(num_threads)
-  {
-    float* grad_q_weight = grad_weights + omp_get_thread_num() * 2 * dim;
+  for_parts(shape.num_tokens, num_threads, [&](int part, const Range& range) {
+    float* grad_q_weight = grad_weights + part * 2 * dim;
     float* grad_k_weight = grad_q_weight + dim;
-#pragma omp for schedule(static)
-    for (int64_t token = 0; token < shape.num_tokens; ++token) {
+    for (int64_t token = range.first; token < range.last; ++token) {
       const T* cosine = rope.cosine + token * dim;
       const T* sine = rope.sine + token * dim;
       const int64_t first = token * shape.num_kv_heads * (shape.queries_per_key + 2) * dim;
@@ -122,7 +120,7 @@ void backward(const T* mixed, const T* grad_query, const T* grad_key, const QkvS
         gk += dim;
       }
     }
-  }
+  });
 }
 
 inline bool halves_are_vectors(const QkvShape& shape) { return shape.head_dim / 2 % kLanes == 0; }

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cpu/inverse_rms.h"
+#include "team.h"
 
 namespace xrl::XRL_ISA {
 namespace {
@@ -32,25 +33,26 @@ void rope_cache(const QkvTokens<T>& tokens, const RopeNorm<T>& rope, int num_thr
   const int dim = tokens.head_dim;
   const int num_heads = tokens.num_heads;
   const int num_kv_heads = tokens.num_kv_heads;
-#pragma omp parallel for num_threads(num_threads) schedule(static)
-  for (int64_t token = 0; token < tokens.num_tokens; ++token) {
-    T* heads = tokens.qkv + token * (num_heads + 2 * num_kv_heads) * dim;
-    const int64_t angle = static_cast<int64_t>(tokens.positions[token]) * (dim / 2);
-    for (int h = 0; h < num_heads + num_kv_heads; ++h) {
-      const T* norm = h < num_heads ? rope.q_norm : rope.k_norm;
-      rotate(heads + h * dim, dim, norm, rope.eps, rope.cos + angle, rope.sin + angle);
+  for_ranges(tokens.num_tokens, num_threads, [&](const Range& range) {
+    for (int64_t token = range.first; token < range.last; ++token) {
+      T* heads = tokens.qkv + token * (num_heads + 2 * num_kv_heads) * dim;
+      const int64_t angle = static_cast<int64_t>(tokens.positions[token]) * (dim / 2);
+      for (int h = 0; h < num_heads + num_kv_heads; ++h) {
+        const T* norm = h < num_heads ? rope.q_norm : rope.k_norm;
+        rotate(heads + h * dim, dim, norm, rope.eps, rope.cos + angle, rope.sin + angle);
+      }
+      const int64_t slot = tokens.slots[token];
+      if (slot < 0) continue;
+      const int64_t block = slot / tokens.block_size;
+      const int64_t offset = slot % tokens.block_size;
+      const T* key = heads + num_heads * dim;
+      for (int h = 0; h < num_kv_heads; ++h) {
+        const int64_t place = ((block * num_kv_heads + h) * tokens.block_size + offset) * dim;
+        std::memcpy(tokens.keys + place, key + h * dim, dim * sizeof(T));
+        std::memcpy(tokens.values + place, key + (num_kv_heads + h) * dim, dim * sizeof(T));
+      }
     }
-    const int64_t slot = tokens.slots[token];
-    if (slot < 0) continue;
-    const int64_t block = slot / tokens.block_size;
-    const int64_t offset = slot % tokens.block_size;
-    const T* key = heads + num_heads * dim;
-    for (int h = 0; h < num_kv_heads; ++h) {
-      const int64_t place = ((block * num_kv_heads + h) * tokens.block_size + offset) * dim;
-      std::memcpy(tokens.keys + place, key + h * dim, dim * sizeof(T));
-      std::memcpy(tokens.values + place, key + (num_kv_heads + h) * dim, dim * sizeof(T));
-    }
-  }
+  });
 }
 
 template void rope_cache<float>(const QkvTokens<float>&, const RopeNorm<float>&, int);

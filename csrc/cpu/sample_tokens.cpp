@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "cpu/vector_math.h"
+#include "team.h"
 
 namespace xrl::XRL_ISA {
 namespace {
@@ -45,11 +46,9 @@ inline int64_t find_token(const float* x, int64_t start, int64_t stop, float max
 void sample_tokens(const float* logits, int64_t num_rows, int64_t vocab_size, const float* temperatures,
                    const double* uniforms, int64_t* token_ids, float* logprobs, int num_threads) {
   const int64_t num_blocks = (vocab_size + kBlock - 1) / kBlock;
-#pragma omp parallel num_threads(num_threads)
-  {
+  for_ranges(num_rows, num_threads, [&](const Range& range) {
     const std::unique_ptr<double[]> block_sums(new double[num_blocks]);
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < num_rows; ++row) {
+    for (int64_t row = range.first; row < range.last; ++row) {
       const float* x = logits + row * vocab_size;
       const bool greedy = temperatures[row] == 0.0f;
       const float inverse_temperature = greedy ? 1.0f : 1.0f / temperatures[row];
@@ -83,7 +82,7 @@ void sample_tokens(const float* logits, int64_t num_rows, int64_t vocab_size, co
       token_ids[row] = token;
       logprobs[row] = static_cast<float>((x[token] - maximum) * inverse_temperature - std::log(total));
     }
-  }
+  });
 }
 
 }  // namespace xrl::XRL_ISA

@@ -6,6 +6,7 @@
 #include "cpu/gated_mlp.h"
 #include "cpu/layer_ops.h"
 #include "cpu/matmul.h"
+#include "team.h"
 
 namespace xrl::XRL_ISA {
 namespace {
@@ -31,8 +32,7 @@ class Operations {
   // grad_x = the norm's gradient of x + addend
   void normalise_backward(const float* x, const float* weight, const float* inverse_rms, const float* grad,
                           const float* addend, float* grad_x, float* grad_weight) const {
-    // Zeros: the runtime may start fewer threads than it is asked for.
-    const Floats sums = make_zeros(num_threads_ * shape_.hidden);
+    const Floats sums = make_floats(num_threads_ * shape_.hidden);
     rms_norm_backward<float>(x, weight, inverse_rms, grad, addend, shape_.rows, shape_.hidden, grad_x, sums.get(),
                              num_threads_);
     add_sums(sums.get(), shape_.hidden, shape_.hidden, grad_weight);
@@ -62,13 +62,12 @@ class Operations {
   void add_bias_gradient(const float* grad, int64_t outputs, float* grad_bias) const {
     if (grad_bias == nullptr) return;
     constexpr int64_t kColumns = 64;
-#pragma omp parallel for num_threads(num_threads_) schedule(static)
-    for (int64_t first = 0; first < outputs; first += kColumns) {
-      const int64_t last = std::min(first + kColumns, outputs);
+    for_ranges((outputs + kColumns - 1) / kColumns, num_threads_, [&](const Range& range) {
+      const int64_t last = std::min(range.last * kColumns, outputs);
       for (int64_t row = 0; row < shape_.rows; ++row) {
-        for (int64_t i = first; i < last; ++i) grad_bias[i] += grad[row * outputs + i];
+        for (int64_t i = range.first * kColumns; i < last; ++i) grad_bias[i] += grad[row * outputs + i];
       }
-    }
+    });
   }
 
   GatedMlp mlp() const {

@@ -102,6 +102,11 @@ class Actor:
         )
         self.seconds: dict[str, float] = {}
 
+    @property
+    def num_parameters(self) -> int:
+        """Of this rank's share."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def update(
         self,
         samples: Sequence[Sample],

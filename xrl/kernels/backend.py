@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xrl.kernels import native_cuda, triton
 from xrl.kernels.native import native_module
+from xrl.kernels.threads import num_threads
 
 if TYPE_CHECKING:
     from xrl.kernels.grpo_rows import GrpoRowParams
@@ -193,7 +194,7 @@ def describe() -> str:
         module = native_module()
         detail = ""
         if chosen == "native" and module is not None and kind == "cpu":
-            detail = f" (xrl._C with {module.cpu_isa()}, {torch.get_num_threads()} threads)"
+            detail = f" (xrl._C with {module.cpu_isa()}, {num_threads()} threads)"
         lines.append(f"{kind}: {chosen}{detail}")
         for name in ("native", "triton"):
             reason = why_not(name, device)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xrl.kernels.native import native_module
+from xrl.kernels.threads import num_threads
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _NATIVE_HEAD_DIMS = (16, 32, 64, 128)
@@ -83,7 +84,7 @@ def decode_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, cont
         context.row_blocks.data_ptr(),
         context.row_blocks.stride(0),
         context.row_lengths.data_ptr(),
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out
 

@@ -17,6 +17,7 @@ from xrl.kernels.native import native_module
 from xrl.kernels.packed_linear import PackedLinear, PackedSwiGLU
 from xrl.kernels.rms_norm import rms_norm
 from xrl.kernels.rope_cache import rope_cache
+from xrl.kernels.threads import num_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def decode_layers(
             rope.cos.data_ptr(),
             rope.sin.data_ptr(),
         ),
-        torch.get_num_threads(),
+        num_threads(),
     )
     return x
 

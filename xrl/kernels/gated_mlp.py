@@ -17,6 +17,7 @@ from xrl.kernels.layer_ops import is_native, reference_swiglu, swiglu_gradient_i
 from xrl.kernels.linear import weight_gradient
 from xrl.kernels.matmul import has_matmul, matmul
 from xrl.kernels.native import native_module
+from xrl.kernels.threads import num_threads
 
 _MOST_PACKED_BYTES = 64 << 20
 
@@ -65,7 +66,7 @@ class _GatedMLP(torch.autograd.Function):
                 len(x),
                 hidden.data_ptr(),
                 out.data_ptr(),
-                torch.get_num_threads(),
+                num_threads(),
             )
             return out
         ctx.hidden = hidden = matmul(x, gate_up.t())
@@ -91,7 +92,7 @@ class _GatedMLP(torch.autograd.Function):
                 hidden.data_ptr(),
                 activated.data_ptr(),
                 0 if grad_x is None else grad_x.data_ptr(),
-                torch.get_num_threads(),
+                num_threads(),
             )
         else:
             activated = matmul(grad, down)  # its gradient, until the next line

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xrl.kernels.native import native_module
+from xrl.kernels.threads import num_threads
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -42,9 +43,7 @@ def swiglu(x: Tensor) -> Tensor:
 def swiglu_into(x: Tensor, out: Tensor) -> None:
     """`swiglu` of x [..., 2 H] into out [..., H] by the kernel, without autograd; both contiguous."""
     size = out.shape[-1]
-    _kernel("swiglu_forward", x.dtype)(
-        x.data_ptr(), out.numel() // max(1, size), size, out.data_ptr(), torch.get_num_threads()
-    )
+    _kernel("swiglu_forward", x.dtype)(x.data_ptr(), out.numel() // max(1, size), size, out.data_ptr(), num_threads())
 
 
 def swiglu_gradient_into(x: Tensor, grad: Tensor, grad_x: Tensor, out: Tensor | None = None) -> None:
@@ -63,7 +62,7 @@ def swiglu_gradient_into(x: Tensor, grad: Tensor, grad_x: Tensor, out: Tensor | 
         size,
         grad_x.data_ptr(),
         0 if out is None else out.data_ptr(),
-        torch.get_num_threads(),
+        num_threads(),
     )
 
 
@@ -124,7 +123,7 @@ class _RMSNorm(torch.autograd.Function):
             eps,
             out.data_ptr(),
             inverse_rms.data_ptr(),
-            torch.get_num_threads(),
+            num_threads(),
         )
         ctx.save_for_backward(x, weight, inverse_rms)
         return out
@@ -135,9 +134,8 @@ class _RMSNorm(torch.autograd.Function):
         grad = grads[0].contiguous()
         size = x.shape[-1]
         grad_x = torch.empty_like(x)
-        num_threads = torch.get_num_threads()
-        # Zeros: the runtime may start fewer threads than it is asked for.
-        grad_weight = torch.zeros(num_threads, size, dtype=torch.float32)
+        threads = num_threads()
+        grad_weight = torch.empty(threads, size, dtype=torch.float32)  # a part of the sum each
         _kernel("rms_norm_backward", x.dtype)(
             x.data_ptr(),
             weight.data_ptr(),
@@ -147,7 +145,7 @@ class _RMSNorm(torch.autograd.Function):
             size,
             grad_x.data_ptr(),
             grad_weight.data_ptr(),
-            num_threads,
+            threads,
         )
         return grad_x, grad_weight.sum(0).to(weight.dtype), None
 
@@ -196,6 +194,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
         dim,
         sign,
         out.data_ptr(),
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out

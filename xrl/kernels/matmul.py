@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xrl.kernels.native import native_module
+from xrl.kernels.threads import num_threads
 
 
 def has_matmul(*matrices: Tensor) -> bool:
@@ -65,7 +66,7 @@ def matmul_into(a: Tensor, b: Tensor, out: Tensor, *, addend: Tensor | None = No
         a.shape[1],
         out.data_ptr(),
         out.stride(0),
-        torch.get_num_threads(),
+        num_threads(),
     )
 
 

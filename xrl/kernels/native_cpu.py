@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from xrl.kernels.native import native_module
+from xrl.kernels.threads import num_threads
 
 if TYPE_CHECKING:
     from xrl.kernels.grpo_rows import GrpoRowParams
@@ -27,7 +28,7 @@ def statistics(
         vocab_start,
         inverse_temperature,
         out.data_ptr(),
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out
 
@@ -59,7 +60,7 @@ def gradient(
         out.data_ptr(),
         out.stride(0),
         out.shape[1],
-        torch.get_num_threads(),
+        num_threads(),
     )
 
 
@@ -114,7 +115,7 @@ def grpo_single_pass(
         factor,
         *((0, 0, 0) if gradient is None else (gradient.data_ptr(), gradient.stride(0), gradient.shape[1])),
         out.data_ptr(),
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from xrl.kernels.layer_ops import swiglu
 from xrl.kernels.matmul import has_matmul
 from xrl.kernels.native import native_module
+from xrl.kernels.threads import num_threads
 
 _SMALL_BATCHES = (1, 2, 4, 8, 16)
 
@@ -120,7 +121,7 @@ def _pack(weight: Tensor, out_features: int, *, is_gated: bool) -> Tensor | None
         out_features,
         is_gated,
         packed.data_ptr(),
-        torch.get_num_threads(),
+        num_threads(),
     )
     return packed
 
@@ -156,7 +157,7 @@ def _packed_matmul(
         x.shape[0],
         out.data_ptr(),
         out_features,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out
 

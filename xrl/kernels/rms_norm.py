@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from xrl.kernels.native import native_module
+from xrl.kernels.threads import num_threads
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -31,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     getattr(module, f"rms_norm_{_SUFFIX[x.dtype]}")(
-        x.data_ptr(), weight.data_ptr(), eps, *x.shape, out.data_ptr(), torch.get_num_threads()
+        x.data_ptr(), weight.data_ptr(), eps, *x.shape, out.data_ptr(), num_threads()
     )
     return out
 

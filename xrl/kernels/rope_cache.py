@@ -7,6 +7,7 @@ from torch import Tensor
 
 from xrl.kernels.native import native_module
 from xrl.kernels.rms_norm import rms_norm_reference
+from xrl.kernels.threads import num_threads
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -60,7 +61,7 @@ def rope_cache(
         0 if q_norm is None else q_norm.data_ptr(),
         0 if k_norm is None else k_norm.data_ptr(),
         eps,
-        torch.get_num_threads(),
+        num_threads(),
     )
 
 

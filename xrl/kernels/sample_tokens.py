@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from xrl.kernels.native import native_module
+from xrl.kernels.threads import num_threads
 
 
 def sample_tokens(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +46,7 @@ def sample_tokens(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tup
         uniforms.data_ptr(),
         tokens.data_ptr(),
         logprobs.data_ptr(),
-        torch.get_num_threads(),
+        num_threads(),
     )
     return tokens, logprobs
 

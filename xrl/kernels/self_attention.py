@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xrl.kernels.layer_ops import reference_rms_norm, reference_rotary
 from xrl.kernels.native import native_module
+from xrl.kernels.threads import num_threads
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # A head must fill whole vectors of every instruction set.
@@ -152,7 +153,6 @@ class _SelfAttention(torch.autograd.Function):
             grad_mixed.data_ptr(),
             call.num_threads,
         )
-        # Zeros: the runtime may start fewer threads than it is asked for.
         grad_weights = torch.zeros(call.num_threads, 2, call.dim)
         call.kernel("qkv_rope_backward")(
             mixed.data_ptr(),
@@ -194,7 +194,7 @@ class _Call:
             len(sequences.starts),
             sequences.step,
         )
-        self.num_threads = torch.get_num_threads()
+        self.num_threads = num_threads()
 
     def kernel(self, name: str) -> Callable[..., None]:
         kernel: Callable[..., None] = getattr(native_module(), f"{name}_{_SUFFIX[self.mixed.dtype]}")

@@ -21,6 +21,7 @@ from xrl.kernels.layer_ops import reference_rms_norm
 from xrl.kernels.linear import gradient_room
 from xrl.kernels.native import native_module
 from xrl.kernels.self_attention import HEAD_DIM_MULTIPLE, HeadRules, PackedSequences, reference_self_attention
+from xrl.kernels.threads import num_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,7 @@ class _TrainLayer(torch.autograd.Function):
         # Not saved: autograd would refuse that the backward pass overwrites it.
         ctx.kept = x.new_empty(module.train_layer_kept(*layer[:2]))
         out = torch.empty_like(x)
-        module.train_layer_forward(layer, x.data_ptr(), ctx.kept.data_ptr(), out.data_ptr(), torch.get_num_threads())
+        module.train_layer_forward(layer, x.data_ptr(), ctx.kept.data_ptr(), out.data_ptr(), num_threads())
         return out
 
     @staticmethod
@@ -122,7 +123,7 @@ class _TrainLayer(torch.autograd.Function):
             grad.data_ptr(),
             [0 if room is None else room.buffer.data_ptr() for room in rooms],
             grad_x.data_ptr(),
-            torch.get_num_threads(),
+            num_threads(),
         )
         return grad_x, None, *(None if room is None else room.result for room in rooms)
 

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xrl.kernels.native import native_module
+from xrl.kernels.threads import num_threads
 
 Words = NDArray[np.uint64]
 
@@ -187,7 +188,7 @@ def _copy_with_checksum(source: Tensor, target: Tensor) -> Words:
 
 
 def _native_checksum(native: ModuleType, source: Tensor, target: Tensor | None) -> int:
-    threads = torch.get_num_threads() if source.nbytes >= THREADS_FROM_BYTES else 1
+    threads = num_threads() if source.nbytes >= THREADS_FROM_BYTES else 1
     where = 0 if target is None else target.data_ptr()
     checksum: int = native.tensor_checksum(source.data_ptr(), source.nbytes, where, threads)
     return checksum

@@ -102,6 +102,11 @@ def tensor_shapes(shape: ModelShape, part: str) -> dict[str, TensorShape]:
     return shapes
 
 
+def num_parameters(shape: ModelShape) -> int:
+    """Of the whole model."""
+    return sum(math.prod(size) for part in part_names(shape) for size in tensor_shapes(shape, part).values())
+
+
 class Plan:
     """The parameters of every rank; made by `plan`."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xrl.kernels.native import native_module
+from xrl.kernels.threads import num_threads
 from xrl.models.shape import ModelShape
 
 BLOCK_SIZE = 16  # tokens; a sequence wastes half a block on average
@@ -73,7 +74,7 @@ class KVCache:
         end = min(self.num_blocks, -(-self._num_touched // step) * step)
         start, self._num_populated = self._num_populated, end
         areas = [cache.data_ptr() + start * block_bytes for cache in (*self.keys, *self.values)]
-        module.populate_pages(areas, (end - start) * block_bytes, torch.get_num_threads())
+        module.populate_pages(areas, (end - start) * block_bytes, num_threads())
 
     def _grow(self, count: int) -> None:
         """Add `count` blocks, one layer at a time so that only a layer exists twice."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xrl.config import SettingsError
+from xrl.kernels.threads import use_threads
 from xrl.metrics.memory import return_freed_memory
 from xrl.models.checks import checked_shape
 from xrl.models.shape import ModelShape
@@ -24,6 +25,7 @@ from xrl.rollout.embedded.scheduler import Scheduler
 from xrl.rollout.embedded.weights import DecoderWeights
 from xrl.rollout.engine import EngineError, EngineNotReady, check_request
 from xrl.types import Completion, GenerateRequest, WeightBucket
+from xrl.weights.plan import num_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +149,8 @@ class EmbeddedEngine:
     def _on_loop(self, task: Callable[[], None]) -> Future[None]:
         """Let the loop thread do it, soon. Call with the lock held, wait for the result without.
 
-        Whatever thread computes gets OpenMP threads of its own, and where those of all threads together are more than
-        the cores, they no longer spin while they wait: every step of the loop would pay for waking them.
+        Whatever thread computes with PyTorch gets OpenMP threads of its own, and where those of all threads together
+        are more than the cores, they no longer spin while they wait: every step of the loop would pay for waking them.
         """
         done: Future[None] = Future()
         self._tasks.append((task, done))
@@ -157,7 +159,8 @@ class EmbeddedEngine:
 
     def _run(self) -> None:
         """The loop thread: step while there is work."""
-        torch.set_num_threads(self._num_threads)  # OpenMP counts threads for each thread that starts them
+        # Here: OpenMP counts threads for each thread that starts them.
+        use_threads(self._num_threads, num_parameters=num_parameters(self._shape))
         with torch.inference_mode():
             while True:
                 with self._changed:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from xrl.kernels.decode_attention import PagedContext, decode_attention
 from xrl.kernels.decode_layers import DecodeLayer, RopeTables, decode_layers
+from xrl.kernels.prefill_attention import prefill_attention
 from xrl.kernels.rms_norm import rms_norm
 from xrl.kernels.rope_cache import rope_cache
 from xrl.models.rotary import rotary_frequencies, rotary_table
@@ -42,18 +43,9 @@ class Decoder:
         Returns:
             [len(lengths), H] final hidden state of each prompt's last token
         """
-        groups = self.shape.num_kv_heads
 
         def attend(qkv: Tensor, layer: int) -> Tensor:
-            out = qkv.new_zeros(qkv.shape[0], self.shape.num_heads, self.shape.head_dim)
-            start = 0
-            for length in lengths:
-                prompt = qkv[start : start + length].transpose(0, 1).unsqueeze(0)  # [1, heads, length, D]
-                query, key, value = prompt.split([self.shape.num_heads, groups, groups], dim=1)
-                attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-                out[start : start + length] = attended[0].transpose(0, 1)
-                start += length
-            return out
+            return prefill_attention(qkv, lengths, num_heads=self.shape.num_heads)
 
         hidden = self._forward(tokens, positions, slots, cache, attend)
         last = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
