@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from xrl.config import Settings, SettingsError
 from xrl.config.parse import dump_settings
+from xrl.config.paths import absolute_paths
 from xrl.data.prompts import PromptDataset
 from xrl.data.tokenizer import load_tokenizer, stop_token_ids
 from xrl.metrics.environment import write_environment
@@ -32,7 +33,7 @@ from xrl.types import SamplingParams
 def build_lead(settings: Settings, groups: ParallelGroups, stack: contextlib.ExitStack) -> Lead:
     """Everything only rank 0 has; `stack` stops it again, whatever happens."""
     folder = RunFolder.create(settings.run.work_dir)
-    folder.config.write_text(dump_settings(settings))
+    folder.config.write_text(dump_settings(absolute_paths(settings)))
     write_environment(folder.environment)
     pool = stack.enter_context(start_workers(settings, groups, folder))
     if settings.rollout.colocate:
