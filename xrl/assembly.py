@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 
 import torch
@@ -29,10 +30,19 @@ from xrl.rollout.publish import Publisher
 from xrl.trainer import Lead
 from xrl.types import SamplingParams
 
+logger = logging.getLogger("xrl")
 
-def build_lead(settings: Settings, groups: ParallelGroups, stack: contextlib.ExitStack) -> Lead:
-    """Everything only rank 0 has; `stack` stops it again, whatever happens."""
-    folder = RunFolder.create(settings.run.work_dir)
+
+def build_lead(
+    settings: Settings, groups: ParallelGroups, stack: contextlib.ExitStack, folder: RunFolder | None = None
+) -> Lead:
+    """Everything only rank 0 has; `stack` stops it again, whatever happens.
+
+    Args:
+        folder: the run's; None: a new one below --work-dir.
+    """
+    folder = folder or RunFolder.create(settings.run.work_dir)
+    logger.info("run folder: %s", folder.path)
     folder.config.write_text(dump_settings(absolute_paths(settings)))
     write_environment(folder.environment)
     pool = stack.enter_context(start_workers(settings, groups, folder))
