@@ -29,6 +29,7 @@ def training(model: Path, folder: Path, *start: str) -> Iterator[Run]:
     """A run that would train for hours, after its first rollout; two rollout workers, and judges in processes."""
     data = write_rows(folder / "train.jsonl", [{"prompt": "1+1=?", "ground_truth": "2"}] * 8)
     flags = [*run_flags(model, data, folder), "--num-rollouts", "100000", "--judge", "math-verify"]
+    flags += ["--on-nothing-learned", "warn"]
     with started(folder / "output", *start, *flags, "--rollout-num-workers", "2", "--no-tensorboard") as run:
         run.wait_for(lambda: list((folder / "work").glob("*/rollout_idx_1_trajectory.jsonl")))
         yield run

@@ -67,8 +67,8 @@ def build_schedule(
     num_warmup = config.lr_warmup_iters
     return OptimizerParamScheduler(
         optimizer,
-        # Megatron's warm-up starts its first update at init_lr, and would waste it at 0: it starts at its own share here,
-        # and has n - 1 steps to rise in from there.
+        # Megatron gives the first update init_lr, and would waste it at 0: here it has its own share, from which the
+        # rate rises in n - 1 steps.
         init_lr=config.lr / max(1, num_warmup),
         max_lr=config.lr,
         min_lr=config.min_lr,
