@@ -369,7 +369,7 @@ def _num_continued(collected: Collected) -> int:
 
 
 def _num_empty(collected: Collected) -> int:
-    """Answers without any text."""
+    """Answers without text, but for white space."""
     return sum(not rollout.response.strip() for group in collected.groups for rollout in group.rollouts)
 
 

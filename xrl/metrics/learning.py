@@ -27,7 +27,7 @@ class RolloutRecord:
     rollout_id: int
     num_answers: int
     num_failed: int  # of these: without a reward to compare
-    num_empty: int  # of these: without any text
+    num_empty: int  # of these: without text, but for white space
     truncated_fraction: float  # of the answers that did not fail; NaN where all did
     reward_mean: float  # of the same
     reward_std: float

@@ -75,7 +75,7 @@ class LearningWords:
         value = common_reward(records)
         rewards = "" if value is None else f", with reward {value:g} from --judge {self.judge}"
         return (
-            f"all {_num_answers(records):,} answers are empty{rewards}: the model ends each with its first token; is "
+            f"all {_num_answers(records):,} answers are empty{rewards}: there is no text in them but white space; is "
             f"--model a chat model, and does its chat template end where the assistant's answer begins?"
         )
 
