@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 # What rank 0 says to the others while it works with the engines.
 _DONE, _REPUBLISH = 0, 1
-# What it says between two rollouts: go on, end here, or end here and save what an earlier rollout has taught.
+# What it says between two rollouts: go on, end here, or end here and save weights that earlier rollouts have changed.
 _GO_ON, _END, _SAVE_AND_END = 0, 1, 2
 
 
@@ -328,7 +328,7 @@ class Trainer:
         if self.lead:
             reason = self.lead.watch.must_stop
             if reason is not None:
-                choice = _SAVE_AND_END if self.lead.watch.has_learned else _END
+                choice = _SAVE_AND_END if self.lead.watch.has_moved else _END
         choice = self._agree(choice)
         if choice == _SAVE_AND_END:
             self.save(f"hf-{index}")
@@ -352,7 +352,7 @@ class Trainer:
     def _ended(self, reason: str | None) -> RunEnded:
         if not self.lead or reason is None:
             return RunEnded()
-        left = what_is_left(self.lead.journal.folder, has_learned=self.lead.watch.has_learned)
+        left = what_is_left(self.lead.journal.folder, has_moved=self.lead.watch.has_moved)
         return RunEnded(f"{reason}; {left} (--on-nothing-learned warn: go on all the same)")
 
     def _agree(self, choice: int) -> int:

@@ -83,7 +83,7 @@ def test_what_was_learned_is_saved_before_a_run_ends_that_goes_on_in_vain(flags:
     options = ("--num-rollouts", "12", "--lr", "1e-3", "--lr-decay-style", "linear", "--lr-decay-iters", "1")
     found = train(*flags, "--judge", DIGITS, *options)
     assert found.returncode == 1 and final_models(tmp_path) == []
-    assert "what was learned before is in hf-11" in found.stderr.splitlines()[-1]
+    assert "the weights that it came to are in hf-11" in found.stderr.splitlines()[-1]
     (saved,) = tmp_path.glob("work/*/hf-11/*.safetensors")
     before = load_file(tmp_path / "model" / "model.safetensors")
     assert any(not torch.equal(tensor, before[name]) for name, tensor in load_file(saved).items())

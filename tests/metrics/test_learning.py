@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -32,7 +33,7 @@ def test_each_way_to_learn_nothing_is_warned_of_at_the_third_rollout_and_ends_th
 
 def test_one_rollout_that_teaches_something_begins_the_count_anew() -> None:
     watch, warnings = seen([*[flat()] * 9, LEARNED, *[flat()] * 9])
-    assert watch.must_stop is None and watch.has_learned
+    assert watch.must_stop is None and watch.has_moved
     assert [place for place, said in enumerate(warnings, start=1) if said] == [3, 13]
     watch.see(flat())
     assert watch.must_stop is not None
@@ -121,3 +122,16 @@ def test_record_is_read_from_a_rollouts_metrics() -> None:
         grad_norm=0.3,
         weights_changed=True,
     )
+
+
+def test_weights_that_decay_in_vain_are_not_those_of_the_start() -> None:
+    watch, _ = seen([record(grad_norm=0.0)] * 10)
+    assert watch.must_stop is not None and watch.has_moved
+
+
+@pytest.mark.parametrize("cause", ["flat", "empty", "too small", "lr", "unchanged"])
+def test_weights_that_no_update_touched_are_those_of_the_start(cause: str) -> None:
+    assert not seen([IDLE[cause]] * 10)[0].has_moved
+    # In bf16 it cannot be seen whether weights changed.
+    in_bf16 = dataclasses.replace(IDLE[cause], weights_changed=cause != "unchanged")
+    assert not seen([in_bf16] * 10)[0].has_moved

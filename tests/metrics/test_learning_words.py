@@ -105,10 +105,10 @@ def test_a_model_without_an_end_is_named() -> None:
 
 def test_end_says_which_weights_are_saved_where(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert what_is_left(folder, has_learned=False) == (
+    assert what_is_left(folder, has_moved=False) == (
         f"run folder {tmp_path}, without a checkpoint, as the weights are still those of the start"
     )
     folder.checkpoint(5).mkdir()
-    assert what_is_left(folder, has_learned=False).endswith("the weights are still those of the start, also in hf-5")
+    assert what_is_left(folder, has_moved=False).endswith("the weights are still those of the start, also in hf-5")
     folder.checkpoint(23).mkdir()
-    assert what_is_left(folder, has_learned=True) == f"run folder {tmp_path}; what was learned before is in hf-23"
+    assert what_is_left(folder, has_moved=True) == f"run folder {tmp_path}; the weights that it came to are in hf-23"

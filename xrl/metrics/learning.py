@@ -52,6 +52,11 @@ class RolloutRecord:
         return None if self.weights_changed else "unchanged"
 
     @property
+    def moved_weights(self) -> bool:
+        """Whether the updates changed weights, be it by weight decay or momentum where nothing was learned."""
+        return self.num_updates > 0 and self.lr > 0 and self.weights_changed
+
+    @property
     def all_empty(self) -> bool:
         """Whether no answer has any text."""
         return 0 < self.num_answers == self.num_empty
@@ -115,7 +120,8 @@ class LearningWatch:
         Args:
             stops: whether a run that learns nothing is to end, and to have failed.
         """
-        self.has_learned = False  # from any rollout so far
+        self.has_moved = False  # whether the weights are others than those of the start
+        self._has_learned = False  # from any rollout so far
         self._words = words
         self._stops = stops
         self._num_seen = 0
@@ -126,8 +132,9 @@ class LearningWatch:
     def see(self, record: RolloutRecord) -> list[str]:
         """Take in a rollout; returns what is to be warned of now."""
         self._num_seen += 1
+        self.has_moved |= record.moved_weights
         if record.cause is None:
-            self.has_learned = True
+            self._has_learned = True
             self._num_idle, self._idle = 0, []
             return self._odd_ones(record)
         self._odd.clear()
@@ -149,7 +156,7 @@ class LearningWatch:
         reason = self.must_stop
         if reason is not None:
             return Verdict(sentence=reason, has_failed=True)
-        if self.has_learned or not self._idle:
+        if self._has_learned or not self._idle:
             return None
         sentence = self._words.nothing_learned(self._idle)
         return Verdict(sentence=sentence, has_failed=self._stops and self._num_seen >= WARN_AFTER)

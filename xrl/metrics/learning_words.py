@@ -119,12 +119,16 @@ def no_stop_token(model: Path) -> str:
     )
 
 
-def what_is_left(folder: RunFolder, *, has_learned: bool) -> str:
-    """Where a run is that ends as it learns nothing, and which weights it has saved."""
+def what_is_left(folder: RunFolder, *, has_moved: bool) -> str:
+    """Where a run is that ends as it learns nothing, and which weights it has saved.
+
+    Args:
+        has_moved: whether the weights are others than those of the start.
+    """
     newest = folder.newest_checkpoint
     if newest is None:
         return f"run folder {folder.path}, without a checkpoint, as the weights are still those of the start"
-    weights = "what was learned before is in" if has_learned else "the weights are still those of the start, also in"
+    weights = "the weights that it came to are in" if has_moved else "the weights are still those of the start, also in"
     return f"run folder {folder.path}; {weights} {newest.name}"
 
 
