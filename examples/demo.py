@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from xrl.metrics.curve import save_curve, terminal_curve
-from xrl.metrics.report import evaluation_table
 from xrl.metrics.run_folder import RunFolder
 from xrl.metrics.sinks import read_rows
 
@@ -71,15 +70,16 @@ def train(options: argparse.Namespace) -> Path:
 
 
 def show(folder: RunFolder, train_seconds: float) -> dict[str, Any]:
-    """Print the table, the curve and the paths; return the figures of the last line."""
+    """Print the curve, the pass rates in words and the paths; return the figures of the last line."""
     rows = read_rows(folder.metrics)
     scores = [
         {words: row[name] for name, words in SCORES.items() if name in row} for row in rows if "eval/pass@1" in row
     ]
-    save_curve(rows, folder.reward_curve, eval_key="eval/pass@1")
+    save_curve(rows, folder.reward_curve, eval_key="eval/pass@1", title=f"demo, {folder.path.name}")
     print(f"\n{terminal_curve(rows)}\n")
-    print(evaluation_table(scores[0], scores[-1]))
-    print(f"\nPass rates on held-out problems, before and after {train_seconds:.0f} s of training. Written:")
+    # The run itself has ended with a table: here is what its names mean.
+    rates = [f"{words} {score:.3f} -> {scores[-1][words]:.3f}" for words, score in scores[0].items()]
+    print(f"Pass rates on held-out problems after {train_seconds:.0f} s of training: {', '.join(rates)}. Written:")
     for what, path in (
         ("trained model", folder.final_checkpoint),
         ("reward curve", folder.reward_curve),

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xrl.launch.exit import EXIT_ERROR, has_announced
+from xrl.launch.exit import EXIT_ERROR, has_announced, prepare_agents_file
 from xrl.launch.memory import set_large_pages
 from xrl.launch.signals import STOP_SIGNALS
 from xrl.launch.threads import set_thread_waiting
+from xrl.metrics.ending import words_of_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -33,17 +34,21 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
     from torch.distributed.run import parse_args, run
 
     with tempfile.TemporaryDirectory(prefix="xrl-") as log_dir:
+        left_to_say = prepare_agents_file(Path(log_dir))
         torchrun = [*_options(num_ranks, log_dir), "--module", "xrl.train", *arguments]
         try:
             run(parse_args(torchrun))
         except ChildFailedError as error:
             if not has_announced(Path(log_dir)):
                 _say(f"error: {_first_end(error.failures)}")
+            words = words_of_ranks(left_to_say)
+            if words:
+                _say(f"ended {words}")
             return EXIT_ERROR
         except SignalException as stop:
-            return _stopped(stop.sigval)
+            return _stopped(stop.sigval, words_of_ranks(left_to_say))
         except KeyboardInterrupt:
-            return _stopped(signal.SIGINT)
+            return _stopped(signal.SIGINT, words_of_ranks(left_to_say))
     return 0
 
 
@@ -83,8 +88,8 @@ def _first_end(failures: Mapping[int, ProcessFailure]) -> str:
     return f"rank {rank} was ended by {name}{hint}"
 
 
-def _stopped(number: int) -> int:
-    _say(f"stopped by {signal.Signals(number).name}")
+def _stopped(number: int, words: str) -> int:
+    _say(f"stopped by {signal.Signals(number).name} {words}".rstrip())
     return 128 + number
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 
 import torch
@@ -10,10 +11,13 @@ import torch.distributed as dist
 
 from xrl.config import Settings, SettingsError
 from xrl.config.parse import dump_settings
+from xrl.config.paths import absolute_paths
 from xrl.data.prompts import PromptDataset
 from xrl.data.tokenizer import load_tokenizer, stop_token_ids
 from xrl.metrics.environment import write_environment
 from xrl.metrics.journal import Journal
+from xrl.metrics.learning import LearningWatch
+from xrl.metrics.learning_words import LearningWords, no_stop_token
 from xrl.metrics.report import start_lines
 from xrl.metrics.run_folder import RunFolder
 from xrl.models.build import train_dtype
@@ -28,11 +32,20 @@ from xrl.rollout.publish import Publisher
 from xrl.trainer import Lead
 from xrl.types import SamplingParams
 
+logger = logging.getLogger("xrl")
 
-def build_lead(settings: Settings, groups: ParallelGroups, stack: contextlib.ExitStack) -> Lead:
-    """Everything only rank 0 has; `stack` stops it again, whatever happens."""
-    folder = RunFolder.create(settings.run.work_dir)
-    folder.config.write_text(dump_settings(settings))
+
+def build_lead(
+    settings: Settings, groups: ParallelGroups, stack: contextlib.ExitStack, folder: RunFolder | None = None
+) -> Lead:
+    """Everything only rank 0 has; `stack` stops it again, whatever happens.
+
+    Args:
+        folder: the run's; None: a new one below --work-dir.
+    """
+    folder = folder or RunFolder.create(settings.run.work_dir)
+    logger.info("run folder: %s", folder.path)
+    folder.config.write_text(dump_settings(absolute_paths(settings)))
     write_environment(folder.environment)
     pool = stack.enter_context(start_workers(settings, groups, folder))
     if settings.rollout.colocate:
@@ -62,6 +75,8 @@ def build_lead(settings: Settings, groups: ParallelGroups, stack: contextlib.Exi
         journal.say(line)
 
     stop_ids = stop_token_ids(settings.model.model, tokenizer)
+    if not stop_ids and not settings.rollout.ignore_eos:
+        logger.warning(no_stop_token(settings.model.model))
     sampling = SamplingParams(
         temperature=settings.rollout.temperature,
         top_k=settings.rollout.top_k,
@@ -82,6 +97,7 @@ def build_lead(settings: Settings, groups: ParallelGroups, stack: contextlib.Exi
         canary=_canary(settings, pool, sampling),
         evaluator=_evaluator(settings, tokenizer, collector, sampling),
         journal=journal,
+        watch=_watch(settings, folder, has_stop_tokens=bool(stop_ids)),
     )
 
 
@@ -101,6 +117,17 @@ def start_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder)
         max_model_len=_max_model_len(settings),
         log_dir=folder.logs,
     )
+
+
+def _watch(settings: Settings, folder: RunFolder, *, has_stop_tokens: bool) -> LearningWatch:
+    words = LearningWords(
+        judge=settings.rewards.judge,
+        max_response_length=settings.rollout.max_response_length,
+        ignore_eos=settings.rollout.ignore_eos,
+        has_stop_tokens=has_stop_tokens,
+        trajectory=folder.trajectory,
+    )
+    return LearningWatch(words, stops=settings.run.on_nothing_learned == "stop")
 
 
 def _canary(settings: Settings, pool: WorkerPool, sampling: SamplingParams) -> Canary | None:

@@ -39,15 +39,21 @@ def train(settings: Settings) -> None:
     from xrl.assembly import build_lead, share_rollout_count
     from xrl.kernels.threads import use_threads
     from xrl.metrics.console import setup_logging
+    from xrl.metrics.ending import Ending
+    from xrl.metrics.run_folder import RunFolder
     from xrl.parallel.megatron import initialize, shutdown
     from xrl.trainer import Trainer
 
     setup_logging(rank=int(os.environ.get("RANK", "0")))
-    with contextlib.ExitStack() as stack, announce_errors():
+    ending = Ending()
+    with contextlib.ExitStack() as stack, announce_errors(ending.words_about):
         groups = initialize(settings.parallel, seed=settings.run.seed)
         stack.callback(shutdown)
-        lead = build_lead(settings, groups, stack) if groups.rank == 0 else None
+        if groups.rank == 0:
+            ending.begin(RunFolder.create(settings.run.work_dir))
+        lead = build_lead(settings, groups, stack, ending.folder) if groups.rank == 0 else None
         num_rollouts = share_rollout_count(lead, groups)
+        ending.expect(num_rollouts)
         actor = Actor(settings, groups, num_updates=num_rollouts * settings.algorithm.updates_per_rollout)
         trainer = Trainer(
             settings, groups, actor, create_algorithm(settings.algorithm), lead, num_rollouts=num_rollouts

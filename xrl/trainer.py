@@ -23,7 +23,10 @@ from xrl.algorithms.aggregation import token_weights
 from xrl.config import Settings
 from xrl.data.prompts import PromptDataset
 from xrl.kernels.native import native_module
+from xrl.launch.exit import RunEnded
 from xrl.metrics.journal import Journal
+from xrl.metrics.learning import LearningWatch, record_of
+from xrl.metrics.learning_words import what_is_left
 from xrl.metrics.mean import Mean, merge
 from xrl.metrics.memory import cuda_peak_bytes, peak_rss_bytes, return_freed_memory
 from xrl.parallel.groups import ParallelGroups
@@ -39,6 +42,8 @@ T = TypeVar("T")
 
 # What rank 0 says to the others while it works with the engines.
 _DONE, _REPUBLISH = 0, 1
+# What it says between two rollouts: go on, end here, or end here and save weights that earlier rollouts have changed.
+_GO_ON, _END, _SAVE_AND_END = 0, 1, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,7 @@ class Lead:
     canary: Canary | None
     evaluator: Evaluator | None
     journal: Journal
+    watch: LearningWatch
 
 
 class Trainer:
@@ -83,6 +89,9 @@ class Trainer:
         self.version = 0  # of the weights that the engines have
         # Filled on rank 0 while a step runs, then written as one row.
         self.row: dict[str, float] = {}
+        self.checksums: tuple[str, ...] = ()  # of the weights that the engines have, on rank 0
+        self.weights_changed = False  # by the last publication
+        self.num_updates = 0
         if lead:
             lead.collector.pool.recover = self.republish
 
@@ -94,6 +103,8 @@ class Trainer:
         for index in range(1, self.num_rollouts + 1):
             self.step(index)
             is_last = index == self.num_rollouts
+            if not is_last:
+                self.end_if_useless(index)
             if run.save_interval and index % run.save_interval == 0 and not is_last:
                 self.save(f"hf-{index}")
             if evaluation.eval_interval and index % evaluation.eval_interval == 0 and not is_last:
@@ -102,6 +113,7 @@ class Trainer:
         self.evaluate(self.num_rollouts)
         if self.lead:
             self.lead.journal.finish()
+        self.end_as_failed_if_useless()
 
     def step(self, index: int) -> None:
         """Sample, judge, score, learn, publish."""
@@ -136,6 +148,8 @@ class Trainer:
             "prompts/retried": float(collected.counts.retried),
             "prompts/unfinished": float(collected.counts.unfinished),
             "prompts/stale": float(collected.counts.stale),
+            "samples/total": float(sum(len(group.rollouts) for group in collected.groups)),
+            "samples/empty": float(_num_empty(collected)),
             "samples/continued": float(_num_continued(collected)),
             "epoch": float(self.lead.prompts.epoch),
             "response_tokens": float(collected.num_tokens),
@@ -155,6 +169,8 @@ class Trainer:
             buckets = self.actor.weights(version=version)
         if self.lead:
             report = self.lead.publisher.publish(buckets, version=version)
+            self.weights_changed = report.checksums != self.checksums
+            self.checksums = report.checksums
             self.row |= {
                 "sync/gigabytes": report.num_bytes / 1e9,
                 "sync/layers": float(report.num_layers),
@@ -282,11 +298,79 @@ class Trainer:
         row["step_seconds"] = seconds
         row["tokens_per_s"] = row["response_tokens"] / seconds
         self.lead.journal.step(index, row, [update_row(update) for update in reports] if len(reports) > 1 else [])
+        if reports and not self.num_updates:
+            self.lead.journal.first_update(update_row(reports[0]))
+        self.num_updates += len(reports)
+        self.watch(index, row, reports)
+
+    def watch(self, index: int, row: Mapping[str, float], reports: Sequence[UpdateReport]) -> None:
+        """Warn where rollout after rollout teaches nothing. Rank 0 only."""
+        assert self.lead is not None
+        takes_norm = self.settings.optimizer.clip_grad > 0  # without clipping grad_norm is 0 and means nothing
+        record = record_of(
+            index,
+            row,
+            lr=max((update.lr for update in reports), default=0.0),
+            grad_norm=max((update.grad_norm for update in reports), default=0.0) if takes_norm else None,
+            # In bf16 the engines do not see changes that are still too small for it; the main weights have them.
+            weights_changed=self.weights_changed or self.actor.dtype != torch.float32,
+        )
+        for warning in self.lead.watch.see(record):
+            self.lead.journal.warn(warning)
+
+    def end_if_useless(self, index: int) -> None:
+        """End a run that has long learned nothing; weights that earlier rollouts changed are saved first. Collective.
+
+        Raises:
+            RunEnded: on every rank; rank 0 says why.
+        """
+        reason, choice = None, _GO_ON
+        if self.lead:
+            reason = self.lead.watch.must_stop
+            if reason is not None:
+                choice = _SAVE_AND_END if self.lead.watch.has_moved else _END
+        choice = self._agree(choice)
+        if choice == _SAVE_AND_END:
+            self.save(f"hf-{index}")
+        if choice != _GO_ON:
+            if self.lead:
+                self.lead.journal.finish()
+            raise self._ended(reason)
+
+    def end_as_failed_if_useless(self) -> None:
+        """After the last rollout: a run that learned nothing is not to pass for a success. Collective.
+
+        Raises:
+            RunEnded: on every rank; rank 0 says why.
+        """
+        verdict = self.lead.watch.at_end() if self.lead else None
+        if self.lead and verdict is not None and not verdict.has_failed:
+            self.lead.journal.warn(verdict.sentence)
+        if self._agree(_END if verdict is not None and verdict.has_failed else _GO_ON) == _END:
+            raise self._ended(verdict.sentence if verdict else None)
+
+    def _ended(self, reason: str | None) -> RunEnded:
+        if not self.lead or reason is None:
+            return RunEnded()
+        left = what_is_left(self.lead.journal.folder, has_moved=self.lead.watch.has_moved)
+        return RunEnded(f"{reason}; {left} (--on-nothing-learned warn: go on all the same)")
+
+    def _agree(self, choice: int) -> int:
+        """Rank 0's choice, on every rank. Collective."""
+        if not self.lead:
+            return self._told()
+        self._tell(choice)
+        return choice
 
 
 def _num_continued(collected: Collected) -> int:
     """Answers that several versions of the weights sampled, each a part."""
     return sum(len(rollout.completion.parts) > 1 for group in collected.groups for rollout in group.rollouts)
+
+
+def _num_empty(collected: Collected) -> int:
+    """Answers without text, but for white space."""
+    return sum(not rollout.response.strip() for group in collected.groups for rollout in group.rollouts)
 
 
 def update_row(update: UpdateReport) -> dict[str, float]:

@@ -52,6 +52,7 @@ def test_engine_and_actor_agree_over_rollouts_without_learning(layout: str, tmp_
         "--max-response-length=24",
         "--max-tokens-per-microbatch=512",
         "--lr=0",
+        "--on-nothing-learned=warn",
         "--no-filter-zero-variance",
         "--no-tensorboard",
         *map(long_flag, flags),

@@ -29,6 +29,7 @@ def training(model: Path, folder: Path, *start: str) -> Iterator[Run]:
     """A run that would train for hours, after its first rollout; two rollout workers, and judges in processes."""
     data = write_rows(folder / "train.jsonl", [{"prompt": "1+1=?", "ground_truth": "2"}] * 8)
     flags = [*run_flags(model, data, folder), "--num-rollouts", "100000", "--judge", "math-verify"]
+    flags += ["--on-nothing-learned", "warn"]
     with started(folder / "output", *start, *flags, "--rollout-num-workers", "2", "--no-tensorboard") as run:
         run.wait_for(lambda: list((folder / "work").glob("*/rollout_idx_1_trajectory.jsonl")))
         yield run
@@ -51,6 +52,14 @@ def own_lines(run: Run) -> list[str]:
     return [line for line in run.stderr.splitlines() if line.startswith("xrl: ")]
 
 
+def says_what_is_left(line: str, folder: Path) -> bool:
+    """Whether the line names the run's folder, and says that no checkpoint is in it."""
+    (run_folder,) = (folder / "work").iterdir()
+    return f" of 100,000; run folder {run_folder}; no checkpoint yet (--save-interval" in line or (
+        f"before the first rollout was learned from; run folder {run_folder}; no checkpoint yet" in line
+    )
+
+
 @pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["1 rank", "2 ranks"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_everything_with_one_line(
@@ -58,7 +67,8 @@ def test_signal_ends_everything_with_one_line(
 ) -> None:
     with training(model, tmp_path, "-m", "xrl.cli", "train", *ranks) as run:
         assert run.end(run.process.pid, number) == 128 + number
-        assert own_lines(run) == [f"xrl: stopped by {number.name}"]
+        (line,) = own_lines(run)
+        assert line.startswith(f"xrl: stopped by {number.name} ") and says_what_is_left(line, tmp_path)
         assert "Traceback" not in run.stderr and "torch" not in run.stderr
 
 
@@ -66,8 +76,9 @@ def test_signal_ends_everything_with_one_line(
 def test_death_of_a_rank_ends_everything_and_is_named(model: Path, tmp_path: Path, rank: str) -> None:
     with training(model, tmp_path, "-m", "xrl.cli", "train", *TWO_RANKS) as run:
         assert run.end(process_of(run, "xrl.train", RANK=rank).pid, signal.SIGKILL) == 1
-        (line,) = own_lines(run)
+        line, rest = own_lines(run)
         assert line.startswith(f"xrl: error: rank {rank} was ended by SIGKILL")
+        assert rest.startswith("xrl: ended ") and says_what_is_left(rest, tmp_path)
         assert "Traceback" not in run.stderr and "torch" not in run.stderr
 
 
@@ -77,7 +88,8 @@ def test_death_of_every_rollout_worker_ends_everything_and_is_named(model: Path,
         process_of(run, "xrl.rollout.worker").kill()
         run.wait_for(lambda: "rollout worker" in run.stderr)
         assert run.end(process_of(run, "xrl.rollout.worker").pid, signal.SIGKILL) == 1
-        (line,) = own_lines(run)
+        line, rest = own_lines(run)
+        assert rest.startswith("xrl: ended ") and says_what_is_left(rest, tmp_path)
         assert line.startswith("xrl: error: rank 0: WorkerGone: ")
         assert "no rollout worker is left" in line  # in the middle of a weight update it says which layer as well
 
@@ -92,4 +104,5 @@ def test_death_of_a_rank_of_plain_torchrun_ends_everything(model: Path, tmp_path
     with training(model, tmp_path, *torchrun, "--tensor-model-parallel-size", "2") as run:
         assert run.end(process_of(run, "xrl.train", RANK="1").pid, signal.SIGKILL) == 1
         assert "SIGKILL" in run.stderr  # torchrun names the rank
-        assert own_lines(run) == []
+        (line,) = own_lines(run)
+        assert line.startswith("xrl: stopped by SIGTERM ") and says_what_is_left(line, tmp_path)

@@ -49,6 +49,50 @@ def test_judge_that_always_fails_ends_the_run(flags: list[str], tmp_path: Path) 
     found = train(*flags, "--judge", f"{judge}:reward")
     assert found.returncode == 1 and final_models(tmp_path) == []
     assert "rollout 1: the judge failed on every answer" in found.stderr
+    assert found.stderr.splitlines()[-1].startswith("xrl: ended before the first rollout was learned from; run folder ")
+
+
+@pytest.mark.distributed
+def test_judge_that_never_tells_answers_apart_ends_the_run_at_the_tenth_rollout(
+    flags: list[str], tmp_path: Path
+) -> None:
+    judge = tmp_path / "zero.py"
+    judge.write_text("def reward(response, prompt):\n    return 0.0\n")
+    ranks = ("--nproc-per-node", "2", "--tensor-model-parallel-size", "2")
+    found = train(*ranks, *flags, "--judge", f"{judge}:reward", "--num-rollouts", "12")
+    assert found.returncode == 1 and final_models(tmp_path) == []
+    lines = found.stderr.splitlines()
+    (warning,) = [line for line in lines if "WARNING" in line and "nothing was learned" in line]
+    assert f"the last 3 rollouts: every one of 24 answers got reward 0: --judge {judge}:reward" in warning
+    assert "rollout_idx 3/12" in lines[lines.index(warning) - 1]
+    (said,) = [line for line in lines if line.startswith("xrl: ")]
+    assert said.startswith("xrl: error: nothing was learned from the last 10 rollouts: every one of 80 answers got")
+    assert "without a checkpoint, as the weights are still those of the start" in said
+    assert "Traceback" not in found.stderr
+
+
+def test_short_run_that_learned_nothing_ends_with_its_model_and_as_failed(flags: list[str], tmp_path: Path) -> None:
+    found = train(*flags, "--judge", DIGITS, "--num-rollouts", "3", "--lr", "0")
+    assert found.returncode == 1 and len(final_models(tmp_path)) == 1
+    last = found.stderr.splitlines()[-1]
+    assert last.startswith("xrl: error: nothing was learned from the last 3 rollouts: the learning rate was 0 in all 3")
+    assert "the weights are still those of the start, also in hf-final" in last and "Traceback" not in found.stderr
+
+
+def test_what_was_learned_is_saved_before_a_run_ends_that_goes_on_in_vain(flags: list[str], tmp_path: Path) -> None:
+    options = ("--num-rollouts", "12", "--lr", "1e-3", "--lr-decay-style", "linear", "--lr-decay-iters", "1")
+    found = train(*flags, "--judge", DIGITS, *options)
+    assert found.returncode == 1 and final_models(tmp_path) == []
+    assert "the weights that it came to are in hf-11" in found.stderr.splitlines()[-1]
+    (saved,) = tmp_path.glob("work/*/hf-11/*.safetensors")
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in load_file(saved).items())
+
+
+def test_lr_0_is_accepted_where_the_run_is_only_to_be_warned(flags: list[str], tmp_path: Path) -> None:
+    found = train(*flags, "--judge", DIGITS, "--num-rollouts", "3", "--lr", "0", "--on-nothing-learned", "warn")
+    assert found.returncode == 0 and len(final_models(tmp_path)) == 1
+    assert found.stderr.count("nothing was learned from the last 3 rollouts") == 2  # when it is seen, and at the end
 
 
 @pytest.mark.parametrize("clip_grad", ["1", "0"])  # where nothing is clipped, no norm is taken

@@ -112,7 +112,7 @@ def test_answers_cut_off_in_one_rollout_go_on_in_the_next(tmp_path: Path) -> Non
         tmp_path,
         *("--partial-rollout", "--oversampling", "2", "--rollout-max-batch-size", "3", "--num-rollouts", "6"),
         # Weights that stay the same: log-probs of both parts must then be the actor's.
-        *("--lr", "0"),
+        *("--lr", "0", "--on-nothing-learned", "warn"),
     )
     assert sum(row["prompts/unfinished"] for row in rows) > 0
     assert sum(row["samples/continued"] for row in rows) > 0

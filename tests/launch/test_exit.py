@@ -13,9 +13,9 @@ TOY = str(Path(__file__).with_name("toy_rank.py"))
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
-def run(folder: Path, what: str) -> tuple[int, str]:
+def run(folder: Path, *what: str) -> tuple[int, str]:
     """Exit code and stderr of one toy rank."""
-    with started(folder, TOY, str(folder), what) as toy:
+    with started(folder, TOY, str(folder), *what) as toy:
         return toy.process.wait(60), toy.stderr
 
 
@@ -44,6 +44,40 @@ def test_only_the_first_error_is_shown(tmp_path: Path) -> None:
 
 def test_message_of_sys_exit_is_shown(tmp_path: Path) -> None:
     assert run(tmp_path, "stop with a message") == (1, "no more work\n")
+
+
+def test_run_that_ends_itself_says_why_in_one_sentence(tmp_path: Path) -> None:
+    assert run(tmp_path, "end itself", "with words") == (1, "xrl: error: nothing more to do\n")
+    assert (tmp_path / "cleaned-0").exists()
+
+
+def test_error_is_followed_by_what_is_left_of_the_run(tmp_path: Path) -> None:
+    code, stderr = run(tmp_path, "fail", "with words")
+    assert code == 1
+    assert stderr.endswith(
+        "\nxrl: error: ValueError: the first error\nxrl: ended after rollout 3 of 9; run folder here\n"
+    )
+
+
+def test_bad_settings_leave_nothing_to_speak_of(tmp_path: Path) -> None:
+    assert run(tmp_path, "bad settings", "with words") == (2, "xrl: error: --lr must be >= 0, got -1\n")
+
+
+def test_stopped_run_says_what_is_left_of_it_in_the_same_line(tmp_path: Path) -> None:
+    with started(tmp_path, TOY, str(tmp_path), "wait", "with words") as toy:
+        toy.wait_for((tmp_path / "waits-0").exists)
+        assert toy.end(toy.process.pid, signal.SIGINT) == 128 + signal.SIGINT
+        assert toy.stderr == "xrl: stopped by SIGINT after rollout 3 of 9; run folder here\n"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_that_end_themselves_say_why_once(tmp_path: Path) -> None:
+    with started(tmp_path, *TORCHRUN, TOY, str(tmp_path), "end itself") as ranks:
+        assert ranks.process.wait(120) == 1
+        assert [line for line in ranks.stderr.splitlines() if line.startswith("xrl: ")] == [
+            "xrl: error: nothing more to do"
+        ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -97,3 +131,14 @@ def test_rank_that_hears_of_anothers_death_leaves_the_word_to_torchrun(tmp_path:
         ranks.wait_for(lambda: (tmp_path / "waits-0").exists() and (tmp_path / "waits-1").exists())
         assert ranks.end(int((tmp_path / "waits-0").read_text()), signal.SIGKILL) == 1
         assert "xrl: " not in ranks.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_rank_0_that_hears_of_anothers_death_says_what_is_left_of_the_run(tmp_path: Path) -> None:
+    with started(tmp_path, *TORCHRUN, TOY, str(tmp_path), "wait in a collective", "with words") as ranks:
+        ranks.wait_for(lambda: (tmp_path / "waits-0").exists() and (tmp_path / "waits-1").exists())
+        assert ranks.end(int((tmp_path / "waits-1").read_text()), signal.SIGKILL) == 1
+        assert [line for line in ranks.stderr.splitlines() if line.startswith("xrl: ")] == [
+            "xrl: stopped by SIGTERM after rollout 3 of 9; run folder here"
+        ]

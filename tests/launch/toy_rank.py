@@ -1,4 +1,7 @@
-"""A rank in miniature: `toy_rank.py FOLDER WHAT` works, fails or waits as told, and notes in FOLDER what it did."""
+"""A rank in miniature: works, fails or waits as told, and notes in a folder what it did.
+
+`toy_rank.py FOLDER WHAT`, and `with words` after it for a rank 0 that knows what is left of the run.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import time
 from pathlib import Path
 
 from xrl.config import SettingsError
-from xrl.launch.exit import announce_errors, run_main
+from xrl.launch.exit import RunEnded, announce_errors, run_main
 
 FOLDER, WHAT = Path(sys.argv[1]), sys.argv[2]
 RANK = int(os.environ.get("RANK", "0"))
@@ -39,6 +42,8 @@ def work() -> None:
         raise ValueError("the first error")
     if WHAT == "stop with a message":
         sys.exit("no more work")
+    if WHAT == "end itself":
+        raise RunEnded("nothing more to do" if RANK == 0 else "")
     if WHAT in ("wait", "slow clean-up"):
         note("waits")
         time.sleep(FOR_EVER_S)
@@ -59,8 +64,12 @@ def wait_in_collective() -> None:
     dist.recv(torch.zeros(1), src=1 - RANK)
 
 
+def words_about(error: BaseException) -> str:
+    return "after rollout 3 of 9; run folder here" if RANK == 0 and "with words" in sys.argv else ""
+
+
 def main() -> None:
-    with contextlib.ExitStack() as stack, announce_errors():
+    with contextlib.ExitStack() as stack, announce_errors(words_about):
         stack.callback(clean_up)
         work()
 

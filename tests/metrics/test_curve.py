@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.image import imread
 
-from xrl.metrics.curve import curve_points, running_mean, save_curve, terminal_curve
+from xrl.metrics.curve import curve_points, running_mean, save_curve, terminal_curve, whole_ticks
 
 ROWS: list[dict[str, float | None]] = [{"step": step, "reward/mean": step / 20} for step in range(1, 21)]
 ROWS += [{"step": 0, "eval/pass@1": 0.1}, {"step": 20, "eval/pass@1": 0.9}, {"step": 21, "reward/mean": None}]
@@ -45,3 +45,11 @@ def test_terminal_curve_is_text_of_the_given_size_without_colour():
 
 def test_terminal_curve_of_one_point_is_empty():
     assert terminal_curve(ROWS[:1]) == ""
+
+
+def test_ticks_are_whole_rollouts():
+    assert whole_ticks(1, 160) == [1, 28, 54, 80, 107, 134, 160]
+    assert whole_ticks(1, 3) == [1, 2, 3]
+    assert whole_ticks(4, 4) == [4]
+    axis = terminal_curve([{"step": step, "reward/mean": 0.1 * step} for step in range(1, 4)]).split("\n")[-2]
+    assert axis.split() == ["1", "2", "3"]

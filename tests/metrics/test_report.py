@@ -12,6 +12,7 @@ from xrl.config import AlgorithmConfig, DataConfig, ModelConfig, ParallelConfig,
 from xrl.metrics.report import (
     evaluation_line,
     evaluation_table,
+    first_update_line,
     prepared_line,
     rollout_finished_line,
     start_lines,
@@ -29,16 +30,16 @@ def start(settings, world_size=1):
     return dict(line.split(": ", 1) for line in lines)
 
 
-def test_lines_after_a_rollout_are_those_of_the_manual():
+def test_lines_after_a_rollout_name_its_answers_and_count_its_samples():
     path = Path("work_dir/20250907094728/rollout_idx_1_trajectory.jsonl")
     assert rollout_finished_line(1, path) == f"rollout_idx 1 finished, saved trajectories to {path}"
-    assert prepared_line(1024, {}) == "Prepared 1024 training data batches"
+    assert prepared_line(1024, {}) == "1,024 samples to train on"
 
 
 def test_what_is_left_out_is_counted():
     metrics = {"groups/zero_variance": 3.0, "groups/too_small": 0.0, "samples/failed": 2.0}
     line = prepared_line(1000, metrics)
-    assert line == "Prepared 1000 training data batches (left out: 3 groups of equal rewards, 2 failed answers)"
+    assert line == "1,000 samples to train on (left out: 3 groups of equal rewards, 2 failed answers)"
 
 
 def test_update_line_shows_what_is_there_in_one_line():
@@ -121,3 +122,25 @@ def test_numbers_never_show_as_zero_unless_they_are(value):
 
 def test_update_line_of_one_of_several_updates_says_which():
     assert update_line(3, {"loss": 0.5}, num_rollouts=9, update=(2, 4)) == "rollout_idx 3/9, update 2/4: loss 0.5000"
+
+
+FIRST_UPDATE = {"loss": -3.5e-9, "ratio": 1.0, "grad_norm": 0.81}
+
+
+def test_loss_0_of_a_first_update_is_explained():
+    assert "0 by construction" in first_update_line(FIRST_UPDATE)
+    assert "norm 0.81" in first_update_line(FIRST_UPDATE)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"loss": 0.02},  # answers of different lengths, each token counting the same
+        {"ratio": 1.1},  # to log-probs of other weights
+        {"grad_norm": 0.0},  # nothing is learned, and that has its own warning
+        {"loss": math.nan},
+    ],
+)
+def test_loss_that_is_not_0_by_construction_is_not_explained(other):
+    assert first_update_line(FIRST_UPDATE | other) == ""
+    assert first_update_line({}) == ""

@@ -59,15 +59,22 @@ def build_optimizer(
 def build_schedule(
     optimizer: MegatronOptimizer, config: OptimizerConfig, *, num_updates: int
 ) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then constant, linear or cosine down to `min_lr` (Megatron's own schedule)."""
+    """Linear warm-up, then constant, linear or cosine down to `min_lr`.
+
+    Update i of n warm-up updates, i from 1, has lr * i / n; the decay begins with the update after them.
+    """
     decay_steps = config.lr_decay_iters or max(1, num_updates)
+    num_warmup = config.lr_warmup_iters
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        # Megatron gives the first update init_lr, and would waste it at 0: here it has its own share, from which the
+        # rate rises in n - 1 steps.
+        init_lr=config.lr / max(1, num_warmup),
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=min(config.lr_warmup_iters, decay_steps - 1),
-        lr_decay_steps=decay_steps,
+        lr_warmup_steps=max(0, num_warmup - 1),
+        # A run that ends within its warm-up never decays; Megatron wants the one longer than the other all the same.
+        lr_decay_steps=max(decay_steps, num_warmup),
         lr_decay_style=config.lr_decay_style,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,

@@ -22,7 +22,7 @@ class OptimizerConfig:
     """How the learning rate falls after the warm-up."""
 
     lr_warmup_iters: int = 0
-    """Updates over which the learning rate rises linearly from 0."""
+    """Updates over which the learning rate rises: update i of n has lr * i / n, so that the first one learns too."""
 
     lr_decay_iters: int | None = None
     """Updates after which --min-lr is reached; left out: the whole run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from xrl.config.errors import SettingsError
 
@@ -29,6 +30,10 @@ class RunConfig:
 
     tensorboard: bool = True
     """Write TensorBoard events."""
+
+    on_nothing_learned: Literal["warn", "stop"] = "stop"
+    """What a run does when no rollout teaches it anything: warn after 3 in a row, and with stop end after 10 with exit
+    code 1 (at the end of a shorter run too, if it has 3 rollouts and none taught it anything)."""
 
     def __post_init__(self) -> None:
         if abs(self.seed) > 2**62:  # a rollout's own seed is a little further on, and must be a 64-bit number too

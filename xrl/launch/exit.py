@@ -23,6 +23,19 @@ _ECHO = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|sto
 # Time for torchrun to notice that end and to stop this rank before it speaks.
 _ECHO_WAIT_S = 3.0
 _MARKER = "xrl-first-error"
+_AGENTS_FILE = "xrl-left-to-say"
+
+
+class RunEnded(SystemExit):
+    """The run ends itself, on every rank alike, as going on is of no use: exit code 1 and a sentence, no traceback."""
+
+    def __init__(self, sentence: str = "") -> None:
+        """
+        Args:
+            sentence: why, on the rank that knows; the others have nothing to say.
+        """
+        super().__init__(EXIT_ERROR)
+        self.sentence = sentence
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
@@ -38,40 +51,55 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     _exit(0)
 
 
+def _no_words(error: BaseException) -> str:
+    return ""
+
+
 @contextlib.contextmanager
-def announce_errors() -> Iterator[None]:
+def announce_errors(words_about: Callable[[BaseException], str] = _no_words) -> Iterator[None]:
     """Show an error where it happens, before clean-up around this block starts, and give that clean-up GRACE_S.
 
-    Of all ranks of a run only the first to fail speaks, and it speaks once, however many such blocks it leaves.
+    Of all ranks of a run only the first to fail speaks, and it speaks once, however many such blocks it leaves. A rank
+    that is stopped by torchrun has no news but what `words_about` knows.
+
+    Args:
+        words_about: what is to be said beside an error: "after rollout 3 of 9; ...". Empty: nothing.
     """
     try:
         yield
     except BaseException as error:
         if not _was_announced(error):
-            if is_rank_of_torchrun() and isinstance(error, RuntimeError | OSError) and _ECHO.search(str(error)):
-                time.sleep(_ECHO_WAIT_S)
+            end = _outlived_echo(error)
             ignore_signals()
             error.__dict__["xrl_announced"] = True
             end_after(GRACE_S, exit_code(error))
-            message = describe(error)
-            if message and _is_first():
+            message = describe(end, words_about(end))
+            if message and (isinstance(end, Stopped) or _is_first()):
                 print(message, file=sys.stderr, flush=True)
         raise
 
 
-def describe(error: BaseException) -> str:
-    """What a user reads about the end of a process; empty where there is nothing to say."""
+def describe(error: BaseException, words: str = "") -> str:
+    """What a user reads about the end of a process; empty where there is nothing to say.
+
+    Args:
+        words: how far the run came, and what is left of it.
+    """
     if isinstance(error, SettingsError):
         return f"xrl: error: {error}"
     if isinstance(error, Stopped):
         # torchrun's ranks are stopped by torchrun, which was stopped itself or saw another rank fail.
-        return "" if is_rank_of_torchrun() else f"xrl: stopped by {error.signal.name}"
+        silent = is_rank_of_torchrun() and not words
+        return "" if silent else f"xrl: stopped by {error.signal.name} {words}".rstrip()
+    if isinstance(error, RunEnded):
+        return f"xrl: error: {error.sentence}" if error.sentence else ""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, str) else ""
     first_line = (str(error).splitlines() or [""])[0]
     summary = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
     rank = f"rank {os.environ['RANK']}: " if is_rank_of_torchrun() else ""
-    return f"{''.join(traceback.format_exception(error))}xrl: error: {rank}{summary}"
+    message = f"{''.join(traceback.format_exception(error))}xrl: error: {rank}{summary}"
+    return f"{message}\nxrl: ended {words}" if words else message
 
 
 def exit_code(error: BaseException) -> int:
@@ -93,6 +121,31 @@ def has_announced(log_dir: Path) -> bool:
     return any(log_dir.rglob(_MARKER))
 
 
+def prepare_agents_file(log_dir: Path) -> Path:
+    """In a torchrun's `--log-dir`: where its ranks shall leave what is to be said when they have ended."""
+    file = log_dir / _AGENTS_FILE
+    file.touch()
+    return file
+
+
+def agents_file() -> Path | None:
+    """The file that `xrl train` above this rank has prepared; None alone or under plain torchrun."""
+    run_dir = _run_dir()
+    file = run_dir.parents[1] / _AGENTS_FILE if run_dir is not None else None
+    return file if file is not None and file.exists() else None
+
+
+def _outlived_echo(error: BaseException) -> BaseException:
+    """What ended this rank: where that is another rank's end, wait for torchrun to say so by its signal."""
+    is_echo = isinstance(error, RuntimeError | OSError) and _ECHO.search(str(error))
+    if is_rank_of_torchrun() and (is_echo or (isinstance(error, RunEnded) and not error.sentence)):
+        try:
+            time.sleep(_ECHO_WAIT_S)
+        except Stopped as stopped:
+            return stopped
+    return error
+
+
 def _was_announced(error: BaseException | None) -> bool:
     """Whether this error, or one that was being cleaned up after when it was raised, has been shown."""
     while error is not None:
@@ -104,15 +157,21 @@ def _was_announced(error: BaseException | None) -> bool:
 
 def _is_first() -> bool:
     """Whether no other rank of the run has spoken; from now on, one has."""
-    # torchrun gives each rank <log dir>/<run>/attempt_<n>/<rank>/error.json: the folder above is the run's own.
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not is_rank_of_torchrun() or not error_file:
+    run_dir = _run_dir()
+    if run_dir is None:
         return True
     try:
-        (Path(error_file).parent.parent / _MARKER).touch(exist_ok=False)
+        (run_dir / _MARKER).touch(exist_ok=False)
     except OSError:
         return False
     return True
+
+
+def _run_dir() -> Path | None:
+    """torchrun's folder for all ranks of this host in this run; None for a process that torchrun did not start."""
+    # torchrun gives each rank <log dir>/<run>/attempt_<n>/<rank>/error.json.
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parent.parent if is_rank_of_torchrun() and error_file else None
 
 
 def _exit(code: int) -> NoReturn:

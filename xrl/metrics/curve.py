@@ -24,6 +24,11 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
+def whole_ticks(first: int, last: int, *, most: int = 7) -> list[int]:
+    """At most so many whole numbers from first to last, both among them, about evenly spread: there is no half step."""
+    return sorted({round(first + (last - first) * place / (most - 1)) for place in range(most)})
+
+
 def save_curve(
     rows: Sequence[Mapping[str, Any]],
     path: Path,
@@ -31,6 +36,7 @@ def save_curve(
     key: str = "reward/mean",
     eval_key: str | None = None,
     window: int = 5,
+    title: str = "",
 ) -> None:
     """Plot a metric, its running mean, and the evaluations where there are some, as a PNG.
 
@@ -40,10 +46,12 @@ def save_curve(
         key: metric to plot.
         eval_key: metric of the evaluations, on the same axis.
         window: steps in the running mean.
+        title: above the plot, the run's name say.
     """
     # Figure, not pyplot: no global figure, and no window system is looked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -55,7 +63,9 @@ def save_curve(
     if eval_key is not None:
         eval_steps, eval_values = curve_points(rows, eval_key)
         axes.plot(eval_steps, eval_values, color="C1", marker="o", label=eval_key)
-    axes.set_xlabel("step")
+    axes.set_title(title)
+    axes.set_xlabel("rollout")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(key)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -82,7 +92,9 @@ def terminal_curve(
     figure.plot_size(width, height)
     figure.draw(figure.signal(steps, running_mean(values, window)).lines())
     figure.title(f"{key} (mean of {window})")
-    figure.label("step", 0)
+    figure.label("rollout", 0)
+    ticks = whole_ticks(steps[0], steps[-1])
+    figure.ruler(0).ticks(ticks, [str(tick) for tick in ticks])
     text = str(figure.build().string(colorless=True))
     figure.clear()
     return "\n".join(line.rstrip() for line in text.rstrip().split("\n"))

@@ -7,7 +7,6 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from xrl.metrics.command import typed_command
 
 PACKAGES = (
     "xrl",
@@ -72,7 +73,7 @@ VARIABLES = (
 def describe_environment() -> dict[str, Any]:
     """Versions, machine, devices, the listed environment variables that are set, and the command line."""
     return {
-        "command_line": sys.argv,
+        "command_line": typed_command(),
         "python": platform.python_version(),
         "packages": package_versions(),
         "git": git_state(Path(__file__).resolve().parents[2]),

@@ -10,6 +10,7 @@ from xrl.metrics.curve import save_curve
 from xrl.metrics.report import (
     evaluation_line,
     evaluation_table,
+    first_update_line,
     prepared_line,
     rollout_finished_line,
     update_line,
@@ -35,6 +36,10 @@ class Journal:
     def say(self, line: str) -> None:
         """One line on the console."""
         logger.info(line)
+
+    def warn(self, line: str) -> None:
+        """One warning on the console."""
+        logger.warning(line)
 
     def rollout(
         self,
@@ -65,6 +70,12 @@ class Journal:
                 self.say(update_line(index, update, num_rollouts=self.num_rollouts, update=place))
             self.say(update_line(index, metrics, num_rollouts=self.num_rollouts))
 
+    def first_update(self, metrics: Mapping[str, float]) -> None:
+        """The run's first update: explain what surprises everybody who sees one."""
+        line = first_update_line(metrics)
+        if line:
+            self.say(line)
+
     def evaluation(self, index: int, metrics: Mapping[str, float]) -> None:
         """Pass rates on held-out prompts."""
         self._metrics.write(index, metrics)
@@ -75,11 +86,12 @@ class Journal:
             self.say("\n" + evaluation_table(self._first_evaluation, metrics))
 
     def finish(self) -> None:
-        """Draw the reward curve and close the files."""
+        """Draw the reward curve, close the files and say where they are."""
         self._metrics.close()
         rows = read_rows(self.folder.metrics)
         if any("reward/mean" in row for row in rows):
-            save_curve(rows, self.folder.reward_curve)
+            save_curve(rows, self.folder.reward_curve, title=self.folder.path.name)
+        self.say(f"run folder: {self.folder.path}")
 
     def close(self) -> None:
         self._metrics.close()

@@ -55,7 +55,7 @@ def prepared_line(num_samples: int, metrics: Mapping[str, float]) -> str:
         metrics: of `Scored`; names without a count are skipped.
     """
     left_out = [f"{int(metrics[name]):,} {words}" for name, words in LEFT_OUT if metrics.get(name)]
-    line = f"Prepared {num_samples} training data batches"
+    line = f"{num_samples:,} samples to train on"
     return f"{line} (left out: {', '.join(left_out)})" if left_out else line
 
 
@@ -122,6 +122,26 @@ def update_line(
         listed = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items())
         parts.append(f"{sum(phases.values()):.1f} s ({listed})")
     return f"{place}: " + " | ".join(parts)
+
+
+# A loss this near 0 is one that only rounding keeps from it.
+_ROUNDING = 1e-5
+
+
+def first_update_line(metrics: Mapping[str, float]) -> str:
+    """Why the loss of a run's first update is 0; empty where it is not, or where no gradient came of it.
+
+    Args:
+        metrics: of that update.
+    """
+    # Written so that NaN, or a metric that an algorithm of one's own does not have, is never near.
+    is_near = abs(metrics.get("loss", math.nan)) <= _ROUNDING and abs(metrics.get("ratio", math.nan) - 1) <= _ROUNDING
+    if not is_near or not metrics.get("grad_norm"):
+        return ""
+    return (
+        "the loss of a first update is 0 by construction: the ratio is 1, and the advantages of a group sum to 0. Its "
+        f"gradient is not 0 (norm {metrics['grad_norm']:.3g}), and that is what trains: watch the reward, not the loss"
+    )
 
 
 def evaluation_line(rollout_id: int, metrics: Mapping[str, float]) -> str:

@@ -80,6 +80,15 @@ class RunFolder:
         """Hugging Face folder written at the end."""
         return self.path / "hf-final"
 
+    @property
+    def newest_checkpoint(self) -> Path | None:
+        """The newest whole Hugging Face folder; None where there is none yet."""
+        if self.final_checkpoint.is_dir():
+            return self.final_checkpoint
+        # Other names are those of folders that are still being written, or were when the run ended.
+        steps = [int(path.name[3:]) for path in self.path.glob("hf-*") if path.name[3:].isdecimal()]
+        return self.checkpoint(max(steps)) if steps else None
+
 
 def check_writable(work_dir: Path) -> None:
     """Make work_dir where it is missing, and try to write into it: permissions alone do not tell on every file system.

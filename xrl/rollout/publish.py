@@ -44,6 +44,7 @@ class PublishReport:
     num_workers: int  # that took it whole
     num_layers: int  # buckets whose checksum every one of these workers confirmed
     num_resent: int  # buckets that had to be sent to a worker again
+    checksums: tuple[str, ...]  # of the layers, in order: equal where no weight has changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,7 @@ class Publisher:
             self.memory.restart()
         self.pool.start(self._to_all(workers, self._connect, "connecting for weights")).result()
         sending: Future[None] | None = None
+        checksums: list[str] = []
         for bucket in buckets:
             where = self._sender.put(bucket)
             checksum = bucket.checksum if isinstance(bucket, ProvenBucket) else layer_checksum(bucket.tensors)
@@ -114,6 +116,7 @@ class Publisher:
             sending = following
             if not self._sender.copies:
                 sending.result()
+            checksums.append(checksum)
             num_layers += 1
             num_tensors += len(bucket.tensors)
             num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in bucket.tensors.values())
@@ -129,6 +132,7 @@ class Publisher:
             num_workers=len(workers),
             num_layers=num_layers,
             num_resent=self._num_resent,
+            checksums=tuple(checksums),
         )
 
     @property

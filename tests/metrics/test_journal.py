@@ -1,0 +1,51 @@
+"""What a run tells its user."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from xrl.metrics.journal import Journal
+from xrl.metrics.run_folder import RunFolder
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("xrl"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="xrl")
+    return caplog
+
+
+def journal(folder: Path) -> Journal:
+    return Journal(RunFolder(folder), tensorboard=False, log_interval=1, num_rollouts=2)
+
+
+def test_last_line_names_the_run_folder(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    journal(tmp_path).finish()
+    assert said.messages[-1] == f"run folder: {tmp_path}"
+
+
+def test_evaluations_of_start_and_end_are_compared_once(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    run = journal(tmp_path)
+    for index in range(3):
+        run.evaluation(index, {"eval/pass@1": 0.5})
+    run.finish()
+    assert sum("before" in message for message in said.messages) == 1
+
+
+def test_loss_of_the_first_update_is_explained_where_it_is_0(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    run = journal(tmp_path)
+    run.first_update({"loss": 0.1, "ratio": 1.0, "grad_norm": 0.5})
+    assert said.messages == []
+    run.first_update({"loss": 1e-9, "ratio": 1.0, "grad_norm": 0.5})
+    assert len(said.messages) == 1 and said.records[0].levelname == "INFO"
+    run.close()
+
+
+def test_warning_is_one(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    run = journal(tmp_path)
+    run.warn("nothing was learned")
+    run.close()
+    assert [(record.levelname, record.message) for record in said.records] == [("WARNING", "nothing was learned")]

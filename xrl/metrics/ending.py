@@ -1,0 +1,91 @@
+"""What a run that ends early leaves behind, and where: for the line about its end.
+
+Read from its folder, so that it is true whatever ended the run, and can be said by another process: ranks of
+`xrl train` leave that to the command above them, which outlives them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from xrl.config import SettingsError
+from xrl.launch.exit import RunEnded, agents_file
+from xrl.metrics.run_folder import RunFolder
+from xrl.metrics.sinks import read_rows
+
+
+@dataclass
+class Ending:
+    """Knows the run's folder as soon as there is one, and how far the run is to go as soon as that is known."""
+
+    folder: RunFolder | None = None
+    num_rollouts: int | None = None
+
+    def begin(self, folder: RunFolder) -> None:
+        """The run has a folder."""
+        self.folder = folder
+        self._tell_agent()
+
+    def expect(self, num_rollouts: int) -> None:
+        """The run has so many rollouts to make."""
+        self.num_rollouts = num_rollouts
+        self._tell_agent()
+
+    def words_about(self, error: BaseException) -> str:
+        """What to say beside the error that ends the run; empty where that says it all, or another process says it."""
+        file = agents_file()
+        if isinstance(error, SettingsError | RunEnded):
+            _leave(file, "")  # nor has the command above anything to add
+            return ""
+        return "" if file is not None or self.folder is None else where_things_are(self.folder, self.num_rollouts)
+
+    def _tell_agent(self) -> None:
+        if self.folder is not None:
+            _leave(agents_file(), json.dumps([str(self.folder.path), self.num_rollouts]))
+
+
+def words_of_ranks(file: Path) -> str:
+    """What the ranks of a run have left to say in their agent's file; empty where that is nothing."""
+    try:
+        folder, num_rollouts = json.loads(file.read_text())
+    except (OSError, ValueError):  # nothing is left there, or not all of it
+        return ""
+    return where_things_are(RunFolder(Path(folder)), num_rollouts)
+
+
+def _leave(file: Path | None, text: str) -> None:
+    if file is not None:
+        with contextlib.suppress(OSError):  # a full disk: the run does without this line
+            file.write_text(text)
+
+
+def where_things_are(folder: RunFolder, num_rollouts: int | None) -> str:
+    """How far a run came and what of it is on disk, to go after "stopped" or "ended".
+
+    Args:
+        num_rollouts: of the whole run; None where that was not known yet.
+    """
+    done = rollouts_done(folder)
+    of = f" of {num_rollouts:,}" if num_rollouts else ""
+    how_far = f"after rollout {done:,}{of}" if done else "before the first rollout was learned from"
+    return f"{how_far}; run folder {folder.path}; {saved_models(folder)}"
+
+
+def rollouts_done(folder: RunFolder) -> int:
+    """Rollouts that were learned from and whose weights went out."""
+    try:
+        rows = read_rows(folder.metrics)
+    except (OSError, ValueError):  # a run that never began, or a file that somebody else has touched
+        return 0
+    return max((int(row["step"]) for row in rows if "updates" in row), default=0)
+
+
+def saved_models(folder: RunFolder) -> str:
+    """The newest model in a run's folder, and how to go on from it."""
+    newest = folder.newest_checkpoint
+    if newest is None:
+        return "no checkpoint yet (--save-interval N writes one every N rollouts)"
+    return f"saved: {newest.name} (the newest); a new run can start from it with --model {newest}"
