@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xrl.launch.exit import EXIT_ERROR, has_announced
+from xrl.launch.exit import EXIT_BAD_SETTINGS, EXIT_ERROR, has_announced
 from xrl.launch.memory import set_large_pages
 from xrl.launch.signals import STOP_SIGNALS
 from xrl.launch.threads import set_thread_waiting
@@ -39,7 +39,8 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
         except ChildFailedError as error:
             if not has_announced(Path(log_dir)):
                 _say(f"error: {_first_end(error.failures)}")
-            return EXIT_ERROR
+            is_bad_input = any(end.exitcode == EXIT_BAD_SETTINGS for end in error.failures.values())
+            return EXIT_BAD_SETTINGS if is_bad_input else EXIT_ERROR
         except SignalException as stop:
             return _stopped(stop.sigval)
         except KeyboardInterrupt:
