@@ -6,7 +6,8 @@ A row holds `prompt` (chat messages, or a string) and `reward_model.ground_truth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,14 @@ def _read_rows(path: Path) -> Iterator[PromptRow]:
     """The rows, one by one: what is checked before a run is what the run is given."""
     rows = _parquet_rows(path) if path.suffix in PARQUET_SUFFIXES else _json_rows(path)
     try:
-        for row_id, (place, row) in enumerate(rows):
-            yield _parse_row(row, row_id, path, place)
+        with contextlib.closing(rows):  # at a bad row the process that reads a table ends at once
+            for row_id, (place, row) in enumerate(rows):
+                yield _parse_row(row, row_id, path, place)
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_rows(path: Path) -> Generator[tuple[str, dict[str, Any]], None, None]:
     for number, line in numbered_lines(path):
         try:
             yield f"line {number}", parse_json_object(line)
@@ -97,7 +99,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise SettingsError(f"{path}, line {number} is {error}; each line must be one JSON object") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: Path) -> Generator[tuple[str, dict[str, Any]], None, None]:
     try:
         for number, row in enumerate(read_table(path, COLUMNS), start=1):
             yield f"row {number}", row

@@ -65,7 +65,7 @@ def _receive(stream: Any) -> list[dict[str, Any]] | str | None:
 
 
 def _batches(path: str, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
-    """Raises ValueError, as `read_table` does."""
+    """The rows, some at a time; raises ValueError as `read_table` does, OSError where there is no file to open."""
     import pyarrow.parquet
 
     # Opened by us, because pyarrow would want a name of UTF-8.
