@@ -29,3 +29,9 @@ def test_more_than_is_free_is_refused_with_both_numbers(tmp_path: Path) -> None:
 def test_a_file_system_that_does_not_say_its_size_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))
     check_space(tmp_path, 10**16, what="--to x")
+
+    def refuse(path: Path) -> None:
+        raise OSError("Function not implemented")
+
+    monkeypatch.setattr(shutil, "disk_usage", refuse)
+    check_space(tmp_path, 10**16, what="--to x")

@@ -26,7 +26,10 @@ def check_space(path: Path, num_bytes: int, *, what: str, instead: str = "") -> 
     Raises:
         SettingsError: its disk has less than `num_bytes` free.
     """
-    usage = shutil.disk_usage(nearest_folder(path))
     # Some network file systems do not say how large they are.
+    try:
+        usage = shutil.disk_usage(nearest_folder(path))
+    except OSError:
+        return
     if usage.total and usage.free < num_bytes:
         raise SettingsError(f"{what} needs {num_bytes:,} bytes, its disk has {usage.free:,} free{instead}")
