@@ -183,7 +183,9 @@ def _render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, path: Path) -> s
     try:
         text = str(tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=False))
     except TemplateSyntaxError as error:
-        raise SettingsError(f"{model} has a chat template with an error in line {error.lineno}: {error}") from error
+        raise SettingsError(
+            f"{model} has a chat template with an error in line {error.lineno}: {error.message}"
+        ) from error
     except Exception as error:  # a template is somebody else's program: it raises what it likes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SettingsError(f"{path}, {row.place}: the model's chat template refuses the prompt: {reason}") from error
