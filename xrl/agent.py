@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xrl.launch.exit import EXIT_ERROR, has_announced, prepare_agents_file
+from xrl.launch.exit import EXIT_BAD_SETTINGS, EXIT_ERROR, has_announced, prepare_agents_file
 from xrl.launch.memory import set_large_pages
 from xrl.launch.signals import STOP_SIGNALS
 from xrl.launch.threads import set_thread_waiting
@@ -44,7 +44,8 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
             words = words_of_ranks(left_to_say)
             if words:
                 _say(f"ended {words}")
-            return EXIT_ERROR
+            is_bad_input = any(end.exitcode == EXIT_BAD_SETTINGS for end in error.failures.values())
+            return EXIT_BAD_SETTINGS if is_bad_input else EXIT_ERROR
         except SignalException as stop:
             return _stopped(stop.sigval, words_of_ranks(left_to_say))
         except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from xrl.config.parse import dump_settings
 from xrl.config.paths import absolute_paths
 from xrl.data.prompts import PromptDataset
 from xrl.data.tokenizer import load_tokenizer, stop_token_ids
+from xrl.metrics.ending import Ending
 from xrl.metrics.environment import write_environment
 from xrl.metrics.journal import Journal
 from xrl.metrics.learning import LearningWatch
@@ -32,27 +34,21 @@ from xrl.rollout.publish import Publisher
 from xrl.trainer import Lead
 from xrl.types import SamplingParams
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger("xrl")
 
 
 def build_lead(
-    settings: Settings, groups: ParallelGroups, stack: contextlib.ExitStack, folder: RunFolder | None = None
+    settings: Settings, groups: ParallelGroups, stack: contextlib.ExitStack, ending: Ending | None = None
 ) -> Lead:
     """Everything only rank 0 has; `stack` stops it again, whatever happens.
 
     Args:
-        folder: the run's; None: a new one below --work-dir.
+        ending: is told of the run's folder.
     """
-    folder = folder or RunFolder.create(settings.run.work_dir)
-    logger.info("run folder: %s", folder.path)
-    folder.config.write_text(dump_settings(absolute_paths(settings)))
-    write_environment(folder.environment)
-    pool = stack.enter_context(start_workers(settings, groups, folder))
-    if settings.rollout.colocate:
-        pool.wait_until_ready()  # an engine needs the device for its start, and gives it up then
-    judge = create_judge(settings.rewards)
-    stack.callback(judge.close)
-
+    # Before anything is started: it is here that a tokenizer, a chat template or too long prompts are refused.
     tokenizer = load_tokenizer(settings.model.model)
     prompts = PromptDataset(
         settings.data.data,
@@ -62,6 +58,19 @@ def build_lead(
         shuffle=settings.data.shuffle,
     )
     num_rollouts = rollouts_of(settings, len(prompts))
+    held_out = _held_out(settings, tokenizer)
+
+    folder = RunFolder.create(settings.run.work_dir)
+    if ending is not None:
+        ending.begin(folder)
+    logger.info("run folder: %s", folder.path)
+    folder.config.write_text(dump_settings(absolute_paths(settings)))
+    write_environment(folder.environment)
+    pool = stack.enter_context(start_workers(settings, groups, folder))
+    if settings.rollout.colocate:
+        pool.wait_until_ready()  # an engine needs the device for its start, and gives it up then
+    judge = create_judge(settings.rewards)
+    stack.callback(judge.close)
     journal = Journal(
         folder,
         tensorboard=settings.run.tensorboard,
@@ -95,7 +104,7 @@ def build_lead(
         collector=collector,
         publisher=publisher,
         canary=_canary(settings, pool, sampling),
-        evaluator=_evaluator(settings, tokenizer, collector, sampling),
+        evaluator=None if held_out is None else Evaluator(collector, held_out.all(), settings.evaluation, sampling),
         journal=journal,
         watch=_watch(settings, folder, has_stop_tokens=bool(stop_ids)),
     )
@@ -181,16 +190,14 @@ def share_rollout_count(lead: Lead | None, groups: ParallelGroups) -> int:
     return int(count.item())
 
 
-def _evaluator(
-    settings: Settings, tokenizer: object, collector: Collector, sampling: SamplingParams
-) -> Evaluator | None:
+def _held_out(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PromptDataset | None:
+    """The prompts of evaluations, where they are asked for."""
     if settings.evaluation.eval_data is None:
         return None
-    held_out = PromptDataset(
+    return PromptDataset(
         settings.evaluation.eval_data,
-        tokenizer,  # type: ignore[arg-type]
+        tokenizer,
         max_prompt_length=settings.data.max_prompt_length,
         seed=settings.run.seed,
         shuffle=False,
     )
-    return Evaluator(collector, held_out.all(), settings.evaluation, sampling)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +23,9 @@ from xrl.weights.convert import (
     to_megatron,
     total_bytes,
 )
+from xrl.weights.disk import check_space, nearest_folder
 from xrl.weights.megatron_files import MegatronReader
+from xrl.weights.other_files import find_other_files
 from xrl.weights.plan import Plan, plan
 
 # Flag -> field of Layout.
@@ -53,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingsError("--to is missing: give the folder to write")
     planned = _plan(source, arguments)
     is_export = isinstance(source, MegatronReader) and not _has_layout(arguments)
-    _check_target(target, total_bytes(source) if is_export else megatron_bytes(planned, source))
+    num_bytes = total_bytes(source) if is_export else megatron_bytes(planned, source)
+    _check_target(target, num_bytes + find_other_files(source.other_files, target=target).num_bytes())
     try:
         _write(source, target, planned, is_export=is_export)
     except (OSError, RuntimeError) as error:  # a full disk is both, by whom it is noticed
@@ -119,12 +121,10 @@ def _check_target(target: Path, num_bytes: int) -> None:
     """Refuse to start what cannot be written."""
     if os.path.lexists(target):
         raise SettingsError(f"--to {target} exists already: nothing is replaced, give a folder that does not exist")
-    existing = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+    existing = nearest_folder(target)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise SettingsError(f"--to {target} cannot be made: {existing} is no folder that can be written to")
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        raise SettingsError(f"--to {target} needs {num_bytes:,} bytes, its disk has {free:,} free")
+    check_space(target, num_bytes, what=f"--to {target}")
 
 
 def _bar(title: str, num_bytes: int) -> tqdm[NoReturn]:

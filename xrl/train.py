@@ -40,7 +40,6 @@ def train(settings: Settings) -> None:
     from xrl.kernels.threads import use_threads
     from xrl.metrics.console import setup_logging
     from xrl.metrics.ending import Ending
-    from xrl.metrics.run_folder import RunFolder
     from xrl.parallel.megatron import initialize, shutdown
     from xrl.trainer import Trainer
 
@@ -49,9 +48,7 @@ def train(settings: Settings) -> None:
     with contextlib.ExitStack() as stack, announce_errors(ending.words_about):
         groups = initialize(settings.parallel, seed=settings.run.seed)
         stack.callback(shutdown)
-        if groups.rank == 0:
-            ending.begin(RunFolder.create(settings.run.work_dir))
-        lead = build_lead(settings, groups, stack, ending.folder) if groups.rank == 0 else None
+        lead = build_lead(settings, groups, stack, ending) if groups.rank == 0 else None
         num_rollouts = share_rollout_count(lead, groups)
         ending.expect(num_rollouts)
         actor = Actor(settings, groups, num_updates=num_rollouts * settings.algorithm.updates_per_rollout)

@@ -140,3 +140,29 @@ def test_folder_in_the_way_of_an_output_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out" / "train.jsonl").mkdir(parents=True)
     with pytest.raises(SettingsError, match="is in the way and is not a file"):
         convert(tmp_path, tmp_path / "out", overwrite=True)
+
+
+def test_half_characters_are_named_and_marks_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    write_lines(path, {"question": "half \ud83d?", "answer": "#### 5"}, {"question": "?", "answer": "\udc00 #### 5"})
+    with pytest.raises(SettingsError) as caught:
+        convert(tmp_path, tmp_path / "out")
+    assert f"{path}, line 1 is a row whose `question` has \\ud83d, half of a character" in str(caught.value)
+    assert f"{path}, line 2 is a row whose `answer` has \\udc00" in str(caught.value)
+    write_lines(path, SOURCES[0])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert convert(tmp_path, tmp_path / "out") == {"train": 1}
+
+
+def test_a_folder_whose_name_is_a_pattern_is_read_itself(tmp_path: Path) -> None:
+    for name in ("[ab]", "a"):
+        write_parquet(tmp_path / name / "main" / "test-00000-of-00001.parquet", *SOURCES[: 1 + (name == "a")])
+    assert convert(tmp_path / "[ab]", tmp_path / "out") == {"test": 1}
+
+
+def test_files_missing_of_a_split_are_noticed(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-00000-of-00002.parquet", SOURCES[0])
+    with pytest.raises(SettingsError, match="has 1 of the 2 files of its split"):
+        convert(tmp_path, tmp_path / "out")
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", SOURCES[1])
+    assert convert(tmp_path, tmp_path / "out") == {"train": 2}

@@ -153,5 +153,41 @@ def test_prompt_that_the_template_refuses_is_named(
     path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no users here') }}")
-    with pytest.raises(SettingsError, match="row 1: the model's chat template refuses the prompt: no users here"):
+    with pytest.raises(SettingsError, match="line 1: the model's chat template refuses the prompt: no users here"):
         dataset(path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ({"rag": TEMPLATE, "tool_use": TEMPLATE}, r"chat templates of .* \(rag, tool_use\) none is called default"),
+        ("{% for message in messages %}", "has a chat template with an error in line 1"),
+        ("{{ messages[0]['content'] + 1 }}", "line 1: the model's chat template refuses the prompt: "),
+        ("{{ messages[5]['content']['x'] }}", "line 1: the model's chat template refuses the prompt: "),
+        ("{{ raise_exception('') }}", "line 1: the model's chat template refuses the prompt: TemplateError"),
+        ("{# nothing #}", "line 1: the prompt has no tokens"),
+        (
+            "{{ messages[0]['content'] }} \ud83d",
+            r"line 1: the model's chat template gives \\ud83d, half of a character",
+        ),
+    ],
+)
+def test_a_template_that_gives_no_prompt_is_one_sentence(
+    template: Any, words: str, path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(SettingsError, match=words) as caught:
+        dataset(path, tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_default_of_several_templates_is_taken(
+    path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", {"default": TEMPLATE, "rag": "{{ raise_exception('no') }}"})
+    assert dataset(path, tokenizer).all()[3].text == "user w3 bot"
+
+
+def test_a_string_without_tokens_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(SettingsError, match="line 2: the prompt has no tokens"):
+        dataset(write(tmp_path, ["w0", "  "]), tokenizer)

@@ -1,6 +1,7 @@
 """Reading prompt files, and the sentences for bad ones."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from xrl.config import SettingsError
 from xrl.data.rows import check_dataset, load_rows
 
+DEEP = '{"prompt": "x", "ground_truth": "1", "extra_info": {"deep": ' + "[" * 200 + "]" * 200 + "}}"
 CHAT = [{"role": "user", "content": "How many?"}]
 
 
@@ -69,6 +71,14 @@ def test_blank_lines_are_not_rows_but_count_as_lines(tmp_path: Path) -> None:
         (good_row(reward_model={"ground_truth": ""}), "line 2 has no ground truth"),
         (good_row(reward_model={"ground_truth": ["7"]}), "line 2 has a ground truth that is neither"),
         (good_row(extra_info="hard"), "line 2 has an `extra_info` that is not an object"),
+        (good_row(prompt="half \ud83d"), r"line 2: `prompt` has \\ud83d, half of a character"),
+        (good_row(prompt=[{"role": "\ud83d", "content": "x"}]), "line 2: `prompt` has"),
+        (good_row(reward_model={"ground_truth": "\ud83d"}), "line 2: `reward_model` has"),
+        (good_row(reward_model=None, ground_truth="\ud83d"), "line 2: `ground_truth` has"),
+        (good_row(data_source="\ud83d"), "line 2: `data_source` has"),
+        (good_row(extra_info={"\ud83d": 1}), "line 2: `extra_info` has"),
+        (DEEP, "line 2: `extra_info` has values nested deeper"),
+        ("[" * 100_000, "line 2 is nested too deeply to be read"),
     ],
 )
 def test_bad_row_is_named_by_file_and_line(tmp_path: Path, row: dict[str, Any] | str, message: str) -> None:
@@ -94,7 +104,7 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
 def test_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     path.write_text("{}")
-    with pytest.raises(SettingsError, match="is not a parquet file"):
+    with pytest.raises(SettingsError, match="is not a parquet file that can be read"):
         check_dataset(path, min_rows=1)
 
 
@@ -134,3 +144,43 @@ def test_values_stay_what_the_file_says(tmp_path: Path) -> None:
     loaded = load_rows(write_lines(tmp_path, *rows))
     assert [row.ground_truth for row in loaded] == ["2020-01-01", "5", "2.5"]
     assert [row.extra for row in loaded] == [{"weight": 5}, {"weight": 2.5, "only": "here"}, {}]
+
+
+def test_what_is_not_read_may_hold_anything(tmp_path: Path) -> None:
+    path = write_lines(tmp_path, good_row(note="half \ud83d"))
+    assert len(load_rows(path)) == 1
+
+
+def test_a_byte_order_mark_and_carriage_returns_are_not_in_the_way(tmp_path: Path) -> None:
+    path = write_lines(tmp_path, good_row(), good_row())
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b", ", b",\r ").replace(b"\n", b"\r\n"))
+    assert check_dataset(path, min_rows=1) == len(load_rows(path)) == 2
+    path.write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(SettingsError, match="is empty"):
+        load_rows(path)
+
+
+# Each means other files, or other places, to somebody who expands it.
+ODD_NAMES = ("t[12]", "t*", "t?", "a::b", "{a,b}", "with space", "two\nlines", "~", "%41", "file:x", "\udcff")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("write", [write_lines, write_parquet])
+def test_a_path_is_no_pattern(name: str, write: Any, tmp_path: Path) -> None:
+    """Neighbours that the pattern would match are not read."""
+    for other in ("t1", "t2", "a", "b", "A"):
+        (tmp_path / other).mkdir()
+        write(tmp_path / other, good_row(prompt="other"))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    path = write(folder, good_row(prompt="mine"))
+    path = path.rename(folder / (name + path.suffix))
+    path = folder.rename(tmp_path / name) / path.name
+    assert check_dataset(path, min_rows=1) == 1
+    assert [row.prompt for row in load_rows(path)] == ["mine"]
+
+
+def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "data.jsonl")
+    with pytest.raises(SettingsError, match=r"data\.jsonl is not a file"):
+        check_dataset(tmp_path / "data.jsonl", min_rows=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,40 @@ def test_the_command_refuses_before_it_starts_ranks(flags: list[str]) -> None:
 def test_worker_without_a_model() -> None:
     found = run("-m", "xrl.cli", "worker", "--model", "nowhere", "--max-model-len", "8")
     assert_refused(found, "nowhere/config.json cannot be read")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "refuses the prompt: System role not supported"),
+        ("{% if %}", "has a chat template with an error in line 1"),
+        ("", "the prompt has no tokens"),
+    ],
+)
+def test_chat_template_is_tried_before_anything_is_started(
+    flags: list[str], model: Path, tmp_path: Path, template: str, words: str
+) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "model"))
+    (other / "chat_template.jinja").write_text(template)
+    write_rows(tmp_path / "train.jsonl", [{"prompt": [{"role": "user", "content": "1"}], "ground_truth": "2"}] * 8)
+    found = run("-m", "xrl.train", *flags, "--model", str(other))
+    assert found.returncode == 2, found.stderr
+    (line,) = (line for line in found.stderr.splitlines() if line.startswith("xrl: error: "))
+    assert words in line and "Traceback" not in found.stderr
+    assert list((tmp_path / "work").iterdir()) == []  # no run folder, so no worker either
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_what_a_rank_refuses_is_bad_input_of_the_whole_command(flags: list[str], model: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "model"))
+    (other / "chat_template.jinja").unlink()
+    write_rows(tmp_path / "train.jsonl", [{"prompt": [{"role": "user", "content": "1"}], "ground_truth": "2"}] * 8)
+    found = run("-m", "xrl.cli", "train", "--nproc-per-node", "2", *flags, "--model", str(other))
+    assert found.returncode == 2, found.stderr
+    (line,) = (line for line in found.stderr.splitlines() if line.startswith("xrl: error: "))
+    assert "has no chat template: add one to the model folder" in line and "Traceback" not in found.stderr
 
 
 @pytest.mark.distributed

@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from tests.small_runs import Refusal
-from xrl.preflight.machine import _has_cuda_driver
+from xrl.preflight.machine import has_cuda_driver
 
 
 @pytest.mark.skipif(
@@ -17,12 +17,12 @@ def test_transformer_engine_must_be_installed(refusal: Refusal) -> None:
     assert "needs the package transformer-engine" in refusal("--transformer-impl", "transformer_engine")
 
 
-@pytest.mark.skipif(_has_cuda_driver(), reason="this machine has a CUDA driver")
+@pytest.mark.skipif(has_cuda_driver(), reason="this machine has a CUDA driver")
 def test_nccl_needs_cuda(refusal: Refusal) -> None:
     assert "--distributed-backend nccl needs CUDA" in refusal("--distributed-backend", "nccl")
 
 
-@pytest.mark.skipif(_has_cuda_driver(), reason="this machine has a CUDA driver")
+@pytest.mark.skipif(has_cuda_driver(), reason="this machine has a CUDA driver")
 def test_cuda_ipc_needs_cuda(refusal: Refusal) -> None:
     assert "--weight-transport cuda_ipc needs a CUDA device" in refusal("--weight-transport", "cuda_ipc")
 
@@ -32,6 +32,6 @@ def test_unknown_kernels_are_refused(refusal: Refusal, monkeypatch: pytest.Monke
     assert "XRL_KERNEL_BACKEND=fast is unknown, known are: auto, reference, native, triton" in refusal()
 
 
-@pytest.mark.skipif(_has_cuda_driver(), reason="this machine has a CUDA driver")
+@pytest.mark.skipif(has_cuda_driver(), reason="this machine has a CUDA driver")
 def test_triton_needs_its_package_and_cuda(refusal: Refusal) -> None:
     assert "--kernel-backend triton needs" in refusal("--kernel-backend", "triton")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_runs import Refusal, edit_json
+from tests.small_runs import Refusal, check, edit_json
 from xrl.config import SettingsError
 from xrl.preflight.tokenizer import check_tokenizer
 
@@ -23,6 +23,7 @@ def test_token_beyond_the_vocabulary_is_named(refusal: Refusal, model: Path) -> 
     edit_json(model / "tokenizer.json", added_tokens=added)
     sentence = refusal()
     assert "'<|extra|>' has id 98" in sentence and "vocab_size is 98" in sentence
+    assert sentence.endswith("this one added token has no embedding: give the model one, or remove them")
 
 
 def test_file_that_is_no_tokenizer_is_refused(refusal: Refusal, model: Path) -> None:
@@ -57,3 +58,35 @@ def test_damaged_file_beside_the_tokenizer_is_named(refusal: Refusal, model: Pat
 def test_end_of_text_must_be_token_ids(refusal: Refusal, model: Path, found: object) -> None:
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
     assert "generation_config.json: eos_token_id must be a token id or a list of them" in refusal()
+
+
+def test_another_model_s_tokenizer_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps({str(token_id): token_id for token_id in range(200)}))
+    (tmp_path / "merges.txt").touch()
+    with pytest.raises(SettingsError, match="token '199' has id 199, .* vocab_size is 100: it is another model's"):
+        check_tokenizer(tmp_path, vocab_size=100)
+    with pytest.raises(SettingsError, match="vocab_size is 195: 5 added tokens have no embedding"):
+        check_tokenizer(tmp_path, vocab_size=195)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/a.jinja",
+    ],
+)
+def test_a_byte_order_mark_that_transformers_stumbles_over_is_refused(refusal: Refusal, model: Path, name: str) -> None:
+    file = model / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"\xef\xbb\xbf" + (file.read_bytes() if file.exists() else b""))
+    assert refusal().startswith(f"{file} starts with a byte order mark")
+
+
+def test_a_byte_order_mark_before_what_we_read_ourselves_passes(model: Path, data: Path, tmp_path: Path) -> None:
+    file = model / "generation_config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    check(model, data, tmp_path)

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.tiny_models import make_checkpoint
 from xrl.cli import main
 from xrl.config import SettingsError
+from xrl.weights.atomic_folder import atomic_folder
 from xrl.weights.convert import open_source
-from xrl.weights.hf_files import atomic_folder
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
@@ -183,6 +183,7 @@ def test_bad_input_is_one_sentence_before_a_file_is_touched(
     config = json.loads((other_model / "config.json").read_text())
     (other_model / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
     index = edited(tmp_path / "index", dense)
+    (index / WEIGHTS).unlink()
     (index / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": 1}}))
     file = tmp_path / "file"
     file.touch()

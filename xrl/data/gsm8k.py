@@ -12,11 +12,13 @@ from typing import Any
 from tqdm import tqdm
 
 from xrl.config import SettingsError
-from xrl.data.rows import numbered_lines, parse_json_object
+from xrl.data.table import read_table
+from xrl.data.text import check_text, numbered_lines, parse_json_object
 
 SPLITS = ("train", "test")
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 MAX_REPORTED_ROWS = 5
+_SHARD = re.compile(r"-of-(\d+)\.parquet$")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 
 
@@ -32,8 +34,8 @@ def convert(input_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[
         rows written of each split found
 
     Raises:
-        SettingsError: no input, bad rows (the first five are named; nothing is written), an output in the way, or a
-            folder that cannot be made.
+        SettingsError: no input, files missing of it, bad rows (the first five are named; nothing is written), an output
+            in the way, or a folder that cannot be made.
     """
     files = {split: found for split in SPLITS if (found := _find_split(input_dir, split))}
     if not files:
@@ -75,8 +77,19 @@ def convert_row(question: str, answer: str, *, split: str, index: int) -> dict[s
 def _find_split(input_dir: Path, split: str) -> list[Path]:
     for folder, pattern in (("main", f"{split}-*.parquet"), (".", f"{split}-*.parquet"), (".", f"{split}.jsonl")):
         if found := sorted((input_dir / folder).glob(pattern)):
+            _check_whole(found)
             return found
     return []
+
+
+def _check_whole(files: list[Path]) -> None:
+    """Refuse a split of which files are missing: `train-00000-of-00002.parquet` says that there are two."""
+    totals = {int(match[1]) for file in files if (match := _SHARD.search(file.name))}
+    if totals and totals != {len(files)}:
+        raise SettingsError(
+            f"{files[0].parent} has {len(files)} of the {max(totals)} files of its split ({files[0].name}): give all "
+            f"of them, and no others"
+        )
 
 
 def _convert_splits(files: dict[str, list[Path]]) -> dict[str, list[str]]:
@@ -110,16 +123,11 @@ def _read_sources(paths: list[Path]) -> Iterator[tuple[str, bytes | dict[str, An
             for number, line in numbered_lines(path):
                 yield f"{path}, line {number}", line
             continue
-        # Imported here: the original layout does not need it.
-        import pyarrow
-        import pyarrow.parquet
-
         try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise SettingsError(f"{path} is not a parquet file: {error}") from error
-        for number, row in enumerate(rows, start=1):
-            yield f"{path}, row {number}", row
+            for number, row in enumerate(read_table(path, ("question", "answer")), start=1):
+                yield f"{path}, row {number}", row
+        except ValueError as error:
+            raise SettingsError(f"{path} {error}") from error
 
 
 def _question_and_answer(source: bytes | dict[str, Any]) -> tuple[str, str]:
@@ -127,6 +135,10 @@ def _question_and_answer(source: bytes | dict[str, Any]) -> tuple[str, str]:
     for name in ("question", "answer"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise ValueError(f"a row without `{name}`")
+        try:
+            check_text(row[name])
+        except ValueError as error:
+            raise ValueError(f"a row whose `{name}` has {error}") from error
     return row["question"], row["answer"]
 
 

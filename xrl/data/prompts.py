@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from xrl.config import SettingsError
 from xrl.data.rows import PromptRow, load_rows
+from xrl.data.text import check_text
 from xrl.types import Prompt
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ def _tokenize(rows: list[PromptRow], tokenizer: PreTrainedTokenizerBase, path: P
             # The template has put every special token in place already.
             encoded: Any = tokenizer(texts, add_special_tokens=False)
             for row, text, token_ids in zip(chunk, texts, encoded["input_ids"], strict=True):
+                if not token_ids:
+                    raise SettingsError(f"{path}, {row.place}: the prompt has no tokens, so that nothing can follow it")
                 yield Prompt(
                     id=row.id,
                     token_ids=token_ids,
@@ -162,17 +165,32 @@ def _render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, path: Path) -> s
     """The prompt as the model will read it; a string is taken as it stands."""
     if isinstance(row.prompt, str):
         return row.prompt
-    if tokenizer.chat_template is None:
+    model = f"the tokenizer of {tokenizer.name_or_path or 'the model'}"
+    template: Any = tokenizer.chat_template
+    if template is None:
         raise SettingsError(
-            f"{path} holds chat messages, but the tokenizer of {tokenizer.name_or_path or 'the model'} has no "
+            f"{path} holds chat messages, but {model} has no "
             f"chat template: add one to the model folder, or give prompts as strings"
         )
+    if isinstance(template, dict) and "default" not in template:
+        raise SettingsError(
+            f"{path} holds chat messages, but of the chat templates of {model} ({', '.join(sorted(template))}) none is "
+            f"called default: give that name to the one to use"
+        )
     # Imported here: transformers brings jinja2 along, and only templates need it.
-    from jinja2 import TemplateError
+    from jinja2 import TemplateSyntaxError
 
     try:
-        return str(tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=False))
-    except TemplateError as error:
+        text = str(tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=False))
+    except TemplateSyntaxError as error:
         raise SettingsError(
-            f"{path}, row {row.id + 1}: the model's chat template refuses the prompt: {error}"
+            f"{model} has a chat template with an error in line {error.lineno}: {error.message}"
         ) from error
+    except Exception as error:  # a template is somebody else's program: it raises what it likes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SettingsError(f"{path}, {row.place}: the model's chat template refuses the prompt: {reason}") from error
+    try:
+        check_text(text)  # what the template itself adds has been seen by nobody yet
+    except ValueError as error:
+        raise SettingsError(f"{path}, {row.place}: the model's chat template gives {error}") from error
+    return text

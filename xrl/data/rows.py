@@ -6,17 +6,20 @@ A row holds `prompt` (chat messages, or a string) and `reward_model.ground_truth
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xrl.config import SettingsError
 from xrl.data.table import read_table
+from xrl.data.text import check_text, numbered_lines, parse_json_object
 
 JSON_SUFFIXES = (".jsonl", ".json")
 PARQUET_SUFFIXES = (".parquet",)
+# What is read of a row; other columns of a table may be of any kind and size.
+COLUMNS = ("prompt", "reward_model", "ground_truth", "data_source", "extra_info")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +27,11 @@ class PromptRow:
     """One row, before its tokens."""
 
     id: int  # row number in the file, from 0; blank lines do not count
+    place: str  # where it stands, for messages: "line 3" of JSON lines, "row 3" of parquet
     prompt: str | list[dict[str, Any]]
     ground_truth: str
     data_source: str
-    extra: Mapping[str, Any]
+    extra: Mapping[str, Any]  # for judges of the user's own, as the file has it; nothing of ours writes it
 
 
 def check_dataset(path: Path, *, min_rows: int, what: str = "--data") -> int:
@@ -41,10 +45,7 @@ def check_dataset(path: Path, *, min_rows: int, what: str = "--data") -> int:
         SettingsError: the file is missing, empty, too small, not JSON or not parquet, or one of its rows is wrong.
     """
     _check_file(path, what)
-    num_rows = 0
-    for place, row in _parquet_rows(path) if path.suffix in PARQUET_SUFFIXES else _json_rows(path):
-        _parse_row(row, num_rows, f"{path}, {place}")
-        num_rows += 1
+    num_rows = sum(1 for _ in _read_rows(path))
     if num_rows == 0:
         raise SettingsError(f"{what} {path} is empty: it needs one prompt a line")
     if num_rows < min_rows:
@@ -59,55 +60,38 @@ def load_rows(path: Path, *, what: str = "--data") -> list[PromptRow]:
     """Every row of a JSONL or parquet file, in file order.
 
     Raises:
-        SettingsError: as `check_dataset` does.
+        SettingsError: as `check_dataset` does, but for the number of rows.
     """
-    # `datasets` says neither which line is not JSON nor what a row lacks, so the file is checked before it is loaded.
-    check_dataset(path, min_rows=1, what=what)
-    is_parquet = path.suffix in PARQUET_SUFFIXES
-    try:
-        # JSON as lines of text: as one table, values would be changed to fit their column ("2020-01-01" to a date).
-        rows = read_table("parquet" if is_parquet else "text", path)
-    except ValueError as error:
-        raise SettingsError(f"{what} {path} cannot be read: {error}") from error
-    if not is_parquet:
-        rows = [parse_json_object(row["text"]) for row in rows if row["text"].strip()]
-    return [_parse_row(row, number, f"{path}, row {number + 1}") for number, row in enumerate(rows)]
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers from 1."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
-
-
-def parse_json_object(line: bytes | str) -> dict[str, Any]:
-    """One JSONL line as a dictionary.
-
-    Raises:
-        ValueError: what is wrong with it, as the end of a sentence.
-    """
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
-        raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON {type(row).__name__}, not an object")
-    return row
+    _check_file(path, what)
+    rows = list(_read_rows(path))
+    if not rows:
+        raise SettingsError(f"{what} {path} is empty: it needs one prompt a line")
+    return rows
 
 
 def _check_file(path: Path, what: str) -> None:
     if not path.exists():
         raise SettingsError(f"{what} {path} does not exist")
     if not path.is_file():
-        raise SettingsError(f"{what} {path} is a folder: give a JSONL or parquet file")
+        problem = "is a folder" if path.is_dir() else "is not a file"
+        raise SettingsError(f"{what} {path} {problem}: give a JSONL or parquet file")
     if path.suffix not in JSON_SUFFIXES + PARQUET_SUFFIXES:
         known = ", ".join(JSON_SUFFIXES + PARQUET_SUFFIXES)
         raise SettingsError(f"{what} {path} must end in one of {known}, got {path.suffix or 'no ending'!r}")
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_rows(path: Path) -> Iterator[PromptRow]:
+    """The rows, one by one: what is checked before a run is what the run is given."""
+    rows = _parquet_rows(path) if path.suffix in PARQUET_SUFFIXES else _json_rows(path)
+    try:
+        with contextlib.closing(rows):  # at a bad row the process that reads a table ends at once
+            for row_id, (place, row) in enumerate(rows):
+                yield _parse_row(row, row_id, path, place)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _json_rows(path: Path) -> Generator[tuple[str, dict[str, Any]], None, None]:
     for number, line in numbered_lines(path):
         try:
             yield f"line {number}", parse_json_object(line)
@@ -115,26 +99,24 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise SettingsError(f"{path}, line {number} is {error}; each line must be one JSON object") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Imported here: pyarrow takes a while, and most data is JSONL.
-    import pyarrow
-    import pyarrow.parquet
-
+def _parquet_rows(path: Path) -> Generator[tuple[str, dict[str, Any]], None, None]:
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise SettingsError(f"{path} is not a parquet file: {error}") from error
-    number = 0
-    with file:
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"row {number}", row
+        for number, row in enumerate(read_table(path, COLUMNS), start=1):
+            yield f"row {number}", row
+    except ValueError as error:
+        raise SettingsError(f"{path} {error}") from error
 
 
-def _parse_row(row: Mapping[str, Any], row_id: int, where: str) -> PromptRow:
+def _parse_row(row: Mapping[str, Any], row_id: int, path: Path, place: str) -> PromptRow:
+    where = f"{path}, {place}"
+    for name in COLUMNS:
+        try:
+            check_text(row.get(name))
+        except ValueError as error:
+            raise SettingsError(f"{where}: `{name}` has {error}") from error
     return PromptRow(
         id=row_id,
+        place=place,
         prompt=_parse_prompt(row.get("prompt"), where),
         ground_truth=_parse_ground_truth(row, where),
         data_source=str(row.get("data_source") or ""),

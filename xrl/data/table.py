@@ -1,9 +1,10 @@
-"""A data file as rows, read by `datasets` in a process of its own.
+"""Rows of a parquet file, read in a process of its own.
 
-`datasets` brings pandas and pyarrow along, about 150 MB that a training process would hold to its end for a file that
-is read once.
+pyarrow and `datasets` take memory (together about 150 MB) that a training process would hold to its end for a file that
+is read once. The file is opened here, as a file: its path is no pattern for other files. What `datasets` wrote, it also
+decodes, because it keeps some types under another one (JSON as text).
 
-    python -m xrl.data.table text|parquet FILE     the rows on stdout, pickled
+    python -P -m xrl.data.table FILE COLUMN...      batches of rows on stdout, pickled
 """
 
 from __future__ import annotations
@@ -13,56 +14,115 @@ import pickle
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# Rows handed over at once.
+_BATCH = 1024
 
-def read_table(kind: str, path: Path) -> list[dict[str, Any]]:
-    """Every row of a file, in order.
 
-    Args:
-        kind: `text` (a row a line, in the field `text`) or `parquet`: the builder of `datasets`.
+def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Every row of a parquet file, in order, with those of the columns that the file has.
 
     Raises:
-        ValueError: the file cannot be read, with the reason.
+        ValueError: the file or a row cannot be read, as the end of a sentence.
         RuntimeError: the process ended of something else; its output is shown.
     """
-    process = subprocess.run(
-        [sys.executable, "-m", "xrl.data.table", kind, str(path)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        # Out of the terminal's process group: Ctrl-C reaches us, and we end it.
-        process_group=0,
-        check=False,
-    )
-    if process.returncode:
-        raise RuntimeError(f"{path} could not be read: {process.stderr.decode(errors='replace')[-2000:]}")
-    rows = pickle.loads(process.stdout)
-    if isinstance(rows, str):
-        raise ValueError(rows)
-    return list(rows)
-
-
-def _load(kind: str, path: str) -> list[dict[str, Any]] | str:
-    """The rows, or why they cannot be read."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    # A cache of its own: the user's may be read-only or hold an older file's rows.
-    with tempfile.TemporaryDirectory(prefix="xrl-data-") as cache:
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "xrl.data.table", os.fspath(path), *columns],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            # Out of the terminal's process group: Ctrl-C reaches us, and we end it.
+            process_group=0,
+        )
+        assert process.stdout is not None
         try:
-            table = datasets.load_dataset(kind, data_files=path, split="train", cache_dir=cache, keep_in_memory=True)
-            return list(table)
-        except (datasets.exceptions.DatasetsError, ValueError) as error:
-            return str(error.__cause__ or error)
+            with process.stdout:
+                while isinstance(batch := _receive(process.stdout), list):
+                    yield from batch
+        except GeneratorExit:  # nobody wants the rest
+            process.kill()
+            raise
+        finally:
+            process.wait()
+        if process.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"{path} could not be read: {errors.read().decode(errors='replace')[-2000:]}")
+    if isinstance(batch, str):
+        raise ValueError(batch)
+
+
+def _receive(stream: Any) -> list[dict[str, Any]] | str | None:
+    """The next batch, what is wrong with the file, or None: the process has ended."""
+    try:
+        received: list[dict[str, Any]] | str = pickle.load(stream)
+    except EOFError:
+        return None
+    return received
+
+
+def _batches(path: str, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """The rows, some at a time; raises ValueError as `read_table` does, OSError where there is no file to open."""
+    import pyarrow.parquet
+
+    # Opened by us, because pyarrow would want a name of UTF-8.
+    with open(path, "rb") as opened:
+        try:
+            file = pyarrow.parquet.ParquetFile(opened)
+            names = file.schema_arrow.names
+            decode = _decoder(file.schema_arrow)
+        except Exception as error:  # whatever the libraries meet in damaged files
+            raise ValueError(f"is not a parquet file that can be read: {_reason(error)}") from error
+        chosen = [name for name in columns if name in names]
+        for name in chosen:
+            if names.count(name) > 1:
+                raise ValueError(f"has {names.count(name)} columns called {name}: one is needed")
+        if not chosen:
+            yield [{}] * file.metadata.num_rows
+            return
+        num_rows = 0
+        batches = file.iter_batches(batch_size=_BATCH, columns=chosen)
+        while True:
+            try:
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                rows = decode(batch)
+            except Exception as error:
+                raise ValueError(f"cannot be read behind row {num_rows}: {_reason(error)}") from error
+            num_rows += len(rows)
+            yield rows
+
+
+def _decoder(schema: Any) -> Any:
+    """What makes rows of a batch: pyarrow, or `datasets` where that wrote the file."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return lambda batch: batch.to_pylist()
+    import datasets
+    import pyarrow
+
+    datasets.Features.from_arrow_schema(schema)  # types of a newer version are met here, not at the first row
+    return lambda batch: list(datasets.Dataset(pyarrow.Table.from_batches([batch])))
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def main() -> None:
     # The rows alone go to stdout: whatever a library prints there would spoil them.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    path, *columns = sys.argv[1:]
     with out:
-        pickle.dump(_load(*sys.argv[1:]), out)
+        try:
+            for batch in _batches(path, columns):
+                pickle.dump(batch, out)
+        except (ValueError, OSError) as error:
+            pickle.dump(str(error) if isinstance(error, ValueError) else f"cannot be read: {error.strerror}", out)
 
 
 if __name__ == "__main__":

@@ -2,26 +2,64 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xrl.config import SettingsError
+from xrl.config.json_file import read_json_object
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# What tokenizers treat differently: runs of digits and spaces, apostrophes, line ends, letters of two forms, scripts.
+PROBES = (
+    "Ana has 12 cakes and 650841823 boxes; it's 3.14159, isn't it? I'LL SAY SO.",
+    "  def f(x):\n\treturn x**2  # two   spaces\r\n\n\n    end \n",
+    "(a+b)^2 = a^2+2ab+b^2 != $\\frac{1}{2}$, <b>http://x.org/?q=1&r=2</b>_under_score\u2026 \u201cquoted\u201d",
+    "caf\u00e9 cafe\u0301 \ufb01ne \u212b \u00bd \u2460 \uff21\uff22 \u017f",
+    "\u6570\u5b66\u306e\u554f\u984c\u3002 \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \ud55c\uad6d\uc5b4 1\u0663\u096a",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \u00a0\u2003\u3000x\u200by \u0000 \u0085",
+)
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a Hugging Face folder; nothing is fetched from a hub.
+    """The tokenizer in a Hugging Face folder, with the tokens of its tokenizer.json; nothing is fetched from a hub.
+
+    AutoTokenizer of transformers 5 builds some tokenizers anew by the name of their class or model, and they then cut
+    text otherwise than tokenizer.json says, which the model was trained with and other engines read.
 
     Raises:
-        SettingsError: its files are damaged.
+        SettingsError: its files are damaged, or nothing gives the tokens of tokenizer.json.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    tokenizer = _load(AutoTokenizer, model_dir)
+    whole = model_dir / "tokenizer.json"
+    if not whole.is_file():
+        return tokenizer
+    expected = _read_whole(whole)
+    if _agree(tokenizer, expected):
+        return tokenizer
+    literal = _load(PreTrainedTokenizerFast, model_dir)
+    if not _agree(literal, expected):
+        raise SettingsError(
+            f"{whole}: transformers cuts text into other tokens than this file says, so that other engines would give "
+            f"the model other tokens: make tokenizer_config.json fit it"
+        )
+    logger.warning(
+        "%s: tokens are those of tokenizer.json; transformers' AutoTokenizer (%s) would give others",
+        *(model_dir, type(tokenizer).__name__),
+    )
+    return literal
+
+
+def _load(loader: Any, model_dir: Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(model_dir, local_files_only=True)
     except Exception as error:  # whatever the library meets in damaged files
         reason = " ".join(str(error).split())
         raise SettingsError(
@@ -30,12 +68,50 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _read_whole(file: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises plain Exceptions
+        raise SettingsError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _agree(tokenizer: PreTrainedTokenizerBase, expected: Tokenizer) -> bool:
+    """Whether both cut the probes alike, put them together alike, and know the same tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # in Python, without a tokenizer.json of its own
+        return True
+    for probe in PROBES:
+        token_ids: Any = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        if token_ids != expected.encode(probe, add_special_tokens=False).ids:
+            return False
+        # Pieces too: in a small vocabulary few of the probes' differences reach the tokens.
+        if _pieces(backend, probe) != _pieces(expected, probe):
+            return False
+        if backend.decode(token_ids) != expected.decode(token_ids):
+            return False
+    return expected.get_vocab().items() <= tokenizer.get_vocab().items()  # config may add tokens of its own
+
+
+def _pieces(tokenizer: Tokenizer, text: str) -> list[str]:
+    """What the vocabulary is looked up for: the text normalised and cut."""
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is None:
+        return [text]
+    return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
 def stop_token_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Tokens that end an answer: the generation config's, else the model config's, and the tokenizer's own."""
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         file = model_dir / name
-        found = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        found = read_json_object(file).get("eos_token_id") if file.exists() else None
         if found is not None:
             ids.update(found if isinstance(found, list) else [found])
             break

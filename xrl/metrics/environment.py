@@ -90,8 +90,8 @@ def describe_environment() -> dict[str, Any]:
 
 
 def write_environment(path: Path) -> None:
-    """Write `describe_environment()` as JSON."""
-    path.write_text(json.dumps(describe_environment(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write `describe_environment()` as JSON, of ASCII alone: names of files on a command line need not be UTF-8."""
+    path.write_text(json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8")
 
 
 def package_versions() -> dict[str, str]:

@@ -45,6 +45,11 @@ _NEEDED: dict[str, Any] = {
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "partial_rotary_factor": 1,
+    # Written by trainers and read by nobody, but each names maths.
+    "use_mrope": False,
+    "rope_interleaved": False,
+    "is_llama_config": True,
+    "activation": "swiglu",
 }
 
 # Without effect on the maths.
@@ -54,6 +59,9 @@ _HARMLESS = frozenset(
         "_attn_implementation",
         "_attn_implementation_autoset",
         "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation",
+        "_flash_attn_2_enabled",
         "_name_or_path",
         "attn_implementation",
         "auto_map",
@@ -65,6 +73,8 @@ _HARMLESS = frozenset(
         "id2label",
         "is_decoder",
         "label2id",
+        "max_sequence_length",
+        "model_max_length",
         "name_or_path",
         "num_labels",
         "output_attentions",
@@ -80,12 +90,17 @@ _HARMLESS = frozenset(
         "tokenizer_class",
         "torch_dtype",
         "torchscript",
+        "transformers.js_config",
         "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
         "use_bfloat16",
         "use_cache",
+        "use_reentrant_checkpointing",
         # Of pretraining: initialisation, its losses, how its matrices were cut.
         "aux_loss_alpha",
         "ep_size",
+        "neftune_noise_alpha",
         "initializer_range",
         "output_router_logits",
         "pretraining_tp",

@@ -171,7 +171,14 @@ FAMILIES: dict[str, Family] = {
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         experts=_qwen3_experts,
-        needed={**_NO_WINDOW, **_ALL_EXPERTS},
+        needed={
+            **_NO_WINDOW,
+            **_ALL_EXPERTS,
+            # Some write down what all of them have.
+            "qkv_bias": False,
+            "shared_expert_intermediate_size": 0,
+            "use_qk_norm": True,
+        },
         harmless=_WINDOW_SIZES,
     ),
     "LlamaForCausalLM": Family(

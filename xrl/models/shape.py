@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xrl.config.json_file import read_json_object
 from xrl.models.families import FAMILIES, Family, architecture_of
 from xrl.models.parts import ExpertShape, LatentAttention, RopeScaling
 
@@ -57,8 +57,7 @@ class ModelShape:
 
 def read_model_shape(model_dir: Path) -> ModelShape:
     """The shape of the Hugging Face checkpoint in `model_dir`."""
-    config = json.loads((model_dir / "config.json").read_text())
-    return model_shape(config)
+    return model_shape(read_json_object(model_dir / "config.json"))
 
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:

@@ -24,16 +24,16 @@ def check_machine(settings: Settings) -> None:
                 "--transformer-impl transformer_engine needs the package transformer-engine, which is not installed: "
                 "pip install 'xrl[cuda]', or use --transformer-impl local"
             )
-        if not _has_cuda_driver():
+        if not has_cuda_driver():
             raise SettingsError(
                 "--transformer-impl transformer_engine needs a CUDA device, and this machine has no CUDA driver: "
                 "use --transformer-impl local"
             )
-    if settings.parallel.distributed_backend == "nccl" and not _has_cuda_driver():
+    if settings.parallel.distributed_backend == "nccl" and not has_cuda_driver():
         raise SettingsError(
             "--distributed-backend nccl needs CUDA devices, and this machine has no CUDA driver: use gloo or auto"
         )
-    if settings.rollout.weight_transport == "cuda_ipc" and not _has_cuda_driver():
+    if settings.rollout.weight_transport == "cuda_ipc" and not has_cuda_driver():
         raise SettingsError(
             "--weight-transport cuda_ipc needs a CUDA device, and this machine has no CUDA driver: use shared_memory"
         )
@@ -53,11 +53,12 @@ def _check_kernel_backend(name: str) -> None:
     if importlib.util.find_spec("triton") is None:
         raise SettingsError(f"{what} needs the package triton, which is not installed: pip install 'xrl[cuda]'")
     # With TRITON_INTERPRET=1 it runs anywhere, slowly.
-    if not _has_cuda_driver() and os.environ.get("TRITON_INTERPRET") != "1":
+    if not has_cuda_driver() and os.environ.get("TRITON_INTERPRET") != "1":
         raise SettingsError(f"{what} needs a CUDA device, and this machine has no CUDA driver")
 
 
-def _has_cuda_driver() -> bool:
+def has_cuda_driver() -> bool:
+    """Whether this machine can run CUDA, as far as that shows without torch."""
     # torch.cuda.is_available() would say, but it takes seconds to import.
     try:
         ctypes.CDLL("libcuda.so.1")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from xrl.config import SettingsError
+from xrl.config.json_file import read_json_object
 from xrl.models.checks import checked_shape
 from xrl.models.shape import ModelShape
 
@@ -25,22 +24,3 @@ def check_model(folder: Path) -> ModelShape:
         raise SettingsError(f"--model {folder} has no config.json: give a Hugging Face folder")
     config = read_json_object(file)
     return checked_shape(config, file)
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        SettingsError: it cannot be read, or is something else.
-    """
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise SettingsError(f"{file} cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise SettingsError(f"{file}, line {error.lineno} is not JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise SettingsError(f"{file} needs a JSON object, found a {type(content).__name__}")
-    return content

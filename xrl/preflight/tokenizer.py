@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from xrl.config import SettingsError
-from xrl.preflight.model import read_json_object
+from xrl.config.json_file import read_json_object
 
 _WHOLE = "tokenizer.json"
 _PARTS = ("vocab.json", "merges.txt")  # what older checkpoints have in its place
+# Our own reader skips a byte order mark; these are read by transformers, which stumbles over it.
+_READ_BY_TRANSFORMERS = (
+    "config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    _WHOLE,
+    *_PARTS,
+)
 
 
 def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
@@ -34,6 +44,12 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
 
 
 def _check_companions(folder: Path) -> None:
+    templates = (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja")))
+    for file in (*(folder / name for name in _READ_BY_TRANSFORMERS), *templates):
+        if file.is_file() and _starts_with_mark(file):
+            raise SettingsError(
+                f"{file} starts with a byte order mark, which transformers does not take: save it as UTF-8 without one"
+            )
     for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)
@@ -43,6 +59,11 @@ def _check_companions(folder: Path) -> None:
         ids = found if isinstance(found, list) else [] if found is None else [found]
         if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
             raise SettingsError(f"{file}: eos_token_id must be a token id or a list of them, found {json.dumps(found)}")
+
+
+def _starts_with_mark(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
 def _ids(tokenizer: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
@@ -57,16 +78,20 @@ def _ids(tokenizer: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _check_ids(file: Path, ids: Iterable[tuple[Any, Any]], vocab_size: int) -> None:
-    largest, token = -1, ""
+    largest, token, num_beyond = -1, "", 0
     for content, token_id in ids:
         if not isinstance(token_id, int):
             raise SettingsError(f"{file}: token {content!r} needs a whole number as its id, found {token_id!r}")
+        num_beyond += token_id >= vocab_size
         if token_id > largest:
             largest, token = token_id, content
     if largest < 0:
         raise SettingsError(f"{file} holds no tokens: it is not a tokenizer")
     if largest >= vocab_size:
+        # A pad token, say, that was added to the tokenizer alone, or another tokenizer altogether.
+        is_added = num_beyond * 10 < vocab_size
+        count = "this one added token has" if num_beyond == 1 else f"{num_beyond:,} added tokens have"
+        reason = f"{count} no embedding: give the model one, or remove them" if is_added else "it is another model's"
         raise SettingsError(
-            f"{file}: token {token!r} has id {largest}, but the model's vocab_size is {vocab_size}: "
-            f"the tokenizer is another model's"
+            f"{file}: token {token!r} has id {largest}, but the model's vocab_size is {vocab_size}: {reason}"
         )

@@ -15,11 +15,10 @@ from typing import Any
 
 from xrl.config import SettingsError
 from xrl.models.shape import ModelShape
-from xrl.preflight.model import read_json_object
 from xrl.weights.plan import is_recomputed, part_names, tensor_shapes
+from xrl.weights.weight_files import INDEX_FILE, SINGLE_FILE, weight_map
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
 
 # Number formats that we load, with their bytes; others hold quantised weights.
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -45,11 +44,16 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
 
     Raises:
         SettingsError: a file is missing, truncated or corrupt; a tensor is missing, of another shape, or has no place
-            in the model.
+            in the model; or an adapter lies beside them.
     """
-    index = folder / INDEX_FILE
-    stored = _read_sharded(index) if index.is_file() else _read_single(folder)
-    source = index if index.is_file() else folder / SINGLE_FILE
+    if (folder / ADAPTER_FILE).is_file():
+        raise SettingsError(
+            f"{folder} has an {ADAPTER_FILE}, and transformers would add that adapter to the weights: merge it into "
+            f"them, or take it out of the folder"
+        )
+    files = weight_map(folder)
+    source = folder / (SINGLE_FILE if files is None else INDEX_FILE)
+    stored = read_header(source) if files is None else _read_sharded(source, files)
     expected = {name: size for part in part_names(shape) for name, size in tensor_shapes(shape, part).items()}
     for name, needed in expected.items():
         tensor = stored.get(name)
@@ -144,28 +148,14 @@ def _stored(file: Path, entry: Mapping[str, Any], data: int) -> StoredTensor:
     return tensor
 
 
-def _read_single(folder: Path) -> dict[str, StoredTensor]:
-    file = folder / SINGLE_FILE
-    if not file.is_file():
-        others = sorted(
-            path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth", ".gguf")
-        )
-        found = f"found {', '.join(others[:3])}" if others else "found no weights"
-        raise SettingsError(f"--model {folder} needs {SINGLE_FILE} or {INDEX_FILE} with its shards, {found}")
-    return read_header(file)
-
-
-def _read_sharded(index: Path) -> dict[str, StoredTensor]:
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise SettingsError(f"{index} has no weight_map from tensors to files")
+def _read_sharded(index: Path, files: Mapping[str, str]) -> dict[str, StoredTensor]:
     headers: dict[str, dict[str, StoredTensor]] = {}
-    for shard in sorted(set(weight_map.values())):
+    for shard in sorted(set(files.values())):
         file = index.parent / shard
         if not file.is_file():
             raise SettingsError(f"{index} names the shard {shard}, which is not in {index.parent}: fetch it")
         headers[shard] = read_header(file)
-    for name, shard in weight_map.items():
+    for name, shard in files.items():
         if name not in headers[shard]:
             raise SettingsError(f"{index} says that {shard} holds {name}, but it does not")
-    return {name: headers[shard][name] for name, shard in weight_map.items()}
+    return {name: headers[shard][name] for name, shard in files.items()}

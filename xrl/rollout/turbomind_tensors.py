@@ -5,7 +5,6 @@ Checked here, because the compiled part ends the process at a wrong size, and le
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from xrl.config import SettingsError
+from xrl.config.json_file import read_json_object
 from xrl.models.checks import checked_shape
 from xrl.models.families import architecture_of
 from xrl.models.shape import ModelShape, with_defaults
@@ -40,12 +40,7 @@ def supported_shape(model_dir: Path, *, max_model_len: int) -> ModelShape:
         SettingsError: it cannot be read, or TurboMind would leave something out.
     """
     file = model_dir / "config.json"
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{file} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise SettingsError(f"{file} needs a JSON object, found a {type(config).__name__}")
+    config = read_json_object(file)
     architecture = architecture_of(config) or "none"
     if architecture not in ARCHITECTURES:
         raise SettingsError(f"{file}: engine turbomind runs {', '.join(ARCHITECTURES)}, found {architecture}")

@@ -15,13 +15,8 @@ from torch import Tensor
 
 from xrl.config import SettingsError
 from xrl.models.shape import ModelShape
-from xrl.weights.hf_files import (
-    HuggingFaceReader,
-    atomic_folder,
-    copy_other_files,
-    read_checked_shape,
-    write_safetensors,
-)
+from xrl.weights.atomic_folder import atomic_folder
+from xrl.weights.hf_files import HuggingFaceReader, read_checked_shape, write_safetensors
 from xrl.weights.megatron_files import (
     HUGGINGFACE_FOLDER,
     MANIFEST_FILE,
@@ -33,6 +28,7 @@ from xrl.weights.megatron_files import (
     same_bytes,
     write_manifest,
 )
+from xrl.weights.other_files import copy_other_files
 from xrl.weights.plan import ParameterPlan, Plan, TensorShape, is_recomputed, part_names, tensor_shapes
 from xrl.weights.slices import fill, in_parameter, in_tensor
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,17 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xrl.config import SettingsError
+from xrl.config.json_file import read_json_object
 from xrl.models.checks import checked_shape
 from xrl.models.shape import ModelShape
 from xrl.types import WeightBucket
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-# Weights of the source checkpoint, in any format: never copied into an export.
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
-
-# In a folder that is being written: whose it is.
-_LOCK_FILE = "xrl-writes-here"
+from xrl.weights.atomic_folder import atomic_folder
+from xrl.weights.other_files import copy_other_files
+from xrl.weights.weight_files import INDEX_FILE, SINGLE_FILE, weight_map
 
 # Number formats that weights are kept in, as safetensors names them; others hold quantised weights.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -42,12 +35,7 @@ def read_checked_shape(folder: Path) -> ModelShape:
         SettingsError: it cannot be read, or says what we do not know.
     """
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{file} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise SettingsError(f"{file} needs a JSON object, found a {type(config).__name__}")
+    config = read_json_object(file)
     return checked_shape(config, file)
 
 
@@ -55,20 +43,12 @@ class HuggingFaceReader:
     """Reads slices of a checkpoint's tensors; only the bytes asked for are read from disk.
 
     Raises:
-        SettingsError: the index is damaged.
+        SettingsError: there are no weights, or their index is damaged.
     """
 
     def __init__(self, model_dir: Path) -> None:
         self.model_dir = model_dir
-        index = model_dir / INDEX_FILE
-        self._files: dict[str, str] | None = None
-        if index.exists():
-            try:
-                self._files = dict(json.loads(index.read_text())["weight_map"])
-                if not all(isinstance(file, str) for file in self._files.values()):
-                    raise ValueError("files must be names")
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise SettingsError(f"{index} has no weight_map from tensors to files: {error!r}") from error
+        self._files = weight_map(model_dir)
         self._open: dict[str, Any] = {}
 
     def __enter__(self) -> HuggingFaceReader:
@@ -127,43 +107,6 @@ class HuggingFaceReader:
         return self._open[file]
 
 
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which appears under its name when all is written and flushed, or not at all.
-
-    What a killed process leaves has another name, and is removed by the next try; nothing else is.
-
-    Raises:
-        FileExistsError: `target` exists, something of somebody else's has the other name, or another process writes
-            there.
-    """
-    if os.path.lexists(target):
-        raise FileExistsError(f"{target} exists already")
-    partial = target.with_name(f".{target.name}.partial")
-    lock = partial / _LOCK_FILE
-    if os.path.lexists(partial) and not lock.is_file() and not (partial.is_dir() and not any(partial.iterdir())):
-        raise FileExistsError(f"{partial} is in the way, and not ours to remove")
-    partial.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FileExistsError(f"another process writes {target}, in {partial}") from error
-        try:
-            for leftover in partial.iterdir():
-                if leftover != lock:
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            yield partial
-            lock.unlink()
-            for path in [*partial.rglob("*"), partial]:
-                _flush(path)
-            os.rename(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    _flush(target.parent)
-
-
 def write_hf_folder(
     target: Path,
     buckets: Iterable[WeightBucket],
@@ -181,7 +124,7 @@ def write_hf_folder(
     """
     with atomic_folder(target) as partial:
         _write_weights(partial, buckets, dtype, max_shard_bytes)
-        copy_other_files(source, partial, dtype)
+        copy_other_files(source, partial, str(dtype).removeprefix("torch."))
 
 
 def _write_weights(folder: Path, buckets: Iterable[WeightBucket], dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -205,12 +148,27 @@ def _write_weights(folder: Path, buckets: Iterable[WeightBucket], dtype: torch.d
             pending_bytes += num_bytes
             total_bytes += num_bytes
     flush()
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+    files = _shard_names(len(shards))
+    for number, file in enumerate(files):
         (folder / f"shard-{number}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_index(folder, dict(zip(files, shards, strict=True)), total_bytes)
+
+
+def _shard_names(num_shards: int) -> list[str]:
+    if num_shards == 1:
+        return [SINGLE_FILE]
+    return [f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors" for number in range(num_shards)]
+
+
+def _write_index(folder: Path, shards: Mapping[str, Iterable[str]], total_bytes: int) -> None:
+    """Say which file holds which tensor, where there are several.
+
+    For a single file no index is written: it would say something old once somebody saves another one in its place.
+    """
+    if len(shards) == 1:
+        return
+    files = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -237,15 +195,10 @@ def write_safetensors(
         shards[-1].append(name)
         filled += num_bytes
         total += num_bytes
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        is_single = len(shards) == 1
-        file = SINGLE_FILE if is_single else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+    files = _shard_names(len(shards))
+    for file, names in zip(files, shards, strict=True):
         _write_shard(folder / file, {name: tensors[name] for name in names}, read)
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    _write_index(folder, dict(zip(files, shards, strict=True)), total)
 
 
 def _write_shard(
@@ -269,31 +222,6 @@ def _write_shard(
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's content, without a copy where it is contiguous."""
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def copy_other_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Configuration, tokenizer, chat template, licence: everything that is not weights.
-
-    Args:
-        dtype: what config.json is to say of the weights; None: what it says already.
-    """
-    for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and not file.name.startswith("."):
-            shutil.copyfile(file, target / file.name)
-    if dtype is None:
-        return
-    config = json.loads((source / "config.json").read_text())
-    # transformers 5 says "dtype", older checkpoints "torch_dtype".
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def prune_hf_folders(folder: Path, *, keep: int) -> None:

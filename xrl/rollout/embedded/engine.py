@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xrl.config import SettingsError
+from xrl.config.json_file import read_json_object
 from xrl.kernels.threads import use_threads
 from xrl.metrics.memory import return_freed_memory
 from xrl.models.checks import checked_shape
@@ -262,12 +262,7 @@ def _run_tasks(tasks: Sequence[tuple[Callable[[], None], Future[None]]]) -> None
 def _read_supported_shape(model_dir: Path, max_model_len: int) -> ModelShape:
     """The model's shape, if this decoder computes what config.json says; whole runs are checked before they start."""
     file = model_dir / "config.json"
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{file} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise SettingsError(f"{file} needs a JSON object, found a {type(config).__name__}")
+    config = read_json_object(file)
     shape = checked_shape(config, file)
     missing = missing_part(shape)
     if missing is not None:

@@ -1,0 +1,63 @@
+"""A disk too small for the checkpoints of a run is refused before anything starts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.small_runs import Refusal, check
+from xrl.preflight.model import check_model
+from xrl.weights import disk
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A disk whose free bytes a test sets."""
+    usage = SimpleNamespace(total=10**12, free=10**12)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage)
+    return usage
+
+
+def needed(sentence: str) -> int:
+    match = re.search(r"needs ([\d,]+) bytes", sentence)
+    assert match is not None, sentence
+    return int(match[1].replace(",", ""))
+
+
+def test_a_disk_too_small_for_the_final_checkpoint_is_refused(
+    refusal: Refusal, free: SimpleNamespace, model: Path, data: Path, tmp_path: Path
+) -> None:
+    free.free = 1000
+    sentence = refusal("--no-bf16")
+    assert f"--work-dir {tmp_path / 'work'} (for 1 Hugging Face checkpoint) needs" in sentence
+    assert "its disk has 1,000 free" in sentence and "--save-keep" not in sentence
+    num_bytes = needed(sentence)
+    weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    assert check_model(model).num_layers == 4
+    assert 0.9 * weights < num_bytes < 1.2 * weights
+    # In bf16 the weights are half as large.
+    assert weights / 2 < num_bytes - needed(refusal("--bf16")) + 20_000 < weights / 2 + 40_000
+    free.free = num_bytes
+    check(model, data, tmp_path, "--no-bf16")
+    free.free = num_bytes - 1
+    with pytest.raises(Exception, match="needs"):
+        check(model, data, tmp_path, "--no-bf16")
+
+
+def test_every_checkpoint_that_will_lie_there_is_counted(refusal: Refusal, free: SimpleNamespace) -> None:
+    free.free = 0
+    one = needed(refusal("--no-bf16"))
+    for flags, count in (
+        (("--num-rollouts", "10"), 1),
+        (("--num-rollouts", "10", "--save-interval", "3"), 4),
+        (("--num-rollouts", "9", "--save-interval", "3"), 3),  # the last rollout's is hf-final
+        (("--num-rollouts", "10", "--save-interval", "1", "--save-keep", "2"), 3),
+        (("--num-rollouts", "2", "--save-interval", "1", "--save-keep", "9"), 2),
+        (("--num-epochs", "6", "--save-interval", "2"), 6),  # 8 prompts by 4: 12 rollouts
+    ):
+        sentence = refusal("--no-bf16", *flags)
+        assert needed(sentence) == count * one
+        assert ("--save-keep" in sentence) == (count > 2)

@@ -1,0 +1,48 @@
+"""Room on the disk for the checkpoints of a run: it would be noticed at the end otherwise, with the model lost."""
+
+from __future__ import annotations
+
+import math
+
+from xrl.config import Settings
+from xrl.models.shape import ModelShape
+from xrl.preflight.machine import has_cuda_driver
+from xrl.weights.disk import check_space
+from xrl.weights.other_files import find_other_files
+from xrl.weights.plan import part_names, tensor_shapes
+
+
+def check_disk(settings: Settings, shape: ModelShape, *, num_rows: int) -> None:
+    """Refuse a run whose disk cannot hold `hf-final` and the `hf-<step>` folders beside it.
+
+    Args:
+        num_rows: of the training data.
+
+    Raises:
+        SettingsError: too little space, with what is needed and what is free.
+    """
+    run, folder = settings.run, settings.model.model
+    num_saves = _num_saves(settings, num_rows)
+    # One more than are kept: the oldest is removed when the newest is whole.
+    num_folders = 1 + (num_saves if run.save_keep is None else min(num_saves, run.save_keep))
+    num_bytes = _weight_bytes(settings, shape) + find_other_files(folder, target=run.work_dir).num_bytes()
+    check_space(
+        run.work_dir,
+        num_folders * num_bytes,
+        what=f"--work-dir {run.work_dir} (for {num_folders:,} Hugging Face checkpoint{'s' if num_folders > 1 else ''})",
+        instead=": free some, use another --work-dir" + (", or --save-keep" if num_folders > 2 else ""),
+    )
+
+
+def _num_saves(settings: Settings, num_rows: int) -> int:
+    """`hf-<step>` folders of the whole run."""
+    data = settings.data
+    num_rollouts = data.num_rollouts or num_rows * data.num_epochs // data.rollout_batch_size
+    return max(0, num_rollouts - 1) // settings.run.save_interval if settings.run.save_interval else 0
+
+
+def _weight_bytes(settings: Settings, shape: ModelShape) -> int:
+    """Bytes of the weights, in the number format that is trained."""
+    is_bf16 = has_cuda_driver() if settings.model.bf16 is None else settings.model.bf16
+    sizes = (size for part in part_names(shape) for size in tensor_shapes(shape, part).values())
+    return sum(math.prod(size) for size in sizes) * (2 if is_bf16 else 4)
