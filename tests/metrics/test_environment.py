@@ -51,6 +51,6 @@ def test_git_state_is_that_of_the_checkout_itself(tmp_path):
 
 
 def test_a_command_line_with_a_name_that_is_not_utf8_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["xrl", "--data", "d\udce9mo.jsonl"])
+    monkeypatch.setattr("sys.orig_argv", ["python", "xrl", "--data", "d\udce9mo.jsonl"])
     write_environment(tmp_path / "environment.json")
     assert json.loads((tmp_path / "environment.json").read_text())["command_line"][2] == "d\udce9mo.jsonl"
