@@ -90,7 +90,9 @@ def describe_environment() -> dict[str, Any]:
 
 def write_environment(path: Path) -> None:
     """Write `describe_environment()` as JSON."""
-    path.write_text(json.dumps(describe_environment(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(describe_environment(), indent=2, ensure_ascii=False)
+    # A name of a file that is not UTF-8 holds lone surrogates: they are written as \udXXX, JSON's own escape.
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def package_versions() -> dict[str, str]:
