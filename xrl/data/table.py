@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from xrl.launch.children import child_environment, module_command
+
 
 def read_table(kind: str, path: Path) -> list[dict[str, Any]]:
     """Every row of a file, in order.
@@ -28,9 +30,10 @@ def read_table(kind: str, path: Path) -> list[dict[str, Any]]:
         RuntimeError: the process ended of something else; its output is shown.
     """
     process = subprocess.run(
-        [sys.executable, "-m", "xrl.data.table", kind, str(path)],
+        [*module_command("xrl.data.table"), kind, str(path)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
+        env=child_environment(),
         # Out of the terminal's process group: Ctrl-C reaches us, and we end it.
         process_group=0,
         check=False,
