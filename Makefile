@@ -10,7 +10,7 @@ SEED ?= 0
 STAMP := $(VENV)/.setup-done
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(wildcard csrc/*) $(wildcard csrc/*/*)
 
-.PHONY: help setup demo test test-fast test-slow check check-static bench-setup clean
+.PHONY: help setup demo test test-fast test-slow test-cluster check check-static bench-setup clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -28,7 +28,7 @@ $(STAMP): $(BUILD_FILES)
 demo: setup ## train a tiny model with GRPO and show what it learned (LAYOUT=single|tp2pp2|tp2pp2dp2, SEED=0)
 	$(BIN)/python examples/demo.py --layout $(LAYOUT) --seed $(SEED)
 
-test: setup test-fast test-slow ## every test that needs no GPU, the fast ones first
+test: setup test-fast test-slow ## every test that needs no GPU and no other host, the fast ones first
 
 # Two tests at a time, a thread each; those of whole runs, which measure how soon a run ends, one by one.
 PYTEST := $(BIN)/python -m pytest -q
@@ -36,11 +36,14 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist=worksteal
 SLOW_IN_PARALLEL := tests/distributed tests/kernels
 
 test-fast: setup
-	$(PARALLEL) -m "not slow and not gpu"
+	$(PARALLEL) -m "not slow and not gpu and not cluster"
 
 test-slow: setup
-	$(PARALLEL) -m "slow and not gpu" $(SLOW_IN_PARALLEL)
-	$(PYTEST) -m "slow and not gpu" $(addprefix --ignore=,$(SLOW_IN_PARALLEL))
+	$(PARALLEL) -m "slow and not gpu and not cluster" $(SLOW_IN_PARALLEL)
+	$(PYTEST) -m "slow and not gpu and not cluster" $(addprefix --ignore=,$(SLOW_IN_PARALLEL))
+
+test-cluster: setup ## hosts with odd names and little shared memory; as root, hosts are namespaces
+	$(PYTEST) -m cluster
 
 check: check-static test-fast ## what a change must pass: lint, format, types, import floors, fast tests
 

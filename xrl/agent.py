@@ -6,15 +6,19 @@ import dataclasses
 import logging
 import os
 import signal
-import sys
+import socket
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xrl.launch.address import LOOPBACK
+from xrl.launch.children import module_command
 from xrl.launch.exit import EXIT_BAD_SETTINGS, EXIT_ERROR, has_announced, prepare_agents_file
 from xrl.launch.memory import set_large_pages
 from xrl.launch.signals import STOP_SIGNALS
+from xrl.launch.terminal import say
 from xrl.launch.threads import set_thread_waiting
 from xrl.metrics.ending import words_of_ranks
 
@@ -35,15 +39,16 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
 
     with tempfile.TemporaryDirectory(prefix="xrl-") as log_dir:
         left_to_say = prepare_agents_file(Path(log_dir))
-        torchrun = [*_options(num_ranks, log_dir), "--module", "xrl.train", *arguments]
+        # Started by our own words: torchrun's `--module` puts the current folder on the import path.
+        torchrun = [*_options(num_ranks, log_dir), "--no-python", *module_command("xrl.train"), *arguments]
         try:
             run(parse_args(torchrun))
         except ChildFailedError as error:
             if not has_announced(Path(log_dir)):
-                _say(f"error: {_first_end(error.failures)}")
+                say(f"error: {_first_end(error.failures)}")
             words = words_of_ranks(left_to_say)
             if words:
-                _say(f"ended {words}")
+                say(f"ended {words}")
             is_bad_input = any(end.exitcode == EXIT_BAD_SETTINGS for end in error.failures.values())
             return EXIT_BAD_SETTINGS if is_bad_input else EXIT_ERROR
         except SignalException as stop:
@@ -59,6 +64,8 @@ def _prepare_process(num_ranks: int) -> None:
         logging.disable(logging.ERROR)
     # A shell starts background commands with SIGINT ignored, and Python leaves it at that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # torch labels its events with the host's full name: a look-up that may wait for a name server, or refuse the name.
+    socket.getfqdn = lambda name="": name or socket.gethostname()
     # torch's C++ part warns of every connection that a failure breaks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
@@ -71,7 +78,10 @@ def _prepare_process(num_ranks: int) -> None:
 def _options(num_ranks: int, log_dir: str) -> list[str]:
     from torch.distributed.launcher.api import LaunchConfig
 
-    options = ["--standalone", f"--nproc-per-node={num_ranks}", f"--log-dir={log_dir}"]
+    options = [f"--nproc-per-node={num_ranks}", f"--log-dir={log_dir}"]
+    # As `--standalone`, but by address: the host's name, and even `localhost`, may be known to nobody.
+    options += ["--nnodes=1", "--rdzv-backend=c10d", f"--rdzv-id={uuid.uuid4()}"]
+    options += [f"--rdzv-endpoint={LOOPBACK}:0", f"--local-addr={LOOPBACK}"]
     if any(field.name == "signals_to_handle" for field in dataclasses.fields(LaunchConfig)):
         # Ctrl-C reaches the ranks as SIGTERM: those that are still starting would each print a KeyboardInterrupt.
         options.append("--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT")
@@ -90,9 +100,5 @@ def _first_end(failures: Mapping[int, ProcessFailure]) -> str:
 
 
 def _stopped(number: int, words: str) -> int:
-    _say(f"stopped by {signal.Signals(number).name} {words}".rstrip())
+    say(f"stopped by {signal.Signals(number).name} {words}".rstrip())
     return 128 + number
-
-
-def _say(message: str) -> None:
-    print(f"xrl: {message}", file=sys.stderr, flush=True)

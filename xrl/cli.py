@@ -13,10 +13,13 @@ from typing import NoReturn
 import xrl
 from xrl.config import SettingsError
 from xrl.config.parse import parse_settings
+from xrl.launch.children import module_command
 from xrl.launch.exit import EXIT_BAD_SETTINGS, run_main
 from xrl.launch.memory import restart_with_large_pages
+from xrl.launch.start import prepare_process
+from xrl.launch.terminal import say
 from xrl.launch.threads import set_thread_waiting
-from xrl.launch.variables import RANK_VARIABLES
+from xrl.launch.variables import drop_rank_variables
 
 USAGE = """usage: xrl COMMAND [ARGUMENTS]
 
@@ -31,23 +34,25 @@ USAGE = """usage: xrl COMMAND [ARGUMENTS]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; bad input is one sentence on stderr and exit code 2."""
+    if argv is None:
+        prepare_process()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments else "--help"
     if command in ("-h", "--help"):
         print(USAGE)
         return
     if command not in COMMANDS:
-        print(f"xrl: error: unknown command {command!r}, known are: {', '.join(COMMANDS)}", file=sys.stderr)
+        say(f"error: unknown command {command!r}, known are: {', '.join(COMMANDS)}")
         sys.exit(EXIT_BAD_SETTINGS)
     if command == "train" and argv is None and not {"-h", "--help"} & set(arguments):
         restart_with_large_pages()
     try:
         COMMANDS[command](arguments)
     except SettingsError as error:
-        print(f"xrl: error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(EXIT_BAD_SETTINGS)
     except KeyboardInterrupt:
-        print("xrl: stopped by SIGINT", file=sys.stderr)
+        say("stopped by SIGINT")
         sys.exit(128 + signal.SIGINT)
 
 
@@ -66,12 +71,11 @@ def train(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print("--nproc-per-node N starts N ranks on this machine; left out: 1.")
     settings = parse_settings(arguments)
+    drop_rank_variables(os.environ)  # of a launcher above us: this is a world of its own
     preflight(settings, world_size=num_ranks)
     if num_ranks == 1:
         # A world of one needs no torchrun; training in this process shows its errors by itself.
         set_thread_waiting(os.environ)
-        for name in RANK_VARIABLES:  # of a launcher above us: this is a world of its own
-            os.environ.pop(name, None)
         from xrl.train import train as train_here
 
         run_main(lambda: train_here(settings))
@@ -127,7 +131,8 @@ def convert(arguments: list[str]) -> None:
 
 def worker(arguments: list[str]) -> None:
     """Host one rollout engine."""
-    os.execv(sys.executable, [sys.executable, "-m", "xrl.rollout.worker", *arguments])
+    drop_rank_variables(os.environ)
+    os.execv(sys.executable, [*module_command("xrl.rollout.worker"), *arguments])
 
 
 def version(arguments: list[str]) -> None:

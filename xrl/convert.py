@@ -12,6 +12,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from xrl.config import SettingsError
+from xrl.launch.terminal import printable
 from xrl.parallel.layout import Layout
 from xrl.weights.convert import (
     HuggingFaceSource,
@@ -98,7 +99,7 @@ def _check(source: HuggingFaceSource | MegatronReader, arguments: argparse.Names
 def _report(findings: Iterable[str]) -> int:
     count = 0
     for finding in findings:
-        tqdm.write(f"differs: {finding}", file=sys.stdout)
+        tqdm.write(printable(f"differs: {finding}"), file=sys.stdout)
         count += 1
     return count
 

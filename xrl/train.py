@@ -7,6 +7,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # `python -m` put the current folder first: before anything is imported from there
+    from xrl.launch.import_path import leave_current_folder
+
+    leave_current_folder()
+
 import contextlib
 import gc
 import os
@@ -15,7 +20,9 @@ from collections.abc import Sequence
 
 from xrl.config import Settings
 from xrl.config.parse import parse_settings
+from xrl.launch.address import meet_at_loopback
 from xrl.launch.exit import announce_errors, run_main
+from xrl.launch.start import prepare_process
 from xrl.preflight import preflight
 
 
@@ -23,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     settings = parse_settings(argv)
     preflight(settings, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    meet_at_loopback(os.environ)
     train(settings)
 
 
@@ -63,4 +71,5 @@ def train(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()
     run_main(lambda: main(sys.argv[1:]))

@@ -46,6 +46,23 @@ def test_log_file_gets_everything_of_its_rank(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_is_quoted_cannot_command_the_terminal(tmp_path, capsys):
+    logger = setup_logging(log_file=tmp_path / "log")
+    try:
+        raise ValueError("the judge choked on \x1b]0;title\x07")
+    except ValueError:
+        logger.exception("answer %s", "\x1b[2Jgood\rbad\u202e")
+    for text in (capsys.readouterr().err, (tmp_path / "log").read_text()):
+        assert "answer \\x1b[2Jgood\\x0dbad\\u202e" in text
+        assert "choked on \\x1b]0;title\\x07" in text
+        assert "\x1b" not in text and "\r" not in text
+
+
+def test_name_that_is_not_utf_8_is_logged(tmp_path):
+    setup_logging(log_file=tmp_path / "log").info("saved %s", "d\udce9mo")
+    assert "saved d\\udce9mo" in (tmp_path / "log").read_text()
+
+
 def test_a_second_set_up_does_not_double_the_lines(capsys):
     setup_logging()
     setup_logging().info("once")

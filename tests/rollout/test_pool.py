@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -223,3 +224,55 @@ def test_worker_imports_no_transformers_and_no_megatron() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0, (
         time.monotonic() - started
     )
+
+
+def test_worker_gets_no_more_requests_at_once_than_it_takes(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    pool.workers[0].max_requests = 3
+    at_once = []
+    for _ in pool.generate([request(place) for place in range(40)], counts := RolloutCounts()):
+        assert pool._dispatch is not None
+        at_once.append(pool._dispatch._loads[0].requests)
+    assert counts == RolloutCounts(sent=40, finished=40)
+    assert max(at_once) == 3
+
+
+def test_few_open_files_hold_requests_back_and_lose_none(tmp_path: Path) -> None:
+    """A process of its own, whose hard limit no more than a hundred connections fit under."""
+    program = f"""
+import logging, pathlib
+from tests.rollout.pools import *
+from xrl.config import RolloutConfig
+from xrl.rollout.publish import Publisher
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+folder = pathlib.Path({str(tmp_path)!r})
+settings = dict(model_dir=folder, dtype="float32", num_threads=1, max_model_len=64, log_dir=folder)
+with WorkerPool(RolloutConfig(engine=ENGINE), devices=["cpu"] * 2, **settings) as pool:
+    Publisher(pool).publish([bucket("layers.0", 1.0)], version=0)
+    for _ in range(2):
+        results, counts = generate(pool, [request(place, num_samples=1) for place in range(1500)])
+        print(len(results), counts.finished, counts.failed, counts.retried)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)),
+    )
+    assert found.stdout.split("\n")[:2] == ["1500 1500 0 0"] * 2, found.stderr[-2000:]
+    assert found.stderr.count("limit of open files (200 of this process)") == 1
+
+
+def test_worker_is_heard_where_many_files_are_open(make_pool: MakePool) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip(f"no more than {hard} files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert make_pool(1).workers[0]._process.stdout.fileno() > 1024
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

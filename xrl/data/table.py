@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from xrl.launch.children import child_environment, module_command
+
 # Rows handed over at once.
 _BATCH = 1024
 
@@ -31,10 +33,11 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "xrl.data.table", os.fspath(path), *columns],
+            [*module_command("xrl.data.table"), os.fspath(path), *columns],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
+            env=child_environment(),
             # Out of the terminal's process group: Ctrl-C reaches us, and we end it.
             process_group=0,
         )

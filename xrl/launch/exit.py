@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from xrl.config.errors import SettingsError
 from xrl.launch.signals import GRACE_S, Stopped, end_after, ignore_signals, raise_on_signals, stop_with_parent
+from xrl.launch.terminal import printable
 
 EXIT_ERROR = 1
 EXIT_BAD_SETTINGS = 2
@@ -75,7 +76,7 @@ def announce_errors(words_about: Callable[[BaseException], str] = _no_words) -> 
             end_after(GRACE_S, exit_code(error))
             message = describe(end, words_about(end))
             if message and (isinstance(end, Stopped) or _is_first()):
-                print(message, file=sys.stderr, flush=True)
+                print(printable(message), file=sys.stderr, flush=True)
         raise
 
 

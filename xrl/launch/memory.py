@@ -27,6 +27,7 @@ def restart_with_large_pages() -> None:
     if sys.platform != "linux" or TUNABLES in os.environ or not os.access(sys.executable, os.X_OK):
         return
     set_large_pages(os.environ)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by the parent
+            stream.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -8,9 +8,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from xrl.launch.terminal import printable
+
 LOGGER_NAME = "xrl"
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Lines quote answers and what workers and judges said: none of it may command a terminal, nor fake a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _BarFriendlyHandler(logging.StreamHandler):  # type: ignore[type-arg]
@@ -37,12 +46,12 @@ def setup_logging(*, rank: int = 0, log_file: Path | None = None) -> logging.Log
         old.close()
     logger.setLevel(logging.INFO)
     logger.propagate = False  # a library that calls basicConfig would print every line twice
-    formatter = logging.Formatter(FORMAT if rank == 0 else f"[rank {rank}] {FORMAT}", TIME_FORMAT)
+    formatter = _PrintableFormatter(FORMAT if rank == 0 else f"[rank {rank}] {FORMAT}", TIME_FORMAT)
     console = _BarFriendlyHandler(sys.stderr)
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     handlers: list[logging.Handler] = [console]
     if log_file is not None:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)

@@ -11,6 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from xrl.launch.address import LOOPBACK, on_one_host
+
 INTERFACES = "GLOO_SOCKET_IFNAME"
 
 
@@ -45,6 +47,8 @@ def one_event_loop() -> Iterator[None]:
 
 
 def _devices(gloo: Any) -> list[Any]:
-    """As torch chooses them."""
+    """As torch chooses them, but where all ranks are on this host, whose name may be known to nobody."""
     names = [name for name in os.environ.get(INTERFACES, "").split(",") if name]
-    return [gloo.create_device(interface=name) for name in names] or [gloo.create_default_device()]
+    return [gloo.create_device(interface=name) for name in names] or [
+        gloo.create_device(hostname=LOOPBACK) if on_one_host(os.environ) else gloo.create_default_device()
+    ]

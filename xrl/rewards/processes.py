@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 
+from xrl.launch.children import child_environment
 from xrl.rewards.judge import JudgePool, Verdict, failed_verdict
 from xrl.types import Prompt
 
@@ -163,8 +164,9 @@ class _Child:
         with theirs:
             arguments = [json.dumps(sys.path), reference, str(theirs.fileno()), str(os.getpid())]
             self.process = subprocess.Popen(
-                [sys.executable, "-c", CHILD, *arguments],
+                [sys.executable, "-P", "-c", CHILD, *arguments],
                 stdin=subprocess.DEVNULL,
+                env=child_environment(),
                 pass_fds=[theirs.fileno()],
                 # A group of its own: killed with whatever it started, and not stopped halfway by Ctrl-C.
                 process_group=0,

@@ -12,6 +12,7 @@ import sys
 from multiprocessing.connection import Connection
 
 from xrl.config import SettingsError
+from xrl.launch.streams import prepare_streams
 from xrl.rewards.judge import ask
 from xrl.rewards.load import load_judge
 
@@ -22,6 +23,7 @@ def main() -> None:
     """Serve one judge until the pipe closes. Arguments: sys.path (not ours), judge, pipe, the parent's process id."""
     reference, pipe, parent_pid = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     end_with_parent(parent_pid)
+    prepare_streams()  # a judge that prints must not fail because nobody reads
     # What the judge itself starts must not keep the pipe open.
     os.set_inheritable(pipe, False)
     with Connection(pipe) as connection:

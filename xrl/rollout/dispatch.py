@@ -52,6 +52,7 @@ class StaleAnswer(RuntimeError):
 class _Load:
     """What a worker has been given and not finished."""
 
+    requests: int = 0
     sequences: int = 0
     tokens: int = 0
 
@@ -66,6 +67,7 @@ class Dispatch:
         self._results: queue.Queue[Any] = queue.Queue()
         self._loads: dict[int, _Load] = {}
         self._changed = asyncio.Condition()
+        self._turn = asyncio.Lock()  # of the request that is next: thousands would all wake up for each that ends
         self._is_cut_short = self._has_ended = self._is_waiting = False
 
     def next_result(self) -> tuple[int, list[Completion] | None]:
@@ -175,8 +177,7 @@ class Dispatch:
 
         None when the rollout was cut short.
         """
-        limit = self.config.rollout_max_batch_size * QUEUE_AHEAD
-        async with self._changed:
+        async with self._turn, self._changed:
             while not self._is_cut_short:
                 ready = self.pool.ready()
                 if not ready and self.pool.can_recover:
@@ -187,15 +188,29 @@ class Dispatch:
                     continue
                 alive = ready or self.pool.alive
                 candidates = [worker for worker in alive if worker.number != avoid] or alive
-                loads = {worker.number: self._loads.setdefault(worker.number, _Load()) for worker in candidates}
-                worker = min(candidates, key=lambda candidate: loads[candidate.number].tokens)
-                load = loads[worker.number]
-                if load.sequences == 0 or load.sequences + request.num_samples <= limit:
+                worker = min(candidates, key=lambda candidate: self._load(candidate).tokens)
+                if self._has_room(worker, request):
+                    load = self._load(worker)
+                    load.requests += 1
                     load.sequences += request.num_samples
                     load.tokens += _tokens(request)
                     return worker
                 await self._changed.wait()
         return None
+
+    def _load(self, worker: WorkerHandle) -> _Load:
+        return self._loads.setdefault(worker.number, _Load())
+
+    def _has_room(self, worker: WorkerHandle, request: GenerateRequest) -> bool:
+        load = self._load(worker)
+        if load.sequences == 0:
+            return True
+        if load.sequences + request.num_samples > self.config.rollout_max_batch_size * QUEUE_AHEAD:
+            return False
+        if load.requests < self.pool.max_requests(worker):
+            return True
+        self.pool.say_bound(worker)
+        return False
 
     async def _go_on(self) -> None:
         """Workers are ready again."""
@@ -206,6 +221,7 @@ class Dispatch:
     async def _give_back(self, worker: WorkerHandle, request: GenerateRequest) -> None:
         async with self._changed:
             load = self._loads[worker.number]
+            load.requests -= 1
             load.sequences -= request.num_samples
             load.tokens -= _tokens(request)
             self._changed.notify_all()

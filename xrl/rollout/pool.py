@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from xrl.config import RolloutConfig
+from xrl.launch import descriptors
 from xrl.rollout import protocol
 from xrl.rollout.dispatch import Dispatch, RolloutCounts
 from xrl.rollout.process import RemoteWorker, WorkerGone, WorkerHandle, WorkerProcess
@@ -108,6 +109,9 @@ class WorkerPool:
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-pool", daemon=True)
         self._thread.start()
         self._session: aiohttp.ClientSession | None = None
+        # As many connections as may be open at once, shared out: a connection is kept for a while after its request.
+        self._connections_per_worker: int | None = None
+        self._has_said_bound = False
         self._dispatch: Dispatch | None = None  # of the last call of `generate`
         # Publishes the current weights once more, in the thread that calls `generate`: for when no worker is ready, and
         # one that is started again, or has other weights, could be. Without it, the loss of the last one is the end.
@@ -336,6 +340,29 @@ class WorkerPool:
         if self._dispatch is not None:
             self.start(self._dispatch.cut_short())
 
+    def max_requests(self, worker: WorkerHandle) -> int:
+        """How many requests may be at a worker at once: each is a connection, an open file here and one there."""
+        if self._connections_per_worker is None:
+            self._connections_per_worker = max(1, descriptors.spare_connections() // len(self.workers))
+        theirs = worker.max_requests
+        return self._connections_per_worker if theirs is None else min(self._connections_per_worker, theirs)
+
+    def say_bound(self, worker: WorkerHandle) -> None:
+        """Once a run: open files are what holds requests back."""
+        if self._has_said_bound:
+            return
+        self._has_said_bound = True
+        most, ours = self.max_requests(worker), self._connections_per_worker
+        whose = (
+            f"{descriptors.limit():,} of this process" if most == ours else f"that of rollout worker {worker.number}"
+        )
+        logger.warning(
+            "a rollout worker gets at most %s requests at a time, fewer than it could decode, because of the limit of "
+            "open files (%s): raise the hard limit, `ulimit -H -n`, for more speed",
+            f"{most:,}",
+            whose,
+        )
+
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run it in the pool's thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -349,7 +376,8 @@ class WorkerPool:
             RuntimeError: it refused.
         """
         if self._session is None:
-            # Every request in flight keeps a connection of its own.
+            # Every request in flight keeps a connection of its own: `max_requests` bounds them. A bound here would let
+            # the time of a request run while it waits for a connection.
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         try:
             async with self._session.post(

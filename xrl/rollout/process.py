@@ -6,18 +6,17 @@ import contextlib
 import http.client
 import json
 import os
-import select
+import selectors
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from xrl.launch.children import child_environment, module_command
 from xrl.launch.memory import set_large_pages
 from xrl.launch.threads import set_thread_waiting
-from xrl.launch.variables import RANK_VARIABLES
 from xrl.rollout import protocol
 
 LOG_TAIL_LINES = 15
@@ -35,6 +34,7 @@ class WorkerHandle(Protocol):
     number: int
     host: str  # where it listens
     url: str  # empty as long as it does not listen
+    max_requests: int | None  # at once, by its own word; None as long as it has not said
 
     @property
     def has_ended(self) -> bool:
@@ -84,16 +84,14 @@ class WorkerProcess:
             arguments: of `python -m xrl.rollout.worker`.
             python: interpreter of another environment, where xrl can be imported too; None for this one.
         """
-        self._python = str(python or sys.executable)
         self.number = number
         self.log = log
         self.url = ""
-        self._arguments = list(arguments)
+        self.max_requests: int | None = None
+        self._command = [*module_command("xrl.rollout.worker", python=python), *arguments]
+        # A worker is not part of the trainer's world.
         self._environment = {
-            name: value
-            for name, value in os.environ.items()
-            # A worker is not part of the trainer's world.
-            if name not in RANK_VARIABLES and not name.startswith(("TORCHELASTIC_", "TORCH_NCCL_"))
+            name: value for name, value in child_environment().items() if not name.startswith("TORCH_NCCL_")
         }
         self._environment["OMP_NUM_THREADS"] = str(num_threads)
         set_thread_waiting(self._environment)
@@ -104,7 +102,7 @@ class WorkerProcess:
     def _start(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as file:
             return subprocess.Popen(
-                [self._python, "-m", "xrl.rollout.worker", *self._arguments, "--parent-pid", str(os.getpid())],
+                [*self._command, "--parent-pid", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -135,9 +133,10 @@ class WorkerProcess:
 
     def _read_address(self, timeout_s: float) -> None:
         assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
-        if not ready:
-            return
+        with selectors.DefaultSelector() as selector:  # `select.select` knows descriptors below 1024 only
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(timeout_s):
+                return
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
@@ -145,7 +144,9 @@ class WorkerProcess:
                 f"rollout worker {self.number} ended at its start with exit code {self._process.returncode}: "
                 f"{self.log_tail()}"
             )
-        self.url = f"http://{self.host}:{json.loads(line)['port']}"
+        said = json.loads(line)
+        self.max_requests = said["max_requests"]
+        self.url = f"http://{self.host}:{said['port']}"
 
     def restart(self) -> bool:
         self._process.kill()
@@ -181,6 +182,7 @@ class RemoteWorker:
         self.number = number
         self.host = host
         self.url = f"http://{host}:{port}"
+        self.max_requests: int | None = None
 
     @property
     def is_alive(self) -> bool:
@@ -189,8 +191,9 @@ class RemoteWorker:
     def poll(self) -> bool:
         try:
             with _DIRECTLY.open(self.url + protocol.HEALTH, timeout=2.0) as answer:
+                self.max_requests = json.load(answer).get("max_requests")
                 return bool(answer.status == 200)
-        except (OSError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException, ValueError):
             return False
 
     def wait_until_listening(self, timeout_s: float) -> None:

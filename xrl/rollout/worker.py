@@ -2,13 +2,15 @@
 
     python -m xrl.rollout.worker --engine embedded --model DIR --dtype float32
 
-It prints one line of JSON, {"port": ..., "pid": ...}, when it listens, and ends when its parent does.
+It prints one line of JSON, {"port": ..., "pid": ..., "max_requests": ...}, when it listens, and ends when its parent
+does.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -24,6 +26,9 @@ import torch
 from aiohttp import web
 
 from xrl.config import SettingsError
+from xrl.launch.descriptors import spare_connections
+from xrl.launch.start import prepare_process
+from xrl.launch.terminal import printable, say
 from xrl.rollout import create_engine, protocol
 from xrl.rollout.engine import Engine, EngineError, EngineNotReady, HasRoom
 from xrl.types import Completion, WeightBucket
@@ -47,6 +52,7 @@ class Worker:
         self.engine = engine
         self.device = device
         self.receiver: Receiver | None = None  # of the trainer that connected last
+        self.max_requests = spare_connections()  # at once: each is a connection, and keeps an open file
         self.stopping = asyncio.Event()
         self._numbers = itertools.count()
         self._num_running = 0
@@ -74,7 +80,12 @@ class Worker:
 
     async def health(self, _: web.Request) -> web.Response:
         return web.json_response(
-            {"status": "ok", "weights_version": self.engine.weights_version, "num_running": self._num_running}
+            {
+                "status": "ok",
+                "weights_version": self.engine.weights_version,
+                "num_running": self._num_running,
+                "max_requests": self.max_requests,
+            }
         )
 
     async def generate(self, http: web.Request) -> web.Response:
@@ -173,36 +184,38 @@ async def _errors_as_json(http: web.Request, handler: Handler) -> web.StreamResp
         raise
     except Exception as error:
         status = next((status for kind, status in STATUS if isinstance(error, kind)), 500)
-        print(f"{http.path}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(printable(f"{http.path}: {type(error).__name__}: {error}"), file=sys.stderr, flush=True)
         return web.json_response({"error": str(error), "type": type(error).__name__}, status=status)
 
 
-async def serve(engine: Engine, *, host: str, port: int, device: torch.device, announce: Callable[[int], None]) -> None:
+async def serve(engine: Engine, *, host: str, port: int, device: torch.device, announce: Callable[..., None]) -> None:
     """Answer until told to stop, by `/xrl/v1/shutdown` or SIGTERM.
 
     Args:
-        announce: called with the port once requests are taken.
+        announce: called with `port` and `max_requests` once requests are taken.
     """
     worker = Worker(engine, device=device)
-    runner = web.AppRunner(worker.application(), access_log=None, handler_cancellation=True)
+    runner = web.AppRunner(worker.application(), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
-    site = web.TCPSite(runner, host, port, shutdown_timeout=1.0)
+    site = web.TCPSite(runner, host, port)
     await site.start()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stopping.set)
-    announce(runner.addresses[0][1])
+    announce(port=runner.addresses[0][1], max_requests=worker.max_requests)
     await worker.stopping.wait()
     engine.abort()
     await runner.cleanup()
 
 
-def _take_stdout() -> Callable[[int], None]:
-    """What announces the port: the one line on stdout. What else is printed there, by engines too, goes to stderr."""
+def _take_stdout() -> Callable[..., None]:
+    """What announces the worker: the one line on stdout. What else is printed there, by engines too, goes to stderr."""
     stdout = os.dup(1)
     os.dup2(2, 1)
 
-    def announce(port: int) -> None:
-        with os.fdopen(stdout, "w") as file:
-            file.write(json.dumps({"port": port, "pid": os.getpid()}) + "\n")
+    def announce(*, port: int, max_requests: int) -> None:
+        line = json.dumps({"port": port, "pid": os.getpid(), "max_requests": max_requests})
+        # Whoever started it may know the port already, and not read.
+        with contextlib.suppress(BrokenPipeError), os.fdopen(stdout, "w") as file:
+            file.write(line + "\n")
 
     return announce
 
@@ -228,6 +241,7 @@ def main() -> None:
     parser.add_argument("--parent-pid", type=int, help="end when this process does")
     arguments = parser.parse_args()
 
+    prepare_process()
     announce = _take_stdout()
     # Ctrl-C reaches the whole process group: the trainer decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -245,7 +259,7 @@ def main() -> None:
             max_model_len=arguments.max_model_len,
         )
     except SettingsError as error:
-        print(f"xrl: error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2)
     device = torch.device(arguments.device)
     try:
