@@ -23,6 +23,7 @@ from xrl.algorithms.aggregation import token_weights
 from xrl.config import Settings
 from xrl.data.prompts import PromptDataset
 from xrl.kernels.native import native_module
+from xrl.launch.exit import RunEnded
 from xrl.metrics.journal import Journal
 from xrl.metrics.mean import Mean, merge
 from xrl.metrics.memory import cuda_peak_bytes, peak_rss_bytes, return_freed_memory
@@ -299,12 +300,18 @@ def refuse_useless(index: int, collected: Collected) -> None:
     """A rollout of which nothing can be learned is a broken set-up, not a bad score.
 
     Raises:
-        RuntimeError: every prompt failed, or every call of the judge did.
+        RuntimeError: every prompt failed.
+        RunEnded: the judge failed on more than half of the answers or, where that is reward 0, on all.
     """
     if not collected.groups:
         raise RuntimeError(f"rollout {index}: all of its prompts failed; the logs of the rollout workers say why")
-    if all(rollout.judge_failed for group in collected.groups for rollout in group.rollouts):
-        raise RuntimeError(f"rollout {index}: the judge failed on every answer; the first failure is logged above")
+    rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
+    errors = [rollout.judge_error for rollout in rollouts if rollout.judge_error]
+    num_unjudged = sum(rollout.reward is None for rollout in rollouts)
+    if len(errors) == len(rollouts) or 2 * num_unjudged > len(rollouts):
+        raise RunEnded(
+            f"rollout {index}: the judge failed on {len(errors):,} of {len(rollouts):,} answers, first with {errors[0]}"
+        )
 
 
 def peak_memory(groups: ParallelGroups) -> dict[str, float]:

@@ -25,6 +25,18 @@ _ECHO_WAIT_S = 3.0
 _MARKER = "xrl-first-error"
 
 
+class RunEnded(SystemExit):
+    """The run ends itself, on every rank alike, as going on is of no use: exit code 1 and a sentence, no traceback."""
+
+    def __init__(self, sentence: str = "") -> None:
+        """
+        Args:
+            sentence: why, on the rank that knows; the others have nothing to say.
+        """
+        super().__init__(EXIT_ERROR)
+        self.sentence = sentence
+
+
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run a process's main function and exit: 0, 2 for bad settings, 128 + n for signal n, 1 for any other error."""
     raise_on_signals()
@@ -66,6 +78,8 @@ def describe(error: BaseException) -> str:
     if isinstance(error, Stopped):
         # torchrun's ranks are stopped by torchrun, which was stopped itself or saw another rank fail.
         return "" if is_rank_of_torchrun() else f"xrl: stopped by {error.signal.name}"
+    if isinstance(error, RunEnded):
+        return f"xrl: error: {error.sentence}" if error.sentence else ""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, str) else ""
     first_line = (str(error).splitlines() or [""])[0]
