@@ -353,7 +353,7 @@ class Trainer:
         if not self.lead or reason is None:
             return RunEnded()
         left = what_is_left(self.lead.journal.folder, has_moved=self.lead.watch.has_moved)
-        return RunEnded(f"{reason}; {left} (--on-nothing-learned warn: go on all the same)")
+        return RunEnded(f"{reason}; {left} (--on-nothing-learned warn: go on all the same)", says_where=True)
 
     def _agree(self, choice: int) -> int:
         """Rank 0's choice, on every rank. Collective."""
@@ -383,12 +383,18 @@ def refuse_useless(index: int, collected: Collected) -> None:
     """A rollout of which nothing can be learned is a broken set-up, not a bad score.
 
     Raises:
-        RuntimeError: every prompt failed, or every call of the judge did.
+        RuntimeError: every prompt failed.
+        RunEnded: the judge failed on more than half of the answers or, where that is reward 0, on all.
     """
     if not collected.groups:
         raise RuntimeError(f"rollout {index}: all of its prompts failed; the logs of the rollout workers say why")
-    if all(rollout.judge_failed for group in collected.groups for rollout in group.rollouts):
-        raise RuntimeError(f"rollout {index}: the judge failed on every answer; the first failure is logged above")
+    rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
+    errors = [rollout.judge_error for rollout in rollouts if rollout.judge_error]
+    num_unjudged = sum(rollout.reward is None for rollout in rollouts)
+    if len(errors) == len(rollouts) or 2 * num_unjudged > len(rollouts):
+        raise RunEnded(
+            f"rollout {index}: the judge failed on {len(errors):,} of {len(rollouts):,} answers, first with {errors[0]}"
+        )
 
 
 def peak_memory(groups: ParallelGroups) -> dict[str, float]:

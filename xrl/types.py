@@ -73,8 +73,8 @@ class Rollout:
     prompt: Prompt
     completion: Completion
     response: str  # the completion as text, special tokens removed
-    reward: float
-    judge_failed: bool = False  # the judge raised or ran out of time; reward is then 0
+    reward: float | None  # None: nobody could say, so it is in no mean and is not trained on
+    judge_error: str = ""  # why the judge gave no reward of its own; empty where it did
 
 
 @dataclass(frozen=True, kw_only=True)

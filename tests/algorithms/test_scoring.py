@@ -11,13 +11,13 @@ from xrl.algorithms.scoring import score_groups
 from xrl.types import Completion, Group, Prompt, Rollout
 
 
-def rollout(reward, *, length=3, finish_reason="stop", prompt_id=0, judge_failed=False, num_logprobs=None):
+def rollout(reward, *, length=3, finish_reason="stop", prompt_id=0, judge_error="", num_logprobs=None):
     prompt = Prompt(id=prompt_id, token_ids=[1, 2], text="1+1?", ground_truth="2")
     logprobs = [-0.5] * (length if num_logprobs is None else num_logprobs)
     completion = Completion(
         token_ids=list(range(length)), logprobs=logprobs, finish_reason=finish_reason, weights_version=0
     )
-    return Rollout(prompt=prompt, completion=completion, response="2", reward=reward, judge_failed=judge_failed)
+    return Rollout(prompt=prompt, completion=completion, response="2", reward=reward, judge_error=judge_error)
 
 
 def group(*rewards, **kwargs):
@@ -62,6 +62,7 @@ def test_groups_of_equal_rewards_are_kept_without_the_filter():
         rollout(0.0, finish_reason="abort"),
         rollout(0.0, finish_reason="error"),
         rollout(0.0, length=0),
+        rollout(None, judge_error="ValueError: no"),
         rollout(math.nan),
     ],
 )
@@ -81,7 +82,7 @@ def test_a_group_left_with_one_answer_is_left_out_whole():
 
 
 def test_metrics_describe_all_answers_also_of_groups_left_out():
-    long = rollout(0.0, length=9, finish_reason="length", judge_failed=True)
+    long = rollout(0.0, length=9, finish_reason="length", judge_error="time-out: no reward within 10 s")
     scored = score([group(1.0, 1.0), Group(rollouts=(rollout(1.0, length=1), long))])
     metrics = scored.metrics
     assert metrics["reward/mean"] == 0.75
@@ -91,6 +92,23 @@ def test_metrics_describe_all_answers_also_of_groups_left_out():
     assert (metrics["response_length/min"], metrics["response_length/max"]) == (1.0, 9.0)
     assert metrics["truncated_fraction"] == 0.25
     assert metrics["samples/judge_failed"] == 1
+
+
+def test_answers_that_nobody_could_judge_are_in_no_mean():
+    failed = [rollout(None, length=50, judge_error="KeyError: 'x'") for _ in range(4)]
+    judged = [rollout(reward) for reward in (1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0)]
+    groups = [Group(rollouts=(*judged[:4], *failed[:2])), Group(rollouts=(*failed[2:], *judged[4:]))]
+    scored, without = score(groups), score([Group(rollouts=tuple(judged[:4])), Group(rollouts=tuple(judged[4:]))])
+    assert scored.samples == without.samples
+    counts = {"samples/failed": 4.0, "samples/unjudged": 4.0, "samples/judge_failed": 4.0}
+    assert scored.metrics == {**without.metrics, **counts}
+    assert [row.count(None) for row in scored.advantages] == [2, 2]
+
+
+def test_a_failed_judge_s_zero_is_trained_on_where_it_is_asked_for():
+    scored = score([Group(rollouts=(rollout(1.0), rollout(0.0, judge_error="ValueError: no")))])
+    assert scored.advantages == [[0.5, -0.5]]
+    assert (scored.metrics["samples/judge_failed"], scored.metrics["samples/unjudged"]) == (1, 0)
 
 
 def test_no_groups_give_no_samples_and_no_numbers():

@@ -48,7 +48,10 @@ def test_judge_that_always_fails_ends_the_run(flags: list[str], tmp_path: Path) 
     judge.write_text("def reward(response, prompt):\n    raise KeyError('answer')\n")
     found = train(*flags, "--judge", f"{judge}:reward")
     assert found.returncode == 1 and final_models(tmp_path) == []
-    assert "rollout 1: the judge failed on every answer" in found.stderr
+    assert "xrl: error: rollout 1: the judge failed on 8 of 8 answers, first with KeyError: 'answer' (" in (
+        found.stderr
+    )
+    assert "line 2, in reward)" in found.stderr and "Traceback" not in found.stderr
     assert found.stderr.splitlines()[-1].startswith("xrl: ended before the first rollout was learned from; run folder ")
 
 

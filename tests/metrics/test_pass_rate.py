@@ -44,5 +44,10 @@ def test_one_sample_a_prompt_gives_only_pass_at_1():
     assert pass_rates([[1.0], [0.0]]) == {"pass@1": 0.5}
 
 
+def test_prompts_with_fewer_samples_than_k_are_left_out_of_pass_at_k():
+    assert pass_rates([[1.0, 0.0], [0.0]], ks=[1, 2]) == {"pass@1": 0.25, "pass@2": 1.0}
+    assert math.isnan(pass_rates([[1.0]], ks=[2])["pass@2"])
+
+
 def test_no_prompts_give_no_number():
     assert math.isnan(pass_rates([])["pass@1"])

@@ -42,6 +42,21 @@ def test_what_is_left_out_is_counted():
     assert line == "1,000 samples to train on (left out: 3 groups of equal rewards, 2 failed answers)"
 
 
+def test_answers_that_nobody_could_judge_are_said():
+    line = prepared_line(6, {"samples/failed": 3.0, "samples/unjudged": 2.0})
+    assert line.endswith("(left out: 3 failed answers, 2 of these that nobody could judge)")
+
+
+def test_rates_of_fewer_prompts_than_there_are_say_so():
+    metrics = {"eval/greedy": 0.4831, "eval/pass@1": 0.5, "eval/prompts": 1319.0}
+    metrics |= {"eval/greedy/prompts": 1004.0, "eval/pass@1/prompts": 1319.0}
+    line = evaluation_line(0, metrics)
+    assert line == ("evaluation at rollout_idx 0: eval/greedy 0.483 (of 1,004 of 1,319 prompts) | eval/pass@1 0.500")
+    table = evaluation_table(metrics, {**metrics, "eval/greedy": math.nan, "eval/greedy/prompts": 0.0})
+    assert "(of 1,004 of 1,319 prompts)" in table and "- (of 0 of 1,319 prompts)" in table
+    assert "/prompts" not in table
+
+
 def test_update_line_shows_what_is_there_in_one_line():
     metrics = {
         "reward/mean": 0.5,

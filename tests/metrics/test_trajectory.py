@@ -11,12 +11,12 @@ from xrl.metrics.trajectory import read_trajectory, write_trajectory
 from xrl.types import Completion, Group, Prompt, Rollout
 
 
-def group(*rewards, response="2\n#### 2", finish_reason="stop", judge_failed=False):
+def group(*rewards, response="2\n#### 2", finish_reason="stop", judge_error=""):
     prompt = Prompt(id=11, token_ids=[1, 2, 3], text="1+1?", ground_truth="2", data_source="openai/gsm8k")
     completion = Completion(token_ids=[5, 6], logprobs=[-0.1, -0.2], finish_reason=finish_reason, weights_version=4)
     return Group(
         rollouts=tuple(
-            Rollout(prompt=prompt, completion=completion, response=response, reward=reward, judge_failed=judge_failed)
+            Rollout(prompt=prompt, completion=completion, response=response, reward=reward, judge_error=judge_error)
             for reward in rewards
         )
     )
@@ -79,11 +79,12 @@ def test_status_follows_how_the_answer_ended(path, finish_reason, status):
 
 
 def test_a_failed_judge_and_a_reward_that_is_no_number_are_said(path):
-    write_trajectory(path, [group(math.nan, judge_failed=True)], rollout_id=7, advantages=[[None]])
-    (sample,) = read_trajectory(path)[1]
-    assert sample["reward"] is None
-    assert sample["advantage"] is None
-    assert "judge" in sample["error_msg"]
+    error = "KeyError: 'x' (mine.py, line 3, in reward)"
+    write_trajectory(path, [group(None, math.nan, judge_error=error)], rollout_id=7, advantages=[[None, None]])
+    for sample in read_trajectory(path)[1]:
+        assert sample["reward"] is None
+        assert sample["advantage"] is None
+        assert sample["error_msg"] == f"the judge failed: {error}"
 
 
 @pytest.mark.parametrize(

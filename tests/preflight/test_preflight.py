@@ -119,3 +119,18 @@ def test_work_folder_that_cannot_be_written_is_refused(refusal: Refusal, tmp_pat
     (tmp_path / "file").touch()
     sentence = refusal("--work-dir", str(tmp_path / "file" / "work"))
     assert "--work-dir" in sentence and "written" in sentence
+
+
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+def test_ground_truth_that_the_judge_cannot_use_is_refused_by_its_line(
+    refusal: Refusal, tmp_path: Path, flag: str
+) -> None:
+    rows = [{"prompt": "a", "ground_truth": "2"}] * 7 + [{"prompt": "b", "ground_truth": "blue"}]
+    sentence = refusal(flag, str(write_rows(tmp_path / "odd.jsonl", rows)))
+    assert "odd.jsonl, line 8: the ground truth 'blue' is not a number: try --judge math-verify" in sentence
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_ground_truth_that_is_not_finite_is_refused_for_every_judge(refusal: Refusal, data: Path, literal: str) -> None:
+    data.write_text(f'{{"prompt": "a", "ground_truth": {literal}}}\n' * 4)
+    assert f"{data}, line 1 has the ground truth" in refusal("--judge", "math-verify")

@@ -1,12 +1,12 @@
-"""Reading the final answer and its number."""
-
-from fractions import Fraction
+"""Finding the final answer."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xrl.rewards.answer import final_answer, parse_number
+from xrl.rewards.answer import final_answer
+from xrl.rewards.number import parse_number
+from xrl.types import Prompt
 
 
 @pytest.mark.parametrize(
@@ -28,81 +28,30 @@ from xrl.rewards.answer import final_answer, parse_number
         (r"\boxed{7", None),
         (r"\boxed{}", None),
         ("", None),
+        (r"\boxed {72}", "72"),
+        (r"\fbox{72}", "72"),
+        (r"\boxed 7.", "7"),
+        (r"\boxed{7} and then \boxed{8", None),
+        # Headings are no answers; a number by itself is one, also before a box.
+        (r"#### Final Answer" "\n" r"It is $\boxed{72}$.", "72"),
+        ("#### Step 1: add\n5 + 67\n#### Step 2: result\n" r"\boxed{72}", "72"),
+        ("##### 2. Add them\n" r"\boxed{72}", "72"),
+        (r"\boxed{72}" "\n#### Note: prices vary", "72"),
+        ("#### 72\n\n#### Check\nall is well", "72"),
+        ("#### Answer\n72", "72"),
+        ("#### **Final answer:**\n\n$x^2$\n", "$x^2$"),
+        ("#### 72\n" r"or \boxed{71}", "72"),
+        ("#### That makes 72\n" r"so \boxed{71}", "71"),
+        ("#### Monday\nThanks for reading!", "Monday"),
+        # Thinking is no answer.
+        (r"<think>\boxed{5}</think> It is \boxed{4}.", "4"),
+        (r"<think>\boxed{5}</think> I do not know.", None),
+        (r"<think>a</think> no, <think>\boxed{5}", None),
+        ("thinking on\n</think>\n#### 4", "4"),
     ],
 )
 def test_final_answer(response: str, answer: str | None) -> None:
     assert final_answer(response) == answer
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("72", 72),
-        ("72.", 72),
-        ("72.00", 72),
-        ("072", 72),
-        (".5", Fraction(1, 2)),
-        ("0.1", Fraction(1, 10)),
-        ("-5", -5),
-        ("\u22125", -5),
-        ("-$5", -5),
-        ("$-5", -5),
-        ("- 5", 5),  # a list item
-        ("1,000", 1000),
-        ("1,234,567.5", Fraction(2469135, 2)),
-        ("1 000", 1000),
-        ("1\u202f000", 1000),
-        ("1'000", 1000),
-        (r"1{,}000", 1000),
-        (r"1\,000", 1000),
-        ("1/2", Fraction(1, 2)),
-        ("-1/2", Fraction(-1, 2)),
-        ("3 1/2", Fraction(7, 2)),
-        (r"\frac{1}{2}", Fraction(1, 2)),
-        (r"-\dfrac{1}{2}", Fraction(-1, 2)),
-        (r"3\frac{1}{2}", Fraction(7, 2)),
-        ("1e3", 1000),
-        ("2.5E-1", Fraction(1, 4)),
-        ("$72", 72),
-        (r"\$72", 72),
-        ("€72", 72),
-        ("72%", 72),
-        (r"72\%", 72),
-        ("72 apples", 72),
-        ("72kg", 72),
-        ("72 apples in 3 boxes", 72),
-        (r"72\text{ apples}", 72),
-        ("72 (6*12)", 72),
-        ("72 - the total", 72),
-        ("**72**", 72),
-        ("`72`", 72),
-        ("_72_", 72),
-        ("$72$", 72),
-        (r"\(72\)", 72),
-        (r"\boxed{72}", 72),
-        ("The answer is 72.", 72),
-        ("x = 72", 72),
-        ("48 + 24 = 72", 72),
-        ("H2O weighs 3", 3),
-        ("5 or 7", 5),
-    ],
-)
-def test_number_is_read(text: str, number: int | Fraction) -> None:
-    assert parse_number(text) == number
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "apples", "48 + 24", "5-7", "3*4", "3 × 4", "3x4", "2^3", "5²", r"3 \times 4", "1/0", "1/2/3", "1,00", "12:30"]
-    + ["1.000.000", "12,5,7", "1e999", "x2", "1e3e3"],
-)
-def test_what_is_not_one_finished_number_is_none(text: str) -> None:
-    assert parse_number(text) is None
-
-
-@given(st.fractions(min_value=-(10**12), max_value=10**12))
-def test_every_fraction_survives_being_written(value: Fraction) -> None:
-    assert parse_number(str(value)) == value
 
 
 @given(
@@ -119,3 +68,9 @@ def test_every_integer_survives_its_dress(value: int, dress: str) -> None:
 def test_no_text_raises(text: str) -> None:
     answer = final_answer(text)
     parse_number(text if answer is None else answer)
+
+
+@pytest.mark.parametrize(("response", "answer"), [("so #### 5", None), ("so 5 </think> #### 4", "4")])
+def test_response_to_a_prompt_that_opens_the_thinking_begins_within_it(response: str, answer: str | None) -> None:
+    prompt = Prompt(id=0, token_ids=[1], text="<|assistant|><think>\n", ground_truth="4")
+    assert final_answer(response, prompt) == answer

@@ -2,7 +2,9 @@
 
 import pytest
 
+from xrl.rewards.gsm8k import check_truth
 from xrl.rewards.gsm8k import judge as tolerant
+from xrl.rewards.gsm8k_exact import check_truth as check_exact_truth
 from xrl.rewards.gsm8k_exact import judge as exact
 from xrl.types import Prompt
 
@@ -34,6 +36,19 @@ def asking(ground_truth: str) -> Prompt:
 def test_rewards(response: str, tolerant_reward: float, exact_reward: float) -> None:
     assert tolerant(response, asking("72")) == tolerant_reward
     assert exact(response, asking("72")) == exact_reward
+
+
+@pytest.mark.parametrize("ground_truth", ["blue", "1, 2", r"\sqrt{7}", "2x+1", "Step 2", "nan"])
+def test_ground_truth_that_is_no_number_is_refused(ground_truth: str) -> None:
+    with pytest.raises(ValueError, match="is not a number: try --judge math-verify"):
+        check_truth(asking(ground_truth))
+
+
+@pytest.mark.parametrize("ground_truth", ["1,000", "$5", "72 ", "1/2", "72 apples"])
+def test_ground_truth_that_no_text_equals_is_refused_by_the_exact_rule(ground_truth: str) -> None:
+    check_truth(asking(ground_truth))
+    with pytest.raises(ValueError, match="is not made of digits alone"):
+        check_exact_truth(asking(ground_truth))
 
 
 def test_ground_truth_that_is_no_number_is_an_error_not_a_zero() -> None:

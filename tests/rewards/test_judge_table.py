@@ -59,8 +59,15 @@ def test_judge_that_is_not_there_is_refused_by_name(name: str, message: str) -> 
 
 def test_file_that_cannot_be_imported_says_why(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def judge(:\n")
-    with pytest.raises(SettingsError, match="cannot import .*broken.py: SyntaxError"):
+    with pytest.raises(SettingsError, match="cannot import .*broken.py: SyntaxError.*line 1"):
         check_judge(f"{tmp_path / 'broken.py'}:judge")
+
+
+@pytest.mark.parametrize("statement", ["import no_such_package", "1 / 0", "raise SystemExit(3)"])
+def test_file_that_fails_at_import_names_its_line(tmp_path: Path, statement: str) -> None:
+    (tmp_path / "failing.py").write_text(f"import json\n{statement}\n")
+    with pytest.raises(SettingsError, match=r"failing.py, line 2\)$"):
+        check_judge(f"{tmp_path / 'failing.py'}:judge")
 
 
 def test_checking_a_judge_loads_neither_torch_nor_sympy() -> None:

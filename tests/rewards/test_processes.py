@@ -67,14 +67,14 @@ def test_answers_are_judged_by_every_worker() -> None:
         ("segfault", "process died", "was ended by SIGSEGV"),
         ("nan", "bad reward", "finite number, got nan"),
         ("text", "bad reward", "finite number, got '1.0'"),
-        ("nothing", "bad reward", "finite number, got None"),
+        ("nothing", "None", "the judge could not say"),
     ],
 )
 def test_failed_judge_gives_no_reward_and_the_next_answer_is_judged(
     pool: ProcessJudges, response: str, failure: str, detail: str
 ) -> None:
     verdict = verdict_on(pool, response)
-    assert (verdict.reward, verdict.failed, verdict.failure) == (0.0, True, failure)
+    assert (verdict.reward, verdict.failed, verdict.failure) == (None, True, failure)
     assert detail in verdict.error
     assert not verdict_on(pool, "pid").failed
     assert (pool.num_judged, pool.failures) == (2, {failure: 1})

@@ -19,8 +19,8 @@ def score_groups(
 ) -> Scored:
     """Give each answer its advantage within its group.
 
-    Answers that failed (aborted, in error, empty, or with a reward that is not a number) are left out first, for
-    their reward says nothing about the policy; a group left with fewer than two answers is left out whole.
+    Answers that failed (aborted, in error, empty, or with no finite reward as nobody could judge them) are left out
+    first, for they say nothing about the policy; a group left with fewer than two answers is left out whole.
 
     Args:
         groups: judged answers; the index of a group becomes the `group_id` of its samples.
@@ -37,7 +37,7 @@ def score_groups(
         row: list[float | None] = [None] * len(group.rollouts)
         advantages.append(row)
         usable = [index for index, rollout in enumerate(group.rollouts) if is_usable(rollout)]
-        rewards = [group.rollouts[index].reward for index in usable]
+        rewards = [reward_of(group.rollouts[index]) for index in usable]
         if len(rewards) < 2:
             num_too_small += 1
             continue
@@ -59,14 +59,23 @@ def score_groups(
 
 def is_usable(rollout: Rollout) -> bool:
     """Whether there is an answer, finished or cut at the length limit, with a reward that is a number."""
-    finished = rollout.completion.finish_reason in ("stop", "length")
-    return finished and bool(rollout.completion.token_ids) and math.isfinite(rollout.reward)
+    return is_answered(rollout) and math.isfinite(reward_of(rollout))
+
+
+def is_answered(rollout: Rollout) -> bool:
+    """Whether there is an answer, finished or cut at the length limit."""
+    return rollout.completion.finish_reason in ("stop", "length") and bool(rollout.completion.token_ids)
+
+
+def reward_of(rollout: Rollout) -> float:
+    """The reward; NaN where nobody could say."""
+    return math.nan if rollout.reward is None else rollout.reward
 
 
 def answer_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Rewards and lengths of the answers that did not fail, and how many did; NaN means where none is left."""
     usable = [rollout for rollout in rollouts if is_usable(rollout)]
-    rewards = [rollout.reward for rollout in usable]
+    rewards = [reward_of(rollout) for rollout in usable]
     lengths = [float(len(rollout.completion.token_ids)) for rollout in usable]
     return {
         "reward/mean": _mean(rewards),
@@ -77,7 +86,8 @@ def answer_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "response_length/min": min(lengths, default=math.nan),
         "truncated_fraction": _mean([float(rollout.completion.finish_reason == "length") for rollout in usable]),
         "samples/failed": float(len(rollouts) - len(usable)),
-        "samples/judge_failed": float(sum(rollout.judge_failed for rollout in rollouts)),
+        "samples/unjudged": float(sum(is_answered(rollout) and not is_usable(rollout) for rollout in rollouts)),
+        "samples/judge_failed": float(sum(bool(rollout.judge_error) for rollout in rollouts)),
     }
 
 

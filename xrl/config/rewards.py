@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from xrl.config.errors import SettingsError
 
@@ -15,10 +16,14 @@ class RewardConfig:
     """Row of the table in xrl/rewards, or a function of your own: package.module:function or path/file.py:function."""
 
     judge_timeout_s: float = 10.0
-    """An answer judged longer than this counts as failed, with reward 0."""
+    """The judge has failed on an answer that it judges longer than this."""
 
     judge_num_workers: int = 2
     """Processes that run judges which may hang (math-verify, your own)."""
+
+    judge_failed: Literal["leave-out", "zero"] = "leave-out"
+    """What becomes of an answer whose judge raised, ran out of time, died or gave no finite number: `leave-out` takes
+    it out of its group, so that it moves no mean and is not trained on; `zero` gives it reward 0."""
 
     def __post_init__(self) -> None:
         if self.judge_timeout_s <= 0 or self.judge_num_workers < 1:

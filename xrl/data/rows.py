@@ -7,7 +7,8 @@ A row holds `prompt` (chat messages, or a string) and `reward_model.ground_truth
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Mapping
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,25 @@ class PromptRow:
     extra: Mapping[str, Any]  # for judges of the user's own, as the file has it; nothing of ours writes it
 
 
-def check_dataset(path: Path, *, min_rows: int, what: str = "--data") -> int:
+def check_dataset(
+    path: Path, *, min_rows: int, what: str = "--data", see: Callable[[str, PromptRow], None] | None = None
+) -> int:
     """Read the whole file without torch and return its number of rows.
 
     Args:
         min_rows: rows that one batch needs.
         what: the flag that named the file.
+        see: is given each row, with the place that names it, and may refuse it.
 
     Raises:
         SettingsError: the file is missing, empty, too small, not JSON or not parquet, or one of its rows is wrong.
     """
     _check_file(path, what)
-    num_rows = sum(1 for _ in _read_rows(path))
+    num_rows = 0
+    for row in _read_rows(path):
+        if see is not None:
+            see(f"{path}, {row.place}", row)
+        num_rows += 1
     if num_rows == 0:
         raise SettingsError(f"{what} {path} is empty: it needs one prompt a line")
     if num_rows < min_rows:
@@ -154,8 +162,10 @@ def _parse_ground_truth(row: Mapping[str, Any], where: str) -> str:
     found = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
     if found is None:
         found = row.get("ground_truth")
-    if found is None or found == "":
+    if found is None or (isinstance(found, str) and not found.strip()):
         raise SettingsError(f"{where} has no ground truth: give `reward_model.ground_truth` or `ground_truth`")
     if isinstance(found, bool) or not isinstance(found, str | int | float):
         raise SettingsError(f"{where} has a ground truth that is neither a string nor a number: {repr(found)[:60]}")
+    if isinstance(found, float) and not math.isfinite(found):
+        raise SettingsError(f"{where} has the ground truth {found}, which no answer equals: give a finite number")
     return str(found)

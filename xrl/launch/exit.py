@@ -30,13 +30,15 @@ _AGENTS_FILE = "xrl-left-to-say"
 class RunEnded(SystemExit):
     """The run ends itself, on every rank alike, as going on is of no use: exit code 1 and a sentence, no traceback."""
 
-    def __init__(self, sentence: str = "") -> None:
+    def __init__(self, sentence: str = "", *, says_where: bool = False) -> None:
         """
         Args:
             sentence: why, on the rank that knows; the others have nothing to say.
+            says_where: whether it names the run's folder and what is saved there.
         """
         super().__init__(EXIT_ERROR)
         self.sentence = sentence
+        self.says_where = says_where
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
@@ -93,7 +95,8 @@ def describe(error: BaseException, words: str = "") -> str:
         silent = is_rank_of_torchrun() and not words
         return "" if silent else f"xrl: stopped by {error.signal.name} {words}".rstrip()
     if isinstance(error, RunEnded):
-        return f"xrl: error: {error.sentence}" if error.sentence else ""
+        message = f"xrl: error: {error.sentence}" if error.sentence else ""
+        return f"{message}\nxrl: ended {words}" if message and words else message
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, str) else ""
     first_line = (str(error).splitlines() or [""])[0]

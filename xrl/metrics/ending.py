@@ -37,7 +37,7 @@ class Ending:
     def words_about(self, error: BaseException) -> str:
         """What to say beside the error that ends the run; empty where that says it all, or another process says it."""
         file = agents_file()
-        if isinstance(error, SettingsError | RunEnded):
+        if isinstance(error, SettingsError) or (isinstance(error, RunEnded) and error.says_where):
             _leave(file, "")  # nor has the command above anything to add
             return ""
         return "" if file is not None or self.folder is None else where_things_are(self.folder, self.num_rollouts)

@@ -36,9 +36,11 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
 def pass_rates(rewards: Sequence[Sequence[float]], ks: Sequence[int] | None = None) -> dict[str, float]:
     """Mean over prompts of pass@k.
 
+    A prompt with fewer than k samples says nothing about pass@k and is left out of it.
+
     Args:
-        rewards: [prompts][samples]; prompts may have different numbers of samples, each at least max(ks).
-        ks: left out: 1 and the smallest number of samples.
+        rewards: [prompts][samples]; prompts may have different numbers of samples.
+        ks: default: 1 and the smallest number of samples.
 
     Returns:
         {"pass@1": ..., "pass@4": ...}, in the order of ks; NaN where there are no prompts.
@@ -46,6 +48,8 @@ def pass_rates(rewards: Sequence[Sequence[float]], ks: Sequence[int] | None = No
     counts = [(len(row), sum(passes(reward) for reward in row)) for row in rewards]
     if ks is None:
         ks = sorted({1, min((n for n, _ in counts), default=1)})
-    return {
-        f"pass@{k}": math.fsum(pass_at_k(n, c, k) for n, c in counts) / len(counts) if counts else math.nan for k in ks
-    }
+    return {f"pass@{k}": _mean([pass_at_k(n, c, k) for n, c in counts if n >= k]) for k in ks}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan

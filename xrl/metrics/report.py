@@ -19,6 +19,7 @@ LEFT_OUT = (
     ("groups/zero_variance", "groups of equal rewards"),
     ("groups/too_small", "groups with fewer than 2 answers"),
     ("samples/failed", "failed answers"),
+    ("samples/unjudged", "of these that nobody could judge"),
 )
 
 
@@ -144,9 +145,21 @@ def first_update_line(metrics: Mapping[str, float]) -> str:
     )
 
 
+# "eval/greedy/prompts" is how many prompts "eval/greedy" is of, "eval/prompts" how many there are.
+_PROMPTS = "/prompts"
+
+
 def evaluation_line(rollout_id: int, metrics: Mapping[str, float]) -> str:
     """One line per evaluation."""
-    return f"evaluation at rollout_idx {rollout_id}: " + " | ".join(f"{name} {v:.3f}" for name, v in metrics.items())
+    rates = [f"{name} {_rate(name, metrics)}" for name in metrics if not name.endswith(_PROMPTS)]
+    return f"evaluation at rollout_idx {rollout_id}: " + " | ".join(rates)
+
+
+def _rate(name: str, metrics: Mapping[str, float]) -> str:
+    """A pass rate, with how many prompts it is of where some could not be answered or judged."""
+    rate, total = _shown("{:.3f}".format, metrics[name]), metrics.get(f"eval{_PROMPTS}", 0.0)
+    num_prompts = metrics.get(name + _PROMPTS, total)
+    return rate if num_prompts == total else f"{rate} (of {num_prompts:,.0f} of {total:,.0f} prompts)"
 
 
 def evaluation_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
@@ -156,8 +169,9 @@ def evaluation_table(before: Mapping[str, float], after: Mapping[str, float]) ->
     for column in ("before", "after", "change"):
         table.add_column(column, justify="right")
     for name, start in before.items():
-        if name in after:
-            table.add_row(name, f"{start:.3f}", f"{after[name]:.3f}", f"{after[name] - start:+.3f}")
+        if name in after and not name.endswith(_PROMPTS):
+            change = _shown("{:+.3f}".format, after[name] - start)
+            table.add_row(name, _rate(name, before), _rate(name, after), change)
     text = io.StringIO()
     # A fixed width: the table must not depend on the terminal, for it goes into logs too.
     Console(file=text, width=100, color_system=None).print(table)

@@ -89,7 +89,7 @@ def _answer(rollout: Rollout) -> dict[str, Any]:
         "data_source": prompt.data_source,
         "status": STATUS[completion.finish_reason],
         "finish_reason": completion.finish_reason,
-        "error_msg": "the judge raised or ran out of time" if rollout.judge_failed else "",
+        "error_msg": f"the judge failed: {rollout.judge_error}" if rollout.judge_error else "",
         "prompt": prompt.text,
         "label": prompt.ground_truth,
         "response": rollout.response,
@@ -100,6 +100,6 @@ def _answer(rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: float | None) -> float | None:
     """JSON has no NaN and no infinity."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None

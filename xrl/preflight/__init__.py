@@ -3,6 +3,7 @@
 model.py       config.json: what the decoder is, and whether we compute its maths
 weights.py     safetensors files: there, whole, and with every tensor the model needs
 tokenizer.py   tokenizer files, and whether the model has their ids
+data.py        rows of the data files, and whether the judge can use their ground truths
 layout.py      ranks and how the model is cut over them
 machine.py     packages and hardware that were asked for by name
 disk.py        room for the checkpoints that will be written
@@ -12,9 +13,9 @@ from __future__ import annotations
 
 from xrl.algorithms import check_algorithm
 from xrl.config import Settings, SettingsError
-from xrl.data.rows import check_dataset
 from xrl.metrics.run_folder import check_writable
 from xrl.models.shape import ModelShape
+from xrl.preflight.data import check_data
 from xrl.preflight.disk import check_disk
 from xrl.preflight.layout import check_layout
 from xrl.preflight.machine import check_machine
@@ -47,9 +48,7 @@ def preflight(settings: Settings, *, world_size: int) -> None:
     check_machine(settings)
     check_tokenizer(folder, vocab_size=shape.vocab_size)
     check_weights(folder, shape)
-    num_rows = check_dataset(settings.data.data, min_rows=settings.prompts_in_flight)
-    if settings.evaluation.eval_data is not None:
-        check_dataset(settings.evaluation.eval_data, min_rows=1, what="--eval-data")
+    num_rows = check_data(settings)
     check_disk(settings, shape, num_rows=num_rows)
     check_writable(settings.run.work_dir)
 

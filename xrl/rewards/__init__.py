@@ -7,10 +7,20 @@ from dataclasses import dataclass
 
 from xrl.config import RewardConfig, SettingsError
 from xrl.rewards.judge import InlineJudge, Judge, JudgePool, Verdict
-from xrl.rewards.load import load_judge
+from xrl.rewards.load import load_judge, load_truth_check
 from xrl.rewards.processes import ProcessJudges
+from xrl.rewards.truths import InlineTruthChecker, ProcessTruthChecker, TruthChecker
 
-__all__ = ["JUDGES", "Judge", "JudgePool", "Verdict", "check_judge", "create_judge"]
+__all__ = [
+    "JUDGES",
+    "Judge",
+    "JudgePool",
+    "TruthChecker",
+    "Verdict",
+    "check_judge",
+    "create_judge",
+    "create_truth_checker",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +30,13 @@ class JudgeEntry:
     reference: str  # package.module:function
     inline: bool = False  # it always ends soon and cannot crash: no process needed
     package: str | None = None  # that it needs installed
+    reads_numbers: bool = False  # a ground truth that is a plain number needs no asking
 
 
 JUDGES = {
     "gsm8k": JudgeEntry(reference="xrl.rewards.gsm8k:judge", inline=True),
     "gsm8k-exact": JudgeEntry(reference="xrl.rewards.gsm8k_exact:judge", inline=True),
-    "math-verify": JudgeEntry(reference="xrl.rewards.math_verify:judge", package="math_verify"),
+    "math-verify": JudgeEntry(reference="xrl.rewards.math_verify:judge", package="math_verify", reads_numbers=True),
 }
 
 
@@ -55,6 +66,34 @@ def create_judge(config: RewardConfig) -> JudgePool:
     """
     check_judge(config.judge)
     entry = JUDGES.get(config.judge) or JudgeEntry(reference=config.judge)
+    failed_reward = 0.0 if config.judge_failed == "zero" else None
     if entry.inline:
-        return InlineJudge(load_judge(entry.reference))
-    return ProcessJudges(entry.reference, timeout_s=config.judge_timeout_s, num_workers=config.judge_num_workers)
+        return InlineJudge(load_judge(entry.reference), failed_reward=failed_reward)
+    return ProcessJudges(
+        entry.reference,
+        timeout_s=config.judge_timeout_s,
+        num_workers=config.judge_num_workers,
+        failed_reward=failed_reward,
+    )
+
+
+def create_truth_checker(config: RewardConfig) -> TruthChecker:
+    """What asks the judge about the ground truths of a data file, before anything starts. A context manager.
+
+    Raises:
+        SettingsError: as `check_judge` does.
+    """
+    check_judge(config.judge)
+    entry = JUDGES.get(config.judge) or JudgeEntry(reference=config.judge)
+    if entry.inline:
+        check = load_truth_check(entry.reference)
+        return TruthChecker() if check is None else InlineTruthChecker(check)
+    # Of ours, all have one; importing math-verify here to see it would take a second.
+    if config.judge not in JUDGES and load_truth_check(entry.reference) is None:
+        return TruthChecker()
+    return ProcessTruthChecker(
+        entry.reference,
+        timeout_s=config.judge_timeout_s,
+        num_workers=config.judge_num_workers,
+        reads_numbers=entry.reads_numbers,
+    )

@@ -1,85 +1,95 @@
-"""The final answer in a response, and the number it says.
+r"""The final answer in a response: what is said after its thinking, behind the last `####` or in the last `\boxed{}`.
 
-Every step looks at a bounded stretch of text, or at each character once: no answer makes it slow.
+Every step looks at each character a bounded number of times: no answer makes it slow.
 """
 
 from __future__ import annotations
 
 import re
-from fractions import Fraction
+from collections.abc import Iterator
+
+from xrl.rewards.number import parse_number, read_number
+from xrl.types import Prompt
+
+__all__ = ["final_answer", "parse_number", "without_thinking"]
 
 MARKER = "####"
-BOX = r"\boxed{"
-# Longer than any number worth reading.
-MAX_ANSWER_CHARS = 200
 
-# What LaTeX and typography put between the digits and around them.
-_REWRITES = [
-    (re.compile(r"[\u00a0\u2007\u2009\u202f]"), " "),
-    (re.compile(r"[\u2212\ufe63\uff0d]"), "-"),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\[,;:! ]"), " "),
-    (re.compile(r"(?<=\d) ?\\[dt]?frac"), r" \\frac"),  # a mixed number
-    (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"),
-    (re.compile(r"\\(?=[$%])"), ""),
-    (re.compile(r"(?<=\d)[, '](?=\d{3}(?!\d))"), ""),  # thousands
-]
-_NUMBER = re.compile(
-    r"""
-    (?<![^\W_])(?<!\.)              # not the end of a word or of another number; _72_ is Markdown
-    (?P<sign>-[$€£¥₹]?|[$€£¥₹]-)?
-    (?:
-        (?:(?P<whole>\d+)[ ])?(?P<top>\d+)/(?P<bottom>\d+)
-      | (?P<decimal>\d+(?:\.\d+)?|\.\d+)(?:[eE](?P<exponent>[+-]?\d{1,2})(?!\d))?
-    )
-    """,
-    re.VERBOSE,
-)
-# After the number: more digits that it would have to take in, or an operation that is still to be done.
-_UNFINISHED = re.compile(r"[.,:/eE][+-]?\d|[²³½¼¾⅓⅔]|\s*(?:\*{1,2}|[-+/^×÷·xX]|\\times|\\cdot|\\div)\s*[\d($]")
+_THINKING_BEGINS = re.compile(r"<think(?:ing)?>")
+_THINKING_ENDS = re.compile(r"</think(?:ing)?>")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s{0,9}")
+_UNBRACED = re.compile(r"[-+]?[$]?\d[\d,./]*")
+# Letters that are no command of LaTeX.
+_WORD = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{2,}")
+_NAMES_THE_ANSWER = re.compile(r"\b(?:answer|result|solution|conclusion)\b", re.IGNORECASE)
 
 
-def final_answer(response: str) -> str | None:
+def final_answer(response: str, prompt: Prompt | None = None) -> str | None:
     r"""The text of the final answer: after the last `####`, else in the last `\boxed{}`; None without one.
 
-    A marker with nothing behind it does not count, so `#### 72 ####` says 72.
+    A marker with nothing behind it does not count, so `#### 72 ####` says 72. Nor does a heading of Markdown, which
+    begins alike: `#### Step 2: add` is none, and a number among words ("#### That makes 5") gives way to a box behind.
+
+    Args:
+        prompt: where it ends with `<think>`, the response begins within the thinking.
     """
-    *before, last = response.split(MARKER)
-    for part in [last, *reversed(before[1:])] if before else []:
-        if stripped := part.strip(" \t\r\n#"):
-            return stripped.splitlines()[0].strip()
-    return _last_boxed(response)
-
-
-def parse_number(text: str) -> Fraction | None:
-    """The one number an answer says, exactly; None if it says none or is not worked out.
-
-    Units, currency, percent signs, Markdown, LaTeX and words around the number do not matter. Of several
-    numbers the first counts, or the first after the last equals sign: a list of guesses is one guess.
-    """
-    text = text[:MAX_ANSWER_CHARS]
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    text = re.split(r"[=≈]", text)[-1]
-    match = _NUMBER.search(text)
-    if match is None or _UNFINISHED.match(text, match.end()):
+    said = without_thinking(response, prompt)
+    if said is None:
         return None
-    if match["bottom"]:
-        if int(match["bottom"]) == 0:
-            return None
-        value = int(match["whole"] or 0) + Fraction(int(match["top"]), int(match["bottom"]))
-    else:
-        value = Fraction(match["decimal"]) * Fraction(10) ** int(match["exponent"] or 0)
-    return -value if "-" in (match["sign"] or "") else value
+    box_place, boxed = _last_box(said)
+    heading: str | None = None
+    for place, line, below in _marked(said):
+        if read_number(line) is None and _WORD.search(line):
+            answer = _answer_under(line, below)
+            if answer is None:
+                heading = heading or line
+                continue
+            gives_way = True
+        else:
+            answer, gives_way = line, heading is not None
+        return boxed if gives_way and boxed is not None and box_place > place else answer
+    return heading if boxed is None else boxed
 
 
-def _last_boxed(response: str) -> str | None:
-    start = response.rfind(BOX)
-    if start < 0:
-        return None
-    depth = 1
-    for place in range(start + len(BOX), len(response)):
-        depth += {"{": 1, "}": -1}.get(response[place], 0)
-        if depth == 0:
-            return response[start + len(BOX) : place].strip() or None
+def without_thinking(response: str, prompt: Prompt | None = None) -> str | None:
+    """What is said after the last `</think>`; None where the thinking has not ended."""
+    *_, said = _THINKING_ENDS.split(response)
+    is_open = said == response and prompt is not None and prompt.text.rstrip().endswith(("<think>", "<thinking>"))
+    return None if is_open or _THINKING_BEGINS.search(said) else said
+
+
+def _marked(text: str) -> Iterator[tuple[int, str, list[str]]]:
+    """What is behind each marker, from the last to the first: its place, its first line, the other lines."""
+    place = len(text)
+    while (start := text.rfind(MARKER, 0, place)) >= 0:
+        lines = [line.strip() for line in text[start:place].strip(" \t\r\n#").splitlines()]
+        if lines:
+            yield start, lines[0], [line for line in lines[1:] if line]
+        place = start
+
+
+def _answer_under(heading: str, below: list[str]) -> str | None:
+    """The answer that a line of words gives or, as a heading, has below it; None if neither."""
+    if parse_number(heading) is not None:
+        return heading
+    if len(below) == 1 and (parse_number(below[0]) is not None or _NAMES_THE_ANSWER.search(heading)):
+        return below[0]
     return None
+
+
+def _last_box(text: str) -> tuple[int, str | None]:
+    r"""Where the last box begins, and what it holds: `\boxed{7}`, `\boxed {7}`, `\fbox{7}`, `\boxed 7`."""
+    place = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
+    box = _BOX.match(text, place) if place >= 0 else None
+    if box is None:
+        return -1, None
+    start = box.end()
+    if text[start : start + 1] != "{":
+        bare = _UNBRACED.match(text, start)
+        return place, bare[0].rstrip(".,/") if bare else None
+    depth = 0
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return place, text[start + 1 : end].strip() or None
+    return place, None

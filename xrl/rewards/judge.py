@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import threading
@@ -12,13 +13,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import SupportsFloat
 
+from xrl.rewards.blame import place_of, place_raised, words_of
 from xrl.types import Prompt
 
 logger = logging.getLogger(__name__)
 
-# Response text and its prompt in, reward out.
-Judge = Callable[[str, Prompt], float]
+# Response text and its prompt in, reward out; None where the judge cannot say.
+Judge = Callable[[str, Prompt], float | None]
+# Raises ValueError for a prompt whose ground truth the judge could compare no answer with.
+TruthCheck = Callable[[Prompt], None]
 
+# What a judge's process is asked about.
+ANSWERS, TRUTHS = "answers", "truths"
 # Keeps one odd answer from filling the log.
 MAX_DETAIL_CHARS = 300
 
@@ -27,33 +33,62 @@ MAX_DETAIL_CHARS = 300
 class Verdict:
     """A reward, or why there is none."""
 
-    reward: float  # 0 where the judge failed
-    failed: bool = False
-    failure: str = ""  # kind of failure: the exception's name, "time-out" or "process died"
-    error: str = ""  # one line: the kind and what happened
+    reward: float | None  # None where nobody could say; of a failed judge 0 under --judge-failed zero
+    failure: str = ""  # kind of failure: the exception's name, "time-out", "process died", ...; empty: judged
+    detail: str = ""  # what happened
+    place: str = ""  # in the judge's own file: "my_reward.py, line 12, in reward"
+
+    @property
+    def failed(self) -> bool:
+        """Whether the judge gave no reward of its own."""
+        return bool(self.failure)
+
+    @property
+    def error(self) -> str:
+        """One line: the kind, what happened and where; empty where it was judged."""
+        place = f" ({self.place})" if self.place else ""
+        return f"{self.failure}: {self.detail}{place}" if self.failure else ""
 
 
-def failed_verdict(failure: str, detail: str) -> Verdict:
+def failed_verdict(failure: str, detail: str, place: str = "") -> Verdict:
     """No reward, and why."""
-    return Verdict(reward=0.0, failed=True, failure=failure, error=f"{failure}: {detail[:MAX_DETAIL_CHARS]}")
+    return Verdict(reward=None, failure=failure, detail=detail[:MAX_DETAIL_CHARS], place=place)
 
 
 def ask(judge: Judge, response: str, prompt: Prompt) -> Verdict:
     """Ask a judge here and now; whatever it raises becomes a failed verdict."""
     try:
         reward = judge(response, prompt)
-        # NumPy's and torch's scalars are welcome; text that looks like a number is a mistake.
-        if not isinstance(reward, SupportsFloat) or not math.isfinite(float(reward)):
-            return failed_verdict("bad reward", f"a judge must return a finite number, got {reward!r}")
-        return Verdict(reward=float(reward))
     except (Exception, SystemExit) as error:  # a judge may be anyone's code: one bad answer must not end the run
-        return failed_verdict(type(error).__name__, str(error))
+        return failed_verdict(type(error).__name__, words_of(error), place_raised(error))
+    if reward is None:
+        return failed_verdict("None", "the judge could not say", place_of(judge))
+    number = _as_finite(reward)
+    if number is None:
+        return failed_verdict("bad reward", f"a judge must return a finite number, got {reward!r}", place_of(judge))
+    return Verdict(reward=number)
+
+
+def _as_finite(reward: object) -> float | None:
+    """NumPy's and torch's scalars are welcome; text that looks like a number is a mistake."""
+    try:
+        number = float(reward) if isinstance(reward, SupportsFloat) else math.nan
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # an array of several, an integer beyond all floats
+        return None
+    return number if math.isfinite(number) else None
 
 
 class JudgePool(ABC):
     """Judges answers, possibly many at once, and counts what failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, failed_reward: float | None = None, speaks: bool = True) -> None:
+        """
+        Args:
+            failed_reward: of an answer whose judge failed; None leaves it without a reward.
+            speaks: log the first failure of each kind.
+        """
+        self.failed_reward = failed_reward
+        self.speaks = speaks
         self.num_judged = 0
         self.failures: Counter[str] = Counter()  # by kind
         self._lock = threading.Lock()
@@ -68,30 +103,35 @@ class JudgePool(ABC):
 
     @property
     def num_failed(self) -> int:
-        """Answers whose judge raised, ran out of time or died."""
+        """Answers whose judge raised, ran out of time, died or gave no reward."""
         return self.failures.total()
 
-    def _count(self, verdict: Verdict) -> None:
+    def _settle(self, verdict: Verdict) -> Verdict:
+        """Count a verdict, speak of the first failure of a kind, and give it the reward of a failed judge."""
         with self._lock:
             self.num_judged += 1
-            if verdict.failed:
-                self.failures[verdict.failure] += 1
-        if verdict.failed and self.failures[verdict.failure] == 1:
-            logger.warning("the judge failed, reward 0 (said once a kind, then only counted): %s", verdict.error)
+            if not verdict.failed:
+                return verdict
+            self.failures[verdict.failure] += 1
+            is_new = self.failures[verdict.failure] == 1
+        if is_new and self.speaks:
+            so = "is left out" if self.failed_reward is None else f"gets reward {self.failed_reward:g}"
+            logger.warning(
+                "the judge failed, the answer %s (said once a kind, then only counted): %s", so, verdict.error
+            )
+        return dataclasses.replace(verdict, reward=self.failed_reward)
 
 
 class InlineJudge(JudgePool):
     """A judge that always ends soon, asked in the caller's thread."""
 
-    def __init__(self, judge: Judge) -> None:
-        super().__init__()
+    def __init__(self, judge: Judge, *, failed_reward: float | None = None) -> None:
+        super().__init__(failed_reward=failed_reward)
         self.judge = judge
 
     def submit(self, response: str, prompt: Prompt) -> Future[Verdict]:
-        verdict = ask(self.judge, response, prompt)
-        self._count(verdict)
         future: Future[Verdict] = Future()
-        future.set_result(verdict)
+        future.set_result(self._settle(ask(self.judge, response, prompt)))
         return future
 
     def close(self) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 from xrl.config import SettingsError
-from xrl.rewards.judge import Judge
+from xrl.rewards.blame import place_raised, words_of
+from xrl.rewards.judge import Judge, TruthCheck
 
 
 def load_judge(reference: str) -> Judge:
@@ -22,22 +23,41 @@ def load_judge(reference: str) -> Judge:
     Raises:
         SettingsError: the module or file is missing or cannot be imported, or has no such function.
     """
+    return _load(reference)[1]
+
+
+def load_truth_check(reference: str) -> TruthCheck | None:
+    """Import a judge's check of ground truths: `check_truth` of the judge itself, or of its module; None without one.
+
+    Raises:
+        SettingsError: as `load_judge` does.
+    """
+    module, judge = _load(reference)
+    check = getattr(judge, "check_truth", None) or getattr(module, "check_truth", None)
+    return check if callable(check) else None
+
+
+def _load(reference: str) -> tuple[ModuleType, Judge]:
     source, _, name = reference.rpartition(":")
     if not source or not name:
         raise SettingsError(f"--judge {reference} must be package.module:function or path/file.py:function")
-    # Running user code: any exception at import is the user's to mend, and only its message is worth showing.
+    # Running user code: whatever is raised at import is the user's to mend, and only what and where is worth showing.
     try:
         module = _import_file(Path(source).expanduser()) if source.endswith(".py") else _import_module(source)
     except SettingsError:
         raise
-    except Exception as error:
-        raise SettingsError(f"--judge {reference}: cannot import {source}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        place = place_raised(error)
+        raise SettingsError(
+            f"--judge {reference}: cannot import {source}: {type(error).__name__}: {words_of(error)}"
+            f"{f' ({place})' if place else ''}"
+        ) from error
     if not hasattr(module, name):
         raise SettingsError(f"--judge {reference}: {source} has no function {name!r}")
     judge: Judge = getattr(module, name)
     if not callable(judge):
         raise SettingsError(f"--judge {reference}: {name} in {source} is a {type(judge).__name__}, not a function")
-    return judge
+    return module, judge
 
 
 def _import_module(name: str) -> ModuleType:

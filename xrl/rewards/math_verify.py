@@ -7,16 +7,12 @@ of a process: they are off, and the pool bounds this judge from outside.
 from __future__ import annotations
 
 import logging
-import re
-from fractions import Fraction
 
 from math_verify import parse, verify
 
-from xrl.rewards.answer import final_answer, parse_number
+from xrl.rewards.answer import final_answer, without_thinking
+from xrl.rewards.number import parse_number, read_number
 from xrl.types import Prompt
-
-# Digits and what is written around them; with anything else, math-verify decides.
-PLAIN_NUMBER = re.compile(r"[-+$%*`\d.,/ ]+(?:[eE][+-]?\d+)?[*`$%. ]*")
 
 # It warns of the time-outs that are off at each call.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -31,20 +27,37 @@ def judge(response: str, prompt: Prompt) -> float:
     Raises:
         ValueError: the ground truth cannot be read.
     """
-    answer = final_answer(response)
-    expected, said = _plain_number(prompt.ground_truth), _plain_number(answer or "")
-    # It reads 1e3 as 3 times Euler's number: plain numbers are compared here.
-    if expected is not None and said is not None:
-        return float(said == expected)
-    gold = parse(_as_maths(prompt.ground_truth), parsing_timeout=None, raise_on_error=True)
-    if not gold:
-        raise ValueError(f"math-verify cannot read the ground truth {prompt.ground_truth!r}")
-    found = parse(response if answer is None else _as_maths(answer), parsing_timeout=None)
-    return float(verify(gold, found, timeout_seconds=None, raise_on_error=True))
+    said = without_thinking(response, prompt)
+    if said is None:
+        return 0.0
+    answer = final_answer(response, prompt)
+    # It reads 1e3 as 3 times Euler's number: where both are one number as a whole, they are compared here.
+    expected, found = read_number(prompt.ground_truth), None if answer is None else parse_number(answer)
+    if answer is not None and expected is not None and found is not None:
+        if found == expected:
+            return 1.0
+        if "%" not in answer + prompt.ground_truth:  # 50% may be 50 and may be 0.5
+            return 0.0
+    gold = _parse_truth(prompt.ground_truth)
+    answers = parse(said if answer is None else _as_maths(answer), parsing_timeout=None)
+    return float(verify(gold, answers, timeout_seconds=None, raise_on_error=True))
 
 
-def _plain_number(text: str) -> Fraction | None:
-    return parse_number(text) if PLAIN_NUMBER.fullmatch(text) else None
+def check_truth(prompt: Prompt) -> None:
+    """Refuse a ground truth with which no answer could be compared.
+
+    Raises:
+        ValueError: neither is it a number nor can math-verify read it.
+    """
+    if read_number(prompt.ground_truth) is None:
+        _parse_truth(prompt.ground_truth)
+
+
+def _parse_truth(text: str) -> list[object]:
+    found: list[object] = parse(_as_maths(text), parsing_timeout=None, raise_on_error=True)
+    if not found:
+        raise ValueError(f"math-verify cannot read the ground truth {text!r}")
+    return found
 
 
 def _as_maths(text: str) -> str:

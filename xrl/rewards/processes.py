@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from multiprocessing import Pipe
 
 from xrl.launch.children import child_environment
-from xrl.rewards.judge import JudgePool, Verdict, failed_verdict
+from xrl.rewards.judge import ANSWERS, JudgePool, Verdict, failed_verdict
 from xrl.types import Prompt
 
 # For importing the judge, once a process; not part of the time an answer may take.
@@ -46,15 +46,26 @@ class _Task:
 class ProcessJudges(JudgePool):
     """A judge in `num_workers` processes, started at the first answer."""
 
-    def __init__(self, reference: str, *, timeout_s: float, num_workers: int) -> None:
+    def __init__(
+        self,
+        reference: str,
+        *,
+        timeout_s: float,
+        num_workers: int,
+        failed_reward: float | None = None,
+        asked_about: str = ANSWERS,
+        speaks: bool = True,
+    ) -> None:
         """
         Args:
             reference: as `load_judge` takes it; each process imports it for itself.
             timeout_s: an answer judged longer than this costs the process its life and has failed.
+            failed_reward, speaks: as the pool's.
+            asked_about: ANSWERS, or TRUTHS to have the judge's `check_truth` asked; the response is then not looked at.
         """
-        super().__init__()
+        super().__init__(failed_reward=failed_reward, speaks=speaks)
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._workers = [_Worker(reference, timeout_s) for _ in range(num_workers)]
+        self._workers = [_Worker(reference, timeout_s, asked_about) for _ in range(num_workers)]
         self._threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in self._workers]
         self._start_lock = threading.Lock()
         self._started = False
@@ -92,9 +103,8 @@ class ProcessJudges(JudgePool):
             elif task.future.set_running_or_notify_cancel():
                 try:
                     verdict = worker.judge(task.response, task.prompt)
-                    if not self._closed:  # by closing we killed it ourselves
-                        self._count(verdict)
-                    task.future.set_result(verdict)
+                    # By closing we killed it ourselves.
+                    task.future.set_result(verdict if self._closed else self._settle(verdict))
                 except Exception as error:  # a future left open would make its owner wait forever
                     task.future.set_exception(error)
 
@@ -102,8 +112,9 @@ class ProcessJudges(JudgePool):
 class _Worker:
     """Asks one child process at a time, and starts another where the last one is gone."""
 
-    def __init__(self, reference: str, timeout_s: float) -> None:
+    def __init__(self, reference: str, timeout_s: float, asked_about: str) -> None:
         self.reference = reference
+        self.asked_about = asked_about
         self.timeout_s = timeout_s
         self.child: _Child | None = None
         self.num_failed_starts = 0
@@ -129,7 +140,7 @@ class _Worker:
         verdict = child.ask(response, prompt, self.timeout_s)
         if verdict is None:
             self._drop()
-            return failed_verdict("process died", f"the judge's process {child.how_it_ended()}")
+            return failed_verdict("process died", f"the process of {self.reference} {child.how_it_ended()}")
         if verdict.failure == "time-out":
             self._drop()
         return verdict
@@ -144,7 +155,7 @@ class _Worker:
     def _running_child(self) -> _Child | None:
         with self.lock:
             if self.child is None and not self.closed:
-                self.child = _Child(self.reference)
+                self.child = _Child(self.reference, self.asked_about)
             return None if self.closed else self.child
 
     def _drop(self) -> None:
@@ -158,11 +169,12 @@ class _Worker:
 class _Child:
     """One judge process and our end of its pipe."""
 
-    def __init__(self, reference: str) -> None:
+    def __init__(self, reference: str, asked_about: str) -> None:
+        self.reference = reference
         self.connection, theirs = Pipe()
         self.ready = False
         with theirs:
-            arguments = [json.dumps(sys.path), reference, str(theirs.fileno()), str(os.getpid())]
+            arguments = [json.dumps(sys.path), reference, str(theirs.fileno()), str(os.getpid()), asked_about]
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", CHILD, *arguments],
                 stdin=subprocess.DEVNULL,
@@ -188,7 +200,7 @@ class _Child:
         try:
             self.connection.send((response, prompt))
             if not self.connection.poll(timeout_s):
-                return failed_verdict("time-out", f"no reward within {timeout_s:g} s")
+                return failed_verdict("time-out", f"no reward within {timeout_s:g} s from {self.reference}")
             verdict: Verdict = self.connection.recv()
             return verdict
         except (EOFError, OSError):

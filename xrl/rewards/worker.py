@@ -13,22 +13,26 @@ from multiprocessing.connection import Connection
 
 from xrl.config import SettingsError
 from xrl.launch.streams import prepare_streams
-from xrl.rewards.judge import ask
-from xrl.rewards.load import load_judge
+from xrl.rewards.judge import ANSWERS, Judge, ask
+from xrl.rewards.load import load_judge, load_truth_check
+from xrl.types import Prompt
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
-    """Serve one judge until the pipe closes. Arguments: sys.path (not ours), judge, pipe, the parent's process id."""
-    reference, pipe, parent_pid = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    """Serve one judge until the pipe closes.
+
+    Arguments: sys.path (not ours), judge, pipe, the parent's process id, what it is asked about.
+    """
+    reference, pipe, parent_pid, asked_about = sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     end_with_parent(parent_pid)
     prepare_streams()  # a judge that prints must not fail because nobody reads
     # What the judge itself starts must not keep the pipe open.
     os.set_inheritable(pipe, False)
     with Connection(pipe) as connection:
         try:
-            judge = load_judge(reference)
+            judge = load_judge(reference) if asked_about == ANSWERS else _judge_of_truths(reference)
         except SettingsError as error:
             connection.send(str(error))
             return
@@ -39,6 +43,18 @@ def main() -> None:
                 connection.send(ask(judge, response, prompt))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return  # the pool is gone
+
+
+def _judge_of_truths(reference: str) -> Judge:
+    """The judge's check of ground truths, in the form of a judge: reward 1 where it has nothing against one."""
+    check = load_truth_check(reference)
+
+    def judge(_: str, prompt: Prompt) -> float:
+        if check is not None:
+            check(prompt)
+        return 1.0
+
+    return judge
 
 
 def end_with_parent(parent_pid: int) -> None:

@@ -155,7 +155,7 @@ def _rollout(prompt: Prompt, completion: Completion, response: str, verdict: Fut
         completion=completion,
         response=response,
         reward=result.reward,
-        judge_failed=result.failed,
+        judge_error=result.error,
     )
 
 

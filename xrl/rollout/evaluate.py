@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from xrl.config import EvaluationConfig
 from xrl.metrics.pass_rate import pass_rates
 from xrl.rollout.collect import Collector
 from xrl.types import Group, Prompt, SamplingParams
+
+logger = logging.getLogger("xrl")
 
 
 class Evaluator:
@@ -30,24 +33,49 @@ class Evaluator:
     def evaluate(self) -> dict[str, float]:
         """`eval/greedy`, `eval/pass@1` and `eval/pass@k`: shares of prompts answered right, in [0, 1].
 
-        A prompt that no worker could answer counts as wrong.
+        A prompt that no worker could answer, and an answer that nobody could judge, are not wrong: they are left out.
+        `eval/prompts` counts all prompts, `eval/greedy/prompts` and so on those that the rate is of.
         """
         greedy = self._rewards(self.greedy, 1, "greedy evaluation")
         sampled = self._rewards(self.sampled, self.num_samples, "sampled evaluation")
-        rates = {f"eval/{name}": value for name, value in pass_rates(sampled).items()}
-        return {"eval/greedy": pass_rates(greedy)["pass@1"], **rates}
+        rates = {"eval/greedy": pass_rates(greedy, [1])["pass@1"]}
+        counts = {"eval/greedy/prompts": _num_with(greedy, 1)}
+        ks = sorted({1, self.num_samples})
+        for k, (name, rate) in zip(ks, pass_rates(sampled, ks).items(), strict=True):
+            rates[f"eval/{name}"] = rate
+            counts[f"eval/{name}/prompts"] = _num_with(sampled, k)
+        return {**rates, "eval/prompts": float(len(self.prompts)), **counts}
 
     def _rewards(self, sampling: SamplingParams, num_samples: int, description: str) -> list[list[float]]:
+        """[prompts][samples] of what was answered and judged."""
         collected = self.collector.collect(
             self.prompts, sampling=sampling, num_samples=num_samples, description=description
         )
-        answered = {group.rollouts[0].prompt.id: _rewards_of(group, num_samples) for group in collected.groups}
-        return [answered.get(prompt.id, [0.0] * num_samples) for prompt in self.prompts]
+        rows = [_rewards_of(group) for group in collected.groups]
+        num_unjudged = sum(len(group.rollouts) for group in collected.groups) - sum(map(len, rows))
+        if num_unjudged or len(rows) < len(self.prompts):
+            logger.warning(
+                "%s: %d of %d prompts failed, and %d answers were cut off or nobody could judge them; "
+                "the rates leave them out",
+                description,
+                len(self.prompts) - len(rows),
+                len(self.prompts),
+                num_unjudged,
+            )
+        return rows
 
 
-def _rewards_of(group: Group, num_samples: int) -> list[float]:
-    rewards = [rollout.reward for rollout in group.rollouts]
-    return rewards + [0.0] * (num_samples - len(rewards))
+def _rewards_of(group: Group) -> list[float]:
+    return [
+        rollout.reward
+        for rollout in group.rollouts
+        if rollout.reward is not None and rollout.completion.finish_reason in ("stop", "length")
+    ]
+
+
+def _num_with(rewards: Sequence[Sequence[float]], num_samples: int) -> float:
+    """Prompts with so many judged answers at least."""
+    return float(sum(len(row) >= num_samples for row in rewards))
 
 
 def _with_temperature(sampling: SamplingParams, temperature: float) -> SamplingParams:
