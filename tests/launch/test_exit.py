@@ -47,7 +47,10 @@ def test_message_of_sys_exit_is_shown(tmp_path: Path) -> None:
 
 
 def test_run_that_ends_itself_says_why_in_one_sentence(tmp_path: Path) -> None:
-    assert run(tmp_path, "end itself", "with words") == (1, "xrl: error: nothing more to do\n")
+    assert run(tmp_path, "end itself", "with words") == (
+        1,
+        "xrl: error: nothing more to do\nxrl: ended after rollout 3 of 9; run folder here\n",
+    )
     assert (tmp_path / "cleaned-0").exists()
 
 

@@ -69,7 +69,11 @@ def test_a_run_without_a_folder_has_nothing_to_say() -> None:
 def test_sentences_that_say_it_all_get_nothing_beside_them(tmp_path: Path) -> None:
     ending = Ending()
     ending.begin(RunFolder(tmp_path))
-    assert ending.words_about(SettingsError("--lr")) == ending.words_about(RunEnded("nothing learned")) == ""
+    assert (
+        ending.words_about(SettingsError("--lr"))
+        == ending.words_about(RunEnded("nothing learned", says_where=True))
+        == ""
+    )
     assert str(tmp_path) in ending.words_about(RuntimeError())
 
 
@@ -83,7 +87,7 @@ def test_a_rank_leaves_the_word_to_the_command_above_it(tmp_path: Path, rank_bel
     write_rows(RunFolder(tmp_path), (3, "updates"))
     assert ending.words_about(RuntimeError()) == ""
     assert words_of_ranks(rank_below_the_agent).startswith(f"after rollout 3 of 7; run folder {tmp_path}; ")
-    ending.words_about(RunEnded("nothing learned"))
+    ending.words_about(RunEnded("nothing learned", says_where=True))
     assert words_of_ranks(rank_below_the_agent) == ""
 
 

@@ -19,13 +19,6 @@ def test_environment_file_names_versions_machine_and_command(tmp_path):
     assert {"python", "host", "command_line", "variables", "git"} <= environment.keys()
 
 
-def test_command_line_with_a_name_that_is_not_utf_8_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["xrl", "train", "--data", "d\udce9mo/p.jsonl"])
-    write_environment(tmp_path / "environment.json")
-    environment = json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))
-    assert environment["command_line"][-1] == "d\udce9mo/p.jsonl"
-
-
 def test_versions_name_only_what_is_installed():
     assert "torch" in package_versions()
     assert all(package_versions().values())
