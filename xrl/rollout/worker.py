@@ -16,16 +16,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from aiohttp import web
 
 from xrl.config import SettingsError
+from xrl.launch.exit import EXIT_BAD_SETTINGS
 from xrl.rollout import create_engine, protocol
 from xrl.rollout.engine import Engine, EngineError, EngineNotReady, HasRoom
+from xrl.rollout.worker_flags import parse_worker_flags
 from xrl.types import Completion, WeightBucket
 from xrl.weights.checksum import take_layer
 from xrl.weights.transport import Manifest, Receiver, TransportError, create_receiver
@@ -177,8 +178,16 @@ async def _errors_as_json(http: web.Request, handler: Handler) -> web.StreamResp
         return web.json_response({"error": str(error), "type": type(error).__name__}, status=status)
 
 
-async def serve(engine: Engine, *, host: str, port: int, device: torch.device, announce: Callable[[int], None]) -> None:
-    """Answer until told to stop, by `/xrl/v1/shutdown` or SIGTERM.
+async def serve(
+    engine: Engine,
+    *,
+    host: str,
+    port: int,
+    device: torch.device,
+    announce: Callable[[int], None],
+    stop_signals: Sequence[signal.Signals] = (signal.SIGTERM,),
+) -> None:
+    """Answer until told to stop, by `/xrl/v1/shutdown` or a signal.
 
     Args:
         announce: called with the port once requests are taken.
@@ -188,7 +197,8 @@ async def serve(engine: Engine, *, host: str, port: int, device: torch.device, a
     await runner.setup()
     site = web.TCPSite(runner, host, port, shutdown_timeout=1.0)
     await site.start()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stopping.set)
+    for number in stop_signals:
+        asyncio.get_running_loop().add_signal_handler(number, worker.stopping.set)
     announce(runner.addresses[0][1])
     await worker.stopping.wait()
     engine.abort()
@@ -207,6 +217,21 @@ def _take_stdout() -> Callable[[int], None]:
     return announce
 
 
+def _and_in_words(announce: Callable[[int], None], flags: argparse.Namespace) -> Callable[[int], None]:
+    """`announce`, and a sentence on stderr for whoever started the worker by hand."""
+
+    def announce_twice(port: int) -> None:
+        announce(port)
+        print(
+            f"xrl worker: {flags.engine} engine on {flags.device} listens on {flags.host}:{port}; train with "
+            f"--rollout-worker-urls {flags.host}:{port}, end it with Ctrl-C or `kill {os.getpid()}`",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return announce_twice
+
+
 def _end_with_parent(parent_pid: int) -> None:
     """However the parent ended, SIGKILL too: an orphan would hold memory and cores for ever."""
     while os.getppid() == parent_pid:
@@ -215,23 +240,20 @@ def _end_with_parent(parent_pid: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="xrl worker", description="Host one rollout engine behind HTTP.")
-    parser.add_argument("--engine", default="embedded", help="row of the table in xrl/rollout")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder; weights come from the trainer")
-    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
-    parser.add_argument("--device", default="cpu", help="torch device, cpu or cuda:0 say")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one")
-    parser.add_argument("--max-batch-size", type=int, default=1024, help="sequences decoded at once")
-    parser.add_argument("--max-model-len", type=int, required=True, help="longest prompt + response in tokens")
-    parser.add_argument("--num-threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--parent-pid", type=int, help="end when this process does")
-    arguments = parser.parse_args()
-
+    try:
+        arguments = parse_worker_flags()
+    except SettingsError as error:
+        _refuse(error)
     announce = _take_stdout()
-    # Ctrl-C reaches the whole process group: the trainer decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if arguments.parent_pid is not None:
+    stop_signals = [signal.SIGTERM]
+    if arguments.parent_pid is None:
+        # Started by hand, so Ctrl-C ends it; behind a shell's & too, where it starts with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        stop_signals.append(signal.SIGINT)
+        announce = _and_in_words(announce, arguments)
+    else:
+        # Ctrl-C reaches the whole process group: the trainer decides when its workers end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
     torch.set_num_threads(arguments.num_threads)
     try:
@@ -245,13 +267,28 @@ def main() -> None:
             max_model_len=arguments.max_model_len,
         )
     except SettingsError as error:
-        print(f"xrl: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error)
     device = torch.device(arguments.device)
     try:
-        asyncio.run(serve(engine, host=arguments.host, port=arguments.port, device=device, announce=announce))
+        asyncio.run(
+            serve(
+                engine,
+                host=arguments.host,
+                port=arguments.port,
+                device=device,
+                announce=announce,
+                stop_signals=stop_signals,
+            )
+        )
+    except OSError as error:
+        _refuse(SettingsError(f"cannot listen on {arguments.host}:{arguments.port}: {error.strerror or error}"))
     finally:
         engine.close()
+
+
+def _refuse(error: SettingsError) -> NoReturn:
+    print(f"xrl: error: {error}", file=sys.stderr)
+    sys.exit(EXIT_BAD_SETTINGS)
 
 
 if __name__ == "__main__":
