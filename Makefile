@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
-# A further index to take torch from: https://download.pytorch.org/whl/cpu has the CPU build, where pip would choose a CUDA
-# build of several gigabytes.
+# A further index to take torch from. https://download.pytorch.org/whl/cpu has the CPU build, where pip would choose a
+# CUDA build of several gigabytes.
 TORCH_INDEX ?=
 LAYOUT ?= single
 SEED ?= 0
