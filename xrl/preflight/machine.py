@@ -35,8 +35,8 @@ def check_machine(settings: Settings) -> None:
         )
     if settings.rollout.engine == "turbomind" and not settings.rollout.worker_addresses and not _has_cuda_driver():
         raise SettingsError(
-            "--engine turbomind needs a CUDA device for each worker, and this machine has no CUDA driver: use embedded, "
-            "or name workers on other hosts with --rollout-worker-urls"
+            "--engine turbomind needs a CUDA device for each worker, and this machine has no CUDA driver: use "
+            "--engine embedded, or workers on other hosts with --rollout-worker-urls"
         )
     if settings.rollout.weight_transport == "cuda_ipc" and not _has_cuda_driver():
         raise SettingsError(
