@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xrl.config import SettingsError
-from xrl.config.names import NAMES
+from xrl.config.names import NAMES, known_name
 from xrl.config.sentence_parser import SentenceParser
-from xrl.rollout import check_engine
+from xrl.rollout import ENGINES, check_engine
 
 
 def parse_worker_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,7 +51,8 @@ def parse_worker_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)  # of the trainer that it ends with
     flags = parser.parse_args(argv)
     check_engine(flags.engine)
-    if not (flags.model / "config.json").is_file():
+    # An engine of the user's own may read something else.
+    if known_name("engine", flags.engine) in ENGINES and not (flags.model / "config.json").is_file():
         raise SettingsError(f"--model {flags.model} has no config.json: give a Hugging Face folder")
     for name in ("max_batch_size", "max_model_len", "num_threads"):
         if getattr(flags, name) < 1:
