@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The CPU build where the package index offers one; on a CUDA node install the torch of your choice first.
 TORCH ?= torch==2.13.0
+# A further index to take torch from. https://download.pytorch.org/whl/cpu has the CPU build, where pip would choose a
+# CUDA build of several gigabytes.
+TORCH_INDEX ?=
 LAYOUT ?= single
 SEED ?= 0
 
@@ -16,14 +18,15 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(wildcard csr
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## a virtual environment in .venv with xrl in it
+setup: $(STAMP) ## a virtual environment in .venv with xrl in it (TORCH_INDEX=URL: where torch is)
 
 $(STAMP): $(BUILD_FILES)
 	$(PYTHON) -m venv $(VENV)
-	# torch first: asked for by another package, pip may take a CUDA build of several gigabytes.
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	# torch first, so that what asks for it later finds it there and takes no other build.
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
+	@echo "Ready. To use xrl in this shell: source $(VENV)/bin/activate"
 
 demo: setup ## train a tiny model with GRPO and show what it learned (LAYOUT=single|tp2pp2|tp2pp2dp2, SEED=0)
 	$(BIN)/python examples/demo.py --layout $(LAYOUT) --seed $(SEED)

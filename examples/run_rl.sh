@@ -5,7 +5,8 @@
 #     bash examples/run_rl.sh configs/demo_single.yaml embedded examples/student examples/data/train.jsonl
 #
 # NPROC is the number of ranks: by default one for each GPU, or 1 where there is none. What the arguments name wins over
-# what the config says; flags after -- win over both. PYTHON is the interpreter.
+# what the config says; flags after -- win over both. PYTHON is the interpreter: by default that of the active
+# environment, else the .venv that `make setup` made, else python or python3.
 set -euo pipefail
 
 readonly USAGE="usage: bash examples/run_rl.sh CONFIG ENGINE MODEL DATA [EVAL_DATA] [-- FLAGS]"
@@ -26,6 +27,18 @@ count_gpus() {
     fi
 }
 
+find_python() {
+    local clone_python
+    clone_python="$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/python"
+    if [[ -n "${PYTHON:-}" ]]; then
+        echo "$PYTHON"
+    elif [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "$clone_python" ]]; then
+        echo "$clone_python"
+    else
+        command -v python || command -v python3 || true
+    fi
+}
+
 arguments=()
 while (($#)) && [[ "$1" != "--" ]]; do
     arguments+=("$1")
@@ -35,6 +48,7 @@ done
 
 if [[ "${arguments[0]:-}" == "-h" || "${arguments[0]:-}" == "--help" ]]; then
     echo "$USAGE"
+    echo "  ENGINE: embedded, turbomind (lmdeploy), or package.module:factory of your own"
     exit
 fi
 ((${#arguments[@]} == 4 || ${#arguments[@]} == 5)) || fail "needs 4 or 5 arguments, found ${#arguments[@]}; $USAGE"
@@ -50,5 +64,8 @@ num_gpus=$(count_gpus)
 num_ranks=${NPROC:-$((num_gpus > 0 ? num_gpus : 1))}
 [[ "$num_ranks" =~ ^[1-9][0-9]*$ ]] || fail "NPROC must be a whole number >= 1, found '$num_ranks'"
 
-exec "${PYTHON:-python}" -m xrl.cli train --nproc-per-node "$num_ranks" --config "$config" \
+python=$(find_python)
+[[ -n "$python" ]] || fail "there is no python: run make setup, or name an interpreter that has xrl in PYTHON"
+
+exec "$python" -m xrl.cli train --nproc-per-node "$num_ranks" --config "$config" \
     --engine "$engine" --model "$model" --data "$data" ${eval_data:+--eval-data "$eval_data"} "$@"

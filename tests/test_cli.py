@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -26,22 +27,36 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     main(arguments)
     listed = capsys.readouterr().out
     assert all(f"\n  {command} " in listed for command in COMMANDS)
 
 
-def test_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert refusal(capsys, "trian").endswith(
-        "unknown command 'trian', known are: train, gsm8k, convert, worker, version"
-    )
+def test_unknown_command_gets_the_nearest_and_all(capsys: pytest.CaptureFixture[str]) -> None:
+    known = "known are: train, gsm8k, convert, worker, version, help"
+    assert refusal(capsys, "trian").endswith(f"unknown command 'trian'; the nearest is train, {known}")
+    assert refusal(capsys, "help", "convrt").endswith(f"unknown command 'convrt'; the nearest is convert, {known}")
+    assert refusal(capsys, "zzzz").endswith(f"unknown command 'zzzz', {known}")
 
 
-def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["version"])
+@pytest.mark.parametrize("word", ["configs/demo_single.yaml", "--config", "--nproc-per-node"])
+def test_flags_and_files_before_a_command_are_told_where_they_go(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    assert f"{word} is no command" in refusal(capsys, word, "4")
+
+
+@pytest.mark.parametrize("word", ["version", "--version", "-V"])
+def test_version_is_printed(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    main([word])
     assert capsys.readouterr().out == f"{xrl.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_each_command(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with contextlib.suppress(SystemExit):
+        main(["help", command])
+    assert capsys.readouterr().out.startswith(f"usage: xrl {'COMMAND' if command in ('version', 'help') else command}")
 
 
 def test_help_of_train_tells_how_many_ranks_start(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +90,22 @@ def test_bad_arguments_of_gsm8k_are_one_sentence(capsys: pytest.CaptureFixture[s
     assert f"--input-dir {tmp_path} holds no GSM8K" in refusal(capsys, "gsm8k", "--input-dir", str(tmp_path))
 
 
-@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["gsm8k", "--help"]])
+def test_bad_arguments_of_worker_are_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "required: --model, --max-model-len" in refusal(capsys, "worker")
+    needed = ["worker", "--max-model-len", "8", "--model"]
+    assert f"--model {tmp_path} has no config.json" in refusal(capsys, *needed, str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert "--shuffle" in refusal(capsys, *needed, str(tmp_path), "--shuffle")
+    assert "--engine 'vllm' is unknown" in refusal(capsys, *needed, str(tmp_path), "--engine", "vllm")
+    assert "--num-threads must be >= 1, got 0" in refusal(capsys, *needed, str(tmp_path), "--num-threads", "0")
+    assert "--port must be in [0, 65535], got 70000" in refusal(capsys, *needed, str(tmp_path), "--port", "70000")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], ["train", "--help"], ["train", "--help-all"], ["gsm8k", "--help"], ["worker", "--help"]],
+    ids=" ".join,
+)
 def test_help_imports_no_torch(command: list[str]) -> None:
     program = (
         "import atexit, sys; from xrl.cli import main;"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import xrl
 from xrl.config import SettingsError
-from xrl.config.parse import parse_settings
+from xrl.config.names import nearest
+from xrl.config.parse import asks_for_help, parse_settings
+from xrl.config.sentence_parser import SentenceParser
 from xrl.launch.children import module_command
 from xrl.launch.exit import EXIT_BAD_SETTINGS, run_main
 from xrl.launch.memory import restart_with_large_pages
@@ -27,9 +27,12 @@ USAGE = """usage: xrl COMMAND [ARGUMENTS]
   gsm8k    convert GSM8K to training rows     xrl gsm8k --input-dir DIR --out-dir DIR [--overwrite]
   convert  Hugging Face <-> Megatron          xrl convert --from DIR --to DIR [--check] [LAYOUT FLAGS]
   worker   host one rollout engine            xrl worker --model DIR --max-model-len N
-  version  print the version
+  version  print the version                  xrl --version
+  help     explain a command                  xrl help train
 
 `xrl COMMAND --help` tells more."""
+# What people write for a command.
+SPELLINGS = {"-h": "help", "--help": "help", "-V": "version", "--version": "version"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,16 +40,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv is None:
         prepare_process()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments.pop(0) if arguments else "--help"
-    if command in ("-h", "--help"):
-        print(USAGE)
-        return
-    if command not in COMMANDS:
-        say(f"error: unknown command {command!r}, known are: {', '.join(COMMANDS)}")
-        sys.exit(EXIT_BAD_SETTINGS)
-    if command == "train" and argv is None and not {"-h", "--help"} & set(arguments):
+    command = arguments.pop(0) if arguments else "help"
+    command = SPELLINGS.get(command, command)
+    if command == "train" and argv is None and not asks_for_help(arguments):
         restart_with_large_pages()
     try:
+        _check_command(command)
         COMMANDS[command](arguments)
     except SettingsError as error:
         say(f"error: {error}")
@@ -56,20 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
-class _Parser(argparse.ArgumentParser):
-    """One sentence for bad input, like everywhere else."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message} (`{self.prog} --help` tells more)")
-
-
 def train(arguments: list[str]) -> None:
     """Check everything here, once, then start the ranks."""
     from xrl.preflight import preflight
 
     num_ranks, arguments = _take_number(arguments, "--nproc-per-node")
-    if {"-h", "--help"} & set(arguments):
-        print("--nproc-per-node N starts N ranks on this machine; left out: 1.")
     settings = parse_settings(arguments)
     drop_rank_variables(os.environ)  # of a launcher above us: this is a world of its own
     preflight(settings, world_size=num_ranks)
@@ -88,11 +78,19 @@ def gsm8k(arguments: list[str]) -> None:
     """Convert GSM8K."""
     from xrl.data.gsm8k import convert
 
-    parser = _Parser(prog="xrl gsm8k", description="Convert GSM8K to rows that `xrl train` reads.")
+    parser = SentenceParser(prog="xrl gsm8k", description="Convert GSM8K to rows that `xrl train` reads.")
     parser.add_argument(
-        "--input-dir", type=Path, required=True, help="the hub's layout (parquet) or train.jsonl/test.jsonl"
+        "--input-dir",
+        type=Path,
+        required=True,
+        help="folder with the hub's parquet files (main/train-*.parquet), or the original train.jsonl and test.jsonl",
     )
-    parser.add_argument("--out-dir", type=Path, default=Path("gsm8k"), help="where train.jsonl and test.jsonl go")
+    parser.add_argument(
+        "--out-dir",
+        type=Path,
+        default=Path("gsm8k"),
+        help="where the rows go: train.jsonl and test.jsonl (default: gsm8k)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files that hold something else")
     parsed = parser.parse_args(arguments)
     for split, num_rows in convert(parsed.input_dir, parsed.out_dir, overwrite=parsed.overwrite).items():
@@ -103,7 +101,7 @@ def convert(arguments: list[str]) -> None:
     """Convert a checkpoint, or compare two."""
     from xrl.convert import run
 
-    parser = _Parser(
+    parser = SentenceParser(
         prog="xrl convert",
         description="Hugging Face folders to Megatron checkpoints at any layout, and back: the format of --from tells "
         "which, and a Megatron checkpoint with layout flags is laid out anew. --check converts in memory, there and "
@@ -131,6 +129,9 @@ def convert(arguments: list[str]) -> None:
 
 def worker(arguments: list[str]) -> None:
     """Host one rollout engine."""
+    from xrl.rollout.worker_flags import parse_worker_flags
+
+    parse_worker_flags(arguments)  # what is wrong, and --help, is told before torch is imported
     drop_rank_variables(os.environ)
     os.execv(sys.executable, [*module_command("xrl.rollout.worker"), *arguments])
 
@@ -140,13 +141,35 @@ def version(arguments: list[str]) -> None:
     print(xrl.__version__)
 
 
+def help_(arguments: list[str]) -> None:
+    """Explain a command, or list them all."""
+    command = next(iter(arguments), "help")
+    _check_command(command)
+    if command in ("help", "version"):
+        print(USAGE)
+    else:
+        COMMANDS[command](["--help", *arguments[1:]])
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "gsm8k": gsm8k,
     "convert": convert,
     "worker": worker,
     "version": version,
+    "help": help_,
 }
+
+
+def _check_command(command: str) -> None:
+    """Refuse a command that there is none of, with the one that was probably meant."""
+    if command in COMMANDS:
+        return
+    if command.startswith("-") or command.endswith((".yaml", ".yml")):
+        raise SettingsError(f"{command} is no command: flags and files come after one, as in `xrl train --config FILE`")
+    near = nearest(command, COMMANDS)
+    hint = f"; the nearest is {near}" if near else ""
+    raise SettingsError(f"unknown command {command!r}{hint}, known are: {', '.join(COMMANDS)}")
 
 
 def _take_number(arguments: list[str], flag: str) -> tuple[int, list[str]]:

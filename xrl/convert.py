@@ -129,4 +129,5 @@ def _check_target(target: Path, num_bytes: int) -> None:
 
 
 def _bar(title: str, num_bytes: int) -> tqdm[NoReturn]:
-    return tqdm(total=num_bytes, desc=title, unit="B", unit_scale=True)
+    # None: only on a terminal; in a log every step of the bar would be glued to the one before.
+    return tqdm(total=num_bytes, desc=title, unit="B", unit_scale=True, disable=None)

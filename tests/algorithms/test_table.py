@@ -18,7 +18,7 @@ def test_every_row_of_the_table_can_be_built(name):
 
 
 def test_unknown_algorithm_is_refused_with_the_known_ones():
-    with pytest.raises(SettingsError, match="'grop' is unknown, the known ones are: grpo"):
+    with pytest.raises(SettingsError, match=r"'grop' is unknown \(the nearest is grpo\), the known ones are: grpo"):
         create_algorithm(AlgorithmConfig(algorithm="grop"))
     with pytest.raises(SettingsError):
         check_algorithm("")

@@ -79,7 +79,7 @@ def test_the_command_refuses_before_it_starts_ranks(flags: list[str]) -> None:
 
 def test_worker_without_a_model() -> None:
     found = run("-m", "xrl.cli", "worker", "--model", "nowhere", "--max-model-len", "8")
-    assert_refused(found, "nowhere/config.json cannot be read")
+    assert_refused(found, "--model nowhere has no config.json")
 
 
 @pytest.mark.slow

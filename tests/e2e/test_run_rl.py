@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,26 @@ def test_what_the_command_refuses_is_passed_on(words: list[str]) -> None:
     assert refusal(*words) == f"xrl: error: --model {words[2]} has no config.json: give a Hugging Face folder"
     assert "--engine 'vllm' is unknown" in refusal(words[0], "vllm", *words[2:])
     assert "--seed needs a whole number" in refusal(*words, "--", "--seed", "one")
+
+
+def test_nearest_engine_is_named(words: list[str]) -> None:
+    assert "(the nearest is lmdeploy)" in refusal(words[0], "lmdeply", *words[2:])
+
+
+def test_interpreter_of_the_clone_is_found_without_an_active_environment(tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "clone" / "examples").mkdir(parents=True)
+    shutil.copy(ROOT / "examples" / "run_rl.sh", tmp_path / "clone" / "examples")
+    python = tmp_path / "clone" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho the clone ran: $2 $3\n")
+    python.chmod(0o755)
+    found = subprocess.run(
+        ["bash", str(tmp_path / "clone" / "examples" / "run_rl.sh"), *words],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert found.stdout == "the clone ran: xrl.cli train\n", found.stderr
 
 
 @pytest.mark.slow

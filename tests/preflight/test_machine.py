@@ -27,6 +27,14 @@ def test_cuda_ipc_needs_cuda(refusal: Refusal) -> None:
     assert "--weight-transport cuda_ipc needs a CUDA device" in refusal("--weight-transport", "cuda_ipc")
 
 
+@pytest.mark.skipif(has_cuda_driver(), reason="this machine has a CUDA driver")
+@pytest.mark.parametrize("name", ["turbomind", "lmdeploy"])
+def test_turbomind_needs_cuda_where_its_workers_run(refusal: Refusal, name: str) -> None:
+    assert "--engine turbomind needs a CUDA device" in refusal("--engine", name)
+    elsewhere = ["--rollout-worker-urls", "10.0.0.2:7000", "--kernel-backend", "triton"]  # refused for another reason
+    assert "--kernel-backend triton needs" in refusal("--engine", name, *elsewhere)
+
+
 def test_unknown_kernels_are_refused(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XRL_KERNEL_BACKEND", "fast")
     assert "XRL_KERNEL_BACKEND=fast is unknown, known are: auto, reference, native, triton" in refusal()

@@ -32,6 +32,10 @@ def test_what_the_embedded_engine_does_not_run_is_refused(family: str, part: str
 
 def test_missing_model_folder_is_refused(refusal: Refusal) -> None:
     assert "--model nowhere does not exist" in refusal("--model", "nowhere")
+    assert "hf download" not in refusal("--model", "nowhere")
+    assert "hf download" not in refusal("--model", "/nowhere/model")
+    download = "hf download Qwen/Qwen3-8B --local-dir models/Qwen3-8B"
+    assert refusal("--model", "Qwen/Qwen3-8B").endswith(f"or get it from the hub first: {download}")
 
 
 def test_model_that_is_a_file_is_refused(refusal: Refusal, model: Path) -> None:

@@ -44,7 +44,7 @@ def test_module_s_function_is_a_judge(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gsm9k", "gsm9k is unknown: take one of gsm8k, gsm8k-exact, math-verify, or"),
+        ("gsm9k", r"gsm9k is unknown \(the nearest is gsm8k\): take one of gsm8k, gsm8k-exact, math-verify, or"),
         ("no_such_module:judge", "cannot import no_such_module: ModuleNotFoundError"),
         ("no_such_file.py:judge", "no file no_such_file.py"),
         (f"{ODD_JUDGES}:absent", "has no function 'absent'"),

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from xrl.config import AlgorithmConfig, SettingsError
+from xrl.config.names import hint
 from xrl.types import Group, LossInputs, LossOutput
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ def check_algorithm(name: str) -> None:
         SettingsError: naming the known algorithms.
     """
     if name not in ALGORITHMS:
-        raise SettingsError(f"--algorithm {name!r} is unknown, the known ones are: {', '.join(sorted(ALGORITHMS))}")
+        raise SettingsError(
+            f"--algorithm {name!r} is unknown{hint('algorithm', name)}, the known ones are: "
+            f"{', '.join(sorted(ALGORITHMS))}"
+        )
 
 
 def create_algorithm(config: AlgorithmConfig) -> Algorithm:

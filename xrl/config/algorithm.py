@@ -13,7 +13,7 @@ class AlgorithmConfig:
     """What is learned from judged groups."""
 
     algorithm: str = "grpo"
-    """Row of the table in xrl/algorithms."""
+    """What turns judged groups into advantages and a loss."""
 
     normalize_advantages: bool = True
     """Divide group-centred rewards by the group's standard deviation (off: Dr. GRPO's advantages)."""
@@ -28,7 +28,7 @@ class AlgorithmConfig:
     """Ratios above 1 + clip-high are clipped."""
 
     dual_clip: float | None = None
-    """Bound on the ratio where the advantage is negative (> 1); left out: off."""
+    """Bound on the ratio where the advantage is negative (> 1); default: no bound."""
 
     kl_coef: float = 0.0
     """Weight of the KL to the frozen starting model in the loss; 0 holds no reference model."""

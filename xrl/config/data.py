@@ -16,10 +16,10 @@ class DataConfig:
     """JSONL or parquet file of training prompts (made by `xrl gsm8k`, say)."""
 
     num_rollouts: int | None = None
-    """Rollouts to train for; left out: --num-epochs decides."""
+    """Rollouts to train for; default: as many as --num-epochs take."""
 
     num_epochs: int = 1
-    """Passes over the data when --num-rollouts is left out."""
+    """Passes over the data, where --num-rollouts is not given."""
 
     rollout_batch_size: int = 128
     """Prompts in a rollout."""
@@ -31,13 +31,13 @@ class DataConfig:
     """Longest prompt in tokens; longer ones are dropped and counted."""
 
     micro_batch_size: int | None = None
-    """Samples in a padded micro-batch; left out: samples are packed up to --max-tokens-per-microbatch."""
+    """Samples in a padded micro-batch; default: samples are packed up to --max-tokens-per-microbatch."""
 
     max_tokens_per_microbatch: int = 8192
     """Token budget of a packed micro-batch; a single sample may not exceed it."""
 
     share_prompt_prefix: bool | None = None
-    """Compute each prompt once for all its answers; left out: yes with our own layers, no with transformer-engine."""
+    """Compute each prompt once for all its answers; default: yes with our own layers, no with transformer-engine."""
 
     shuffle: bool = True
     """Shuffle the prompts anew each epoch, seeded by --seed."""

@@ -13,9 +13,11 @@ from types import MappingProxyType
 from typing import Any
 
 from xrl.config.errors import SettingsError
+from xrl.config.names import NAMES, known_name
 from xrl.config.settings import Settings
 
 _NEEDED = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
+_METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,12 @@ class Flag:
     choices: tuple[str, ...] = ()  # of a Literal
     is_optional: bool = False  # may be None
     is_required: bool = False
+    default: Any = None
+
+    @property
+    def name(self) -> str:
+        """The field's name: the key in YAML."""
+        return self.option.removeprefix("--").replace("-", "_")
 
     @property
     def is_switch(self) -> bool:
@@ -41,6 +49,13 @@ class Flag:
             needed = f"one of {', '.join(self.choices)}"
         return f"{needed} (or null)" if self.is_optional else needed
 
+    @property
+    def values(self) -> str:
+        """What a value may be, as `--help` shows it."""
+        if self.name in NAMES:
+            return NAMES[self.name].words
+        return f"{{{','.join(self.choices)}}}" if self.choices else _METAVARS[self.type]
+
     def arguments(self, text: str, *, where: str) -> list[str]:
         """The command-line arguments that set this to `text`.
 
@@ -53,7 +68,7 @@ class Flag:
             raise SettingsError(f"{where} needs {self.needed}, found {text!r}")
         if not self.is_switch:
             # One word: tyro would take a value that begins with a dash for the next flag.
-            return [f"{self.option}={text}"]
+            return [f"{self.option}={known_name(self.name, text)}"]
         is_on = text.lower() == "true"
         if self.is_optional:
             return [self.option, str(is_on)]
@@ -84,6 +99,7 @@ def _flag(field: dataclasses.Field[Any], annotation: Any) -> Flag:
         choices=choices,
         is_optional=kind is not annotation,
         is_required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
+        default=None if field.default is dataclasses.MISSING else field.default,
     )
 
 

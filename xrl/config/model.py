@@ -17,7 +17,7 @@ class ModelConfig:
     """Hugging Face folder to start from (config.json, tokenizer, safetensors)."""
 
     bf16: bool | None = None
-    """Train in bf16 with fp32 main weights; left out: yes on CUDA, no (fp32) on CPU."""
+    """Train in bf16 with fp32 main weights; default: yes on CUDA, no (fp32) on CPU."""
 
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers: transformer-engine's, or our own (local); auto takes transformer-engine on CUDA when installed."""
@@ -31,7 +31,8 @@ class ModelConfig:
     whole: less memory where the vocabulary is large."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute activations in the backward pass: whole layers (full) or core attention only (selective)."""
+    """Recompute activations in the backward pass: whole layers (full) or core attention only (selective); default:
+    nothing."""
 
     recompute_num_layers: int = 1
     """With full recompute: layers between two kept activations."""

@@ -25,7 +25,7 @@ class OptimizerConfig:
     """Updates over which the learning rate rises: update i of n has lr * i / n, so that the first one learns too."""
 
     lr_decay_iters: int | None = None
-    """Updates after which --min-lr is reached; left out: the whole run."""
+    """Updates after which --min-lr is reached; default: the whole run."""
 
     weight_decay: float = 0.0
     """Decoupled weight decay."""

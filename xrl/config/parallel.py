@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from xrl.config.errors import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Tensor x pipeline x data parallel layout; the data-parallel size is what the world size leaves."""
+    """Tensor x pipeline x data parallel layout; data parallel = ranks / (tensor x pipeline)."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer's matrices."""
@@ -21,10 +22,10 @@ class ParallelConfig:
     """Data-parallel ranks that each hold a part of the experts (mixture-of-experts models)."""
 
     decoder_first_pipeline_num_layers: int | None = None
-    """Layers of the first pipeline stage; left out: all stages share evenly, as far as the layers allow."""
+    """Layers of the first pipeline stage; default: stages are as even as the layers allow."""
 
     decoder_last_pipeline_num_layers: int | None = None
-    """Layers of the last pipeline stage."""
+    """Layers of the last pipeline stage; default: stages are as even as the layers allow."""
 
     context_parallel_size: int = 1
     """Ranks that share each sequence (only 1 so far)."""
@@ -35,8 +36,8 @@ class ParallelConfig:
     use_distributed_optimizer: bool = False
     """Shard optimizer state over the data-parallel ranks."""
 
-    distributed_backend: str = "auto"
-    """torch.distributed backend: nccl or gloo; auto is nccl on CUDA, gloo on CPU."""
+    distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """torch.distributed backend; auto: nccl on CUDA, gloo on CPU."""
 
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run."""

@@ -7,39 +7,24 @@ them all, the last value wins, and checks run once.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 import tyro
 import yaml
 
+from xrl.config.elsewhere import translation
 from xrl.config.errors import SettingsError
 from xrl.config.flags import FLAGS
+from xrl.config.help import help_text
+from xrl.config.names import nearest
 from xrl.config.settings import Settings
 
-# What users of Megatron, torchrun and TRL would write -> what it is called here.
-ELSEWHERE: Mapping[str, str] = MappingProxyType(
-    {
-        "global_batch_size": "--rollout-batch-size (prompts) times --samples-per-prompt, over --updates-per-rollout",
-        "train_iters": "--num-rollouts, or --num-epochs",
-        "max_steps": "--num-rollouts",
-        "tp": "--tensor-model-parallel-size",
-        "pp": "--pipeline-model-parallel-size",
-        "cp": "--context-parallel-size",
-        "nproc_per_node": "a flag of `xrl train` and of torchrun: it goes before the settings",
-        "num_generations": "--samples-per-prompt",
-        "max_completion_length": "--max-response-length",
-        "learning_rate": "--lr",
-        "beta": "--kl-coef",
-        "load": "--model",
-        "save": "--work-dir",
-        "data_path": "--data",
-    }
-)
+HELP_FLAGS = frozenset({"-h", "--help", "--help-all", "--help_all"})
+# What `xrl train` takes beside settings.
+_OTHER_FLAGS = ("config", "nproc_per_node", "help", "help_all")
 _SECTIONS = {field.name for field in dataclasses.fields(Settings)}
 
 
@@ -47,14 +32,15 @@ def parse_settings(argv: Sequence[str] | None = None, *, prog: str = "xrl train"
     """The settings a command line and its `--config` files describe.
 
     Args:
-        argv: left out: the process's own.
+        argv: default: the process's own.
 
     Raises:
         SettingsError: an unknown flag or key, a value of the wrong type, a missing or inconsistent setting.
     """
     typed = list(sys.argv[1:] if argv is None else argv)
-    if any(argument in ("-h", "--help") for argument in typed):
-        _print_help(prog)
+    if asks_for_help(typed):
+        print(help_text(prog, everything="--help-all" in typed or "--help_all" in typed))
+        raise SystemExit(0)
     typed, files = _take_config_files(typed)
     arguments = [argument for file in files for argument in yaml_to_arguments(file)]
     arguments += _normalize(typed)
@@ -64,6 +50,11 @@ def parse_settings(argv: Sequence[str] | None = None, *, prog: str = "xrl train"
             raise SettingsError(f"{flag.option} is missing: it needs {flag.needed}, as a flag or in a --config file")
     # Everything tyro could complain of was checked above, in sentences of our own.
     return tyro.cli(Settings, prog=prog, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether a command line of `xrl train` wants its flags explained."""
+    return not HELP_FLAGS.isdisjoint(arguments)
 
 
 def yaml_to_arguments(file: Path) -> list[str]:
@@ -85,11 +76,11 @@ def yaml_to_arguments(file: Path) -> list[str]:
         problem = " ".join(str(getattr(error, "problem", error)).split())
         raise SettingsError(f"{file}{where}: not YAML: {problem}") from error
     arguments: list[str] = []
-    for key, value in _leaves(root, file) if root is not None else ():
+    for section, key, value in _leaves(root, file) if root is not None else ():
         line = key.start_mark.line + 1
         flag = FLAGS.get(key.value.replace("-", "_"))
         if flag is None:
-            _refuse_unknown(f"{file}, line {line}: key {key.value!r}", key.value.replace("-", "_"), list(FLAGS))
+            _refuse_key(file, section, key, value)
         if not isinstance(value, yaml.ScalarNode):
             raise SettingsError(f"{file}, line {line}: {key.value} needs {flag.needed}, found a nested value")
         is_null = value.tag == "tag:yaml.org,2002:null"
@@ -109,18 +100,19 @@ def dump_settings(settings: Settings) -> str:
     return yaml.safe_dump(sections, sort_keys=False)
 
 
-def _leaves(root: yaml.Node, file: Path) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+def _leaves(root: yaml.Node, file: Path) -> Iterator[tuple[str, yaml.ScalarNode, yaml.Node]]:
+    """(section or "", key, value) of each setting."""
     if not isinstance(root, yaml.MappingNode):
         raise SettingsError(f"{file}, line 1: needs `key: value` lines, found something else")
     for key, value in _pairs(root, file):
         if isinstance(value, yaml.MappingNode) and key.value in _SECTIONS:
-            yield from _pairs(value, file)
+            yield from ((key.value, *pair) for pair in _pairs(value, file))
         elif key.value in _SECTIONS and key.value not in FLAGS:
             # An empty section: every line of it is a comment.
             if value.tag != "tag:yaml.org,2002:null":
                 raise SettingsError(f"{file}, line {key.start_mark.line + 1}: section {key.value} needs settings in it")
         else:
-            yield key, value
+            yield "", key, value
 
 
 def _pairs(mapping: yaml.MappingNode, file: Path) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
@@ -130,6 +122,24 @@ def _pairs(mapping: yaml.MappingNode, file: Path) -> Iterator[tuple[yaml.ScalarN
                 f"{file}, line {key.start_mark.line + 1}: needs the name of a setting, found a {key.id}"
             )
         yield key, value
+
+
+def _refuse_key(file: Path, section: str, key: yaml.ScalarNode, value: yaml.Node) -> NoReturn:
+    """Refuse an unknown key. Files of other projects nest: the first of their words at or below it is translated."""
+    for name, mark in _names_below(section, key, value):
+        if _translated(name) is not None:
+            _refuse_unknown(f"{file}, line {mark.line + 1}: key {name.removeprefix(f'{section}.')!r}", name)
+    _refuse_unknown(f"{file}, line {key.start_mark.line + 1}: key {key.value!r}", key.value)
+
+
+def _names_below(above: str, key: yaml.ScalarNode, value: yaml.Node) -> Iterator[tuple[str, yaml.Mark]]:
+    """The dotted name of `key` and of each key nested in its value, with where it stands."""
+    name = f"{above}.{key.value}" if above else key.value
+    yield name, key.start_mark
+    if isinstance(value, yaml.MappingNode):
+        for inner_key, inner_value in value.value:
+            if isinstance(inner_key, yaml.ScalarNode):
+                yield from _names_below(name, inner_key, inner_value)
 
 
 def _take_config_files(typed: list[str]) -> tuple[list[str], list[Path]]:
@@ -157,7 +167,7 @@ def _normalize(typed: list[str]) -> list[str]:
         option, equals, value = typed[place].partition("=")
         place += 1
         if not option.startswith("--"):
-            raise SettingsError(f"argument {option!r} is not a flag, and no flag before it takes it as a value")
+            _refuse_word(option)
         name = option.removeprefix("--").replace("-", "_")
         negated = FLAGS.get(name.removeprefix("no_")) if name.startswith("no_") else None
         if negated is not None and negated.is_switch and not equals:
@@ -165,7 +175,7 @@ def _normalize(typed: list[str]) -> list[str]:
             continue
         flag = FLAGS.get(name)
         if flag is None:
-            _refuse_unknown(f"flag {option}", name, list(FLAGS))
+            _refuse_unknown(f"flag {option}", name)
         if not equals:
             has_value = place < len(typed) and not typed[place].startswith("--")
             if flag.is_switch and not (has_value and typed[place].lower() in ("true", "false", "none", "null")):
@@ -179,18 +189,41 @@ def _normalize(typed: list[str]) -> list[str]:
     return arguments
 
 
-def _refuse_unknown(what: str, name: str, known: list[str]) -> NoReturn:
-    if name in ELSEWHERE:
-        raise SettingsError(f"{what} is unknown; here it is {ELSEWHERE[name]}")
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; the nearest is --{near[0].replace('_', '-')}" if near else "; --help lists all"
-    raise SettingsError(f"{what} is unknown{hint}")
+def _refuse_unknown(what: str, name: str) -> NoReturn:
+    """Refuse a name that is no setting, with what was meant where that can be told."""
+    name = name.replace("-", "_")
+    answer = _translated(name)
+    if answer is None:
+        near = nearest(name, [*FLAGS, *_OTHER_FLAGS])
+        answer = f"the nearest is {_as_option(near)}" if near else "--help-all lists all"
+    raise SettingsError(f"{what} is unknown; {answer}")
 
 
-def _print_help(prog: str) -> NoReturn:
-    print(f"Settings may also come from YAML files: {prog} --config FILE [--config FILE ...] [flags]\n")
-    tyro.cli(Settings, prog=prog, args=["--help"], config=(tyro.conf.OmitArgPrefixes,))
-    raise AssertionError("tyro's help exits")
+def _refuse_word(word: str) -> NoReturn:
+    """Refuse an argument without two dashes that no flag takes as its value."""
+    what = f"argument {word!r} is not a flag"
+    if Path(word).suffix.lower() in (".yaml", ".yml", ".json"):
+        raise SettingsError(f"{what}: put --config before it")
+    name = word.lstrip("-+~").replace("-", "_")
+    if name in FLAGS or name in _OTHER_FLAGS:
+        raise SettingsError(f"{what}: the flag is {_as_option(name)}")
+    answer = _translated(name)
+    if answer is not None:
+        raise SettingsError(f"{what}; {answer}")
+    raise SettingsError(f"{what}, and no flag before it takes it as a value")
+
+
+def _translated(name: str) -> str | None:
+    """What another project's word is here: from the table, or a setting of ours below names that we do not nest."""
+    answer = translation(name)
+    last = name.rpartition(".")[2].replace("-", "_")
+    if answer is None and "." in name and last in FLAGS:
+        return f"here it is {_as_option(last)}"
+    return answer
+
+
+def _as_option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _plain(value: Any) -> Any:

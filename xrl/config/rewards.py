@@ -13,7 +13,7 @@ class RewardConfig:
     """The judge and its bounds."""
 
     judge: str = "gsm8k"
-    """Row of the table in xrl/rewards, or a function of your own: package.module:function or path/file.py:function."""
+    """Who gives an answer its reward; a function of your own may also be package.module:function."""
 
     judge_timeout_s: float = 10.0
     """The judge has failed on an answer that it judges longer than this."""

@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from xrl.config.errors import SettingsError
 
@@ -19,26 +20,26 @@ class RolloutConfig:
     """Rollout engines and sampling."""
 
     engine: str = "embedded"
-    """Row of the table in xrl/rollout."""
+    """What samples the answers: one of ours (lmdeploy is another name for turbomind), or your own."""
 
     rollout_python: Path | None = None
-    """Interpreter that runs the workers, where the engine wants an environment of its own; left out: this one."""
+    """Interpreter that runs the workers, where the engine wants an environment of its own; default: this one."""
 
     rollout_num_workers: int | None = None
-    """Rollout worker processes, prompts are spread over them; left out: one a GPU, one on a CPU machine."""
+    """Rollout worker processes that share the prompts; default: one for each GPU, or one on a CPU machine."""
 
     rollout_worker_urls: str | None = None
     """Workers on other hosts, started there with `xrl worker --host ADDRESS`, as host:port,host:port; none is started
     here then."""
 
     rollout_num_threads: int | None = None
-    """CPU threads of each worker; left out: the machine's cores over the workers."""
+    """CPU threads of each worker; default: the machine's cores, shared evenly by the workers."""
 
     rollout_max_batch_size: int = 1024
     """Sequences one engine decodes at once; more wait their turn."""
 
-    rollout_dtype: str = "auto"
-    """Number format of the engine's weights: float32, bfloat16, or auto for the actor's."""
+    rollout_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the engine's weights; auto: the actor's."""
 
     rollout_timeout_s: float = 1800.0
     """A prompt unanswered for longer than this is retried, then counted as failed."""
@@ -46,8 +47,8 @@ class RolloutConfig:
     rollout_max_retries: int = 2
     """Tries after the first for a prompt whose request failed."""
 
-    on_lost_worker: str = "continue"
-    """What a run does when a rollout worker dies or hangs: continue with the others, or stop."""
+    on_lost_worker: Literal["continue", "stop"] = "continue"
+    """When a rollout worker dies or hangs: go on with the others, or stop."""
 
     rollout_max_restarts: int = 3
     """Times a rollout worker that died is started again; it takes part after the next weight update."""
@@ -63,7 +64,7 @@ class RolloutConfig:
     """Actor and engines take turns on the same devices: engines give theirs up while the actor trains, and the actor's
     gradients, main weights and optimizer state are on the host while engines sample."""
 
-    weight_transport: str = "auto"
+    weight_transport: Literal["auto", "shared_memory", "cuda_ipc", "broadcast"] = "auto"
     """How weights reach the workers: shared_memory (one host), cuda_ipc (one host, CUDA), broadcast (any hosts), or
     auto: shared_memory, with --rollout-worker-urls broadcast."""
 
@@ -75,10 +76,10 @@ class RolloutConfig:
     """Tokens that each worker samples after every weight update, for the actor to score; 0: no canary."""
 
     canary_warn: float | None = None
-    """Warn when the canary's mean |rollout - actor log-prob| exceeds this; left out: 1e-4 in fp32, 0.05 in bf16."""
+    """Warn when the canary's mean |rollout - actor log-prob| exceeds this; default: 1e-4 in fp32, 0.05 in bf16."""
 
     canary_stop: float | None = None
-    """End the run when it exceeds this; left out: 0.01 in fp32, 0.5 in bf16."""
+    """End the run when it exceeds this; default: 0.01 in fp32, 0.5 in bf16."""
 
     temperature: float = 1.0
     """Sampling temperature; the actor's log-probs use the same."""

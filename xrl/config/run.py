@@ -23,10 +23,10 @@ class RunConfig:
     """Rollouts between console lines."""
 
     save_interval: int | None = None
-    """Rollouts between Hugging Face checkpoints (hf-<step>); left out: only hf-final."""
+    """Rollouts between Hugging Face checkpoints (hf-<step>); default: only hf-final."""
 
     save_keep: int | None = None
-    """How many of the newest hf-<step> folders to keep; left out: all."""
+    """How many of the newest hf-<step> folders to keep; default: all."""
 
     tensorboard: bool = True
     """Write TensorBoard events."""
@@ -49,19 +49,19 @@ class EvaluationConfig:
     """Pass rates on held-out prompts: before, during and after training."""
 
     eval_data: Path | None = None
-    """JSONL or parquet file of evaluation prompts; left out: no evaluation."""
+    """JSONL or parquet file of evaluation prompts; default: no evaluation."""
 
     eval_interval: int | None = None
-    """Rollouts between evaluations; left out: only before and after."""
+    """Rollouts between evaluations; default: only before and after."""
 
     eval_samples_per_prompt: int = 4
-    """Sampled answers a prompt: pass@1 is their mean, pass@k counts prompts with one right among k."""
+    """Sampled answers to each prompt: pass@1 is their mean, pass@k counts prompts with one right among k."""
 
     eval_temperature: float = 1.0
     """Temperature of the sampled answers; greedy answers are always scored too."""
 
     eval_max_prompts: int | None = None
-    """Evaluate on the first so many prompts only."""
+    """Evaluate on only the first so many prompts; default: on all."""
 
     def __post_init__(self) -> None:
         for name in ("eval_interval", "eval_samples_per_prompt", "eval_max_prompts"):

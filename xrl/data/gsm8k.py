@@ -98,7 +98,7 @@ def _convert_splits(files: dict[str, list[Path]]) -> dict[str, list[str]]:
     problems: list[str] = []
     for split, paths in files.items():
         rows: list[str] = []
-        for place, source in tqdm(list(_read_sources(paths)), desc=f"converting {split}", unit="row"):
+        for place, source in tqdm(list(_read_sources(paths)), desc=f"converting {split}", unit="row", disable=None):
             try:
                 question, answer = _question_and_answer(source)
                 row = convert_row(question, answer, split=split, index=len(rows))

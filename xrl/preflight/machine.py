@@ -11,11 +11,11 @@ from xrl.config.model import KERNEL_BACKENDS
 
 
 def check_machine(settings: Settings) -> None:
-    """Refuse layers and backends that this machine cannot run.
+    """Refuse layers, engines and backends that this machine cannot run.
 
     Raises:
-        SettingsError: transformer-engine or the kernels asked for are not there, or there is no CUDA driver for them or
-            for NCCL.
+        SettingsError: transformer-engine or the kernels asked for are not there, or there is no CUDA driver for them,
+            for the engine or for NCCL.
     """
     _check_kernel_backend(settings.model.kernel_backend)
     if settings.model.transformer_impl == "transformer_engine":
@@ -32,6 +32,11 @@ def check_machine(settings: Settings) -> None:
     if settings.parallel.distributed_backend == "nccl" and not has_cuda_driver():
         raise SettingsError(
             "--distributed-backend nccl needs CUDA devices, and this machine has no CUDA driver: use gloo or auto"
+        )
+    if settings.rollout.engine == "turbomind" and not settings.rollout.worker_addresses and not has_cuda_driver():
+        raise SettingsError(
+            "--engine turbomind needs a CUDA device for each worker, and this machine has no CUDA driver: use "
+            "--engine embedded, or workers on other hosts with --rollout-worker-urls"
         )
     if settings.rollout.weight_transport == "cuda_ipc" and not has_cuda_driver():
         raise SettingsError(

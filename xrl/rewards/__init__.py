@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from xrl.config import RewardConfig, SettingsError
+from xrl.config.names import hint
 from xrl.rewards.judge import InlineJudge, Judge, JudgePool, Verdict
 from xrl.rewards.load import load_judge, load_truth_check
 from xrl.rewards.processes import ProcessJudges
@@ -50,8 +51,8 @@ def check_judge(name: str) -> None:
     if entry is None:
         if ":" not in name:
             raise SettingsError(
-                f"--judge {name} is unknown: take one of {', '.join(JUDGES)}, or a function of your own as "
-                f"package.module:function or path/file.py:function"
+                f"--judge {name} is unknown{hint('judge', name)}: take one of {', '.join(JUDGES)}, or a function of "
+                f"your own as package.module:function or path/file.py:function"
             )
         load_judge(name)
     elif entry.package and importlib.util.find_spec(entry.package) is None:

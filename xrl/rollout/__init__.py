@@ -9,7 +9,7 @@
     collect.py    prompts -> judged groups; evaluate.py: pass rates
 
 An engine is one row of the table below: its factory, imported only when it is chosen, so that listing the
-names costs nothing.
+names costs nothing. Its name, and other names for it, are in xrl/config/names.py too, for `--help`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from xrl.config import SettingsError
+from xrl.config.names import hint, known_name
 
 if TYPE_CHECKING:
     from xrl.rollout.engine import Engine
@@ -40,13 +41,13 @@ def check_engine(name: str) -> None:
     Raises:
         SettingsError: neither a row of the table nor a `package.module:factory` whose module can be found.
     """
-    if name in ENGINES:
+    if known_name("engine", name) in ENGINES:
         return
     module, _, factory = name.partition(":")
     if not module or not factory:
         raise SettingsError(
-            f"--engine {name!r} is unknown: take one of {', '.join(sorted(ENGINES))}, or an engine of your own as "
-            f"package.module:factory"
+            f"--engine {name!r} is unknown{hint('engine', name)}: take one of {', '.join(sorted(ENGINES))}, or an "
+            f"engine of your own as package.module:factory"
         )
     try:
         found = find_spec(module)
@@ -82,6 +83,7 @@ def create_engine(
         SettingsError: unknown name, or a model the engine cannot run.
     """
     check_engine(name)
+    name = known_name("engine", name)
     module, _, factory = ENGINES.get(name, name).partition(":")
     return getattr(import_module(module), factory)(
         model_dir=model_dir,

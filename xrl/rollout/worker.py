@@ -18,19 +18,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from aiohttp import web
 
 from xrl.config import SettingsError
 from xrl.launch.descriptors import spare_connections
+from xrl.launch.exit import EXIT_BAD_SETTINGS
 from xrl.launch.start import prepare_process
 from xrl.launch.terminal import printable, say
 from xrl.rollout import create_engine, protocol
 from xrl.rollout.engine import Engine, EngineError, EngineNotReady, HasRoom
+from xrl.rollout.worker_flags import parse_worker_flags
 from xrl.types import Completion, WeightBucket
 from xrl.weights.checksum import take_layer
 from xrl.weights.transport import Manifest, Receiver, TransportError, create_receiver
@@ -188,8 +189,16 @@ async def _errors_as_json(http: web.Request, handler: Handler) -> web.StreamResp
         return web.json_response({"error": str(error), "type": type(error).__name__}, status=status)
 
 
-async def serve(engine: Engine, *, host: str, port: int, device: torch.device, announce: Callable[..., None]) -> None:
-    """Answer until told to stop, by `/xrl/v1/shutdown` or SIGTERM.
+async def serve(
+    engine: Engine,
+    *,
+    host: str,
+    port: int,
+    device: torch.device,
+    announce: Callable[..., None],
+    stop_signals: Sequence[signal.Signals] = (signal.SIGTERM,),
+) -> None:
+    """Answer until told to stop, by `/xrl/v1/shutdown` or a signal.
 
     Args:
         announce: called with `port` and `max_requests` once requests are taken.
@@ -199,7 +208,8 @@ async def serve(engine: Engine, *, host: str, port: int, device: torch.device, a
     await runner.setup()
     site = web.TCPSite(runner, host, port)
     await site.start()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stopping.set)
+    for number in stop_signals:
+        asyncio.get_running_loop().add_signal_handler(number, worker.stopping.set)
     announce(port=runner.addresses[0][1], max_requests=worker.max_requests)
     await worker.stopping.wait()
     engine.abort()
@@ -220,6 +230,19 @@ def _take_stdout() -> Callable[..., None]:
     return announce
 
 
+def _and_in_words(announce: Callable[..., None], flags: argparse.Namespace) -> Callable[..., None]:
+    """`announce`, and a sentence on stderr for whoever started the worker by hand."""
+
+    def announce_twice(*, port: int, max_requests: int) -> None:
+        announce(port=port, max_requests=max_requests)
+        say(
+            f"worker: {flags.engine} engine on {flags.device} listens on {flags.host}:{port}; train with "
+            f"--rollout-worker-urls {flags.host}:{port}, end it with Ctrl-C or `kill {os.getpid()}`"
+        )
+
+    return announce_twice
+
+
 def _end_with_parent(parent_pid: int) -> None:
     """However the parent ended, SIGKILL too: an orphan would hold memory and cores for ever."""
     while os.getppid() == parent_pid:
@@ -228,24 +251,21 @@ def _end_with_parent(parent_pid: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="xrl worker", description="Host one rollout engine behind HTTP.")
-    parser.add_argument("--engine", default="embedded", help="row of the table in xrl/rollout")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder; weights come from the trainer")
-    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
-    parser.add_argument("--device", default="cpu", help="torch device, cpu or cuda:0 say")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one")
-    parser.add_argument("--max-batch-size", type=int, default=1024, help="sequences decoded at once")
-    parser.add_argument("--max-model-len", type=int, required=True, help="longest prompt + response in tokens")
-    parser.add_argument("--num-threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--parent-pid", type=int, help="end when this process does")
-    arguments = parser.parse_args()
-
     prepare_process()
+    try:
+        arguments = parse_worker_flags()
+    except SettingsError as error:
+        _refuse(error)
     announce = _take_stdout()
-    # Ctrl-C reaches the whole process group: the trainer decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if arguments.parent_pid is not None:
+    stop_signals = [signal.SIGTERM]
+    if arguments.parent_pid is None:
+        # Started by hand, so Ctrl-C ends it; behind a shell's & too, where it starts with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        stop_signals.append(signal.SIGINT)
+        announce = _and_in_words(announce, arguments)
+    else:
+        # Ctrl-C reaches the whole process group: the trainer decides when its workers end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
     torch.set_num_threads(arguments.num_threads)
     try:
@@ -259,13 +279,28 @@ def main() -> None:
             max_model_len=arguments.max_model_len,
         )
     except SettingsError as error:
-        say(f"error: {error}")
-        sys.exit(2)
+        _refuse(error)
     device = torch.device(arguments.device)
     try:
-        asyncio.run(serve(engine, host=arguments.host, port=arguments.port, device=device, announce=announce))
+        asyncio.run(
+            serve(
+                engine,
+                host=arguments.host,
+                port=arguments.port,
+                device=device,
+                announce=announce,
+                stop_signals=stop_signals,
+            )
+        )
+    except OSError as error:
+        _refuse(SettingsError(f"cannot listen on {arguments.host}:{arguments.port}: {error.strerror or error}"))
     finally:
         engine.close()
+
+
+def _refuse(error: SettingsError) -> NoReturn:
+    say(f"error: {error}")
+    sys.exit(EXIT_BAD_SETTINGS)
 
 
 if __name__ == "__main__":
