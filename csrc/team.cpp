@@ -1,7 +1,6 @@
 #include "team.h"
 
 #include <chrono>
-#include <mutex>
 #include <system_error>
 #include <thread>
 
@@ -57,8 +56,8 @@ void wake_all(std::atomic<uint32_t>&) {}
 class Team {
  public:
   void run(int num_threads, TeamBody body, const void* context) {
-    const std::unique_lock<std::mutex> turn(one_at_a_time_, std::try_to_lock);
-    if (!turn.owns_lock()) return body(context, 0);
+    if (is_taken_.exchange(true)) return body(context, 0);
+    const Closing closing{*this};
     start_helpers(num_threads - 1);
     body_ = body;
     context_ = context;
@@ -66,7 +65,6 @@ class Team {
     gate_.store(kOpen);
     calls_.fetch_add(1);
     if (num_asleep_.load() > 0) wake_all(calls_);
-    const Closing closing{*this};
     body(context, 0);
   }
 
@@ -77,7 +75,10 @@ class Team {
   struct Closing {
     Team& team;
 
-    ~Closing() { team.close(); }
+    ~Closing() {
+      team.close();
+      team.is_taken_.store(false);
+    }
   };
 
   void close() {
@@ -128,7 +129,7 @@ class Team {
     return false;
   }
 
-  std::mutex one_at_a_time_;
+  std::atomic<bool> is_taken_{false};  // by a caller; no mutex, which the same caller may not try again
   int num_helpers_ = 0;
   // What is to be done; written while the gate is closed and nobody inside.
   TeamBody body_ = nullptr;
