@@ -13,6 +13,15 @@ from xrl.types import Prompt
 NOT_A_FUNCTION = 3
 
 
+class EndOfAll(BaseException):
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+
+def raises(error: BaseException) -> object:
+    raise error
+
+
 def length(response: str, prompt: Prompt) -> float:
     return len(response)
 
@@ -23,6 +32,9 @@ def as_told(response: str, prompt: Prompt) -> object:
         "hang": lambda: time.sleep(3600),
         "hang in C": lambda: re.match(r"(a+)+$", "a" * 64 + "b"),  # never lets another Python thread run
         "raise": lambda: 1 / 0,
+        "raise more": lambda: raises(EndOfAll()),
+        "interrupt": lambda: raises(KeyboardInterrupt()),
+        "surrogate": lambda: raises(ValueError("\n\ud800")),
         "exit": lambda: sys.exit(3),
         "vanish": lambda: os._exit(7),
         "segfault": lambda: ctypes.string_at(0),
@@ -34,6 +46,14 @@ def as_told(response: str, prompt: Prompt) -> object:
         "pid": os.getpid,
     }
     return actions[response]()  # type: ignore[operator]
+
+
+def leaves_another(response: str, prompt: Prompt) -> float:
+    """Writes its child's id to a file, then ends."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    with open(response, "w") as file:
+        file.write(f"{child.pid}\n")
+    os._exit(7)
 
 
 def starts_another(response: str, prompt: Prompt) -> float:

@@ -47,6 +47,11 @@ from xrl.types import Prompt
         (r"<think>\boxed{5}</think> It is \boxed{4}.", "4"),
         (r"<think>\boxed{5}</think> I do not know.", None),
         (r"<think>a</think> no, <think>\boxed{5}", None),
+        (r"<THINK>\boxed{5}</THINK> I do not know.", None),
+        (r"<thought>\boxed{5}", None),
+        (r"[THINK]\boxed{5}[/THINK] So \boxed{4}", "4"),
+        (r"<seed:think>\boxed{5}</seed:think>", None),
+        (r"◁think▷\boxed{5}◁/think▷", None),
         ("thinking on\n</think>\n#### 4", "4"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,19 @@ def test_any_number_is_a_reward(reward: object) -> None:
     assert (verdict.reward, type(verdict.reward), verdict.failed) == (1.0, float, False)
 
 
-@pytest.mark.parametrize("reward", [None, "1", float("nan"), float("-inf"), [1.0], np.zeros(2), 10**400, {"score": 1}])
+class Odd:
+    def __float__(self) -> float:
+        raise LookupError("no value")
+
+    def __repr__(self) -> str:
+        raise LookupError("no words")
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [None, "1", float("nan"), float("-inf"), [1.0], np.zeros(2), 10**400, {"score": 1}, 1j]
+    + [np.str_("1"), np.complex64(1), np.complex128(1), [Odd(), 10**5000]],
+)
 def test_anything_else_is_no_reward_and_names_the_function(reward: object) -> None:
     verdict = ask(lambda response, prompt: reward, "x", PROMPT)  # type: ignore[arg-type, return-value]
     assert (verdict.reward, verdict.failed) == (None, True)
@@ -39,6 +52,18 @@ def test_error_names_the_line_of_the_user_s_own_file_also_where_a_library_raised
     error = ask(divides, "{", PROMPT).error
     assert re.fullmatch(rf"ZeroDivisionError: division by zero \(.*{file}, line {line + 1}, in divides\)", error)
     assert re.search(rf"{file}, line {line + 4}, in parses\)$", ask(parses, "{", PROMPT).error)
+
+
+def test_reward_that_cannot_be_looked_at_fails_one_answer() -> None:
+    verdict = ask(lambda response, prompt: Odd(), "x", PROMPT)  # type: ignore[arg-type, return-value]
+    assert re.search(r"^LookupError: no value \(.*test_judge.py, line \d+, in __float__\)$", verdict.error)
+
+
+def test_place_is_said_also_from_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "test_judge.py, line " in ask(lambda response, prompt: 1 / 0, "x", PROMPT).error
 
 
 def test_judge_of_ours_that_fails_shows_nothing_of_our_insides() -> None:

@@ -29,6 +29,41 @@ NO_NUMBER = [
         r"x \le 5",
         "x != 5",
     ],
+    *[
+        "$72k",
+        "72K",
+        "72 MM",
+        "72 mil",
+        "72 Millionen",
+        "72 млн",
+        "72千",
+        "72 grand",
+        "5 p.m.",
+        "5 o'clock",
+        "5th of May",
+    ],
+    *[
+        "5月",
+        "第5",
+        "5 and x",
+        "5 per cent of x",
+        "5 raised to the x",
+        "5 times x",
+        "5 times the sum",
+        "5 or x",
+        "5 etc",
+    ],
+    *[
+        "5.3 repeating",
+        "5 does not work",
+        "3 pizzas and a half",
+        "x=5\nx=6",
+        "a, 5",
+        "5, ...",
+        "x ≡ 5",
+        "5<sup>2</sup>",
+    ],
+    *["<s>5</s>", "5&pi;", "5 &lt; 6", "5<br>6", "-(1, 2)", "{5}{6}", "10 minus 5", "5、7", "5到7", "5。7"],
     *[r"\frac12\pi", r"\frac{\sqrt{3}}{2}", r"\log_2 8", "3 7/2", "0.333...", "0,123", "1, 234", "0x1F", r"\infty"],
 ]
 
@@ -44,13 +79,34 @@ def test_minus_and_a_space_are_a_sign_where_no_list_can_be_meant() -> None:
     assert read_number("- 5") == -5
 
 
-@pytest.mark.parametrize("text", ["The answer is 72.", "about 5", "2x + y = 5", "72, which is the total", *NO_NUMBER])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is 72.",
+        "about 5",
+        "2x + y = 5",
+        "72, which is the total",
+        "5 more than x",
+        r"\theta = 5",
+        *NO_NUMBER,
+    ],
+)
 def test_ground_truth_of_other_words_is_none(text: str) -> None:
     assert read_number(text) is None
 
 
 @pytest.mark.parametrize(
-    "text", ["1," * 50_000, "9" * 100_000, "(" * 50_000 + "1)", "1 " * 50_000, "*a " * 50_000 + "5"]
+    "text",
+    [
+        "1," * 50_000,
+        "9" * 100_000,
+        "(" * 50_000 + "1)",
+        "1 " * 50_000,
+        "*a " * 50_000 + "5",
+        "10^" * 30_000,
+        "<a " * 30_000,
+        "=x\n" * 30_000,
+    ],
 )
 def test_long_text_is_read_in_one_pass(text: str) -> None:
     assert parse_number(text) is None
@@ -123,6 +179,64 @@ def test_long_text_is_read_in_one_pass(text: str) -> None:
         ("x = - 5", -5),
         (r"90^\circ", 90),
         ("72 cm^2", 72),
+        (r"72\text{ cm}^2", 72),
+        (r"72 \, \mathrm{m/s}^{2}", 72),
+        (r"72 \frac{\text{km}}{\text{h}}", 72),
+        ("72 m2", 72),
+        ("72 cm squared", 72),
+        ("72 rpm", 72),
+        ("72℃", 72),
+        ("300 K", 300),
+        (r"\boldsymbol{72}", 72),
+        (r"{\bf 72}", 72),
+        (r"\Large{72}", 72),
+        (r"\textcolor{red}{72}", 72),
+        ("72 \\\\", 72),
+        ("<span>72</span>", 72),
+        ("72&nbsp;", 72),
+        ("72 m<sup>2</sup>", 72),
+        ("72<|im_end|>", 72),
+        ("72</s>", 72),
+        ("<<48+24=72>>72", 72),
+        ("72 ✅", 72),
+        ("→ 72", 72),
+        ("\u300c72\u300d\u3002", 72),
+        ("答案是７２。", 72),
+        ("答案：72个", 72),
+        ("１，２３４，５６７", 1_234_567),
+        ("\u0661\u066c\u0662\u0663\u0664\u066b\u0665", Fraction(2469, 2)),
+        ("1_234_567", 1_234_567),
+        (r"1\text{,}234", 1234),
+        (r"3{.}5", Fraction(7, 2)),
+        ("72万元", 720_000),
+        ("5 lakh", 500_000),
+        ("1.5 × 10⁶", 1_500_000),
+        ("1.5*10**6", 1_500_000),
+        ("3 1 / 2", Fraction(7, 2)),
+        (r"{7 \over 2}", Fraction(7, 2)),
+        (r"\frac{\text{1}}{\text{2}}", Fraction(1, 2)),
+        (r"\frac{1}{-2}", Fraction(-1, 2)),
+        (r"-\left(\frac{1}{2}\right)", Fraction(-1, 2)),
+        ("(-1)/2", Fraction(-1, 2)),
+        ("- 5", -5),
+        (r"- \frac{1}{2}", Fraction(-1, 2)),
+        (r"-\text{5}", -5),
+        ("minus 5", -5),
+        ("The change is negative 5", -5),
+        (r"\theta = 72^\circ", 72),
+        (r"\sqrt{324} = 18", 18),
+        ("5 times", 5),
+        ("5 times a week", 5),
+        ("$5 left over", 5),
+        ("72 miles on the third day", 72),
+        ("72 pages in one day", 72),
+        ("72 in the first half", 72),
+        ("Clips in May: 72", 72),
+        ("Final score: 72", 72),
+        ("72 is the final answer.", 72),
+        ("72 of the apples", 72),
+        ("seventy-two (72)", 72),
+        ("so...72", 72),
     ],
 )
 def test_number_is_read(text: str, number: int | Fraction) -> None:
@@ -132,7 +246,18 @@ def test_number_is_read(text: str, number: int | Fraction) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "apples", "48 + 24", "5-7", "3*4", "3 × 4", "3x4", "2^3", "5²", r"3 \times 4", "1/0", "1/2/3", "1,00", "12:30"]
-    + ["1.000.000", "12,5,7", "1e999", "x2", "1e3e3", "5 or 7", "- 5", "the square root of 7", "at least 5", "not 5"]
+    + [
+        "1.000.000",
+        "12,5,7",
+        "1e999",
+        "x2",
+        "1e3e3",
+        "5 or 7",
+        "- 5 apples",
+        "the square root of 7",
+        "at least 5",
+        "not 5",
+    ]
     + ["#5", "Problem 3", "2. Add them", "1) Add", "less than 5", "one hundred 5", "up to 5", "isn't 5"]
     + NO_NUMBER,
 )

@@ -62,6 +62,9 @@ def test_answers_are_judged_by_every_worker() -> None:
         ("hang", "time-out", "no reward within 2 s"),
         ("hang in C", "time-out", "no reward within 2 s"),
         ("raise", "ZeroDivisionError", "division by zero"),
+        ("raise more", "EndOfAll", "(its message cannot be shown) ("),
+        ("interrupt", "KeyboardInterrupt", "odd_judges.py, line "),
+        ("surrogate", "ValueError", r"\ud800 ("),
         ("exit", "SystemExit", "3"),
         ("vanish", "process died", "exited with code 7"),
         ("segfault", "process died", "was ended by SIGSEGV"),
@@ -98,6 +101,13 @@ def test_hung_judge_is_killed_with_what_it_started(tmp_path: Path) -> None:
     assert verdict_on(pool, str(tmp_path / "pids")).failure == "time-out"
     pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
     wait_until(lambda: not any(is_alive(pid) for pid in pids))
+    pool.close()
+
+
+def test_judge_that_ends_itself_takes_along_what_it_started(tmp_path: Path) -> None:
+    pool = ProcessJudges(f"{ODD_JUDGES}:leaves_another", timeout_s=PATIENCE_S, num_workers=1)
+    assert verdict_on(pool, str(tmp_path / "pid")).detail.endswith("exited with code 7")
+    wait_until(lambda: not is_alive(int((tmp_path / "pid").read_text())))
     pool.close()
 
 

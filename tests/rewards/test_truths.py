@@ -60,6 +60,12 @@ def test_judge_of_the_user_s_own_may_offer_a_check(mine: Path) -> None:
         check(f"{mine}:reward", "1", "55555")
 
 
+def test_refusal_without_words_still_says_what_is_refused(mine: Path) -> None:
+    mine.write_text("def reward(response, prompt):\n    return 1.0\ndef check_truth(prompt):\n    raise ValueError\n")
+    with pytest.raises(SettingsError, match="line 1: the judge refuses the ground truth '7'"):
+        check(f"{mine}:reward", "7")
+
+
 def test_check_that_hangs_or_fails_is_bounded_and_named(mine: Path) -> None:
     with pytest.raises(
         SettingsError, match="line 1: the judge could not check .*'hang': time-out: no reward within 2 s"

@@ -15,8 +15,9 @@ __all__ = ["final_answer", "parse_number", "without_thinking"]
 
 MARKER = "####"
 
-_THINKING_BEGINS = re.compile(r"<think(?:ing)?>")
-_THINKING_ENDS = re.compile(r"</think(?:ing)?>")
+# Qwen and DeepSeek; Gemma; Seed; Mistral; Kimi.
+_THINKING_BEGINS = re.compile(r"<(?:seed:)?(?:think|thinking|thought)\s?>|\[think\]|◁think▷", re.IGNORECASE)
+_THINKING_ENDS = re.compile(r"</(?:seed:)?(?:think|thinking|thought)\s?>|\[/think\]|◁/think▷", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s{0,9}")
 _UNBRACED = re.compile(r"[-+]?[$]?\d[\d,./]*")
 # Letters that are no command of LaTeX.

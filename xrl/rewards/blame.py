@@ -13,11 +13,19 @@ _OURS = Path(__file__).resolve().parents[1]
 
 
 def words_of(error: BaseException) -> str:
-    """The first line of what an exception says, even where it cannot say it."""
+    """The first line with words of what an exception says, even where it cannot say it."""
     try:
-        return (str(error).splitlines() or [""])[0]
-    except Exception:  # an exception of the user's own, with a __str__ of their own
+        return next((line for line in str(error).splitlines() if line.strip()), "")
+    except BaseException:  # an exception of the user's own, with a __str__ of their own
         return "(its message cannot be shown)"
+
+
+def shown(value: object) -> str:
+    """What Python prints of a value, even where it cannot."""
+    try:
+        return repr(value)
+    except BaseException:  # a type of the user's own, an integer of more than 4,300 digits
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def place_raised(error: BaseException) -> str:
@@ -59,4 +67,7 @@ def _library_folders() -> list[Path]:
 def _shown(code: CodeType) -> str:
     """A file as the user would name it from where they are."""
     file = Path(code.co_filename)
-    return str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)
+    try:
+        return str(file.relative_to(Path.cwd()))
+    except (ValueError, OSError):  # it is elsewhere, or the folder is gone
+        return str(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import numbers
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -13,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import SupportsFloat
 
-from xrl.rewards.blame import place_of, place_raised, words_of
+from xrl.rewards.blame import place_of, place_raised, shown, words_of
 from xrl.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -52,25 +53,36 @@ class Verdict:
 
 def failed_verdict(failure: str, detail: str, place: str = "") -> Verdict:
     """No reward, and why."""
-    return Verdict(reward=None, failure=failure, detail=detail[:MAX_DETAIL_CHARS], place=place)
+    # What a judge says is written to files: half a character could not be.
+    detail = detail[:MAX_DETAIL_CHARS].encode("utf-8", "backslashreplace").decode()
+    return Verdict(reward=None, failure=failure, detail=detail, place=place)
 
 
-def ask(judge: Judge, response: str, prompt: Prompt) -> Verdict:
-    """Ask a judge here and now; whatever it raises becomes a failed verdict."""
+def ask(judge: Judge, response: str, prompt: Prompt, *, catches: type[BaseException] = Exception) -> Verdict:
+    """Ask a judge here and now; what it raises, or its reward when it is looked at, becomes a failed verdict.
+
+    Args:
+        catches: BaseException in a process of its own, where Ctrl-C and the like can only be the judge's.
+    """
     try:
         reward = judge(response, prompt)
-    except (Exception, SystemExit) as error:  # a judge may be anyone's code: one bad answer must not end the run
+        number = None if reward is None else _as_finite(reward)
+    except (catches, SystemExit) as error:  # a judge may be anyone's code: one bad answer must not end the run
         return failed_verdict(type(error).__name__, words_of(error), place_raised(error))
     if reward is None:
         return failed_verdict("None", "the judge could not say", place_of(judge))
-    number = _as_finite(reward)
     if number is None:
-        return failed_verdict("bad reward", f"a judge must return a finite number, got {reward!r}", place_of(judge))
+        return failed_verdict(
+            "bad reward", f"a judge must return a finite number, got {shown(reward)}", place_of(judge)
+        )
     return Verdict(reward=number)
 
 
 def _as_finite(reward: object) -> float | None:
     """NumPy's and torch's scalars are welcome; text that looks like a number is a mistake."""
+    is_complex = isinstance(reward, numbers.Complex) and not isinstance(reward, numbers.Real)
+    if is_complex or isinstance(reward, str | bytes):  # NumPy's have a __float__
+        return None
     try:
         number = float(reward) if isinstance(reward, SupportsFloat) else math.nan
     except (TypeError, ValueError, OverflowError, RuntimeError):  # an array of several, an integer beyond all floats

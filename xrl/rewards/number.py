@@ -31,7 +31,7 @@ MAX_DIGITS = 200
 
 _NUMBER = re.compile(
     rf"""
-      (?P<whole>\d{{1,{MAX_DIGITS}}})\ (?P<part>\d{{1,{MAX_DIGITS}}})/(?P<of>\d{{1,{MAX_DIGITS}}})
+      (?P<whole>\d{{1,{MAX_DIGITS}}})\ (?P<part>\d{{1,{MAX_DIGITS}}})\ ?/\ ?(?P<of>\d{{1,{MAX_DIGITS}}})
     | (?P<top>\d{{1,{MAX_DIGITS}}})\ ?/\ ?(?P<bottom>\d{{1,{MAX_DIGITS}}})
     | (?P<decimal>\d{{1,{MAX_DIGITS}}}(?:\.\d{{1,{MAX_DIGITS}}})?|\.\d{{1,{MAX_DIGITS}}})
       (?:[eE](?P<exponent>[+-]?\d{{1,2}})(?!\d) | \ ?[xX×·*]\ ?10\^(?P<power>[+-]?\d{{1,2}})(?!\d))?
@@ -39,16 +39,21 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 # The first digit that is not in the middle of a word, as in H2O, or of a number.
-_START = re.compile(r"(?<![^\W\d])(?<!\d)(?<!\d\.)(?:\d|\.\d)")
+# Chinese, Japanese and Korean put no space before it.
+_START = re.compile(r"(?<![^\W\d\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af])(?<!\d)(?<!\d\.)(?:\d|(?<!\.)\.\d)")
+_FORMULA_OF_ONE = re.compile(
+    r"(?:(?!\\(?:text|q?quad|in|le|leq|ge|geq|ne|neq|pm|to)(?![a-zA-Z])|\\\\)[^,;\n])*(?<![!<>≠~/±\\])="
+)
+_EQUATION_A_LINE = re.compile(r"=[^=\n]*\n\s*[^=\s][^=\n]*=")
 _SIDES = re.compile(r"=>|[=≈⇒]")
 _LISTED = re.compile(r"\d\s*(?:[,;]|\b(?:or|and|vs)\b)")
 _ARITHMETIC = re.compile(r"[\d\s.+\-*/×÷·()]*")
 _SYMBOL = re.compile(r"(?:[^\W\d_](?:_?\w)?|[^\W\d_]{2,}(?: [^\W\d_]+){0,3}) ?")
 # In words around a number these are a formula, a comparison or a set.
-_MATHS = re.compile(r"[+*/^<>≤≥≠±∓√∛∈∉∪∩∞∑∫∏∝→←|\\%{}\[\]_#@&÷×·\u0370-\u03ff]")
+_MATHS = re.compile(r"[+*/^<>≤≥≠≡±∓√∛∈∉∪∩∞∑∫∏∝→←|\\%{}\[\]_#№§@&÷×·\u0370-\u03ff]")
 _TOKEN = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+|\S")
-_POWER_OF_UNIT = re.compile(r"(?<=[a-z])(?:\^[23]|[²³])(?!\w)")
-_PLACE_OF_UNIT = re.compile(r"(?<=[a-z]) (?:in|for) \d{1,9}(?= [a-z])")
+_POWER_OF_UNIT = re.compile(r"(?<=[a-z])(?:\^[23]|[²³])(?!\w)|(?<= m|[kcdm]m|ft|in|yd)[23](?!\w)")
+_PLACE_OF_UNIT = re.compile(r"(?<=[a-z]) (?:in|for|per|every|after|within) \d{1,9}(?= [a-z])")
 _UNIT = re.compile(r"(?: ?[/-] ?| )?[^\W\d_]+\.?(?:(?: ?[/-] ?| )[^\W\d_]+\.?){0,4}")
 _BRACKETS = {")": "(", "]": "[", "}": "{"}
 
@@ -68,7 +73,11 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def _read(text: str, *, with_words: bool) -> Fraction | None:
+    if _EQUATION_A_LINE.search(text):
+        return None
     plain = plain_text(text)
+    if plain is None and with_words:
+        plain = _solved(text)
     if plain is None:
         return None
     without_remark = _without_remark(plain)
@@ -76,6 +85,14 @@ def _read(text: str, *, with_words: bool) -> Fraction | None:
         return None
     side = _last_side(without_remark, with_words=with_words)
     return None if side is None else _number_of(side, after_equals=side != without_remark, with_words=with_words)
+
+
+def _solved(text: str) -> str | None:
+    r"""The right side of one equation whose left is LaTeX that is no number's: `\theta = 72^\circ`."""
+    left = _FORMULA_OF_ONE.match(text)
+    right = text[left.end() :] if left else ""
+    plain = plain_text(right) if right.count("{") == right.count("}") else None
+    return None if plain is None else f"={plain}"
 
 
 def _without_remark(text: str) -> str | None:
@@ -115,7 +132,10 @@ def _last_side(text: str, *, with_words: bool) -> str | None:
 
 
 def _number_of(text: str, *, after_equals: bool, with_words: bool) -> Fraction | None:
-    text = _peeled(text)
+    text = re.sub(r"^\( ?(-?\d{1,99}) ?\) ?/ ?\(? ?(\d{1,99}) ?\)?$", r"\1/\2", _peeled(text))
+    text = re.sub(r"^- ?\(([^()-]*)\)$", r"-\1", text)
+    if with_words:
+        text = re.sub(r" is (?:the|my) (?:final |correct |right )?(?:answer|result|total)$", "", text)
     start = _START.search(text)
     found = _NUMBER.match(text, start.start()) if start else None
     if found is None:
@@ -124,14 +144,18 @@ def _number_of(text: str, *, after_equals: bool, with_words: bool) -> Fraction |
     sign = 1
     if before.endswith(("-", "+")) and not before[:-1].endswith(("-", "+")) and before[-2:-1] in ("", " ", "(", ":"):
         sign, before = (-1 if before[-1] == "-" else 1), before[:-1]
-    elif before.strip() == "-" and (after_equals or not with_words):
-        sign, before = -1, ""  # by itself it may be an item of a list
+    elif before.strip() == "-" and (after_equals or not with_words or found.end() == len(text)):
+        sign, before = -1, ""  # "- 5 apples" may be an item of a list
+    elif before.strip().lower() == "minus" or re.search(r"(?<![\w-])negative $", before, re.IGNORECASE):
+        sign, before = -1, before.rstrip()[:-8]
     if not _leaves_it_whole(before, with_words=with_words):
         return None
     value, after = _value(found), text[found.end() :]
+    if after.startswith(")") and re.search(r"[^\W\d_]{2} \($", before):
+        after = after[1:]  # "five (5)"
     if value is None or (found["decimal"] and "." in found["decimal"] and after.startswith(("..", "…"))):
         return None
-    scale = re.match(r" ?([a-z]+)\b", after)
+    scale = re.match(r" ?([a-z]+\b|[万萬만亿億억])", after)
     if scale and scale[1] in SCALES:
         value, after = value * SCALES[scale[1]], after[scale.end() :]
     return sign * value if _is_unit(after, with_words=with_words) else None
@@ -167,7 +191,7 @@ def _leaves_it_whole(before: str, *, with_words: bool) -> bool:
     before = before.removesuffix("~").rstrip()
     if _MATHS.search(before) or "~" in before or before.endswith(("-", "!!")) or re.search(r"\w\($", before):
         return False
-    if re.search(r"\b[b-hj-zB-HJ-Z],", before):
+    if re.search(r"\b[b-hj-zB-HJ-Z],|^\(?[a-zA-Z],$", before):
         return False  # (x, 2)
     return not (changes_before(before) or names_a_label(before))
 
@@ -175,9 +199,11 @@ def _leaves_it_whole(before: str, *, with_words: bool) -> bool:
 def _is_unit(after: str, *, with_words: bool) -> bool:
     """Whether what is written behind a number leaves it that number: a unit and, of an answer, words."""
     after = re.sub(r"^ ?%|^ ?°", "", after)
+    if re.match(r" ?[ap]\.? ?m\b|, ?(?:\.\.|…|etc|and so on)", after, re.IGNORECASE):
+        return False  # a time of day, a list that goes on
     after = _POWER_OF_UNIT.sub("", after).rstrip(" .,;*" if with_words else " .")
     if with_words:
-        after = _PLACE_OF_UNIT.sub("", after)
+        after = _PLACE_OF_UNIT.sub("", re.sub(r"^ of (?:the|them|those|these|all|his|her|their)\b", " each", after))
     if not after:
         return True
     tokens: list[str] = _TOKEN.findall(after)
@@ -186,7 +212,9 @@ def _is_unit(after: str, *, with_words: bool) -> bool:
         return False
     first = words[1] if with_words and words[0] in ("a", "an") and len(words) > 1 else words[0]  # "$18 a day"
     is_stuck = after[0].isalpha()
-    if not _can_be_unit(first, is_stuck=is_stuck) or any(changes_after(word.lower()) for word in words):
+    if not _can_be_unit(first, is_stuck=is_stuck) or (first == "K" and len(words) > 1):
+        return False
+    if changes_after([first.lower(), *map(str.lower, words[1:])], [token.lower() for token in tokens]):
         return False
     if re.search(r"\b(?:or|and) (?:more|less|fewer|greater|above|below|higher|lower)\b", after):
         return False
@@ -200,7 +228,9 @@ def _is_unit(after: str, *, with_words: bool) -> bool:
 
 def _can_be_unit(word: str, *, is_stuck: bool) -> bool:
     """Not a variable or a product of them: `2x`, `3ab`, `4i`."""
-    if word in MONTHS:
+    if word in MONTHS or word in ("MM", "月", "点", "點") or (is_stuck and word == "K"):
+        return False
+    if word[0] in "千百兆천백조" and word[:2] not in ("千克", "千米", "千瓦", "千卡"):
         return False
     if word in SHORT_UNITS or (len(word) > 1 and word.lower() in SHORT_UNITS):
         return True

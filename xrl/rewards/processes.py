@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
@@ -32,6 +33,8 @@ START_LIMIT_S = 120.0
 MAX_FAILED_STARTS = 3
 # Killed children end at once; this only bounds the wait for a worker thread that is in the middle of a start.
 CLOSE_LIMIT_S = 5.0
+# For a child that has closed its pipe to end by itself, so that what is said about it is true.
+END_LIMIT_S = 1.0
 
 CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from xrl.rewards.worker import main; main()"
 
@@ -139,6 +142,7 @@ class _Worker:
             self.num_failed_starts = 0
         verdict = child.ask(response, prompt, self.timeout_s)
         if verdict is None:
+            child.let_end()
             self._drop()
             return failed_verdict("process died", f"the process of {self.reference} {child.how_it_ended()}")
         if verdict.failure == "time-out":
@@ -205,6 +209,15 @@ class _Child:
             return verdict
         except (EOFError, OSError):
             return None
+
+    def let_end(self) -> None:
+        """Give it a moment to end by itself. It is not reaped: `kill` still has its group to end."""
+        end = time.monotonic() + END_LIMIT_S
+        with contextlib.suppress(ChildProcessError):  # reaped meanwhile, by `close`
+            while time.monotonic() < end and hasattr(os, "waitid"):
+                if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+                    return
+                time.sleep(0.01)
 
     def kill(self) -> None:
         # Not reaped yet, so that neither its id nor its group's can be another's.

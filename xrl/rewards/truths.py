@@ -8,6 +8,7 @@ from collections import deque
 from concurrent.futures import Future
 
 from xrl.config import SettingsError
+from xrl.rewards.blame import words_of
 from xrl.rewards.judge import TRUTHS, TruthCheck, Verdict
 from xrl.rewards.number import read_number
 from xrl.rewards.processes import ProcessJudges
@@ -67,7 +68,7 @@ class InlineTruthChecker(TruthChecker):
         try:
             self.check(prompt)
         except ValueError as error:
-            raise SettingsError(f"{where}: {error}") from error
+            raise SettingsError(f"{where}: {words_of(error)}") from error
 
 
 class ProcessTruthChecker(TruthChecker):
@@ -117,7 +118,8 @@ class ProcessTruthChecker(TruthChecker):
         if verdict.failure == "judge did not start":
             raise SettingsError(verdict.detail)
         if verdict.failure == "ValueError":
-            raise SettingsError(f"{where}: {verdict.detail}")
+            reason = verdict.detail or f"the judge refuses the ground truth {prompt.ground_truth!r}"
+            raise SettingsError(f"{where}: {reason}")
         if verdict.failed:
             raise SettingsError(
                 f"{where}: the judge could not check the ground truth {prompt.ground_truth!r}: {verdict.error}"

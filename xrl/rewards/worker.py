@@ -40,7 +40,7 @@ def main() -> None:
             connection.send("")
             while True:
                 response, prompt = connection.recv()
-                connection.send(ask(judge, response, prompt))
+                connection.send(ask(judge, response, prompt, catches=BaseException))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return  # the pool is gone
 
