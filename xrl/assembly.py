@@ -59,6 +59,10 @@ def build_lead(
     )
     num_rollouts = rollouts_of(settings, len(prompts))
     held_out = _held_out(settings, tokenizer)
+    vocab_size = read_model_shape(settings.model.model).vocab_size
+    for dataset in (prompts, held_out):
+        if dataset is not None:
+            dataset.check_ids(tokenizer, vocab_size=vocab_size)
 
     folder = RunFolder.create(settings.run.work_dir)
     if ending is not None:

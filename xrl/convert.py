@@ -12,6 +12,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from xrl.config import SettingsError
+from xrl.config.errors import unreadable_files_refused
 from xrl.launch.terminal import printable
 from xrl.parallel.layout import Layout
 from xrl.weights.convert import (
@@ -41,6 +42,7 @@ _LAYOUT_FLAGS = {
 _EXIT_DIFFERENT = 1
 
 
+@unreadable_files_refused()
 def run(arguments: argparse.Namespace) -> int:
     """Do what the flags say; the exit code.
 

@@ -1,5 +1,6 @@
 """Prompts, their order, and the cursor."""
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -15,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from xrl.config import SettingsError
+from xrl.data import prompts
 from xrl.data.prompts import PromptDataset
 from xrl.types import Prompt
 
@@ -191,3 +193,25 @@ def test_the_default_of_several_templates_is_taken(
 def test_a_string_without_tokens_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(SettingsError, match="line 2: the prompt has no tokens"):
         dataset(write(tmp_path, ["w0", "  "]), tokenizer)
+
+
+def test_a_template_that_loops_is_one_sentence(
+    path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "TEMPLATE_LIMIT_S", 0.05)
+    endless = copy.copy(tokenizer)
+    endless.chat_template = "{% for i in range(3000) %}{% for j in range(1000) %}{% endfor %}{% endfor %}"
+    with pytest.raises(SettingsError, match="line 1: the model's chat template has not ended after 0.05 s"):
+        dataset(path, endless)
+
+
+def test_a_token_that_the_model_lacks_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    larger = copy.deepcopy(tokenizer)
+    vocab_size = len(larger)
+    larger.add_special_tokens({"pad_token": "<new>"})
+    harmless = dataset(write(tmp_path, ["w1 w2", "w3"]), larger)
+    harmless.check_ids(larger, vocab_size=vocab_size)
+    beyond = dataset(write(tmp_path, ["w1", "w2 <new>"]), larger)
+    beyond.check_ids(larger, vocab_size=vocab_size + 1)
+    with pytest.raises(SettingsError, match=f"'<new>', which .* adds as id {vocab_size}, .* is {vocab_size}"):
+        beyond.check_ids(larger, vocab_size=vocab_size)

@@ -184,3 +184,13 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "data.jsonl")
     with pytest.raises(SettingsError, match=r"data\.jsonl is not a file"):
         check_dataset(tmp_path / "data.jsonl", min_rows=1)
+
+
+@pytest.mark.parametrize("kind", [pyarrow.float16(), pyarrow.float32(), pyarrow.float64()])
+def test_a_ground_truth_of_few_bits_is_the_number_that_was_meant(tmp_path: Path, kind: pyarrow.DataType) -> None:
+    truths = pyarrow.array([0.1, 12.5, 3.0], pyarrow.float64()).cast(kind)
+    nested = pyarrow.StructArray.from_arrays([truths], names=["ground_truth"])
+    for name, column in (("ground_truth", truths), ("reward_model", nested)):
+        path = tmp_path / "data.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b", "c"], name: column}), path)
+        assert [row.ground_truth for row in load_rows(path)] == ["0.1", "12.5", "3.0"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from tests.small_runs import edit_json
 from tests.tiny_models import make_tokenizer
 from xrl.config import SettingsError
 from xrl.data.tokenizer import load_tokenizer, stop_token_ids
@@ -102,3 +103,19 @@ def test_end_of_text_is_read_behind_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "model" / "generation_config.json").write_bytes(b'\xef\xbb\xbf{"eos_token_id": [0, 1]}')
     tokenizer = load_tokenizer(tmp_path / "model")
     assert stop_token_ids(tmp_path / "model", tokenizer) == (0, 1, 2)
+
+
+def test_settings_that_the_library_cannot_use_are_one_sentence(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "model", 98)
+    edit_json(tmp_path / "model" / "tokenizer_config.json", model_max_length="long")
+    with pytest.raises(SettingsError, match=r"the tokenizer in .* cannot be used as tokenizer_config.json says"):
+        load_tokenizer(tmp_path / "model")
+
+
+def test_what_is_no_file_says_nothing_of_end_of_text(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "model", 98)
+    (tmp_path / "model" / "config.json").write_text('{"eos_token_id": 7}')
+    (tmp_path / "model" / "generation_config.json").unlink(missing_ok=True)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").mkdir()
+    assert stop_token_ids(tmp_path / "model", tokenizer) == (2, 7)

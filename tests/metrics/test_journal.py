@@ -49,3 +49,13 @@ def test_warning_is_one(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     run.warn("nothing was learned")
     run.close()
     assert [(record.levelname, record.message) for record in said.records] == [("WARNING", "nothing was learned")]
+
+
+def test_a_curve_that_cannot_be_written_fails_no_run(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    folder = RunFolder.create(tmp_path)
+    folder.reward_curve.mkdir()
+    folder.metrics.write_text('{"step": 1, "reward/mean": 0.5}\n')
+    journal = Journal(folder, tensorboard=False, log_interval=1, num_rollouts=1)
+    journal.finish()
+    assert "reward_curve.png cannot be drawn: Is a directory" in said.text
+    assert said.messages[-1] == f"run folder: {folder.path}"

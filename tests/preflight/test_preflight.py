@@ -134,3 +134,9 @@ def test_ground_truth_that_the_judge_cannot_use_is_refused_by_its_line(
 def test_ground_truth_that_is_not_finite_is_refused_for_every_judge(refusal: Refusal, data: Path, literal: str) -> None:
     data.write_text(f'{{"prompt": "a", "ground_truth": {literal}}}\n' * 4)
     assert f"{data}, line 1 has the ground truth" in refusal("--judge", "math-verify")
+
+
+@pytest.mark.parametrize("flag", ["--model", "--data", "--eval-data"])
+def test_a_name_that_the_system_does_not_take_is_refused(refusal: Refusal, tmp_path: Path, flag: str) -> None:
+    path = tmp_path / ("a" * 300 + ".jsonl")
+    assert f"{path} cannot be read: File name too long" in refusal(flag, str(path))

@@ -60,6 +60,12 @@ def test_end_of_text_must_be_token_ids(refusal: Refusal, model: Path, found: obj
     assert "generation_config.json: eos_token_id must be a token id or a list of them" in refusal()
 
 
+@pytest.mark.parametrize("found", [-1, [0, 10**30]])
+def test_end_of_text_must_be_tokens_of_the_model(refusal: Refusal, model: Path, found: object) -> None:
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
+    assert "is no token of the model, whose vocab_size is" in refusal()
+
+
 def test_another_model_s_tokenizer_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text(json.dumps({str(token_id): token_id for token_id in range(200)}))
     (tmp_path / "merges.txt").touch()

@@ -138,3 +138,28 @@ def test_quantised_weights_are_refused(refusal: Refusal, single_model: Path) -> 
 def test_index_without_a_weight_map_is_refused(refusal: Refusal, model: Path) -> None:
     (model / "model.safetensors.index.json").write_text("{}")
     assert "has no weight_map" in refusal()
+
+
+@pytest.mark.parametrize("change", [{"shape": [64.0]}, {"__metadata__": {"format": 1}}, {"data_offsets": [0.0, 256.0]}])
+def test_a_header_that_only_the_loading_library_refuses_is_refused(
+    refusal: Refusal, single_model: Path, change: dict[str, object]
+) -> None:
+    file = single_model / "model.safetensors"
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    if "__metadata__" in change:
+        header |= change
+    else:
+        norm = header["model.norm.weight"]
+        norm |= {name: [float(number) for number in norm[name]] for name in change}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    assert f"{file} is corrupt: " in refusal()
+
+
+def test_a_shard_with_a_name_too_long_is_refused(refusal: Refusal, model: Path) -> None:
+    index = model / "model.safetensors.index.json"
+    files = json.loads(index.read_text())["weight_map"]
+    edit_json(index, weight_map=files | {"model.norm.weight": "a" * 300})
+    assert "aaa cannot be read: File name too long" in refusal()

@@ -49,3 +49,12 @@ def test_ground_truth_that_cannot_be_read_is_refused() -> None:
     check_truth(Prompt(id=0, token_ids=[], text="", ground_truth=r"\frac{\sqrt{3}}{2}"))
     with pytest.raises(ValueError, match="cannot read the ground truth"):
         check_truth(Prompt(id=0, token_ids=[], text="", ground_truth=r"\text{}"))
+
+
+@pytest.mark.parametrize("missing", ["nan", "NaN", " nan ", "$nan$"])
+def test_a_value_that_was_missing_in_a_table_is_no_product_of_letters(missing: str) -> None:
+    prompt = Prompt(id=0, token_ids=[], text="", ground_truth=missing)
+    with pytest.raises(ValueError, match="is no value"):
+        check_truth(prompt)
+    with pytest.raises(ValueError, match="is no value"):
+        judge(r"\boxed{n^2a}", prompt)

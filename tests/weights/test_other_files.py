@@ -113,6 +113,10 @@ def test_what_is_written_below_the_model_s_folder_is_not_copied_into_itself(tmp_
             {"dtype": "bfloat16", "text_config": {"torch_dtype": "bfloat16", "x": [1]}},
             {"dtype": "float32", "text_config": {"torch_dtype": "float32", "x": [1]}},
         ),
+        (
+            {"dtype": "bfloat16", "transformers.js_config": {"dtype": "q4", "kv_cache_dtype": {"q4": "float16"}}},
+            {"dtype": "float32", "transformers.js_config": {"dtype": "q4", "kv_cache_dtype": {"q4": "float16"}}},
+        ),
     ],
 )
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])

@@ -1,8 +1,31 @@
 """The one error for anything a user can mend: one sentence, exit code 2."""
 
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
 
 class SettingsError(Exception):
     """Bad input. The message is one sentence: what, where, what was found, what is needed.
 
     No ValueError: parsers catch those, and print them in words of their own.
     """
+
+
+@contextlib.contextmanager
+def unreadable_files_refused() -> Iterator[None]:
+    """Around whatever looks at a user's files: a folder that is closed to us, a name too long, a disk that fails.
+
+    Even to ask whether a file exists raises an error in these cases.
+
+    Raises:
+        SettingsError: naming the file, and what the system says about it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # no file of anybody's
+            raise
+        raise SettingsError(f"{os.fsdecode(error.filename)} cannot be read: {error.strerror}") from error

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from xrl.config import SettingsError
+from xrl.config.errors import unreadable_files_refused
 from xrl.data.table import read_table
 from xrl.data.text import check_text, numbered_lines, parse_json_object
 
@@ -22,6 +23,7 @@ _SHARD = re.compile(r"-of-(\d+)\.parquet$")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 
 
+@unreadable_files_refused()
 def convert(input_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[str, int]:
     """Write `train.jsonl` and `test.jsonl` below out_dir; each is whole or not there.
 

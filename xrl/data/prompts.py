@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# For the first prompt: a template that takes longer does not end.
+TEMPLATE_LIMIT_S = 60.0
 # Prompts handed to the tokenizer at once: enough to keep its threads busy.
 TOKENIZER_BATCH = 1024
 
@@ -46,6 +50,7 @@ class PromptDataset:
             SettingsError: a bad row, no chat template for chat messages, or no prompt short enough.
         """
         rows = load_rows(path)
+        _check_template_ends(rows[0], tokenizer, path)
         prompts = list(_tokenize(rows, tokenizer, path))
         self.path = path
         self.max_prompt_length = max_prompt_length
@@ -69,6 +74,24 @@ class PromptDataset:
     def __len__(self) -> int:
         """Prompts in an epoch."""
         return len(self.prompts)
+
+    def check_ids(self, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> None:
+        """Refuse a prompt with a token that the model has no embedding for.
+
+        transformers gives tokens that tokenizer_config.json names, and tokenizer.json lacks, ids behind all others.
+
+        Raises:
+            SettingsError: naming the token.
+        """
+        if max(tokenizer.get_vocab().values(), default=0) < vocab_size:
+            return
+        for prompt in self.prompts:
+            largest = max(prompt.token_ids)
+            if largest >= vocab_size:
+                raise SettingsError(
+                    f"{self.path}: a prompt has the token {tokenizer.convert_ids_to_tokens(largest)!r}, which "
+                    f"tokenizer_config.json adds as id {largest}, but the model's vocab_size is {vocab_size}"
+                )
 
     @property
     def epoch(self) -> int:
@@ -159,6 +182,22 @@ def _tokenize(rows: list[PromptRow], tokenizer: PreTrainedTokenizerBase, path: P
                     extra=row.extra,
                 )
             bar.update(len(chunk))
+
+
+def _check_template_ends(row: PromptRow, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Refuse a template that loops without end: it is somebody else's program."""
+
+    def render() -> None:
+        with contextlib.suppress(SettingsError):  # told when the row's turn has come
+            _render(row, tokenizer, path)
+
+    thread = threading.Thread(target=render, name="first-prompt", daemon=True)
+    thread.start()
+    thread.join(TEMPLATE_LIMIT_S)
+    if thread.is_alive():
+        raise SettingsError(
+            f"{path}, {row.place}: the model's chat template has not ended after {TEMPLATE_LIMIT_S:g} s: it loops"
+        )
 
 
 def _render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, path: Path) -> str:

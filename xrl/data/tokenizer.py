@@ -42,10 +42,10 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     if not whole.is_file():
         return tokenizer
     expected = _read_whole(whole)
-    if _agree(tokenizer, expected):
+    if _agree(tokenizer, expected, model_dir):
         return tokenizer
     literal = _load(PreTrainedTokenizerFast, model_dir)
-    if not _agree(literal, expected):
+    if not _agree(literal, expected, model_dir):
         raise SettingsError(
             f"{whole}: transformers cuts text into other tokens than this file says, so that other engines would give "
             f"the model other tokens: make tokenizer_config.json fit it"
@@ -80,13 +80,13 @@ def _read_whole(file: Path) -> Tokenizer:
     return tokenizer
 
 
-def _agree(tokenizer: PreTrainedTokenizerBase, expected: Tokenizer) -> bool:
+def _agree(tokenizer: PreTrainedTokenizerBase, expected: Tokenizer, model_dir: Path) -> bool:
     """Whether both cut the probes alike, put them together alike, and know the same tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # in Python, without a tokenizer.json of its own
         return True
     for probe in PROBES:
-        token_ids: Any = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        token_ids = _tokens(tokenizer, probe, model_dir)
         if token_ids != expected.encode(probe, add_special_tokens=False).ids:
             return False
         # Pieces too: in a small vocabulary few of the probes' differences reach the tokens.
@@ -95,6 +95,17 @@ def _agree(tokenizer: PreTrainedTokenizerBase, expected: Tokenizer) -> bool:
         if backend.decode(token_ids) != expected.decode(token_ids):
             return False
     return expected.get_vocab().items() <= tokenizer.get_vocab().items()  # config may add tokens of its own
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, model_dir: Path) -> list[int]:
+    try:
+        token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # settings of tokenizer_config.json that nobody looks at before
+        raise SettingsError(
+            f"the tokenizer in {model_dir} cannot be used as tokenizer_config.json says: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    return token_ids
 
 
 def _pieces(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -111,7 +122,7 @@ def stop_token_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> tuple
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         file = model_dir / name
-        found = read_json_object(file).get("eos_token_id") if file.exists() else None
+        found = read_json_object(file).get("eos_token_id") if file.is_file() else None
         if found is not None:
             ids.update(found if isinstance(found, list) else [found])
             break

@@ -90,7 +90,10 @@ class Journal:
         self._metrics.close()
         rows = read_rows(self.folder.metrics)
         if any("reward/mean" in row for row in rows):
-            save_curve(rows, self.folder.reward_curve, title=self.folder.path.name)
+            try:
+                save_curve(rows, self.folder.reward_curve, title=self.folder.path.name)
+            except OSError as error:  # a full disk, say: the model is saved, so the run has not failed
+                logger.warning("%s cannot be drawn: %s", self.folder.reward_curve, error.strerror or error)
         self.say(f"run folder: {self.folder.path}")
 
     def close(self) -> None:

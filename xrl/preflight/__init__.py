@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from xrl.algorithms import check_algorithm
 from xrl.config import Settings, SettingsError
+from xrl.config.errors import unreadable_files_refused
 from xrl.metrics.run_folder import check_writable
 from xrl.models.shape import ModelShape
 from xrl.preflight.data import check_data
@@ -29,6 +30,7 @@ from xrl.rollout.embedded import missing_part
 __all__ = ["preflight"]
 
 
+@unreadable_files_refused()
 def preflight(settings: Settings, *, world_size: int) -> None:
     """Refuse settings that cannot work; only the work folder is touched, and last.
 

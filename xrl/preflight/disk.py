@@ -11,6 +11,9 @@ from xrl.weights.disk import check_space
 from xrl.weights.other_files import find_other_files
 from xrl.weights.plan import part_names, tensor_shapes
 
+# Of the run itself: settings, metrics, logs, the curve, headers of files, and what disks round up.
+RECORD_BYTES = 2**20
+
 
 def check_disk(settings: Settings, shape: ModelShape, *, num_rows: int) -> None:
     """Refuse a run whose disk cannot hold `hf-final` and the `hf-<step>` folders beside it.
@@ -28,7 +31,7 @@ def check_disk(settings: Settings, shape: ModelShape, *, num_rows: int) -> None:
     num_bytes = _weight_bytes(settings, shape) + find_other_files(folder, target=run.work_dir).num_bytes()
     check_space(
         run.work_dir,
-        num_folders * num_bytes,
+        num_folders * num_bytes + RECORD_BYTES,
         what=f"--work-dir {run.work_dir} (for {num_folders:,} Hugging Face checkpoint{'s' if num_folders > 1 else ''})",
         instead=": free some, use another --work-dir" + (", or --save-keep" if num_folders > 2 else ""),
     )

@@ -28,9 +28,10 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
     """Refuse a folder without a tokenizer, or with one of another model.
 
     Raises:
-        SettingsError: no tokenizer files, a file beside them that is damaged, or an id >= vocab_size.
+        SettingsError: no tokenizer files, a file beside them that is damaged, or an id that the model does not have.
     """
     _check_companions(folder)
+    _check_end_of_text(folder, vocab_size)
     whole = folder / _WHOLE
     if whole.is_file():
         _check_ids(whole, _ids(read_json_object(whole)), vocab_size)
@@ -53,12 +54,20 @@ def _check_companions(folder: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)
+
+
+def _check_end_of_text(folder: Path, vocab_size: int) -> None:
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         found = read_json_object(file).get("eos_token_id") if file.is_file() else None
         ids = found if isinstance(found, list) else [] if found is None else [found]
         if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
             raise SettingsError(f"{file}: eos_token_id must be a token id or a list of them, found {json.dumps(found)}")
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise SettingsError(
+                    f"{file}: eos_token_id {token_id} is no token of the model, whose vocab_size is {vocab_size}"
+                )
 
 
 def _starts_with_mark(file: Path) -> bool:

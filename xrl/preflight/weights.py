@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from xrl.config import SettingsError
 from xrl.models.shape import ModelShape
 from xrl.weights.plan import is_recomputed, part_names, tensor_shapes
@@ -134,7 +136,17 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if size != expected:
         problem = "is truncated" if size < expected else "is corrupt"
         raise SettingsError(f"{file} {problem}: it has {size:,} bytes, its header needs {expected:,}; fetch it again")
+    _check_as_loaded(file)
     return stored
+
+
+def _check_as_loaded(file: Path) -> None:
+    """Let the reader that will load the file look at its header, too: it is stricter than ours."""
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise SettingsError(f"{file} is corrupt: {error}; fetch it again") from error
 
 
 def _stored(file: Path, entry: Mapping[str, Any], data: int) -> StoredTensor:

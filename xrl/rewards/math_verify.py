@@ -54,6 +54,8 @@ def check_truth(prompt: Prompt) -> None:
 
 
 def _parse_truth(text: str) -> list[object]:
+    if text.strip("*`$ ").lower() == "nan":  # a value that was missing in a table, not n times a times n
+        raise ValueError(f"the ground truth {text!r} is no value, and no answer equals it")
     found: list[object] = parse(_as_maths(text), parsing_timeout=None, raise_on_error=True)
     if not found:
         raise ValueError(f"math-verify cannot read the ground truth {text!r}")

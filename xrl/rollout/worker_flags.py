@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xrl.config import SettingsError
+from xrl.config.errors import unreadable_files_refused
 from xrl.config.names import NAMES, known_name
 from xrl.config.sentence_parser import SentenceParser
 from xrl.rollout import ENGINES, check_engine
 
 
+@unreadable_files_refused()
 def parse_worker_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of a worker, checked as far as they can be without torch.
 

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # A larger folder is no part of a model: data, say, where a project is the model's folder.
 MAX_FOLDER_BYTES = 64 * 2**20
+# Parts of config.json with number formats of their own: what another library loads, what was quantised.
+_FOREIGN_PARTS = ("transformers.js_config", "quantization_config")
 # Said of what was left out.
 _NAMED = 8
 
@@ -125,7 +127,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         name: dtype
         if name in ("dtype", "torch_dtype")
         else _with_dtype(value, dtype)
-        if isinstance(value, dict)
+        if isinstance(value, dict) and name not in _FOREIGN_PARTS
         else value
         for name, value in config.items()
     }
