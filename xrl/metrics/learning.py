@@ -1,9 +1,9 @@
 """Whether a run learns anything, and if not: since when. Pure: a record a rollout in, sentences out.
 
 Nothing is learned from a rollout if no update was made, if no group has two rewards that differ (then at most the KL or
-the entropy term, weight decay or momentum change weights), or if every update had lr 0 or gradient 0 or left every
-weight as it was. That is said after WARN_AFTER such rollouts in a row and ends the run after STOP_AFTER. What is only odd
-(answers that are all cut off or all empty while weights do change) is said, and never ends a run.
+the entropy term, weight decay or momentum change weights), or if every update had lr 0 or gradient 0 or left each of
+the weights as it was. That is said after WARN_AFTER such rollouts in a row and ends the run after STOP_AFTER. What is
+only odd (answers that are all cut off or all empty while weights do change) is said, and never ends a run.
 """
 
 from __future__ import annotations
