@@ -66,10 +66,26 @@ def test_help_of_train_tells_how_many_ranks_start(capsys: pytest.CaptureFixture[
     assert "--nproc-per-node N" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", ["0", "two", "-1", ""])
+@pytest.mark.parametrize("number", ["0", "two", "-1", "", "\u00b2", "9" * 5000])
 def test_number_of_ranks_must_be_whole_and_positive(capsys: pytest.CaptureFixture[str], number: str) -> None:
     sentence = refusal(capsys, "train", f"--nproc-per-node={number}")
     assert sentence.endswith(f"--nproc-per-node needs a whole number >= 1, found {number!r}")
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["worker", "--modle", "x"], "--model"),
+        (["convert", "--form=x"], "--from"),
+        (["gsm8k", "--inputs-dir", "x"], "--input-dir"),
+    ],
+    ids=" ".join,
+)
+def test_misspelt_flag_is_named_before_the_one_that_is_missing_for_it(
+    capsys: pytest.CaptureFixture[str], words: list[str], near: str
+) -> None:
+    flag = words[1].partition("=")[0]
+    assert f"flag {flag} is unknown; the nearest is {near} (" in refusal(capsys, *words)
 
 
 def test_missing_settings_of_train_are_named(capsys: pytest.CaptureFixture[str]) -> None:

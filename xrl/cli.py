@@ -184,9 +184,11 @@ def _take_number(arguments: list[str], flag: str) -> tuple[int, list[str]]:
             text = value if equals else next(remaining, "")
         else:
             rest.append(argument)
-    if not text.isdigit() or int(text) < 1:
+    # A superscript is a digit too, and of thousands of digits Python makes no number.
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+    if number < 1:
         raise SettingsError(f"{flag} needs a whole number >= 1, found {text!r}")
-    return int(text), rest
+    return number, rest
 
 
 if __name__ == "__main__":

@@ -44,16 +44,17 @@ def test_samples_carry_tokens_log_probs_advantage_and_the_index_of_their_group()
 def test_groups_of_equal_rewards_are_left_out_and_counted():
     scored = score([group(1.0, 1.0), group(1.0, 0.0), group(0.0, 0.0)])
     assert {sample.group_id for sample in scored.samples} == {1}
-    assert scored.metrics["groups/zero_variance"] == 2
+    assert scored.metrics["groups/zero_variance"] == scored.metrics["groups/flat"] == 2
     assert scored.metrics["groups/total"] == 3
     assert scored.metrics["samples/trained"] == 2
     assert scored.advantages == [[None, None], [0.5, -0.5], [None, None]]
 
 
-def test_groups_of_equal_rewards_are_kept_without_the_filter():
+def test_groups_of_equal_rewards_are_kept_without_the_filter_but_counted():
     scored = score([group(1.0, 1.0)], filter_zero_variance=False)
     assert [sample.advantage for sample in scored.samples] == [0.0, 0.0]
     assert scored.metrics["groups/zero_variance"] == 0
+    assert scored.metrics["groups/flat"] == 1
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,17 @@ def test_typed_value_of_the_wrong_type_is_refused() -> None:
     assert refusal("--seed") == "--seed needs a whole number after it"
 
 
+@pytest.mark.parametrize(
+    "text", ["lr: 1\nseed: 2\nlr: 3\n", "lr: 1\noptimizer:\n  lr: 3\n", "num-rollouts: 1\nseed: 2\nnum_rollouts: 1\n"]
+)
+def test_setting_that_a_file_has_twice_is_refused(config: Write, text: str) -> None:
+    assert "line 3: " in (said := refusal("--config", config(text))) and "is set twice, on line 1 too" in said
+
+
+def test_file_that_is_nested_too_deep_is_refused(config: Write) -> None:
+    assert "nested too deep" in refusal("--config", config("lr: " + "[" * 5000))
+
+
 def test_file_that_is_not_yaml_gets_its_line(config: Write) -> None:
     file = config("seed: 1\nlr: [1\n")
     sentence = refusal("--config", file)

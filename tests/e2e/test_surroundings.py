@@ -67,24 +67,36 @@ def test_run_does_not_care_where_it_was_started(tmp_path: Path, num_ranks: int) 
 
 
 def test_evaluation_of_many_prompts_needs_few_open_files(tmp_path: Path) -> None:
+    """More prompts than files may be open, though a worker would take them all at once."""
+    num_prompts, few = 320, 256
     data = write_rows(tmp_path / "train.jsonl", ROWS)
-    held_out = [{"prompt": f"{n}+1=?", "ground_truth": str(n + 1)} for n in range(700)]
+    held_out = [{"prompt": f"{n}+1=?", "ground_truth": str(n + 1)} for n in range(num_prompts)]
     flags = run_flags(make_checkpoint(tmp_path / "model"), data, tmp_path)
     flags += ["--eval-data", str(write_rows(tmp_path / "eval.jsonl", held_out)), "--eval-samples-per-prompt", "1"]
-    flags += ["--num-rollouts", "1", "--max-response-length", "4", "--judge", JUDGE, "--no-tensorboard"]
-    rates = []
-    for hard in (256, min(20_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])):
-        found = subprocess.run(
+    flags += ["--num-rollouts", "1", "--max-response-length", "2", "--judge", JUDGE, "--no-tensorboard"]
+    flags += ["--rollout-max-batch-size", str(num_prompts), "--canary-tokens", "0"]
+    rates: list[list[tuple[float, float]]] = []
+    limits = (few, min(20_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    runs = [
+        subprocess.Popen(
             [*COMMAND, *flags, "--work-dir", str(tmp_path / str(hard))],
-            capture_output=True,
+            stderr=subprocess.PIPE,
             text=True,
             env=environment(),
-            timeout=400,
-            preexec_fn=lambda hard=hard: resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard)),
+            preexec_fn=lambda hard=hard: resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard)),
         )
-        assert found.returncode == 0, found.stderr[-4000:]
-        assert "failed" not in found.stderr
-        (metrics,) = (tmp_path / str(hard)).glob("*/metrics.jsonl")
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-        rates.append([row["eval/greedy"] for row in rows if "eval/greedy" in row])
-    assert rates[0] == rates[1] and rates[0][0] > 0
+        for hard in limits
+    ]
+    try:
+        for hard, run in zip(limits, runs, strict=True):
+            _, log = run.communicate(timeout=400)
+            assert run.returncode == 0, log[-4000:]
+            assert "failed" not in log
+            assert ("because of the limit of open files" in log) == (hard == few)
+            (metrics,) = (tmp_path / str(hard)).glob("*/metrics.jsonl")
+            rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+            rates += [[(row["eval/greedy"], row["eval/greedy/prompts"]) for row in rows if "eval/greedy" in row]]
+    finally:
+        for run in runs:
+            run.kill()
+    assert rates[0] == rates[1] and rates[0][0][0] > 0 and rates[0][0][1] == num_prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -24,3 +25,17 @@ def test_warnings_of_others_end_nothing(module: str) -> None:
 def test_warnings_about_our_own_code_are_errors_where_they_shall_be(module: str) -> None:
     command = [sys.executable, "-W", "error", "-c", PROGRAM.format(module=module)]
     assert subprocess.run(command, capture_output=True, text=True).stdout == ""
+
+
+def test_interrupt_stops_a_command_that_a_shell_started_in_the_background() -> None:
+    program = (
+        "import os, signal; from xrl.launch.start import prepare_process; prepare_process()\n"
+        "os.kill(os.getpid(), signal.SIGINT); print('alive')"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    assert "KeyboardInterrupt" in found.stderr and found.stdout == ""

@@ -21,6 +21,7 @@ LEARNED = RolloutRecord(
     reward_std=0.5,
     num_groups=4,
     num_too_small=0,
+    num_flat=0,
     num_updates=1,
     lr=1e-6,
     grad_norm=0.7,
@@ -42,7 +43,7 @@ def record(**changes: Any) -> RolloutRecord:
 
 def flat(reward: float = 0.0, **changes: Any) -> RolloutRecord:
     """A rollout in which every answer got the same reward, so that no update was made."""
-    nothing = {"num_updates": 0, "lr": 0.0, "grad_norm": 0.0, "weights_changed": False}
+    nothing = {"num_flat": 4, "num_updates": 0, "lr": 0.0, "grad_norm": 0.0, "weights_changed": False}
     return record(**{"reward_mean": reward, "reward_std": 0.0, **nothing, **changes})
 
 

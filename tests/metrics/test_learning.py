@@ -75,9 +75,7 @@ def test_run_without_any_rollout_is_not_judged() -> None:
     assert seen([])[0].at_end() is None
 
 
-@pytest.mark.parametrize(
-    "odd", [{"truncated_fraction": 1.0}, {"num_empty": 8}, {"reward_mean": 0.0, "reward_std": 0.0}]
-)
+@pytest.mark.parametrize("odd", [{"truncated_fraction": 1.0}, {"num_empty": 8}])
 def test_what_is_odd_while_weights_change_is_said_once_and_never_ends_the_run(odd: dict[str, Any]) -> None:
     watch, warnings = seen([record(**odd)] * 30)
     assert [place for place, said in enumerate(warnings, start=1) if said] == [3]
@@ -88,8 +86,19 @@ def test_gradient_that_was_not_measured_is_not_taken_for_0() -> None:
     assert record(grad_norm=None).cause is None
 
 
-def test_gradient_0_of_equal_rewards_is_the_rewards_doing() -> None:
-    assert record(grad_norm=0.0, reward_std=0.0).cause == "flat"
+@pytest.mark.parametrize("grad_norm", [0.0, 1e-9, None])
+def test_groups_without_a_difference_teach_nothing_whatever_else_changes_weights(grad_norm: float | None) -> None:
+    flat_groups = record(num_flat=4, grad_norm=grad_norm)  # which were kept: --no-filter-zero-variance
+    assert flat_groups.cause == "flat"
+    watch, _ = seen([flat_groups] * 10)
+    assert watch.must_stop is not None and watch.has_moved
+    assert record(num_flat=3, num_too_small=1).cause == "flat"
+    assert record(num_flat=3).cause is None and record(num_flat=2, num_too_small=1).cause is None
+
+
+def test_every_second_rollout_may_be_flat() -> None:
+    watch, warnings = seen([flat(), LEARNED] * 20)
+    assert not any(warnings) and watch.must_stop is None and watch.at_end() is None
 
 
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, -7.3, 1e6 + 0.1])
@@ -105,7 +114,8 @@ def test_rewards_of_nobody_are_not_equal() -> None:
 
 def test_record_is_read_from_a_rollouts_metrics() -> None:
     metrics = {"samples/total": 8.0, "samples/failed": 2.0, "samples/empty": 1.0, "truncated_fraction": 0.5}
-    metrics |= {"reward/mean": 0.25, "reward/std": 0.1, "groups/total": 4.0, "groups/too_small": 1.0, "updates": 2.0}
+    metrics |= {"reward/mean": 0.25, "reward/std": 0.1, "updates": 2.0}
+    metrics |= {"groups/total": 4.0, "groups/too_small": 1.0, "groups/flat": 2.0}
     found = record_of(7, metrics, lr=1e-5, grad_norm=0.3, weights_changed=True)
     assert found == RolloutRecord(
         rollout_id=7,
@@ -117,6 +127,7 @@ def test_record_is_read_from_a_rollouts_metrics() -> None:
         reward_std=0.1,
         num_groups=4,
         num_too_small=1,
+        num_flat=2,
         num_updates=2,
         lr=1e-5,
         grad_norm=0.3,

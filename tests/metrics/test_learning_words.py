@@ -44,6 +44,12 @@ def test_rewards_that_differ_only_between_groups_are_another_matter() -> None:
     assert "though not in all groups the same one" in said
 
 
+def test_weights_that_change_without_any_difference_of_rewards_are_said() -> None:
+    said = third_warning(record(num_flat=4))
+    assert "got the same reward" in said and "by the KL or the entropy term, weight decay or momentum alone" in said
+    assert "weights change" not in third_warning(flat())
+
+
 def test_answers_that_are_all_cut_off_are_said_beside_the_reward() -> None:
     said = third_warning(flat(truncated_fraction=1.0))
     assert "got reward 0" in said and "every answer was cut off at --max-response-length 32: raise it" in said
@@ -94,7 +100,6 @@ def test_what_is_odd_though_something_is_learned_says_so() -> None:
     assert third_warning(record(truncated_fraction=1.0)) == (
         "every answer of the last 3 rollouts was cut off at --max-response-length 32: raise it; see answers_3.jsonl"
     )
-    assert "only the KL or the entropy term changes the weights" in third_warning(record(reward_std=0.0))
 
 
 def test_a_model_without_an_end_is_named() -> None:

@@ -32,7 +32,7 @@ def score_groups(
     """
     samples: list[Sample] = []
     advantages: list[list[float | None]] = []
-    num_filtered = num_too_small = 0
+    num_flat = num_filtered = num_too_small = 0
     for group_id, group in enumerate(groups):
         row: list[float | None] = [None] * len(group.rollouts)
         advantages.append(row)
@@ -41,15 +41,18 @@ def score_groups(
         if len(rewards) < 2:
             num_too_small += 1
             continue
-        if filter_zero_variance and has_zero_variance(rewards):
-            num_filtered += 1
-            continue
+        if has_zero_variance(rewards):
+            num_flat += 1
+            if filter_zero_variance:
+                num_filtered += 1
+                continue
         for index, advantage in zip(usable, advantages_of(rewards), strict=True):
             row[index] = advantage
             samples.append(_sample(group.rollouts[index], advantage, group_id))
     metrics = {
         **answer_metrics([rollout for group in groups for rollout in group.rollouts]),
         "groups/total": float(len(groups)),
+        "groups/flat": float(num_flat),
         "groups/zero_variance": float(num_filtered),
         "groups/too_small": float(num_too_small),
         "samples/trained": float(len(samples)),

@@ -70,12 +70,15 @@ def yaml_to_arguments(file: Path) -> list[str]:
         root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         raise SettingsError(f"--config {file} cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise SettingsError(f"{file}: not YAML that can be read: it is nested too deep") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", error)).split())
         raise SettingsError(f"{file}{where}: not YAML: {problem}") from error
     arguments: list[str] = []
+    lines: dict[str, int] = {}  # setting -> where it was set
     for section, key, value in _leaves(root, file) if root is not None else ():
         line = key.start_mark.line + 1
         flag = FLAGS.get(key.value.replace("-", "_"))
@@ -83,6 +86,9 @@ def yaml_to_arguments(file: Path) -> list[str]:
             _refuse_key(file, section, key, value)
         if not isinstance(value, yaml.ScalarNode):
             raise SettingsError(f"{file}, line {line}: {key.value} needs {flag.needed}, found a nested value")
+        before = lines.setdefault(key.value.replace("-", "_"), line)
+        if before != line:
+            raise SettingsError(f"{file}, line {line}: {key.value} is set twice, on line {before} too")
         is_null = value.tag == "tag:yaml.org,2002:null"
         if is_null and not flag.is_optional:
             raise SettingsError(f"{file}, line {line}: {key.value} needs {flag.needed}, found null")

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from xrl.config.errors import SettingsError
+from xrl.config.names import nearest
 
 
 class SentenceParser(argparse.ArgumentParser):
     """Raises a SettingsError of one sentence where argparse would print its usage and exit."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse does, but a misspelt flag is told before the one that is missing for it."""
+        flags = self._option_string_actions
+        for word in sys.argv[1:] if args is None else args:
+            name = word.partition("=")[0]
+            if name.startswith("--") and not any(flag.startswith(name) for flag in flags):  # it takes beginnings
+                near = nearest(name, flags)
+                self.error(f"flag {name} is unknown" + (f"; the nearest is {near}" if near else ""))
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"{message} (`{self.prog} --help` tells more)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 
 from xrl.launch.descriptors import raise_limit
@@ -10,11 +11,19 @@ from xrl.launch.terminal import show_uncaught_printable
 
 
 def prepare_process() -> None:
-    """Standard streams that can be written to, as many open files as allowed, and printable tracebacks."""
+    """Standard streams that can be written to, SIGINT, as many open files as allowed, and printable tracebacks."""
     prepare_streams()
+    hear_interrupts()
     raise_limit()
     show_uncaught_printable()
     forgive_warnings_of_others()
+
+
+def hear_interrupts() -> None:
+    """A shell starts background commands with SIGINT ignored, and Python leaves it at that; it shall stop a command
+    from its first second, its checks of data and model too."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def forgive_warnings_of_others() -> None:

@@ -1,8 +1,9 @@
 """Whether a run learns anything, and if not: since when. Pure: a record a rollout in, sentences out.
 
-Nothing is learned from a rollout if no update was made, or if every update had lr 0 or gradient 0 or left every weight
-as it was. That is said after WARN_AFTER such rollouts in a row and ends the run after STOP_AFTER. What is only odd
-(answers that are all cut off, all empty or all worth the same while weights do change) is said, and never ends a run.
+Nothing is learned from a rollout if no update was made, if no group has two rewards that differ (then at most the KL or
+the entropy term, weight decay or momentum change weights), or if every update had lr 0 or gradient 0 or left each of
+the weights as it was. That is said after WARN_AFTER such rollouts in a row and ends the run after STOP_AFTER. What is
+only odd (answers that are all cut off or all empty while weights do change) is said, and never ends a run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ STOP_AFTER = 10
 WARN_AFTER = 3
 
 Cause = Literal["empty", "too small", "flat", "lr", "gradient", "unchanged"]
-Oddity = Literal["truncated", "empty", "flat"]
+Oddity = Literal["truncated", "empty"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class RolloutRecord:
     reward_std: float
     num_groups: int
     num_too_small: int  # of these: fewer than two answers left to compare
+    num_flat: int  # of these: all its rewards are equal
     num_updates: int
     lr: float  # the highest of the updates; 0 without any
     grad_norm: float | None  # likewise; None where no norm is taken (gradients are not clipped)
@@ -41,14 +43,14 @@ class RolloutRecord:
     @property
     def cause(self) -> Cause | None:
         """Why nothing was learned; None where something was."""
-        if self.num_updates == 0:
+        if self.num_updates == 0 or self.num_too_small + self.num_flat == self.num_groups:
             if self.all_empty:
                 return "empty"
             return "too small" if self.num_too_small == self.num_groups else "flat"
         if self.lr == 0:
             return "lr"
         if self.grad_norm == 0:
-            return "flat" if self.equal_rewards else "gradient"
+            return "gradient"
         return None if self.weights_changed else "unchanged"
 
     @property
@@ -86,6 +88,7 @@ def record_of(
         reward_std=metrics.get("reward/std", math.nan),
         num_groups=int(metrics.get("groups/total", 0)),
         num_too_small=int(metrics.get("groups/too_small", 0)),
+        num_flat=int(metrics.get("groups/flat", 0)),
         num_updates=int(metrics.get("updates", 0)),
         lr=lr,
         grad_norm=grad_norm,
@@ -165,7 +168,6 @@ class LearningWatch:
         found: dict[Oddity, bool] = {
             "truncated": record.all_truncated and not self._words.ignore_eos,
             "empty": record.all_empty,
-            "flat": record.equal_rewards,
         }
         warnings = []
         for oddity, is_there in found.items():

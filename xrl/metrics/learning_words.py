@@ -38,12 +38,7 @@ class LearningWords:
         what = f"every answer of the last {num_rollouts} rollouts"
         if oddity == "truncated":
             return f"{what} {self._cut_off()}; {self._see(record)}"
-        if oddity == "empty":
-            return f"{what} was empty, though their rewards differ; {self._see(record)}"
-        return (
-            f"{what} got reward {record.reward_mean:g} from --judge {self.judge}, so that only the KL or the entropy "
-            f"term changes the weights; {self._see(record)}"
-        )
+        return f"{what} was empty, though their rewards differ; {self._see(record)}"
 
     def _why(self, cause: Cause, records: Sequence[RolloutRecord]) -> str:
         num_updates = sum(record.num_updates for record in records)
@@ -82,6 +77,8 @@ class LearningWords:
     def _flat(self, records: Sequence[RolloutRecord]) -> str:
         is_cut = all(record.all_truncated for record in records) and not self.ignore_eos
         cut_off = f"; every answer {self._cut_off()}" if is_cut else ""
+        if any(record.moved_weights for record in records):
+            cut_off += "; weights change all the same, by the KL or the entropy term, weight decay or momentum alone"
         value = common_reward(records)
         if value is None:
             num_groups = sum(record.num_groups - record.num_too_small for record in records)
