@@ -119,9 +119,9 @@ def _shorten_truths(rows: list[dict[str, Any]], schema: Any) -> None:
 
     narrow = {"float": numpy.float32, "halffloat": numpy.float16}
     for column, inner in (("ground_truth", None), ("reward_model", "ground_truth")):
-        found = schema.field(column).type if column in schema.names else None
-        if inner is not None:
-            is_there = found is not None and pyarrow.types.is_struct(found) and found.get_field_index(inner) >= 0
+        found: Any = schema.field(column).type if column in schema.names else None
+        if inner is not None and found is not None:
+            is_there = pyarrow.types.is_struct(found) and found.get_field_index(inner) >= 0
             found = found.field(inner).type if is_there else None
         if str(found) not in narrow:
             continue
