@@ -14,7 +14,7 @@ from xrl.config.names import nearest
 class SentenceParser(argparse.ArgumentParser):
     """Raises a SettingsError of one sentence where argparse would print its usage and exit."""
 
-    def parse_args(  # type: ignore[override]
+    def parse_args(  # type: ignore[override]  # argparse says it in overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
         """As argparse does, but a misspelt flag is told before the one that is missing for it."""
