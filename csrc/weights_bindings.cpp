@@ -30,7 +30,7 @@ uint64_t tensor_checksum(Address bytes, int64_t num_bytes, Address target, int n
   py::gil_scoped_release release;
   const int64_t num_rows = (num_bytes + xrl::kChecksumRowBytes - 1) / xrl::kChecksumRowBytes;
   std::vector<uint64_t> rows(static_cast<std::size_t>(num_rows)), columns(xrl::kChecksumRowWords);
-  // Threads of its own, not OpenMP's: those would spin afterwards, in a process that has other things to do.
+  // Threads of its own, not the team's: those would spin afterwards, in a process that has other things to do.
   const int64_t share = (num_rows + num_threads - 1) / num_threads;
   std::vector<std::vector<uint64_t>> columns_of(static_cast<std::size_t>(num_threads), columns);
   const auto sum_share = [&](int thread) {

@@ -10,8 +10,6 @@ import importlib
 import os
 from types import ModuleType
 
-import torch  # noqa: F401  # first, so that only torch's OpenMP runtime is loaded
-
 
 @functools.cache
 def native_module() -> ModuleType | None:
