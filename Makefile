@@ -8,11 +8,13 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 LAYOUT ?= single
 SEED ?= 0
+XRL_FUZZ_TIMES ?= 20
+XRL_FUZZ_SEED ?= 0
 
 STAMP := $(VENV)/.setup-done
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(wildcard csrc/*) $(wildcard csrc/*/*)
 
-.PHONY: help setup demo test test-fast test-slow test-cluster check check-static bench-setup clean
+.PHONY: help setup demo test test-fast test-slow test-cluster fuzz check check-static bench-setup clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -39,14 +41,17 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist=worksteal
 SLOW_IN_PARALLEL := tests/distributed tests/kernels
 
 test-fast: setup
-	$(PARALLEL) -m "not slow and not gpu and not cluster"
+	$(PARALLEL) -m "not slow and not gpu and not cluster and not fuzz"
 
 test-slow: setup
-	$(PARALLEL) -m "slow and not gpu and not cluster" $(SLOW_IN_PARALLEL)
-	$(PYTEST) -m "slow and not gpu and not cluster" $(addprefix --ignore=,$(SLOW_IN_PARALLEL))
+	$(PARALLEL) -m "slow and not gpu and not cluster and not fuzz" $(SLOW_IN_PARALLEL)
+	$(PYTEST) -m "slow and not gpu and not cluster and not fuzz" $(addprefix --ignore=,$(SLOW_IN_PARALLEL))
 
 test-cluster: setup ## hosts with odd names and little shared memory; as root, hosts are namespaces
 	$(PYTEST) -m cluster
+
+fuzz: setup ## hostile input of every kind, more of it than `make test` tries (XRL_FUZZ_TIMES=20, XRL_FUZZ_SEED=0)
+	XRL_FUZZ_TIMES=$(XRL_FUZZ_TIMES) XRL_FUZZ_SEED=$(XRL_FUZZ_SEED) $(PYTEST) --timeout=3600 -m "not gpu" tests/fuzz
 
 check: check-static test-fast ## what a change must pass: lint, format, types, import floors, fast tests
 
