@@ -198,7 +198,7 @@ from pathlib import Path
 from xrl.config import RolloutConfig
 from xrl.rollout.pool import WorkerPool
 pool = WorkerPool(RolloutConfig(engine={ENGINE!r}), model_dir=Path("."), dtype="float32", devices=["cpu"] * 2,
-                  num_threads=1, max_model_len=8, log_dir=Path({str(tmp_path)!r}))
+                  num_threads=1, max_model_len=8, vocab_size=9, log_dir=Path({str(tmp_path)!r}))
 pool.wait_until_ready()
 print("ready", flush=True)
 time.sleep(60)
@@ -246,7 +246,7 @@ from xrl.config import RolloutConfig
 from xrl.rollout.publish import Publisher
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 folder = pathlib.Path({str(tmp_path)!r})
-settings = dict(model_dir=folder, dtype="float32", num_threads=1, max_model_len=64, log_dir=folder)
+settings = dict(model_dir=folder, dtype="float32", num_threads=1, max_model_len=64, vocab_size=9999, log_dir=folder)
 with WorkerPool(RolloutConfig(engine=ENGINE), devices=["cpu"] * 2, **settings) as pool:
     Publisher(pool).publish([bucket("layers.0", 1.0)], version=0)
     for _ in range(2):
