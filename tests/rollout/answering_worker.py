@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -30,7 +31,7 @@ def good_answer(request: GenerateRequest, *, version: int = 0) -> list[dict[str,
     )
     one = protocol.completion_to_json(completion, num_prompt_tokens=len(request.token_ids))
     one["meta_info"]["output_token_logprobs"] = [list(pair) for pair in one["meta_info"]["output_token_logprobs"]]
-    return [one] * request.num_samples
+    return [copy.deepcopy(one) for _ in range(request.num_samples)]
 
 
 async def answer_well(_: web.Request, request: GenerateRequest) -> web.StreamResponse:
