@@ -252,15 +252,16 @@ def _logprobs(pairs: object, ids: list[int]) -> list[float]:
         place = next(n for n, pair in enumerate(zip(of_ids, ids, strict=True)) if not _same(*pair))
         raise _Wrong(f"{where}[{place}] is of token {shown(of_ids[place])}, output_ids[{place}] is {ids[place]}")
     # Where NaN is among them, the least and the largest depend on their order; the sum is NaN in any.
+    kinds = set(map(type, values))
     if (
-        not set(map(type, values)) <= {float, int}  # a writer may shorten 0.0 to 0
+        not kinds <= {float, int}  # a writer may shorten 0.0 to 0
         or min(values) < LOWEST_LOGPROB
         or max(values) > HIGHEST_LOGPROB
         or not math.isfinite(sum(values))
     ):
         place = next(n for n, value in enumerate(values) if not _is_logprob(value))
         raise _Wrong(f"{where}[{place}] has log-prob {shown(values[place])}, not a finite number <= 0")
-    return list(map(float, values))
+    return list(map(float, values)) if int in kinds else list(values)
 
 
 def _same(of_id: object, token: int) -> bool:

@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -481,16 +481,15 @@ class WorkerPool:
 
     def result_of(self, running: Future[T], *, timeout_s: float, doing: str) -> T:
         """As `wait_for`, of what was started before."""
-        try:
-            return running.result(timeout_s + SLACK_S)
-        except TimeoutError as error:
-            if running.done():
-                return running.result()  # Unbounded: it is done; the time-out was its own.
-            running.cancel()
-            raise RunFailed(
-                f"{doing}: the thread that asks the rollout workers has not come to an end within "
-                f"{timeout_s + SLACK_S:g} s"
-            ) from error
+        # Twice: where this process was stopped for a while, its other thread was too, and has just gone on.
+        for limit_s in (timeout_s + SLACK_S, SLACK_S):
+            if not wait([running], timeout=limit_s).not_done:
+                return running.result()  # Unbounded: it is done.
+        running.cancel()
+        raise RunFailed(
+            f"{doing}: the thread that asks the rollout workers has not come to an end within "
+            f"{timeout_s + 2 * SLACK_S:g} s"
+        )
 
     async def post(
         self, worker: WorkerHandle, path: str, body: Any, *, timeout_s: float, limit_bytes: int = SMALL_ANSWER_BYTES
