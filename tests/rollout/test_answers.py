@@ -275,7 +275,7 @@ def test_a_wrong_answer_now_and_then_is_asked_for_again_and_costs_no_worker() ->
         return await (raw(b"{}")(http, asked) if is_wrong else answer_well(http, asked))
 
     worker.answer = wrong_at_times
-    with pool_of(worker, rollout_max_batch_size=2) as pool:  # one request at a time
+    with pool_of(worker, rollout_max_batch_size=2, rollout_max_retries=20) as pool:  # one request at a time
         results, counts = generate(pool, [request(place) for place in range(6)])
         assert all(results.values()) and counts.retried == 12 and pool.num_lost == 0
 
