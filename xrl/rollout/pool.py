@@ -226,7 +226,8 @@ class WorkerPool:
         """At the start: wait until every worker listens.
 
         Raises:
-            RuntimeError: one ended or did not start in time.
+            WorkerGone: one ended or did not start in time.
+            WorkerFault: what is at its address is no worker.
         """
         if self._has_started:
             return
