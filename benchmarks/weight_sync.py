@@ -145,7 +145,6 @@ def lead(
             devices=["cpu"],
             num_threads=os.cpu_count() or 1,
             max_model_len=64,
-            vocab_size=exporter.shape.vocab_size,
             log_dir=Path(folder),
         )
         with pool:

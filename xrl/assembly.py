@@ -130,7 +130,6 @@ def start_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder)
         devices=devices,
         num_threads=config.rollout_num_threads or max(1, cores // num_workers),
         max_model_len=_max_model_len(settings),
-        vocab_size=read_model_shape(settings.model.model).vocab_size,
         log_dir=folder.logs,
     )
 

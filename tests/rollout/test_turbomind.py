@@ -192,7 +192,6 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
             devices=["cuda:0"],
             num_threads=1,
             max_model_len=64,
-            vocab_size=256,
             log_dir=tmp_path,
         )
         pools.append(pool)

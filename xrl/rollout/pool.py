@@ -28,6 +28,7 @@ import aiohttp
 from xrl.config import RolloutConfig
 from xrl.launch import descriptors
 from xrl.launch.exit import RunFailed
+from xrl.models.shape import read_model_shape
 from xrl.rollout import protocol
 from xrl.rollout.answers import (
     SMALL_ANSWER_BYTES,
@@ -92,8 +93,8 @@ class WorkerPool:
         devices: Sequence[str],
         num_threads: int,
         max_model_len: int,
-        vocab_size: int,
         log_dir: Path,
+        vocab_size: int | None = None,
     ) -> None:
         """
         Args:
@@ -101,11 +102,11 @@ class WorkerPool:
             devices: torch device of each worker to start; their number is the number of workers.
             num_threads: CPU threads of each worker.
             max_model_len: longest prompt + response in tokens.
-            vocab_size: answers hold ids in [0, vocab_size).
             log_dir: each worker's output goes to a file here.
+            vocab_size: answers hold ids in [0, vocab_size); default: as the model's config.json says.
         """
         self.config = config
-        self.vocab_size = vocab_size
+        self.vocab_size = read_model_shape(model_dir).vocab_size if vocab_size is None else vocab_size
         arguments = [
             f"--engine={config.engine}",
             f"--model={model_dir}",
