@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -15,7 +14,7 @@ from tests.rollout.pools import VOCAB_SIZE
 from xrl.config import RolloutConfig
 from xrl.rollout import protocol
 from xrl.rollout.pool import WorkerPool
-from xrl.types import Completion, GenerateRequest
+from xrl.types import GenerateRequest, SamplingParams
 
 Answer = Callable[[web.Request, GenerateRequest], Awaitable[web.StreamResponse]]
 HEALTHY = {"status": "ok", "weights_version": 0, "num_running": 0, "max_requests": 64}
@@ -23,15 +22,20 @@ HEALTHY = {"status": "ok", "weights_version": 0, "num_running": 0, "max_requests
 
 def good_answer(request: GenerateRequest, *, version: int = 0) -> list[dict[str, Any]]:
     """The prompt again, its last token being the one that stops: as the scripted engine answers."""
-    completion = Completion(
-        token_ids=list(request.token_ids),
-        logprobs=[-0.5 - place for place in range(len(request.token_ids))],
-        finish_reason="stop",
-        weights_version=version,
-    )
-    one = protocol.completion_to_json(completion, num_prompt_tokens=len(request.token_ids))
-    one["meta_info"]["output_token_logprobs"] = [list(pair) for pair in one["meta_info"]["output_token_logprobs"]]
-    return [copy.deepcopy(one) for _ in range(request.num_samples)]
+    ids = list(request.token_ids)
+    return [
+        {
+            "output_ids": list(ids),
+            "meta_info": {
+                "prompt_tokens": len(ids),
+                "completion_tokens": len(ids),
+                "finish_reason": {"type": "stop"},
+                "output_token_logprobs": [[-0.5 - place, token] for place, token in enumerate(ids)],
+                "weights_version": version,
+            },
+        }
+        for _ in range(request.num_samples)
+    ]
 
 
 async def answer_well(_: web.Request, request: GenerateRequest) -> web.StreamResponse:
@@ -62,9 +66,8 @@ class AnsweringWorker:
 
     async def _start(self) -> None:
         application = web.Application()
-        application.router.add_get(protocol.HEALTH, self._say_health)
         application.router.add_post(protocol.GENERATE, self._generate)
-        application.router.add_post(protocol.ABORT, self._abort)
+        application.router.add_route("*", "/{path:.*}", self._say_health)
         runner = web.AppRunner(application, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -76,11 +79,14 @@ class AnsweringWorker:
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
         self.num_asked += 1
-        request = protocol.request_from_json(await http.json(), default_id="none")
+        body = await http.json()
+        request = GenerateRequest(
+            id=body["request_id"],
+            token_ids=body["input_ids"],
+            num_samples=body["n"],
+            sampling=SamplingParams(max_new_tokens=body["max_tokens"], stop_token_ids=tuple(body["stop_token_ids"])),
+        )
         return await self.answer(http, request)
-
-    async def _abort(self, _: web.Request) -> web.StreamResponse:
-        return web.json_response({})
 
 
 @contextlib.contextmanager

@@ -507,19 +507,9 @@ class WorkerPool:
             WorkerFault: the answer is no JSON, or too long.
             WorkerRefused: it cannot do that.
         """
-        if self._session is None:
-            # Every request in flight keeps a connection of its own: `max_requests` bounds them. A bound here would let
-            # the time of a request run while it waits for a connection.
-            # Nothing that a worker answers makes us ask somebody else, remember something or unpack more than was sent.
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                headers={"Accept-Encoding": "identity"},
-            )
         name = name_of(worker)
         try:
-            async with self._session.post(
+            async with self._http().post(
                 worker.url + path, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s), allow_redirects=False
             ) as response:
                 answer = await read_json(response, limit_bytes=limit_bytes, worker=name)
@@ -537,12 +527,25 @@ class WorkerPool:
             raise WorkerRefused(name, f"{kind}: {sentence}")
         return answer
 
+    def _http(self) -> aiohttp.ClientSession:
+        """Only in the pool's thread."""
+        if self._session is None:
+            # Every request in flight keeps a connection of its own: `max_requests` bounds them. A bound here would let
+            # the time of a request run while it waits for a connection. Nothing that a worker answers makes us ask
+            # somebody else, remember something or unpack more than was sent.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                headers={"Accept-Encoding": "identity"},
+            )
+        return self._session
+
     async def answers(self, worker: WorkerHandle) -> bool:
         """Whether a worker says that it is well."""
-        assert self._session is not None  # something was asked of it before
         timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
         try:
-            async with self._session.get(
+            async with self._http().get(
                 worker.url + protocol.HEALTH, timeout=timeout, allow_redirects=False
             ) as response:
                 return response.status == 200
