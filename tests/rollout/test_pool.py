@@ -154,7 +154,7 @@ def test_every_update_takes_effect_on_every_worker(make_pool: MakePool) -> None:
 
 def test_refused_layer_is_named_with_the_worker(make_pool: MakePool) -> None:
     pool = make_pool(1)
-    with pytest.raises(RuntimeError, match="weights version 1, bad: rollout worker 0: .*wrong shape"):
+    with pytest.raises(RuntimeError, match=r"weights version 1, bad: rollout worker 0 \(.*wrong shape"):
         Publisher(pool).publish([bucket("bad", 1.0)], version=1)
 
 
