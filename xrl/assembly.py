@@ -29,6 +29,7 @@ from xrl.rewards import create_judge
 from xrl.rollout.canary import Canary
 from xrl.rollout.collect import Collector
 from xrl.rollout.evaluate import Evaluator
+from xrl.rollout.mismatch import MismatchBounds
 from xrl.rollout.pool import WorkerPool
 from xrl.rollout.publish import Publisher
 from xrl.trainer import Lead
@@ -108,6 +109,7 @@ def build_lead(
         collector=collector,
         publisher=publisher,
         canary=_canary(settings, pool, sampling),
+        mismatch=MismatchBounds(settings.rollout, dtype=_coarser_dtype(settings)),
         evaluator=None if held_out is None else Evaluator(collector, held_out.all(), settings.evaluation, sampling),
         journal=journal,
         watch=_watch(settings, folder, has_stop_tokens=bool(stop_ids)),
@@ -149,7 +151,7 @@ def _canary(settings: Settings, pool: WorkerPool, sampling: SamplingParams) -> C
     return Canary(
         pool,
         settings.rollout,
-        dtype="float32" if set(_dtypes(settings)) == {"float32"} else "bfloat16",
+        dtype=_coarser_dtype(settings),
         vocab_size=read_model_shape(settings.model.model).vocab_size,
         max_model_len=_max_model_len(settings),
         sampling=sampling,
@@ -160,6 +162,11 @@ def _dtypes(settings: Settings) -> tuple[str, str]:
     """Number formats of the actor's weights and of the engines'."""
     dtype = str(train_dtype(settings.model)).removeprefix("torch.")
     return dtype, dtype if settings.rollout.rollout_dtype == "auto" else settings.rollout.rollout_dtype
+
+
+def _coarser_dtype(settings: Settings) -> str:
+    """What actor and engines agree to, at best."""
+    return "float32" if set(_dtypes(settings)) == {"float32"} else "bfloat16"
 
 
 def _max_model_len(settings: Settings) -> int:

@@ -33,7 +33,8 @@ from xrl.parallel.groups import ParallelGroups
 from xrl.rollout.canary import Canary
 from xrl.rollout.collect import Collected, Collector
 from xrl.rollout.evaluate import Evaluator
-from xrl.rollout.publish import Publisher
+from xrl.rollout.mismatch import MismatchBounds
+from xrl.rollout.publish import NoneUpdated, Publisher
 from xrl.types import Sample, SamplingParams
 from xrl.weights.hf_files import prune_hf_folders, write_hf_folder
 
@@ -44,6 +45,8 @@ T = TypeVar("T")
 _DONE, _REPUBLISH = 0, 1
 # What it says between two rollouts: go on, end here, or end here and save weights that earlier rollouts have changed.
 _GO_ON, _END, _SAVE_AND_END = 0, 1, 2
+# After an update of the engines it says: go on, end here, or once more.
+_AGAIN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,7 @@ class Lead:
     collector: Collector
     publisher: Publisher
     canary: Canary | None
+    mismatch: MismatchBounds
     evaluator: Evaluator | None
     journal: Journal
     watch: LearningWatch
@@ -116,13 +120,19 @@ class Trainer:
         self.end_as_failed_if_useless()
 
     def step(self, index: int) -> None:
-        """Sample, judge, score, learn, publish."""
+        """Sample, judge, score, learn, publish.
+
+        Raises:
+            MismatchFailed: the samples are not the actor's. On rank 0.
+        """
         start = time.perf_counter()
         samples = broadcast_samples(self.with_engines(lambda: self.sample(index)), self.groups.control)
         self.take_device()
         reports = self.actor.update(
             samples, self.algorithm.loss, self.token_weights, fused_loss=self.algorithm.fused_loss
         )
+        if self.lead and reports:  # before anybody gets to see the new weights
+            self.lead.mismatch.judge(reports[0].metrics["mismatch"].value, rollout=index)
         return_freed_memory()  # to the rollout workers, whose turn it is now
         self.publish(version=index)
         self.report(index, reports, seconds=time.perf_counter() - start)
@@ -159,31 +169,52 @@ class Trainer:
         return scored.samples
 
     def publish(self, *, version: int) -> None:
-        """Stream the weights to every rollout worker. Collective: each rank gives its part."""
+        """Stream the weights to every rollout worker; anew where all of them were lost over it. Collective.
+
+        Raises:
+            WorkerGone: on rank 0, and RunEnded on the others: they were lost each time, as often as one is restarted.
+        """
         self.version = version
+        before, start = self.checksums, time.perf_counter()
+        for tries_left in reversed(range(1 + self.settings.rollout.rollout_max_restarts)):
+            self.stream_weights()
+            self.row["seconds/publish"] = time.perf_counter() - start
+            if self.lead and self.settings.rollout.colocate:
+                with self.turning():
+                    self.lead.collector.pool.wake()
+            self.check_canary()
+            has_workers = self.lead is None or bool(self.lead.collector.pool.ready())
+            choice = self._agree(_GO_ON if has_workers else _AGAIN if tries_left else _END)
+            if choice != _AGAIN:
+                break
+            logger.warning("weights version %d have no rollout worker any more: they are published anew", version)
+        if choice == _END:
+            raise self.lead.collector.pool.none_left() if self.lead else RunEnded()
+        self.weights_changed = self.checksums != before
+
+    def stream_weights(self) -> None:
+        """The weights to all workers there are, once. Collective: each rank gives its part."""
         self.give_device()
-        start = time.perf_counter()
         if self.shares_memory:
-            buckets = self.actor.shared_weights(self.lead.publisher.memory if self.lead else None, version=version)
+            buckets = self.actor.shared_weights(self.lead.publisher.memory if self.lead else None, version=self.version)
         else:
-            buckets = self.actor.weights(version=version)
+            buckets = self.actor.weights(version=self.version)
         if self.lead:
-            report = self.lead.publisher.publish(buckets, version=version)
-            self.weights_changed = report.checksums != self.checksums
-            self.checksums = report.checksums
-            self.row |= {
-                "sync/gigabytes": report.num_bytes / 1e9,
-                "sync/layers": float(report.num_layers),
-                "sync/resent": float(report.num_resent),
-                "workers/updated": float(report.num_workers),
-            }
-        for _ in buckets:  # nothing is left on rank 0; the other ranks get nothing but must take part
+            try:
+                report = self.lead.publisher.publish(buckets, version=self.version)
+            except NoneUpdated as error:
+                logger.error("%s", error)
+            else:
+                self.checksums = report.checksums
+                self.row |= {
+                    "sync/gigabytes": report.num_bytes / 1e9,
+                    "sync/layers": float(report.num_layers),
+                    "sync/resent": float(report.num_resent),
+                    "workers/updated": float(report.num_workers),
+                }
+        # Little or nothing is left of them on rank 0; the other ranks get nothing but must take part.
+        for _ in buckets:
             pass
-        self.row["seconds/publish"] = time.perf_counter() - start
-        if self.lead and self.settings.rollout.colocate:
-            with self.turning():
-                self.lead.collector.pool.wake()
-        self.check_canary()
 
     def with_engines(self, action: Callable[[], T]) -> T | None:
         """Let rank 0 ask something of the engines; the others wait, and help if the weights are to be published again.
@@ -253,7 +284,7 @@ class Trainer:
             self.lead.canary.sample() if self.lead and self.lead.canary else None, self.groups.control
         )
         differences = self.actor.mismatch(samples)
-        if self.lead and self.lead.canary:
+        if self.lead and self.lead.canary and samples:  # without: no worker is left
             self.row["canary"] = self.lead.canary.judge(differences)
         self.row["seconds/canary"] = time.perf_counter() - start
 
@@ -383,11 +414,10 @@ def refuse_useless(index: int, collected: Collected) -> None:
     """A rollout of which nothing can be learned is a broken set-up, not a bad score.
 
     Raises:
-        RuntimeError: every prompt failed.
-        RunEnded: the judge failed on more than half of the answers or, where that is reward 0, on all.
+        RunEnded: every prompt failed, or the judge did: on more than half of the answers, or on all where that is 0.
     """
     if not collected.groups:
-        raise RuntimeError(f"rollout {index}: all of its prompts failed; the logs of the rollout workers say why")
+        raise RunEnded(f"rollout {index}: all of its prompts failed, the first with {collected.counts.why_failed}")
     rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
     errors = [rollout.judge_error for rollout in rollouts if rollout.judge_error]
     num_unjudged = sum(rollout.reward is None for rollout in rollouts)

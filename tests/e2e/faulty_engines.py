@@ -34,6 +34,31 @@ class DyingEngine(EmbeddedEngine):
         super().load_layer(bucket)
 
 
+class TwiceDyingEngine(EmbeddedEngine):
+    """Dies in an update, is started again, and dies in the same one, at the next layer."""
+
+    def load_layer(self, bucket: WeightBucket) -> None:
+        if (bucket.version, bucket.layer) in ((2, "layers.1"), (2, "layers.2")) and _is_first(bucket.layer):
+            _die()
+        super().load_layer(bucket)
+
+
+class MisstatingEngine(EmbeddedEngine):
+    """Says of all answers but the canary's that they are less likely than they are."""
+
+    def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
+        future = super().submit(request)
+        if request.id.startswith("canary"):
+            return future
+        misstated: Future[list[Completion]] = Future()
+        future.add_done_callback(lambda done: misstated.set_result([_less_likely(c) for c in done.result()]))
+        return misstated
+
+
+def _less_likely(completion: Completion) -> Completion:
+    return dataclasses.replace(completion, logprobs=[value - 0.5 for value in completion.logprobs])
+
+
 def _is_first(death: str) -> bool:
     try:
         (Path(os.environ["XRL_TEST_DEATHS"]) / death).touch(exist_ok=False)

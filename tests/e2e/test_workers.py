@@ -87,6 +87,48 @@ def test_run_loses_a_worker_in_a_rollout_and_one_in_an_update_and_no_sample(tmp_
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+def test_run_whose_only_worker_dies_twice_in_an_update_goes_on_when_it_is_back(tmp_path: Path, ranks: int) -> None:
+    rows, said = train(
+        tmp_path,
+        *("--engine", "tests.e2e.faulty_engines:TwiceDyingEngine", "--rollout-num-workers", "1"),
+        *("--num-rollouts", "4", "--nproc-per-node", str(ranks), "--tensor-model-parallel-size", str(ranks)),
+        XRL_TEST_DEATHS=str(tmp_path),
+    )
+    assert said.count("weights version 2 have no rollout worker any more: they are published anew") == 2
+    assert [row["workers/lost"] for row in rows] == [row["workers/restarted"] for row in rows] == [0, 2, 2, 2]
+    assert all(row["workers/updated"] == 1 and row["sync/layers"] == 6 for row in rows)
+    assert sum(row["prompts/failed"] + row["prompts/retried"] for row in rows) == 0
+    for row in rows:
+        assert row["mismatch"] <= LARGEST_DIFFERENCE and row["canary"] <= LARGEST_DIFFERENCE
+
+
+def test_run_whose_only_worker_dies_in_each_update_ends_when_it_has_been_started_as_often_as_allowed(
+    tmp_path: Path,
+) -> None:
+    found = start(
+        tmp_path,
+        *("--engine", "tests.e2e.faulty_engines:TwiceDyingEngine", "--rollout-num-workers", "1"),
+        *("--num-rollouts", "4", "--rollout-max-restarts", "1"),
+        XRL_TEST_DEATHS=str(tmp_path),
+    )
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    (line,) = [line for line in found.stderr.splitlines() if line.startswith("xrl: error: ")]
+    assert line.startswith("xrl: error: no rollout worker is left (rollout worker 0 (127.0.0.1:")
+    assert ": weights version 2, layers." in line
+
+
+def test_run_ends_where_answers_differ_from_the_actor_and_saves_nothing_of_them(tmp_path: Path) -> None:
+    """The canary is sampled rightly, and what is trained on is not."""
+    flags = ("--engine", "tests.e2e.faulty_engines:MisstatingEngine", "--num-rollouts", "2")
+    found = start(tmp_path, *flags)
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    (line,) = [line for line in found.stderr.splitlines() if line.startswith("xrl: error: ")]
+    assert line.startswith("xrl: error: rollout 1: log-probs of the answers differ from the actor's by 0.5 on average")
+    (run,) = (tmp_path / "work").iterdir()
+    assert not list(run.glob("hf-*"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_run_whose_only_worker_dies_in_a_rollout_goes_on_when_it_is_back(tmp_path: Path, ranks: int) -> None:
     deaths = tmp_path / "deaths"
     deaths.mkdir()
@@ -148,7 +190,8 @@ def test_canary_ends_a_run_whose_engine_takes_one_norm_for_the_other(tmp_path: P
     found = start(tmp_path, "--engine", "tests.e2e.faulty_engines:SwappingEngine", "--num-rollouts", "1")
     assert found.returncode == 1
     (line,) = [line for line in found.stderr.splitlines() if line.startswith("xrl: error: ")]
-    assert line.startswith("xrl: error: CanaryFailed: canary: after the update to weights version 0 an engine's log-p")
+    assert line.startswith("xrl: error: canary: after the update to weights version 0 an engine's log-probs differ ")
+    assert "Traceback" not in found.stderr
     assert not list((tmp_path / "work").glob("*/rollout_idx_*"))  # nothing was sampled for training
 
 

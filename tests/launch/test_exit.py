@@ -62,6 +62,15 @@ def test_error_is_followed_by_what_is_left_of_the_run(tmp_path: Path) -> None:
     )
 
 
+def test_failure_outside_this_process_is_one_sentence_without_a_traceback(tmp_path: Path) -> None:
+    assert run(tmp_path, "fail for a worker", "with words") == (
+        1,
+        "xrl: error: rollout worker 0 (10.0.0.2:80): connection refused\n"
+        "xrl: ended after rollout 3 of 9; run folder here\n",
+    )
+    assert (tmp_path / "cleaned-0").exists()
+
+
 def test_bad_settings_leave_nothing_to_speak_of(tmp_path: Path) -> None:
     assert run(tmp_path, "bad settings", "with words") == (2, "xrl: error: --lr must be >= 0, got -1\n")
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from xrl.config import SettingsError
-from xrl.launch.exit import RunEnded, announce_errors, run_main
+from xrl.launch.exit import RunEnded, RunFailed, announce_errors, run_main
 
 FOLDER, WHAT = Path(sys.argv[1]), sys.argv[2]
 RANK = int(os.environ.get("RANK", "0"))
@@ -44,6 +44,8 @@ def work() -> None:
         sys.exit("no more work")
     if WHAT == "end itself":
         raise RunEnded("nothing more to do" if RANK == 0 else "")
+    if WHAT == "fail for a worker":
+        raise RunFailed("rollout worker 0 (10.0.0.2:80): connection refused")
     if WHAT in ("wait", "slow clean-up"):
         note("waits")
         time.sleep(FOR_EVER_S)

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from tests.rollout.engines import push
-from tests.rollout.pools import ENGINE, ROOT, MakePool, bucket
+from tests.rollout.pools import ENGINE, ROOT, VOCAB_SIZE, MakePool, bucket
 from xrl.config import RolloutConfig
 from xrl.rollout import create_engine
 from xrl.rollout.engine import Engine
@@ -53,6 +53,7 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
             devices=["cpu"] * num_workers,
             num_threads=1,
             max_model_len=64,
+            vocab_size=VOCAB_SIZE,
             log_dir=tmp_path,
         )
         pools.append(pool)

@@ -12,6 +12,7 @@ from xrl.rollout.pool import RolloutCounts, WorkerPool
 from xrl.types import Completion, GenerateRequest, SamplingParams, WeightBucket
 
 ENGINE = "tests.rollout.scripted_engine:make"
+VOCAB_SIZE = 9999
 ROOT = Path(__file__).parents[2]
 MakePool = Callable[..., WorkerPool]
 
@@ -21,9 +22,9 @@ def bucket(layer: str, value: float, *, version: int = 0, size: int = 3) -> Weig
 
 
 def request(place: int, action: int = ANSWER, *, num_samples: int = 2) -> GenerateRequest:
-    return GenerateRequest(
-        id=f"r{place}", token_ids=[action, place], num_samples=num_samples, sampling=SamplingParams(max_new_tokens=8)
-    )
+    """The scripted engine repeats the prompt: its last token is the one that stops."""
+    sampling = SamplingParams(max_new_tokens=8, stop_token_ids=(place,))
+    return GenerateRequest(id=f"r{place}", token_ids=[action, place], num_samples=num_samples, sampling=sampling)
 
 
 def generate(

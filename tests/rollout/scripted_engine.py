@@ -13,7 +13,8 @@ from typing import Any
 from xrl.rollout.engine import EngineError, EngineNotReady
 from xrl.types import Completion, FinishReason, GenerateRequest, WeightBucket
 
-ANSWER, FAIL, FAIL_ONCE, HANG, DIE, LINGER, SLOW = range(100, 107)
+# No place of a request is among them: an answer holds the stop token, which is the place, once.
+ANSWER, FAIL, FAIL_ONCE, HANG, DIE, LINGER, SLOW = range(9000, 9007)
 LINGER_S = 0.7
 SLOW_S = 2.0
 

@@ -30,6 +30,7 @@ class Workers:
         for number, request in enumerate(requests):
             if request.token_ids[0] == NO_ANSWER:
                 counts.failed += 1
+                counts.why_failed = "rollout worker 0 (10.0.0.2:80): out of memory"
                 yield number, None
                 continue
             counts.finished += 1
@@ -108,6 +109,17 @@ def test_run_ends_where_the_judge_fails_on_more_than_half_and_names_the_line() -
     assert sentence.endswith(f"test_collect.py, line {line}, in fails_mostly)")
     # Asked to take them for wrong answers, it goes on while any answer is judged.
     refuse_useless(3, collect(fails_mostly, failed_reward=0.0))
+
+
+def test_run_ends_where_every_prompt_failed_and_says_why_the_first_did() -> None:
+    found = collector(lambda *_: 1.0).collect(
+        prompts(NO_ANSWER, NO_ANSWER), sampling=SamplingParams(), num_samples=2, description="training samples"
+    )
+    with pytest.raises(RunEnded) as caught:
+        refuse_useless(3, found)
+    assert caught.value.sentence == (
+        "rollout 3: all of its prompts failed, the first with rollout worker 0 (10.0.0.2:80): out of memory"
+    )
 
 
 def test_evaluation_s_rates_are_of_what_was_answered_and_judged() -> None:

@@ -18,8 +18,10 @@ import pytest
 
 from tests.rollout.pools import ENGINE, ROOT, MakePool, bucket, generate, request
 from tests.rollout.scripted_engine import ANSWER, DIE, FAIL, FAIL_ONCE, HANG, LINGER, SLOW, SLOW_S
+from xrl.launch.exit import RunFailed
 from xrl.rollout import protocol
 from xrl.rollout.pool import RolloutCounts, WorkerGone
+from xrl.rollout.process import WorkerProcess
 from xrl.rollout.publish import Publisher
 
 
@@ -152,7 +154,7 @@ def test_every_update_takes_effect_on_every_worker(make_pool: MakePool) -> None:
 
 def test_refused_layer_is_named_with_the_worker(make_pool: MakePool) -> None:
     pool = make_pool(1)
-    with pytest.raises(RuntimeError, match="weights version 1, bad: rollout worker 0: .*wrong shape"):
+    with pytest.raises(RuntimeError, match=r"weights version 1, bad: rollout worker 0 \(.*wrong shape"):
         Publisher(pool).publish([bucket("bad", 1.0)], version=1)
 
 
@@ -173,6 +175,65 @@ def test_worker_that_died_during_an_update_is_left_out(make_pool: MakePool) -> N
     Publisher(pool).publish([bucket("layers.0", 2.0)], version=1)
     results, _ = generate(pool, [request(place) for place in range(4)])
     assert all(results.values())
+
+
+def test_a_process_that_takes_long_to_end_holds_nobody_up(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(2)
+    victim = pool.workers[0]
+    may_end, restart = threading.Event(), victim.restart
+
+    def restart_late() -> None:
+        assert may_end.wait(60)
+        restart()
+
+    monkeypatch.setattr(victim, "restart", restart_late)
+    pool.lose(victim, "it hangs")
+    results, _ = generate(pool, [request(place) for place in range(4)])
+    assert all(results.values()) and [worker.number for worker in pool.reachable()] == [1]
+    may_end.set()
+    Publisher(pool).publish([bucket("layers.0", 1.0)], version=1)
+    assert pool.num_restarted == 1
+
+
+def test_a_process_that_does_not_end_is_left_and_named(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xrl.rollout.process.KILL_TIMEOUT_S", 0.05)
+    pool = make_pool(1)
+    process = pool.workers[0]._process
+    monkeypatch.setattr(process, "kill", lambda: None)  # as one that hangs in a driver
+    pool.lose(pool.workers[0], "it hangs")
+    with pytest.raises(WorkerGone, match=f"process {process.pid} of rollout worker 0 was killed and does not end"):
+        pool.reachable()
+    monkeypatch.undo()
+
+
+def test_closing_ends_what_is_about_to_be_started_again(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    pool.lose(pool.workers[0], "it hangs")
+    pool.close()
+    assert not pool.workers[0].is_alive
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("print('no JSON')", "its first line is no JSON"),
+        ("print('[1]')", "the answer is \\[1\\], not a JSON object"),
+        ('print(\'{"port": 1e5, "max_requests": 5}\')', "port is 100000.0, not a number from 1 to 65535"),
+        ('print(\'{"port": 80, "max_requests": -1}\')', "max_requests is -1"),
+        ("print('x' * 100_000)", "is longer than 65,536 bytes|is no JSON"),
+        ("import sys; sys.stdout.write('{'); sys.stdout.flush()", "did not start within 1 s"),
+    ],
+)
+def test_what_a_worker_prints_at_its_start_is_checked(tmp_path: Path, line: str, words: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\n{line}\nimport time; time.sleep(60)\n")
+    python.chmod(0o755)
+    worker = WorkerProcess(0, [], num_threads=1, log=tmp_path / "log", python=python)
+    try:
+        with pytest.raises(RunFailed, match=f"rollout worker 0.*({words})"):
+            worker.wait_until_listening(1)
+    finally:
+        worker.join(0.0)
 
 
 def test_closing_ends_workers_at_once_even_while_they_generate(make_pool: MakePool) -> None:
@@ -198,7 +259,7 @@ from pathlib import Path
 from xrl.config import RolloutConfig
 from xrl.rollout.pool import WorkerPool
 pool = WorkerPool(RolloutConfig(engine={ENGINE!r}), model_dir=Path("."), dtype="float32", devices=["cpu"] * 2,
-                  num_threads=1, max_model_len=8, log_dir=Path({str(tmp_path)!r}))
+                  num_threads=1, max_model_len=8, vocab_size=9, log_dir=Path({str(tmp_path)!r}))
 pool.wait_until_ready()
 print("ready", flush=True)
 time.sleep(60)
@@ -246,7 +307,7 @@ from xrl.config import RolloutConfig
 from xrl.rollout.publish import Publisher
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 folder = pathlib.Path({str(tmp_path)!r})
-settings = dict(model_dir=folder, dtype="float32", num_threads=1, max_model_len=64, log_dir=folder)
+settings = dict(model_dir=folder, dtype="float32", num_threads=1, max_model_len=64, vocab_size=9999, log_dir=folder)
 with WorkerPool(RolloutConfig(engine=ENGINE), devices=["cpu"] * 2, **settings) as pool:
     Publisher(pool).publish([bucket("layers.0", 1.0)], version=0)
     for _ in range(2):

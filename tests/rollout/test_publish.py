@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import signal
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from tests.rollout.pools import ENGINE, MakePool, bucket, generate, request
 from xrl.rollout import protocol
 from xrl.rollout.pool import WorkerGone, WorkerPool
 from xrl.rollout.process import WorkerHandle, WorkerProcess
-from xrl.rollout.publish import CorruptedWeights, Publisher
+from xrl.rollout.publish import CorruptedWeights, NoneUpdated, Publisher
 from xrl.types import WeightBucket
 from xrl.weights.transport import broadcast, shared_memory
 
@@ -69,6 +70,14 @@ def interrupt(buckets: Iterator[WeightBucket], pool: WorkerPool, number: signal.
     yield from buckets
 
 
+def wait_until_back(pool: WorkerPool, number: int) -> None:
+    """Until a worker that was lost, and is started again, listens."""
+    deadline = time.monotonic() + 60
+    while not any(worker.number == number for worker in pool.reachable()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def check_answers(pool: WorkerPool, version: int) -> None:
     """Every answer is of this version, and every layer of it took effect."""
     results, _ = generate(pool, [request(place) for place in range(12)])
@@ -111,7 +120,7 @@ def test_worker_killed_in_an_update_is_left_out_and_taken_back_by_the_next(
     assert "rollout worker 0 is lost (weights version 1, layers." in caplog.text
     check_answers(pool, 1)
     assert [worker.number for worker in pool.alive] == [1]
-    pool.workers[0].wait_until_listening(60)
+    wait_until_back(pool, 0)
     assert publisher.publish(layers(2), version=2).num_workers == 2
     assert len(pool.alive) == 2
     check_answers(pool, 2)
@@ -161,8 +170,57 @@ def test_a_connection_that_breaks_costs_its_worker_alone(
     assert publisher.publish(layers(2), version=2).num_workers == 1
     assert "worker 0 is lost (weights version 2, layers.0: TransportError: no trainer has connected" in caplog.text
     check_answers(pool, 2)
-    pool.workers[0].wait_until_listening(60)
+    wait_until_back(pool, 0)
     assert publisher.publish(layers(3), version=3).num_workers == 2
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_only_worker_killed_in_an_update_takes_it_anew(make_pool: MakePool, transport: str) -> None:
+    pool = make_pool(1, weight_transport=transport, weight_sync_timeout_s=20.0, update=False)
+    publisher = Publisher(pool)
+    publisher.publish(layers(1), version=1)
+    buckets = interrupt(layers(2), pool, signal.SIGKILL)
+    with pytest.raises(NoneUpdated, match="weights version 2"):
+        publisher.publish(buckets, version=2)
+    assert pool.ready() == []
+    # As often as it takes: here it is killed while it starts, too.
+    pool.workers[0]._process.kill()
+    assert publisher.publish(layers(2), version=2).num_workers == 1
+    check_answers(pool, 2)
+
+
+def test_the_only_worker_that_cannot_be_started_again_is_the_end(make_pool: MakePool) -> None:
+    pool = make_pool(1, rollout_max_restarts=0, update=False)
+    publisher = Publisher(pool)
+    with pytest.raises(NoneUpdated):
+        publisher.publish(interrupt(layers(1), pool, signal.SIGKILL), version=1)
+    with pytest.raises(WorkerGone, match=r"no rollout worker is left \(rollout worker 0 .*: weights version 1, layers"):
+        publisher.publish(layers(1), version=1)
+
+
+@pytest.mark.parametrize(("path", "odd"), [(protocol.LOAD_LAYER, {}), (protocol.FINISH_UPDATE, {"weights_version": 2})])
+def test_a_worker_that_answers_an_update_wrongly_is_lost_and_named(
+    make_pool: MakePool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str, odd: object
+) -> None:
+    pool = make_pool(2, update=False)
+    post = pool.post
+
+    async def lying_post(worker: WorkerHandle, called: str, body: object, **options: Any) -> object:
+        answer = await post(worker, called, body, **options)
+        return odd if (worker.number, called) == (0, path) else answer
+
+    monkeypatch.setattr(pool, "post", lying_post)
+    assert Publisher(pool).publish(layers(1), version=1).num_workers == 1
+    assert "rollout worker 0 is lost (weights version 1" in caplog.text
+    assert [worker.number for worker in pool.ready()] == [1]
+
+
+def test_a_worker_that_was_started_again_before_the_update_was_over_does_not_have_it(make_pool: MakePool) -> None:
+    pool = make_pool(2, update=False)
+    lives = {worker.number: pool.life(worker) for worker in pool.reachable()}
+    pool.lose(pool.workers[0], "it died")
+    pool.updated(lives, 1)
+    assert [worker.number for worker in pool.ready()] == [1]
 
 
 def test_a_lost_worker_stops_the_run_where_that_is_asked_for(make_pool: MakePool) -> None:
@@ -175,7 +233,7 @@ def test_worker_is_started_again_only_so_often(make_pool: MakePool) -> None:
     pool = make_pool(2, rollout_max_restarts=1, update=False)
     publisher = Publisher(pool)
     for version in (1, 2):
-        pool.workers[0].wait_until_listening(60)
+        wait_until_back(pool, 0)
         publisher.publish(layers(version), version=version)
         pool.workers[0]._process.kill()
         pool.workers[0]._process.wait()

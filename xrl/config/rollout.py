@@ -81,6 +81,13 @@ class RolloutConfig:
     canary_stop: float | None = None
     """End the run when it exceeds this; default: 0.01 in fp32, 0.5 in bf16."""
 
+    mismatch_warn: float | None = None
+    """Warn when the mean |rollout - actor log-prob| of a rollout's tokens exceeds this; default: as the canary's, none
+    with --partial-rollout, --top-k or --top-p, where they differ by design."""
+
+    mismatch_stop: float | None = None
+    """End the run when it exceeds this; default: as the canary's, none in the same cases."""
+
     temperature: float = 1.0
     """Sampling temperature; the actor's log-probs use the same."""
 
@@ -178,7 +185,7 @@ class RolloutConfig:
     def _check_canary(self) -> None:
         if self.canary_tokens < 0:
             raise SettingsError(f"--canary-tokens must be >= 0, got {self.canary_tokens}")
-        for name in ("canary_warn", "canary_stop"):
+        for name in ("canary_warn", "canary_stop", "mismatch_warn", "mismatch_stop"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SettingsError(f"--{name.replace('_', '-')} must be > 0, got {value:g}")

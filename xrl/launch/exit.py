@@ -41,6 +41,13 @@ class RunEnded(SystemExit):
         self.says_where = says_where
 
 
+class RunFailed(RuntimeError):
+    """Something outside this process, a rollout worker say, makes the run impossible: exit code 1, no traceback.
+
+    Its words are all that there is to say: what, where, and what was found.
+    """
+
+
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run a process's main function and exit: 0, 2 for bad settings, 128 + n for signal n, 1 for any other error."""
     raise_on_signals()
@@ -94,8 +101,9 @@ def describe(error: BaseException, words: str = "") -> str:
         # torchrun's ranks are stopped by torchrun, which was stopped itself or saw another rank fail.
         silent = is_rank_of_torchrun() and not words
         return "" if silent else f"xrl: stopped by {error.signal.name} {words}".rstrip()
-    if isinstance(error, RunEnded):
-        message = f"xrl: error: {error.sentence}" if error.sentence else ""
+    if isinstance(error, RunEnded | RunFailed):
+        sentence = error.sentence if isinstance(error, RunEnded) else str(error)
+        message = f"xrl: error: {sentence}" if sentence else ""
         return f"{message}\nxrl: ended {words}" if message and words else message
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, str) else ""
@@ -141,7 +149,8 @@ def agents_file() -> Path | None:
 
 def _outlived_echo(error: BaseException) -> BaseException:
     """What ended this rank: where that is another rank's end, wait for torchrun to say so by its signal."""
-    is_echo = isinstance(error, RuntimeError | OSError) and _ECHO.search(str(error))
+    is_news = isinstance(error, RunFailed)  # a worker's broken connection is no rank's
+    is_echo = isinstance(error, RuntimeError | OSError) and not is_news and _ECHO.search(str(error))
     if is_rank_of_torchrun() and (is_echo or (isinstance(error, RunEnded) and not error.sentence)):
         try:
             time.sleep(_ECHO_WAIT_S)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 from xrl.config import RolloutConfig
-from xrl.rollout import protocol
+from xrl.launch.exit import RunFailed
 from xrl.rollout.pool import WorkerPool
 from xrl.types import GenerateRequest, Sample, SamplingParams
 
@@ -25,7 +25,7 @@ PROMPT_TOKENS = 8
 _SPREAD = 7919
 
 
-class CanaryFailed(RuntimeError):
+class CanaryFailed(RunFailed):
     """Engine and actor do not compute the same."""
 
 
@@ -65,28 +65,23 @@ class Canary:
         )
 
     def sample(self) -> list[Sample]:
-        """The same prompt from every ready worker: one sample each, in the order of the workers.
+        """The same prompt from every ready worker: one sample each, in the order of the workers. Empty: none is left.
 
         Raises:
-            RuntimeError: a worker could not answer: names it.
+            WorkerRefused: a worker cannot answer.
+            WorkerGone: one is lost, and `on_lost_worker` is "stop".
         """
-        samples = []
-        answers = self.pool.ask_all(protocol.request_to_json(self._request()), timeout_s=self.timeout_s)
-        for group_id, (worker, answer) in enumerate(answers):
-            (completion,) = protocol.completions_from_json(answer)
-            if completion.weights_version != self.pool.version:
-                self.pool.found_stale(worker, [completion.weights_version])
-                continue
-            samples.append(
-                Sample(
-                    prompt_ids=self._prompt,
-                    response_ids=completion.token_ids,
-                    rollout_logprobs=completion.logprobs,
-                    advantage=0.0,
-                    group_id=group_id,
-                )
+        answers = self.pool.ask_all(self._request(), timeout_s=self.timeout_s)
+        return [
+            Sample(
+                prompt_ids=self._prompt,
+                response_ids=completion.token_ids,
+                rollout_logprobs=completion.logprobs,
+                advantage=0.0,
+                group_id=worker.number,
             )
-        return samples
+            for worker, (completion,) in answers
+        ]
 
     def judge(self, differences: Sequence[float]) -> float:
         """The largest of the workers' mean |rollout - actor log-prob|.

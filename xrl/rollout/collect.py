@@ -149,7 +149,7 @@ def _named(place: int, sampling: SamplingParams, num_samples: int) -> tuple[Samp
 
 
 def _rollout(prompt: Prompt, completion: Completion, response: str, verdict: Future[Verdict]) -> Rollout:
-    result = verdict.result()
+    result = verdict.result()  # Unbounded: a judge has a time-out for each answer, and fails it then.
     return Rollout(
         prompt=prompt,
         completion=completion,

@@ -8,10 +8,12 @@ import dataclasses
 import logging
 import queue
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from xrl.launch.exit import RunFailed
 from xrl.rollout import protocol
+from xrl.rollout.answers import StaleAnswer, WorkerFault, WorkerRefused, name_of
 from xrl.rollout.partial import is_whole
 from xrl.rollout.process import WorkerGone, WorkerHandle
 from xrl.types import Completion, GenerateRequest
@@ -26,6 +28,8 @@ QUEUE_AHEAD = 1.25
 # An abort is answered at once, or not at all.
 ABORT_TIMEOUT_S = 5.0
 ABORT_AGAIN_S = 0.1
+# Between looks at whether those that are to answer are still at it.
+LOOK_S = 30.0
 
 
 @dataclass
@@ -38,14 +42,11 @@ class RolloutCounts:
     retried: int = 0  # tries after the first, all requests together
     stale: int = 0  # answers refused because other weights had sampled them
     unfinished: int = 0  # cut off, to go on in the next rollout
+    why_failed: str = field(default="", compare=False)  # the last try of the first request that was given up
 
 
 class _NoneReady:
     """In the place of a result: no worker can be asked, and one may be again with the weights of an update."""
-
-
-class StaleAnswer(RuntimeError):
-    """An answer was sampled with other weights than the rollout's."""
 
 
 @dataclass
@@ -77,15 +78,32 @@ class Dispatch:
 
         Raises:
             WorkerGone: no worker is left.
+            RunFailed: the thread that asks the workers hangs, or has ended without an answer.
         """
-        while isinstance(result := self._results.get(), _NoneReady):
+        while isinstance(result := self._next(), _NoneReady):
             assert self.pool.recover is not None
             self.pool.recover()
-            self.pool.start(self._go_on()).result()
+            self.pool.wait_for(self._go_on(), timeout_s=0.0, doing="going on with the rollout")
         if isinstance(result, BaseException):
             raise result
         found: tuple[int, list[Completion] | None] = result
         return found
+
+    def _next(self) -> Any:
+        """What comes next. That something comes is bounded by the requests' own time-outs, in the pool's thread.
+
+        How soon is not: each of thousands may wait for its turn. So it is the thread that is looked after.
+        """
+        while True:
+            try:
+                return self._results.get(timeout=LOOK_S)
+            except queue.Empty:
+                has_ended = self.pool.wait_for(self._is_over(), timeout_s=0.0, doing="waiting for answers")
+                if has_ended and self._results.empty():
+                    raise RunFailed("the rollout has ended without an answer to each of its requests") from None
+
+    async def _is_over(self) -> bool:
+        return self._has_ended
 
     async def run(self, requests: Sequence[GenerateRequest]) -> None:
         """Answer them all; cancelled, it aborts those that are running."""
@@ -115,6 +133,7 @@ class Dispatch:
 
     async def _generate(self, place: int, request: GenerateRequest) -> None:
         avoid: int | None = None
+        why = ""
         for attempt in range(self.config.rollout_max_retries + 1):
             self.counts.retried += attempt > 0
             worker = await self._take_worker(request, avoid)
@@ -122,48 +141,53 @@ class Dispatch:
                 self.counts.unfinished += 1
                 self._results.put((place, []))
                 return
-            life = self.pool.life(worker)
+            life, name = self.pool.life(worker), name_of(worker)
             # A name of its own for each try: the engine may not be rid of the last one yet.
             this_try = dataclasses.replace(request, id=f"{request.id}.{attempt}") if attempt else request
             try:
                 completions = await self._ask(worker, this_try)
-                if completions and all(map(is_whole, completions)):
+                if all(map(is_whole, completions)):
                     self.counts.finished += 1
                 elif self._is_cut_short:
                     self.counts.unfinished += 1
                 else:  # the worker was told to end, say
-                    raise RuntimeError("the answer was cut off, and not by us")
+                    reasons = ", ".join(sorted({completion.finish_reason for completion in completions}))
+                    raise WorkerRefused(name, f"the answer was cut off, and not by us (finish_reason: {reasons})")
                 self._results.put((place, completions))
                 return
+            except WorkerFault as error:
+                why = str(error)
+                self.pool.found_faulty(worker, error, life=life)
             except WorkerGone as error:
+                why = f"{name}: {error}"
                 if not await asyncio.to_thread(_is_alive, worker):
                     self.pool.lose(worker, str(error), life=life)
-                logger.warning("request %s: %s", request.id, error)
             except TimeoutError as error:
-                logger.warning("request %s on rollout worker %d: %s", request.id, worker.number, error)
+                why = f"{name}: {error}"
                 if await self.pool.answers(worker):
                     await self._abort(worker, this_try.id)
                 else:  # left in, it would be idle, and get the next requests
                     self.pool.lose(worker, str(error), life=life)
-            except RuntimeError as error:
-                logger.warning("request %s on rollout worker %d: %s", request.id, worker.number, error)
+            except WorkerRefused as error:
+                why = str(error)
+            except StaleAnswer as error:
+                why = f"{name}: {error}"
             finally:
                 await self._give_back(worker, request)
+            logger.warning("request %s: %s", request.id, why)
             avoid = worker.number
         self.counts.failed += 1
+        self.counts.why_failed = self.counts.why_failed or why
         self._results.put((place, None))
 
     async def _ask(self, worker: WorkerHandle, request: GenerateRequest) -> list[Completion]:
-        expected = self.pool.version
-        answers = await self.pool.post(
-            worker, protocol.GENERATE, protocol.request_to_json(request), timeout_s=self.config.rollout_timeout_s
-        )
-        completions = protocol.completions_from_json(answers)
-        versions = sorted({completion.weights_version for completion in completions})
-        if expected is not None and any(version != expected for version in versions):
+        try:
+            completions = await self.pool.completions(worker, request, timeout_s=self.config.rollout_timeout_s)
+        except StaleAnswer as error:
             self.counts.stale += 1
-            self.pool.found_stale(worker, versions)
-            raise StaleAnswer(f"sampled with weights version {versions}, not {expected}")
+            self.pool.found_stale(worker, error.versions)
+            raise
+        self.pool.found_well(worker)
         return completions
 
     async def _abort(self, worker: WorkerHandle, request_id: str | None) -> None:
@@ -184,7 +208,7 @@ class Dispatch:
                     if not self._is_waiting:
                         self._is_waiting = True
                         self._results.put(_NoneReady())
-                    await self._changed.wait()
+                    await self._changed.wait()  # Unbounded: `recover` has time-outs; it ends the run, or this.
                     continue
                 alive = ready or self.pool.alive
                 candidates = [worker for worker in alive if worker.number != avoid] or alive
@@ -195,6 +219,7 @@ class Dispatch:
                     load.sequences += request.num_samples
                     load.tokens += _tokens(request)
                     return worker
+                # Unbounded: every worker without room has a request that ends within --rollout-timeout-s.
                 await self._changed.wait()
         return None
 

@@ -82,6 +82,9 @@ class Engine(Protocol):
     def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
         """Queue a request; the future holds its num_samples completions, in order.
 
+        A completion ends with its first stop token (finish_reason "stop"), or has max_new_tokens ("length"). Token ids
+        are in [0, vocab_size), log-probs finite and <= 0: the trainer refuses others (xrl/rollout/answers.py).
+
         Raises:
             ValueError: the request can never run (empty prompt, prompt + max_new_tokens over max_model_len, ...).
             EngineNotReady: there are no complete weights, the engine sleeps or an update is under way.

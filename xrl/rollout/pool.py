@@ -2,7 +2,7 @@
 
 A worker's way, as the pool sees it:
 
-    starting --listens--> stale --has taken an update--> ready --dies, hangs--> lost --started again--> starting
+    starting --listens--> stale --has taken an update--> ready --dies, hangs, lies--> lost --started again--> starting
                             ^                              |
                             +----- has other weights ------+
 
@@ -12,11 +12,12 @@ Requests go to ready workers only, updates to stale and ready ones.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,23 @@ import aiohttp
 
 from xrl.config import RolloutConfig
 from xrl.launch import descriptors
+from xrl.launch.exit import RunFailed
+from xrl.models.shape import read_model_shape
 from xrl.rollout import protocol
+from xrl.rollout.answers import (
+    SMALL_ANSWER_BYTES,
+    StaleAnswer,
+    WeightsId,
+    WorkerFault,
+    WorkerRefused,
+    check_done,
+    checked_completions,
+    checked_refusal,
+    completions_limit,
+    name_of,
+    read_json,
+    shown,
+)
 from xrl.rollout.dispatch import Dispatch, RolloutCounts
 from xrl.rollout.process import RemoteWorker, WorkerGone, WorkerHandle, WorkerProcess
 from xrl.types import Completion, GenerateRequest
@@ -43,6 +60,10 @@ HEALTH_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 3.0
 # Sleeping and waking move weights and caches, and build what the device computes with.
 TURN_TIMEOUT_S = 120.0
+# One wrong answer may be a slip of memory or network; so many in a row are not.
+FAULTS_IN_A_ROW = 3
+# What the pool's thread adds to the time-outs of what it is asked to do, on a busy machine.
+SLACK_S = 60.0
 
 
 @dataclass
@@ -51,9 +72,13 @@ class _Standing:
 
     version: int | None = None  # of the weights that it took whole
     lost: str = ""  # why it is left out
+    last_lost: str = ""  # the same, of the last time: it may have been started again
     life: int = 0  # counts its starts and losses: a connection is of one life
     started: float = field(default_factory=time.monotonic)
     restarts: int = 0
+    is_restarting: bool = False  # in a thread of its own: its process may take time to end
+    faults: int = 0  # wrong answers in a row
+    is_lost_by_faults: bool = False
 
 
 class WorkerPool:
@@ -69,6 +94,7 @@ class WorkerPool:
         num_threads: int,
         max_model_len: int,
         log_dir: Path,
+        vocab_size: int | None = None,
     ) -> None:
         """
         Args:
@@ -77,8 +103,10 @@ class WorkerPool:
             num_threads: CPU threads of each worker.
             max_model_len: longest prompt + response in tokens.
             log_dir: each worker's output goes to a file here.
+            vocab_size: answers hold ids in [0, vocab_size); default: as the model's config.json says.
         """
         self.config = config
+        self.vocab_size = read_model_shape(model_dir).vocab_size if vocab_size is None else vocab_size
         arguments = [
             f"--engine={config.engine}",
             f"--model={model_dir}",
@@ -105,6 +133,7 @@ class WorkerPool:
         self._standings = {worker.number: _Standing() for worker in self.workers}
         self._lock = threading.RLock()  # around the standings: both threads look at them
         self._has_started = self._is_closing = False
+        self._restarts: list[threading.Thread] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-pool", daemon=True)
         self._thread.start()
@@ -129,13 +158,16 @@ class WorkerPool:
         """End every worker that was started here, whatever state it is in."""
         with self._lock:
             self._is_closing = True
+        for restart in self._restarts:
+            restart.join(STOP_TIMEOUT_S)
         for worker in self.workers:
             worker.terminate()
         for worker in self.workers:
             worker.join(STOP_TIMEOUT_S)
         if self._thread.is_alive():
             if self._session is not None:
-                asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(STOP_TIMEOUT_S)
+                with contextlib.suppress(TimeoutError):  # the thread hangs, and ends with the process
+                    asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(STOP_TIMEOUT_S)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(STOP_TIMEOUT_S)
 
@@ -148,8 +180,16 @@ class WorkerPool:
         """
         alive = self.ready()
         if not alive:
-            raise WorkerGone(f"no rollout worker is left{self._reasons()}; {self.workers[-1].log_tail()}")
+            raise self.none_left()
         return alive
+
+    def none_left(self) -> WorkerGone:
+        """The error that says so, with what each worker was lost by last."""
+        found = [(name_of(worker), self._standings[worker.number]) for worker in self.workers]
+        reasons = "; ".join(f"{name}: {standing.last_lost}" for name, standing in found if standing.last_lost)
+        return WorkerGone(
+            f"no rollout worker is left{f' ({reasons})' if reasons else ''}; {self.workers[-1].log_place}"
+        )
 
     def ready(self) -> list[WorkerHandle]:
         """As `alive`, or none."""
@@ -166,11 +206,12 @@ class WorkerPool:
     def reachable(self) -> list[WorkerHandle]:
         """Workers that listen, whatever weights they have; waits for one to start where there is none.
 
+        Each start has START_TIMEOUT_S, and each worker only so many.
+
         Raises:
             WorkerGone: none listens and none starts.
         """
         self.wait_until_ready()
-        deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             with self._lock:
                 self._notice_ends()
@@ -178,15 +219,16 @@ class WorkerPool:
                 starting = [worker for worker in self.workers if not self._standings[worker.number].lost]
             if found:
                 return found
-            if not starting or time.monotonic() > deadline:
-                raise WorkerGone(f"no rollout worker is left{self._reasons()}; {self.workers[-1].log_tail()}")
+            if not starting:
+                raise self.none_left()
             time.sleep(0.1)
 
     def wait_until_ready(self) -> None:
         """At the start: wait until every worker listens.
 
         Raises:
-            RuntimeError: one ended or did not start in time.
+            WorkerGone: one ended or did not start in time.
+            WorkerFault: what is at its address is no worker.
         """
         if self._has_started:
             return
@@ -198,12 +240,17 @@ class WorkerPool:
         """A number that changes whenever the worker is lost: what was arranged with it is of one life."""
         return self._standings[worker.number].life
 
-    def updated(self, workers: Sequence[WorkerHandle], version: int) -> None:
-        """From now on requests go to these workers, which have taken the weights `version` whole."""
+    def updated(self, lives: Mapping[int, int], version: int) -> None:
+        """From now on requests go to these workers, which have taken the weights `version` whole.
+
+        Args:
+            lives: worker -> the life in which it has: one that was lost since, and started again, has no weights.
+        """
         with self._lock:
             self.version = version
-            for worker in workers:
-                self._standings[worker.number].version = version
+            for number, life in lives.items():
+                if self._standings[number].life == life:
+                    self._standings[number].version = version
 
     def found_stale(self, worker: WorkerHandle, found: Sequence[int]) -> None:
         """A worker sampled with other weights than it should have: no more requests until its next update."""
@@ -217,8 +264,30 @@ class WorkerPool:
             self.version,
         )
 
+    def found_faulty(self, worker: WorkerHandle, fault: WorkerFault, *, life: int) -> None:
+        """An answer was not what was asked for: a worker that gives several of these in a row is lost.
+
+        Raises:
+            WorkerGone: `on_lost_worker` is "stop".
+        """
+        with self._lock:
+            standing = self._standings[worker.number]
+            if standing.lost or life != standing.life:
+                return
+            standing.faults += 1
+            if standing.faults < FAULTS_IN_A_ROW:
+                return
+            standing.is_lost_by_faults = True
+            self.lose(worker, f"{FAULTS_IN_A_ROW} wrong answers in a row, the last: {fault.detail}", life=life)
+
+    def found_well(self, worker: WorkerHandle) -> None:
+        """An answer was what was asked for."""
+        self._standings[worker.number].faults = 0
+
     def lose(self, worker: WorkerHandle, reason: str, *, life: int | None = None) -> None:
-        """Leave a worker out that is dead or stuck; start it again where that is ours to do.
+        """Leave a worker out that is dead, stuck or faulty; start it again where that is ours to do.
+
+        Does not wait for that: a process may take its time to end.
 
         Args:
             life: in which it was found dead or stuck: several requests may find out, and it may run again by then.
@@ -230,15 +299,16 @@ class WorkerPool:
             standing = self._standings[worker.number]
             if standing.lost or self._is_closing or life not in (None, standing.life):
                 return
-            standing.version, standing.lost = None, reason
+            standing.version, standing.lost, standing.faults = None, reason, 0
+            standing.last_lost = reason
             standing.life += 1
             self.num_lost += 1
             logger.error("rollout worker %d is lost (%s); %s", worker.number, reason, worker.log_tail())
             if self.config.on_lost_worker == "stop":
                 raise WorkerGone(f"rollout worker {worker.number} is lost ({reason}), and --on-lost-worker is stop")
-            if standing.restarts < self.config.rollout_max_restarts and worker.restart():
+            if standing.restarts < self.config.rollout_max_restarts and worker.can_restart:
                 standing.restarts += 1
-                standing.lost, standing.started = "", time.monotonic()
+                standing.lost, standing.is_restarting = "", True
                 self.num_restarted += 1
                 logger.warning(
                     "rollout worker %d is started again (%d of %d times), and takes part after the next weight update",
@@ -246,6 +316,25 @@ class WorkerPool:
                     standing.restarts,
                     self.config.rollout_max_restarts,
                 )
+                self._restarts = [thread for thread in self._restarts if thread.is_alive()]
+                self._restarts.append(threading.Thread(target=self._restart, args=(worker,), daemon=True))
+                self._restarts[-1].start()
+
+    def _restart(self, worker: WorkerHandle) -> None:
+        """In a thread of its own, without the lock: everybody else goes on meanwhile."""
+        standing = self._standings[worker.number]
+        failure = ""
+        try:
+            worker.restart()
+        except (WorkerGone, OSError) as error:
+            failure = f"it cannot be started again: {error}"
+            logger.error("%s is lost: %s", name_of(worker), failure)
+        with self._lock:
+            standing.lost, standing.is_restarting, standing.started = failure, False, time.monotonic()
+            standing.last_lost = failure or standing.last_lost
+            is_closing = self._is_closing
+        if is_closing:  # it may have been asked to end before it was started
+            worker.terminate()
 
     def generate(
         self, requests: Sequence[GenerateRequest], counts: RolloutCounts
@@ -266,30 +355,45 @@ class WorkerPool:
         finally:
             running.cancel()
 
-    def ask_all(self, body: Any, *, timeout_s: float) -> list[tuple[WorkerHandle, Any]]:
-        """Every ready worker's answer to the same `/generate` call; a worker that does not answer is lost.
+    def ask_all(self, request: GenerateRequest, *, timeout_s: float) -> list[tuple[WorkerHandle, list[Completion]]]:
+        """Every ready worker's completions; one that does not answer, or wrongly, is lost. None where none is ready.
 
         Raises:
-            RuntimeError: a worker refused: names it.
-            WorkerGone: no worker is left.
+            WorkerRefused: a worker cannot.
+            WorkerGone: one is lost, and `on_lost_worker` is "stop".
         """
 
-        async def ask(worker: WorkerHandle) -> tuple[WorkerHandle, Any] | None:
+        async def ask(worker: WorkerHandle) -> tuple[WorkerHandle, list[Completion]] | None:
             life = self.life(worker)
             try:
-                return worker, await self.post(worker, protocol.GENERATE, body, timeout_s=timeout_s)
+                return worker, await self.completions(worker, request, timeout_s=timeout_s)
+            except StaleAnswer as error:
+                self.found_stale(worker, error.versions)
+            except WorkerFault as error:
+                self.lose(worker, error.detail, life=life)
             except (WorkerGone, TimeoutError) as error:
                 self.lose(worker, str(error), life=life)
-                return None
-            except RuntimeError as error:
-                raise RuntimeError(f"rollout worker {worker.number}: {error}") from error
+            return None
 
-        async def ask_everyone() -> list[tuple[WorkerHandle, Any] | None]:
-            return await asyncio.gather(*map(ask, self.alive))
+        async def ask_everyone() -> list[tuple[WorkerHandle, list[Completion]] | None]:
+            return await asyncio.gather(*map(ask, self.ready()))
 
-        answers = self.start(ask_everyone()).result()
-        _ = self.alive
+        answers = self.wait_for(ask_everyone(), timeout_s=timeout_s, doing=f"answers to {request.id}")
         return [answer for answer in answers if answer is not None]
+
+    async def completions(
+        self, worker: WorkerHandle, request: GenerateRequest, *, timeout_s: float
+    ) -> list[Completion]:
+        """A worker's answer to a request, checked. Raises as `post`, and StaleAnswer."""
+        weights = None if self.version is None else WeightsId(version=self.version)
+        answer = await self.post(
+            worker,
+            protocol.GENERATE,
+            protocol.request_to_json(request),
+            timeout_s=timeout_s,
+            limit_bytes=completions_limit(request),
+        )
+        return checked_completions(answer, request, worker=name_of(worker), vocab_size=self.vocab_size, weights=weights)
 
     def sleep(self) -> None:
         """Have every worker give its device to the actor, weights and all: an update comes before the next request.
@@ -297,10 +401,10 @@ class WorkerPool:
         Waits for workers that are starting: they must not take the device while the actor uses it.
 
         Raises:
-            RuntimeError: a worker refused: names it.
+            WorkerRefused: a worker cannot.
             WorkerGone: no worker is left.
         """
-        while self._is_any_starting():
+        while self._is_any_starting():  # START_TIMEOUT_S at most
             time.sleep(0.1)
         self._tell_all(f"{protocol.SLEEP}?level=2")
 
@@ -313,9 +417,7 @@ class WorkerPool:
             self._notice_ends()
             # One that does not listen in time is lost by being asked.
             return any(
-                isinstance(worker, WorkerProcess)
-                and not self._listens(worker)
-                and not self._standings[worker.number].lost
+                worker.can_restart and not self._listens(worker) and not self._standings[worker.number].lost
                 for worker in self.workers
             )
 
@@ -323,17 +425,17 @@ class WorkerPool:
         async def tell(worker: WorkerHandle) -> None:
             life = self.life(worker)
             try:
-                await self.post(worker, path, {}, timeout_s=TURN_TIMEOUT_S)
+                check_done(await self.post(worker, path, {}, timeout_s=TURN_TIMEOUT_S), worker=name_of(worker))
+            except WorkerFault as error:
+                self.lose(worker, f"{path}: {error.detail}", life=life)
             except (WorkerGone, TimeoutError) as error:
                 self.lose(worker, str(error), life=life)
-            except RuntimeError as error:
-                raise RuntimeError(f"rollout worker {worker.number}: {error}") from error
 
         async def tell_everyone() -> None:
             await asyncio.gather(*map(tell, workers))
 
         workers = self.reachable()
-        self.start(tell_everyone()).result()
+        self.wait_for(tell_everyone(), timeout_s=TURN_TIMEOUT_S, doing=path)
 
     def cut_short(self) -> None:
         """End the rollout that `generate` is at: what is left of it comes back at once, as it is."""
@@ -367,71 +469,117 @@ class WorkerPool:
         """Run it in the pool's thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    async def post(self, worker: WorkerHandle, path: str, body: Any, *, timeout_s: float) -> Any:
-        """One call of a worker; its answer.
+    def wait_for(self, coroutine: Coroutine[Any, Any, T], *, timeout_s: float, doing: str) -> T:
+        """Run it in the pool's thread, and wait for its end.
+
+        Args:
+            timeout_s: the time-outs within it; the pool's thread gets SLACK_S more.
+            doing: what is waited for.
+
+        Raises:
+            RunFailed: it has not ended by then.
+        """
+        return self.result_of(self.start(coroutine), timeout_s=timeout_s, doing=doing)
+
+    def result_of(self, running: Future[T], *, timeout_s: float, doing: str) -> T:
+        """As `wait_for`, of what was started before."""
+        # Twice: where this process was stopped for a while, its other thread was too, and has just gone on.
+        for limit_s in (timeout_s + SLACK_S, SLACK_S):
+            if not wait([running], timeout=limit_s).not_done:
+                return running.result()  # Unbounded: it is done.
+        running.cancel()
+        raise RunFailed(
+            f"{doing}: the thread that asks the rollout workers has not come to an end within "
+            f"{timeout_s + 2 * SLACK_S:g} s"
+        )
+
+    async def post(
+        self, worker: WorkerHandle, path: str, body: Any, *, timeout_s: float, limit_bytes: int = SMALL_ANSWER_BYTES
+    ) -> object:
+        """One call of a worker; its answer, parsed and not checked any further.
+
+        Args:
+            limit_bytes: of the answer.
 
         Raises:
             WorkerGone: it cannot be reached, or its side of the weights' transport broke.
             TimeoutError: no answer in time.
-            RuntimeError: it refused.
+            WorkerFault: the answer is no JSON, or too long.
+            WorkerRefused: it cannot do that.
         """
-        if self._session is None:
-            # Every request in flight keeps a connection of its own: `max_requests` bounds them. A bound here would let
-            # the time of a request run while it waits for a connection.
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        name = name_of(worker)
         try:
-            async with self._session.post(
-                worker.url + path, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)
+            async with self._http().post(
+                worker.url + path, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s), allow_redirects=False
             ) as response:
-                answer = await response.json()
+                answer = await read_json(response, limit_bytes=limit_bytes, worker=name)
         except TimeoutError as error:
             raise TimeoutError(f"no answer to {path} within {timeout_s:g} s") from error
-        except aiohttp.ClientError as error:
+        except aiohttp.ClientResponseError as error:
+            raise WorkerFault(name, f"{path}: the answer is no HTTP: {shown(error.message)}") from error
+        except (aiohttp.ClientError, OSError) as error:
             raise WorkerGone(f"{path}: {error or type(error).__name__}") from error
         if response.status != 200:
-            refusal = f"{answer.get('type')}: {answer.get('error')}"
+            kind, sentence = checked_refusal(answer, worker=name)
             # What breaks between the two costs the worker, not the run.
-            raise WorkerGone(refusal) if answer.get("type") == TransportError.__name__ else RuntimeError(refusal)
+            if kind == TransportError.__name__:
+                raise WorkerGone(f"{kind}: {sentence}")
+            raise WorkerRefused(name, f"{kind}: {sentence}")
         return answer
+
+    def _http(self) -> aiohttp.ClientSession:
+        """Only in the pool's thread."""
+        if self._session is None:
+            # Every request in flight keeps a connection of its own: `max_requests` bounds them. A bound here would let
+            # the time of a request run while it waits for a connection. Nothing that a worker answers makes us ask
+            # somebody else, remember something or unpack more than was sent.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                headers={"Accept-Encoding": "identity"},
+            )
+        return self._session
 
     async def answers(self, worker: WorkerHandle) -> bool:
         """Whether a worker says that it is well."""
-        assert self._session is not None  # something was asked of it before
         timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
         try:
-            async with self._session.get(worker.url + protocol.HEALTH, timeout=timeout) as response:
+            async with self._http().get(
+                worker.url + protocol.HEALTH, timeout=timeout, allow_redirects=False
+            ) as response:
                 return response.status == 200
-        except (TimeoutError, aiohttp.ClientError):
+        except (OSError, aiohttp.ClientError):  # time is up, too
             return False
 
     def _is_ready(self, worker: WorkerHandle) -> bool:
         standing = self._standings[worker.number]
-        return bool(worker.url) and not standing.lost and standing.version == self.version
+        is_there = bool(worker.url) and not standing.lost and not standing.is_restarting
+        return is_there and standing.version == self.version
 
     def _notice_ends(self) -> None:
         for worker in self.workers:
-            if not self._standings[worker.number].lost and worker.has_ended:
+            standing = self._standings[worker.number]
+            if not standing.lost and not standing.is_restarting and worker.has_ended:
                 self.lose(worker, "the process ended")
 
     def _listens(self, worker: WorkerHandle) -> bool:
         standing = self._standings[worker.number]
-        is_process = isinstance(worker, WorkerProcess)
-        if standing.lost and is_process:
+        if standing.is_restarting or (standing.lost and worker.can_restart):
             return False
+        if standing.is_lost_by_faults and standing.lost and standing.restarts >= self.config.rollout_max_restarts:
+            return False  # it is well by its own word, again and again
         try:
             listens = worker.poll()
-        except RuntimeError as error:
-            self.lose(worker, str(error).partition(":")[0])
+        except (WorkerGone, WorkerFault) as error:
+            self.lose(worker, str(error).partition(": the end of")[0])
             return False
-        if not listens and is_process and time.monotonic() > standing.started + START_TIMEOUT_S:
+        if not listens and worker.can_restart and time.monotonic() > standing.started + START_TIMEOUT_S:
             self.lose(worker, f"it did not start within {START_TIMEOUT_S:g} s")
         if listens and standing.lost:
             logger.warning("rollout worker %d answers again and is taken back", worker.number)
-            standing.lost = ""
-        elif not listens and not is_process and not standing.lost:
+            standing.restarts += standing.is_lost_by_faults
+            standing.lost, standing.is_lost_by_faults = "", False
+        elif not listens and not worker.can_restart and not standing.lost:
             self.lose(worker, "it does not answer")
         return listens
-
-    def _reasons(self) -> str:
-        lost = [f"{number}: {standing.lost}" for number, standing in self._standings.items() if standing.lost]
-        return f" ({'; '.join(lost)})" if lost else ""

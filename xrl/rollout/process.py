@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import http.client
-import json
 import os
 import selectors
 import subprocess
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import aiohttp
+
 from xrl.launch.children import child_environment, module_command
+from xrl.launch.exit import RunFailed
 from xrl.launch.memory import set_large_pages
 from xrl.launch.threads import set_thread_waiting
 from xrl.rollout import protocol
+from xrl.rollout.answers import (
+    SMALL_ANSWER_BYTES,
+    WorkerFault,
+    checked_max_requests,
+    checked_port,
+    name_of,
+    parse_json,
+    read_json,
+)
 
 LOG_TAIL_LINES = 15
-# Never through a proxy, as requests don't go through one.
-_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+LOG_TAIL_BYTES = 1 << 16
+# The one line that a worker prints.
+ANNOUNCEMENT_BYTES = 1 << 16
+HEALTH_TIMEOUT_S = 2.0
+# A process that was killed is gone at once, unless it hangs in the kernel: in a driver, or over a file system.
+KILL_TIMEOUT_S = 10.0
+# For one that is about to end to do so by itself, so that what is said about its end is true.
+END_TIMEOUT_S = 1.0
 
 
-class WorkerGone(RuntimeError):
+class WorkerGone(RunFailed):
     """A worker died or cannot be reached."""
 
 
@@ -35,6 +51,7 @@ class WorkerHandle(Protocol):
     host: str  # where it listens
     url: str  # empty as long as it does not listen
     max_requests: int | None  # at once, by its own word; None as long as it has not said
+    can_restart: bool  # whether its process is ours
 
     @property
     def has_ended(self) -> bool:
@@ -47,19 +64,34 @@ class WorkerHandle(Protocol):
         ...
 
     def poll(self) -> bool:
-        """Whether it listens by now. Does not wait."""
+        """Whether it listens by now. Does not wait for it.
+
+        Raises:
+            WorkerGone: it ended before it did.
+            WorkerFault: what it says is not what a worker says.
+        """
         ...
 
     def wait_until_listening(self, timeout_s: float) -> None:
-        """Raises RuntimeError when it ended, or said nothing in time; the message says where to look."""
+        """Raises WorkerGone when it ended, or said nothing in time; the message says where to look."""
         ...
 
-    def restart(self) -> bool:
-        """End it and start it anew, where that is ours to do: returns whether it is."""
+    def restart(self) -> None:
+        """End it and start it anew, where that is ours to do. May take KILL_TIMEOUT_S.
+
+        Raises:
+            WorkerGone: its process does not end.
+            OSError: no other can be started.
+        """
+        ...
+
+    @property
+    def log_place(self) -> str:
+        """Where its log is."""
         ...
 
     def log_tail(self) -> str:
-        """Where its log is, and the last lines."""
+        """The same, and its last lines."""
         ...
 
     def terminate(self) -> None:
@@ -75,6 +107,7 @@ class WorkerProcess:
     """A rollout worker that this process started and will end."""
 
     host = "127.0.0.1"
+    can_restart = True
 
     def __init__(
         self, number: int, arguments: Sequence[str], *, num_threads: int, log: Path, python: Path | None = None
@@ -97,17 +130,22 @@ class WorkerProcess:
         set_thread_waiting(self._environment)
         set_large_pages(self._environment)
         log.parent.mkdir(parents=True, exist_ok=True)
+        self._said = b""  # of its announcement, so far
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
+        self._said = b""
         with self.log.open("ab") as file:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*self._command, "--parent-pid", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=file,
                 env=self._environment,
             )
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)  # half a line is no reason to wait for the other half
+        return process
 
     @property
     def has_ended(self) -> bool:
@@ -127,7 +165,7 @@ class WorkerProcess:
         while not self.url:
             self._read_address(0.2)
             if not self.url and time.monotonic() > deadline:
-                raise RuntimeError(
+                raise WorkerGone(
                     f"rollout worker {self.number} did not start within {timeout_s:g} s: {self.log_tail()}"
                 )
 
@@ -137,26 +175,51 @@ class WorkerProcess:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(timeout_s):
                 return
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            raise RuntimeError(
+        chunk = os.read(self._process.stdout.fileno(), ANNOUNCEMENT_BYTES)
+        if not chunk:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it has closed its stdout, and lives on
+                self._process.wait(END_TIMEOUT_S)
+            raise WorkerGone(
                 f"rollout worker {self.number} ended at its start with exit code {self._process.returncode}: "
                 f"{self.log_tail()}"
             )
-        said = json.loads(line)
-        self.max_requests = said["max_requests"]
-        self.url = f"http://{self.host}:{said['port']}"
+        self._said += chunk
+        line, newline, _ = self._said.partition(b"\n")
+        if len(line) > ANNOUNCEMENT_BYTES:
+            raise WorkerFault(name_of(self), f"its first line is longer than {ANNOUNCEMENT_BYTES:,} bytes")
+        if newline:
+            said = parse_json(line, worker=name_of(self), where="its first line")
+            self.max_requests = checked_max_requests(said, worker=name_of(self))
+            self.url = f"http://{self.host}:{checked_port(said, worker=name_of(self))}"
 
-    def restart(self) -> bool:
-        self._process.kill()
+    def restart(self) -> None:
+        self._kill()
         self.join(0.0)
         self.url = ""
         self._process = self._start()
-        return True
+
+    def _kill(self) -> None:
+        """Raises WorkerGone where it does not end."""
+        self._process.kill()
+        try:
+            self._process.wait(KILL_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise WorkerGone(
+                f"process {self._process.pid} of rollout worker {self.number} was killed and does not end: it hangs in "
+                f"a driver, or over a file system"
+            ) from error
+
+    @property
+    def log_place(self) -> str:
+        return f"its log is {self.log}"
 
     def log_tail(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_TAIL_BYTES))
+                lines = file.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        except OSError as error:  # somebody has removed it
+            return f"{self.log_place}, which cannot be read: {error.strerror}"
         return "\n  ".join([f"the end of {self.log}:", *lines])
 
     def terminate(self) -> None:
@@ -168,7 +231,8 @@ class WorkerProcess:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the kernel, and ends when that lets it
+                self._process.wait(END_TIMEOUT_S)
         if self._process.stdout is not None:
             self._process.stdout.close()
 
@@ -177,6 +241,7 @@ class RemoteWorker:
     """A worker that somebody started, on another host as a rule; it is used, never started nor ended."""
 
     has_ended = False  # nobody tells
+    can_restart = False
 
     def __init__(self, number: int, host: str, port: int) -> None:
         self.number = number
@@ -186,31 +251,49 @@ class RemoteWorker:
 
     @property
     def is_alive(self) -> bool:
-        return self.poll()
+        try:
+            return self.poll()
+        except WorkerFault:
+            return False
 
     def poll(self) -> bool:
+        """Raises WorkerFault where what answers there is no worker."""
         try:
-            with _DIRECTLY.open(self.url + protocol.HEALTH, timeout=2.0) as answer:
-                self.max_requests = json.load(answer).get("max_requests")
-                return bool(answer.status == 200)
-        except (OSError, http.client.HTTPException, ValueError):
+            return asyncio.run(self._ask_for_health())
+        except (OSError, aiohttp.ClientError):  # time is up, too
             return False
+
+    async def _ask_for_health(self) -> bool:
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+        async with (
+            aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session,
+            session.get(self.url + protocol.HEALTH, allow_redirects=False) as response,
+        ):
+            if response.status != 200:
+                return False
+            said = await read_json(response, limit_bytes=SMALL_ANSWER_BYTES, worker=name_of(self))
+            self.max_requests = checked_max_requests(said, worker=name_of(self))
+            return True
 
     def wait_until_listening(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         while not self.poll():
             if time.monotonic() > deadline:
-                raise RuntimeError(
+                raise WorkerGone(
                     f"rollout worker {self.number} of --rollout-worker-urls did not answer at {self.url} within "
                     f"{timeout_s:g} s: start it there with `xrl worker --host {self.host} ...`"
                 )
             time.sleep(0.2)
 
-    def restart(self) -> bool:
-        return False
+    def restart(self) -> None:
+        raise NotImplementedError("it was started elsewhere")
+
+    @property
+    def log_place(self) -> str:
+        return f"its log is where it was started, at {self.url}"
 
     def log_tail(self) -> str:
-        return f"its log is where it was started, at {self.url}"
+        return self.log_place
 
     def terminate(self) -> None:
         pass

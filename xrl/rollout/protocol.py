@@ -6,7 +6,7 @@ answer is a list. Weights are announced under /xrl/v1/ and travel as xrl.weights
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from xrl.types import Completion, GenerateRequest, SamplingParams
@@ -76,16 +76,3 @@ def completion_to_json(completion: Completion, *, num_prompt_tokens: int) -> dic
             "weights_version": completion.weights_version,
         },
     }
-
-
-def completions_from_json(answers: Sequence[Mapping[str, Any]]) -> list[Completion]:
-    """The answers of a `/generate` call with `n`."""
-    return [
-        Completion(
-            token_ids=answer["output_ids"],
-            logprobs=[logprob for logprob, _ in answer["meta_info"]["output_token_logprobs"]],
-            finish_reason=answer["meta_info"]["finish_reason"]["type"],
-            weights_version=answer["meta_info"]["weights_version"],
-        )
-        for answer in answers
-    ]

@@ -10,13 +10,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from xrl.launch.exit import RunFailed
 from xrl.rollout import protocol
+from xrl.rollout.answers import (
+    WeightsId,
+    WorkerFault,
+    WorkerRefused,
+    check_done,
+    check_updated,
+    checked_checksum,
+    name_of,
+)
 from xrl.rollout.pool import WorkerPool
 from xrl.rollout.process import WorkerGone, WorkerHandle
 from xrl.types import WeightBucket
@@ -30,8 +41,12 @@ logger = logging.getLogger("xrl")
 MAX_TRIES = 2
 
 
-class CorruptedWeights(RuntimeError):
+class CorruptedWeights(RunFailed):
     """A layer arrived with other bytes than were sent, every time."""
+
+
+class NoneUpdated(WorkerGone):
+    """Every worker was lost over an update. Those that are started again, or answer again, can take it anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +91,7 @@ class Publisher:
         self._sender = create_sender(self.transport, timeout_s=self.timeout_s, device=device)
         self._connected: dict[int, int] = {}  # worker -> the life in which it was connected
         self._taking: dict[int, list[str]] = {}  # worker -> layers it was told of and has not confirmed, in order
+        self._under_way: list[Future[None]] = []  # in the pool's thread, of this update
         self._num_resent = 0
 
     def publish(self, buckets: Iterable[WeightBucket], *, version: int) -> PublishReport:
@@ -90,7 +106,8 @@ class Publisher:
 
         Raises:
             CorruptedWeights: a layer's checksum was wrong twice.
-            RuntimeError: a worker refused a layer: names both.
+            WorkerRefused: a worker refused a layer: names both.
+            NoneUpdated: all workers were lost meanwhile. `buckets` may not have come to their end.
             WorkerGone: no worker is left, or one is lost and `on_lost_worker` is "stop".
         """
         start = time.perf_counter()
@@ -99,32 +116,37 @@ class Publisher:
         self._taking = {number: [] for number in workers}
         if self.memory is not None:
             self.memory.restart()
-        self.pool.start(self._to_all(workers, self._connect, "connecting for weights")).result()
+        for left in self._under_way:  # of an update that came to nothing
+            left.cancel()
+        self._under_way = []
+        name = f"weights version {version}"
+        self._end_of(self._begin(self._to_all(workers, self._connect, f"{name}: connecting")), name)
         sending: Future[None] | None = None
         checksums: list[str] = []
         for bucket in buckets:
             where = self._sender.put(bucket)
             checksum = bucket.checksum if isinstance(bucket, ProvenBucket) else layer_checksum(bucket.tensors)
             manifest = Manifest.of(bucket, where=where, checksum=checksum)
-            parcel = _Parcel(name=f"weights version {version}, {bucket.layer}", bucket=bucket, manifest=manifest)
+            parcel = _Parcel(name=f"{name}, {bucket.layer}", bucket=bucket, manifest=manifest)
             if sending is not None and self._sender.sends:
-                sending.result()
+                self._end_of(sending, name)
             # Workers that fetch the bytes themselves are told of a layer while they take the one before.
-            following = self.pool.start(self._send_to_all(workers, parcel))
+            following = self._begin(self._send_to_all(workers, parcel))
             if sending is not None:
-                sending.result()
+                self._end_of(sending, name)
             sending = following
             if not self._sender.copies:
-                sending.result()
+                self._end_of(sending, name)
             checksums.append(checksum)
             num_layers += 1
             num_tensors += len(bucket.tensors)
             num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in bucket.tensors.values())
         if sending is not None:
-            sending.result()
-        self.pool.start(self._finish(workers, version)).result()
-        self.pool.updated(list(workers.values()), version)
-        _ = self.pool.alive
+            self._end_of(sending, name)
+        self._end_of(self._begin(self._finish(workers, version)), name)
+        self.pool.updated({number: self._connected[number] for number in workers}, version)
+        if not self.pool.ready():
+            raise NoneUpdated(f"{name}: no rollout worker has it")
         return PublishReport(
             seconds=time.perf_counter() - start,
             num_bytes=num_bytes,
@@ -144,6 +166,18 @@ class Publisher:
         """Free what the transport holds."""
         self._sender.close()
 
+    def _begin(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
+        self._under_way.append(self.pool.start(coroutine))
+        return self._under_way[-1]
+
+    def _end_of(self, running: Future[None], name: str) -> None:
+        """Wait for what was begun: each try of a layer has a time-out, twice as long where it waits for the one before.
+
+        Raises:
+            RunFailed: it does not end.
+        """
+        self.pool.result_of(running, timeout_s=2 * MAX_TRIES * self.timeout_s, doing=name)
+
     async def _send_to_all(self, workers: dict[int, WorkerHandle], parcel: _Parcel) -> None:
         async def send(worker: WorkerHandle) -> None:
             await self._send(worker, parcel)
@@ -151,8 +185,12 @@ class Publisher:
         await self._to_all(workers, send, parcel.name)
 
     async def _finish(self, workers: dict[int, WorkerHandle], version: int) -> None:
+        weights = WeightsId(version=version)
+
         async def finish(worker: WorkerHandle) -> None:
-            await self.pool.post(worker, protocol.FINISH_UPDATE, {"version": version}, timeout_s=self.timeout_s)
+            body = {"version": weights.version}
+            answer = await self.pool.post(worker, protocol.FINISH_UPDATE, body, timeout_s=self.timeout_s)
+            check_updated(answer, weights, worker=name_of(worker))
 
         await self._to_all(workers, finish, f"weights version {version}")
 
@@ -160,29 +198,28 @@ class Publisher:
         """Do it with every worker at once; those that are lost by it are taken out of `workers`.
 
         Raises:
-            RuntimeError: a worker refused; `doing` begins the sentence.
-            WorkerGone: none is left.
+            WorkerRefused: a worker refused; `doing` begins the sentence.
+            NoneUpdated: none is left.
         """
 
         async def attempt(worker: WorkerHandle) -> None:
             life = self.pool.life(worker)
             try:
                 await action(worker)  # type: ignore[operator]
-            except (WorkerGone, TransportError, TimeoutError) as error:
+            except (WorkerGone, WorkerFault, TransportError, TimeoutError) as error:
                 if workers.pop(worker.number, None) is None:
                     return  # it was lost over another layer
                 self._disconnect(worker)
                 # Of two layers under way either may fail first; it is the earlier one that the worker was at.
                 at = self._taking[worker.number][0] if self._taking[worker.number] else doing
-                self.pool.lose(worker, f"{at}: {error or 'no answer in time'}", life=life)
-            except CorruptedWeights:
-                raise
-            except RuntimeError as error:
-                raise RuntimeError(f"{doing}: rollout worker {worker.number}: {error}") from error
+                what = error.detail if isinstance(error, WorkerFault) else str(error)
+                self.pool.lose(worker, f"{at}: {what or 'no answer in time'}", life=life)
+            except WorkerRefused as error:
+                raise WorkerRefused(f"{doing}: {name_of(worker)}", error.detail) from error
 
         await asyncio.gather(*(attempt(worker) for worker in list(workers.values())))
         if not workers:
-            raise WorkerGone(f"{doing}: no rollout worker is left; {self.pool.workers[-1].log_tail()}")
+            raise NoneUpdated(f"{doing}: all rollout workers were lost")
 
     async def _connect(self, worker: WorkerHandle) -> None:
         life = self.pool.life(worker)
@@ -194,10 +231,11 @@ class Publisher:
             "invitation": self._sender.invite(worker.number, worker.host),
             "timeout_s": self.timeout_s,
         }
-        await _both(
+        answer, _ = await _both(
             self.pool.post(worker, protocol.CONNECT, body, timeout_s=self.timeout_s),
             asyncio.to_thread(self._sender.accept, worker.number),
         )
+        check_done(answer, worker=name_of(worker))
         self._connected[worker.number] = life
 
     def _disconnect(self, worker: WorkerHandle) -> None:
@@ -215,14 +253,15 @@ class Publisher:
             else:
                 # It may be at the layer before.
                 answer = await self.pool.post(worker, protocol.LOAD_LAYER, manifest, timeout_s=2 * self.timeout_s)
-            if answer["checksum"] == parcel.manifest.checksum:
+            checksum = checked_checksum(answer, worker=name_of(worker))
+            if checksum == parcel.manifest.checksum:
                 self._taking[worker.number].remove(parcel.name)
                 return
             logger.error(
                 "%s: rollout worker %d got bytes with checksum %s instead of %s (try %d of %d)",
                 parcel.name,
                 worker.number,
-                answer["checksum"],
+                checksum,
                 parcel.manifest.checksum,
                 attempt,
                 MAX_TRIES,
@@ -234,7 +273,7 @@ class Publisher:
         )
 
 
-async def _both(control: object, data: object) -> tuple[dict[str, object], None]:
+async def _both(control: object, data: object) -> tuple[object, None]:
     """A call over the control connection and what goes with it through the transport.
 
     The call's error is the one to report, but for a worker that merely does not answer: the transport knows more.

@@ -71,7 +71,7 @@ class EmbeddedEngine:
         with self._changed:
             built = self._on_loop(self._build)  # before the loop's first wait, which takes it for granted
         self._thread.start()
-        built.result()
+        built.result()  # Unbounded: whoever starts a worker bounds its start.
 
     def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
         check_request(request, vocab_size=self._shape.vocab_size, max_model_len=self._max_model_len)
@@ -99,14 +99,14 @@ class EmbeddedEngine:
                 self._check_idle("sleep")
                 self._is_asleep = True
                 done = self._on_loop(self._offload)
-            done.result()
+            done.result()  # Unbounded: the trainer bounds its call.
 
     def wake(self) -> None:
         with self._one_at_a_time:
             with self._changed:
                 self._check_open()
                 done = self._on_loop(self._weights.restore)
-            done.result()
+            done.result()  # Unbounded: the trainer bounds its call.
             with self._changed:
                 self._is_asleep = False
 
@@ -125,14 +125,14 @@ class EmbeddedEngine:
                 done = self._on_loop(
                     lambda: self._weights.load(bucket.tensors, version=bucket.version, source=bucket.layer)
                 )
-            done.result()
+            done.result()  # Unbounded: the trainer bounds its call.
 
     def finish_update(self, version: int) -> None:
         with self._one_at_a_time:
             with self._changed:
                 self._check_idle("take weights")
                 done = self._on_loop(self._weights.finish)
-            done.result()
+            done.result()  # Unbounded: the trainer bounds its call.
             with self._changed:
                 self.weights_version = version
                 self._not_ready = None
@@ -142,7 +142,7 @@ class EmbeddedEngine:
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join()  # Unbounded: the loop ends with the step that it is in.
         self._scheduler = self._new_scheduler()
         self._weights.clear()
 
