@@ -73,7 +73,7 @@ class Canary:
         samples = []
         answers = self.pool.ask_all(protocol.request_to_json(self._request()), timeout_s=self.timeout_s)
         for group_id, (worker, answer) in enumerate(answers):
-            (completion,) = protocol.completions_from_json(answer)
+            (completion,) = protocol.completions_from_json(answer, run_id=self.pool.access.run_id)
             if completion.weights_version != self.pool.version:
                 self.pool.found_stale(worker, [completion.weights_version])
                 continue

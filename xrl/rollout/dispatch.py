@@ -158,7 +158,7 @@ class Dispatch:
         answers = await self.pool.post(
             worker, protocol.GENERATE, protocol.request_to_json(request), timeout_s=self.config.rollout_timeout_s
         )
-        completions = protocol.completions_from_json(answers)
+        completions = protocol.completions_from_json(answers, run_id=self.pool.access.run_id)
         versions = sorted({completion.weights_version for completion in completions})
         if expected is not None and any(version != expected for version in versions):
             self.counts.stale += 1

@@ -12,10 +12,11 @@ Requests go to ready workers only, updates to stale and ready ones.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,10 @@ import aiohttp
 from xrl.config import RolloutConfig
 from xrl.launch import descriptors
 from xrl.rollout import protocol
+from xrl.rollout.access import Access, AccessDenied, WorkerInUse, new_key, new_run_id
+from xrl.rollout.claims import trainers_key
 from xrl.rollout.dispatch import Dispatch, RolloutCounts
+from xrl.rollout.lease import KEEP_ALIVE_S
 from xrl.rollout.process import RemoteWorker, WorkerGone, WorkerHandle, WorkerProcess
 from xrl.types import Completion, GenerateRequest
 from xrl.weights.transport import TransportError
@@ -43,6 +47,10 @@ HEALTH_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 3.0
 # Sleeping and waking move weights and caches, and build what the device computes with.
 TURN_TIMEOUT_S = 120.0
+
+
+# Errors of a worker that are not the run's: its side of the transport broke, or it is another run's by now.
+COSTS_THE_WORKER = frozenset(kind.__name__ for kind in (TransportError, AccessDenied, WorkerInUse))
 
 
 @dataclass
@@ -79,6 +87,11 @@ class WorkerPool:
             log_dir: each worker's output goes to a file here.
         """
         self.config = config
+        # Who we are to the workers: every call shows it.
+        self.access = Access(
+            key=trainers_key(config.rollout_worker_key_file) if config.worker_addresses else new_key(),
+            run_id=new_run_id(log_dir.parent.name),
+        )
         arguments = [
             f"--engine={config.engine}",
             f"--model={model_dir}",
@@ -88,11 +101,13 @@ class WorkerPool:
             f"--max-model-len={max_model_len}",
         ]
         self.workers: list[Any] = [
-            RemoteWorker(number, host, port) for number, (host, port) in enumerate(config.worker_addresses)
+            RemoteWorker(number, host, port, access=self.access)
+            for number, (host, port) in enumerate(config.worker_addresses)
         ] or [
             WorkerProcess(
                 number,
                 [*arguments, f"--device={device}"],
+                key=self.access.key,
                 num_threads=num_threads,
                 log=log_dir / f"rollout_worker_{number}.log",
                 python=config.rollout_python,
@@ -109,6 +124,7 @@ class WorkerPool:
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-pool", daemon=True)
         self._thread.start()
         self._session: aiohttp.ClientSession | None = None
+        self._keeping: Future[None] | None = None
         # As many connections as may be open at once, shared out: a connection is kept for a while after its request.
         self._connections_per_worker: int | None = None
         self._has_said_bound = False
@@ -129,6 +145,8 @@ class WorkerPool:
         """End every worker that was started here, whatever state it is in."""
         with self._lock:
             self._is_closing = True
+        if self._keeping is not None:
+            self._keeping.cancel()
         for worker in self.workers:
             worker.terminate()
         for worker in self.workers:
@@ -138,6 +156,36 @@ class WorkerPool:
                 asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(STOP_TIMEOUT_S)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(STOP_TIMEOUT_S)
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What every call of a worker shows, for calls by hand."""
+        return self.access.headers
+
+    def claim(self) -> None:
+        """Workers that somebody started are this run's from now on, those that answer by now; `close` gives them back.
+
+        Raises:
+            SettingsError: another run has one, or its key is another one.
+        """
+        remote = [worker for worker in self.workers if isinstance(worker, RemoteWorker)]
+        for worker in remote:
+            worker.claim()
+        if remote and self._keeping is None:
+            self._keeping = self.start(self._keep(remote))
+
+    async def _keep(self, workers: Sequence[RemoteWorker]) -> None:
+        """Tell them that we are still there: an update of the actor takes longer than they wait for a word."""
+
+        async def tell(worker: RemoteWorker) -> None:
+            timeout = aiohttp.ClientTimeout(total=KEEP_ALIVE_S)
+            with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+                async with self._http().get(worker.url + protocol.LEASE, timeout=timeout):
+                    pass
+
+        while True:
+            await asyncio.gather(*map(tell, workers))
+            await asyncio.sleep(KEEP_ALIVE_S)
 
     @property
     def alive(self) -> list[WorkerHandle]:
@@ -190,6 +238,7 @@ class WorkerPool:
         """
         if self._has_started:
             return
+        self.claim()
         for worker in self.workers:
             worker.wait_until_listening(START_TIMEOUT_S)
         self._has_started = True
@@ -375,12 +424,8 @@ class WorkerPool:
             TimeoutError: no answer in time.
             RuntimeError: it refused.
         """
-        if self._session is None:
-            # Every request in flight keeps a connection of its own: `max_requests` bounds them. A bound here would let
-            # the time of a request run while it waits for a connection.
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         try:
-            async with self._session.post(
+            async with self._http().post(
                 worker.url + path, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)
             ) as response:
                 answer = await response.json()
@@ -391,15 +436,24 @@ class WorkerPool:
         if response.status != 200:
             refusal = f"{answer.get('type')}: {answer.get('error')}"
             # What breaks between the two costs the worker, not the run.
-            raise WorkerGone(refusal) if answer.get("type") == TransportError.__name__ else RuntimeError(refusal)
+            raise WorkerGone(refusal) if answer.get("type") in COSTS_THE_WORKER else RuntimeError(refusal)
         return answer
+
+    def _http(self) -> aiohttp.ClientSession:
+        """Only in the pool's thread."""
+        if self._session is None:
+            # Every request in flight keeps a connection of its own: `max_requests` bounds them. A bound here would let
+            # the time of a request run while it waits for a connection.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), headers=dict(self.access.headers)
+            )
+        return self._session
 
     async def answers(self, worker: WorkerHandle) -> bool:
         """Whether a worker says that it is well."""
-        assert self._session is not None  # something was asked of it before
         timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
         try:
-            async with self._session.get(worker.url + protocol.HEALTH, timeout=timeout) as response:
+            async with self._http().get(worker.url + protocol.HEALTH, timeout=timeout) as response:
                 return response.status == 200
         except (TimeoutError, aiohttp.ClientError):
             return False

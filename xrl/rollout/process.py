@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import selectors
 import subprocess
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,11 +15,10 @@ from typing import Protocol
 from xrl.launch.children import child_environment, module_command
 from xrl.launch.memory import set_large_pages
 from xrl.launch.threads import set_thread_waiting
-from xrl.rollout import protocol
+from xrl.rollout.access import KEY_VARIABLE, Access
+from xrl.rollout.claims import ask, check_answer
 
 LOG_TAIL_LINES = 15
-# Never through a proxy, as requests don't go through one.
-_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class WorkerGone(RuntimeError):
@@ -77,11 +74,19 @@ class WorkerProcess:
     host = "127.0.0.1"
 
     def __init__(
-        self, number: int, arguments: Sequence[str], *, num_threads: int, log: Path, python: Path | None = None
+        self,
+        number: int,
+        arguments: Sequence[str],
+        *,
+        key: str,
+        num_threads: int,
+        log: Path,
+        python: Path | None = None,
     ) -> None:
         """
         Args:
             arguments: of `python -m xrl.rollout.worker`.
+            key: that its calls must show. It gets it in its environment, which nobody else can read.
             python: interpreter of another environment, where xrl can be imported too; None for this one.
         """
         self.number = number
@@ -93,6 +98,7 @@ class WorkerProcess:
         self._environment = {
             name: value for name, value in child_environment().items() if not name.startswith("TORCH_NCCL_")
         }
+        self._environment[KEY_VARIABLE] = key
         self._environment["OMP_NUM_THREADS"] = str(num_threads)
         set_thread_waiting(self._environment)
         set_large_pages(self._environment)
@@ -178,8 +184,9 @@ class RemoteWorker:
 
     has_ended = False  # nobody tells
 
-    def __init__(self, number: int, host: str, port: int) -> None:
+    def __init__(self, number: int, host: str, port: int, *, access: Access) -> None:
         self.number = number
+        self.access = access
         self.host = host
         self.url = f"http://{host}:{port}"
         self.max_requests: int | None = None
@@ -189,16 +196,27 @@ class RemoteWorker:
         return self.poll()
 
     def poll(self) -> bool:
-        try:
-            with _DIRECTLY.open(self.url + protocol.HEALTH, timeout=2.0) as answer:
-                self.max_requests = json.load(answer).get("max_requests")
-                return bool(answer.status == 200)
-        except (OSError, http.client.HTTPException, ValueError):
-            return False
+        """Whether it listens, and is ours or could be."""
+        status, answer = ask(self.url, "GET", self.access)
+        return status == 200 and self._hear(answer)
+
+    def claim(self) -> bool:
+        """Whether it is ours from now on; False where none answers there yet.
+
+        Raises:
+            SettingsError: it is not for us.
+        """
+        status, answer = ask(self.url, "POST", self.access)
+        return check_answer(self.number, self.url, status, answer) and self._hear(answer)
+
+    def _hear(self, answer: dict[str, object]) -> bool:
+        most = answer.get("max_requests")
+        self.max_requests = most if isinstance(most, int) else None
+        return True
 
     def wait_until_listening(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        while not self.poll():
+        while not self.claim():
             if time.monotonic() > deadline:
                 raise RuntimeError(
                     f"rollout worker {self.number} of --rollout-worker-urls did not answer at {self.url} within "
@@ -213,7 +231,8 @@ class RemoteWorker:
         return f"its log is where it was started, at {self.url}"
 
     def terminate(self) -> None:
-        pass
+        """It goes on; other runs may have it."""
+        ask(self.url, "DELETE", self.access, timeout_s=1.0)
 
     def join(self, timeout_s: float) -> None:
         pass
