@@ -224,10 +224,13 @@ def test_refused_connect_costs_the_present_trainer_nothing(worker: Served, body:
     sender.close()
 
 
-def test_waits_for_trainers_that_never_come_hold_nothing_else_up(worker: Served) -> None:
+def test_waits_for_trainers_that_never_come_hold_nothing_else_up(
+    worker: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "CONNECT_GRACE_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(12) as callers:
         invitation = {"host": "127.0.0.1", "port": silent.getsockname()[1], "backend": "gloo", "prefix": "x"}
-        body = {"transport": "broadcast", "invitation": invitation | {"secret": "0" * 64}, "timeout_s": 3}
+        body = {"transport": "broadcast", "invitation": invitation | {"secret": "0" * 64}, "timeout_s": 1}
         found = [callers.submit(worker.call, protocol.CONNECT, body) for _ in range(12)]
         assert worker.call(protocol.WAKE)[0] == 200
         assert generate(worker)[0] == 200

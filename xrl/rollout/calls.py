@@ -255,7 +255,7 @@ class Calls:
             request.exception()  # seen, so that asyncio does not warn of it
 
     async def _new_receiver(self, create: Callable[[], Receiver], timeout_s: float) -> Receiver:
-        """The receiver, or TransportError when the time is up: torch waits for ever where a host says nothing at all."""
+        """The receiver, or TransportError when the time is up: torch waits for ever where a host says nothing."""
         if self._num_connecting == MAX_CONNECTING or self._num_stuck == MAX_STUCK:
             raise EngineNotReady(f"{self._num_connecting + self._num_stuck} other connects are under way")
         connecting = asyncio.wrap_future(_in_thread(create))
