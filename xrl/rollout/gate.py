@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 import socket
 from collections.abc import Callable
 
@@ -15,6 +16,8 @@ from aiohttp import web
 from xrl.rollout import protocol
 from xrl.rollout.access import RUN_HEADER, AccessDenied, is_run_id
 from xrl.rollout.lease import Lease
+
+_PORT = re.compile(r":[0-9]*$")
 
 
 class UnknownContent(Exception):
@@ -32,7 +35,7 @@ class Gate:
         """
         self.lease = Lease()
         self._key = key.encode()
-        self._names = {host.lower(), "localhost", socket.gethostname().lower(), socket.getfqdn().lower()}
+        self._names = {host.lower(), "localhost", socket.gethostname().lower()}
         self._taken_over = taken_over
 
     def admit(self, http: web.BaseRequest) -> bool:
@@ -75,8 +78,7 @@ class Gate:
 
     def _is_ours(self, host: str) -> bool:
         """Whether a header Host holds an address, or a name of this host's."""
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isascii() and ":" in host else host
-        name = name.lower().strip("[]")
+        name = _PORT.sub("", host.lower()).strip("[]")
         if name in self._names:
             return True
         try:

@@ -101,9 +101,10 @@ def _and_in_words(announce: Callable[..., None], flags: argparse.Namespace) -> C
 
     def announce_twice(*, port: int, max_requests: int) -> None:
         announce(port=port, max_requests=max_requests)
+        key = "" if flags.key_file is None else f" --rollout-worker-key-file {flags.key_file}"
         say(
             f"worker: {flags.engine} engine on {flags.device} listens on {flags.host}:{port}; train with "
-            f"--rollout-worker-urls {flags.host}:{port}, end it with Ctrl-C or `kill {os.getpid()}`"
+            f"--rollout-worker-urls {flags.host}:{port}{key}, end it with Ctrl-C or `kill {os.getpid()}`"
         )
 
     return announce_twice
@@ -120,7 +121,9 @@ def main() -> None:
     prepare_process()
     try:
         arguments = parse_worker_flags()
-        key = take_key_from(os.environ) or shared_key(arguments.key_file, flag="--key-file")
+        key = take_key_from(os.environ)
+        if key is None or arguments.key_file is not None:
+            key = shared_key(arguments.key_file, flag="--key-file")
     except SettingsError as error:
         _refuse(error)
     set_up_worker_log()

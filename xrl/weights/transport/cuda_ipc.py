@@ -72,6 +72,8 @@ class Receiver:
             }
         except (KeyError, TypeError) as error:
             raise ValueError(f"where holds no handle of CUDA memory: {error!r}") from error
+        except RuntimeError as error:
+            raise TransportError(f"the sender's memory cannot be mapped: {error}") from error
 
     def close(self) -> None:
         pass

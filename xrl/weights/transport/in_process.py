@@ -58,7 +58,8 @@ class Receiver:
     """Takes what the sender holds. See `xrl.weights.transport.Receiver`."""
 
     def __init__(self, invitation: Mapping[str, Any], *, timeout_s: float, device: torch.device) -> None:
-        sender = _SENDERS.get(invitation.get("sender", 0))
+        number = invitation.get("sender")
+        sender = _SENDERS.get(number) if isinstance(number, int) else None
         if sender is None:
             raise TransportError("the sender is not in this process")
         self._sender = sender
