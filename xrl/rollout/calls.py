@@ -273,7 +273,7 @@ class Calls:
     def _is_unstuck(self, connecting: asyncio.Future[Receiver]) -> None:
         self._num_stuck -= 1
         if not connecting.cancelled() and connecting.exception() is None:
-            connecting.result().close()  # nobody waits for it any more
+            connecting.result().close()  # Unbounded: it is done, and nobody else waits for it any more.
 
     def _load(self, receiver: Receiver, manifest: Manifest) -> str:
         """The checksum of what arrived; loaded if it is the sender's. An engine's room is written to in any case."""

@@ -172,7 +172,7 @@ class EmbeddedEngine:
                         # Between rollouts the trainer needs the memory.
                         self._scheduler = self._new_scheduler()  # with an empty cache
                         return_freed_memory()
-                        self._changed.wait_for(self._has_work)
+                        self._changed.wait_for(self._has_work)  # Unbounded: `close` ends it, if nothing else does.
                     tasks, self._tasks = self._tasks, []
                     inbox, self._inbox = self._inbox, []
                     aborting, self._abort_requested = self._abort_requested, False
