@@ -15,7 +15,7 @@ import torch
 
 from tests.rollout.scripted_engine import ANSWER, FAIL, HANG, ScriptedEngine
 from tests.rollout.served import Served, served
-from xrl.rollout import calls, protocol
+from xrl.rollout import protocol, receivers
 from xrl.rollout.engine import check_request
 from xrl.types import GenerateRequest, WeightBucket
 from xrl.weights.checksum import layer_checksum
@@ -227,7 +227,7 @@ def test_refused_connect_costs_the_present_trainer_nothing(worker: Served, body:
 def test_waits_for_trainers_that_never_come_hold_nothing_else_up(
     worker: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "CONNECT_GRACE_S", 0.1)
+    monkeypatch.setattr(receivers, "CONNECT_GRACE_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(12) as callers:
         invitation = {"host": "127.0.0.1", "port": silent.getsockname()[1], "backend": "gloo", "prefix": "x"}
         body = {"transport": "broadcast", "invitation": invitation | {"secret": "0" * 64}, "timeout_s": 1}
@@ -235,7 +235,7 @@ def test_waits_for_trainers_that_never_come_hold_nothing_else_up(
         assert worker.call(protocol.WAKE)[0] == 200
         assert generate(worker)[0] == 200
         statuses = [future.result(TIMEOUT_S)[0] for future in found]
-    assert set(statuses) <= {424, 503} and statuses.count(424) >= calls.MAX_CONNECTING
+    assert set(statuses) <= {424, 503} and statuses.count(424) >= receivers.MAX_CONNECTING
 
 
 def test_layer_whose_bytes_are_not_there_is_told_from_one_that_cannot_be(worker: Served) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -24,9 +23,10 @@ from xrl.rollout.connections import Connection, refusal, short_line
 from xrl.rollout.engine import Engine, EngineBusy, EngineError, EngineNotReady, HasRoom, WrongWeights
 from xrl.rollout.fields import float_of, int_of, object_from_json, object_of, text_of
 from xrl.rollout.gate import Gate, UnknownContent
+from xrl.rollout.receivers import Receivers
 from xrl.types import Completion, WeightBucket
 from xrl.weights.checksum import take_layer
-from xrl.weights.transport import Manifest, Receiver, TransportError, create_receiver
+from xrl.weights.transport import Manifest, Receiver, TransportError
 
 logger = logging.getLogger("xrl")
 T = TypeVar("T")
@@ -40,12 +40,6 @@ MAX_BODY_BYTES = 16 * 2**20
 MAX_GENERATE_BYTES, MAX_TOKEN_BYTES = 64 * 2**10, 24
 # Bodies are sent at once.
 BODY_TIMEOUT_S = 60.0
-# Whoever invites a worker says how long to wait for it. So many wait at once: others are asked to come again.
-MAX_CONNECTING = 4
-# Threads that wait although nobody does any more.
-MAX_STUCK = 32
-# For the transport, to say by itself what it waited for.
-CONNECT_GRACE_S = 5.0
 
 
 class TooLarge(Exception):
@@ -80,20 +74,16 @@ class Calls:
     ) -> None:
         self.engine = engine
         self.gate = gate
-        self.device = device
         self.max_samples, self.max_prompt_length = max_samples, max_prompt_length
         self.max_requests = spare_connections()  # at once: each is a connection, and keeps an open file
         self.stopping = asyncio.Event()
-        self._receiver: Receiver | None = None
-        self._receiver_run: str | None = None  # that connected it
+        self._receivers = Receivers(device)
         self._weights_run: str | None = None  # whose weights the engine has
         self._numbers = itertools.count()
         self._num_running = 0
         self._one_layer = asyncio.Lock()  # the trainer tells of the next one while this one is taken
         self._abandoned: set[asyncio.Future[list[Completion]]] = set()
-        # Apart, so that nobody waits for the engine behind somebody who waits for a trainer.
         self._engine_threads = ThreadPoolExecutor(4, thread_name_prefix="engine-calls")
-        self._num_connecting = self._num_stuck = 0
 
     def application(self) -> web.Application:
         application = web.Application(middlewares=[self._serve])  # type: ignore[list-item]
@@ -209,23 +199,16 @@ class Calls:
         transport = text_of(body, "transport", longest=64)
         invitation = object_of(body, "invitation")
         timeout_s = float_of(body, "timeout_s", low=1e-6, high=MAX_SYNC_TIMEOUT_S)
-        receiver = await self._new_receiver(
-            lambda: create_receiver(transport, invitation, timeout_s=timeout_s, device=self.device), timeout_s
-        )
-        # Only now is the old one let go: who cannot connect takes it from nobody.
+        receiver = await self._receivers.new(transport, invitation, timeout_s=timeout_s)
         async with self._one_layer:
-            previous, self._receiver, self._receiver_run = self._receiver, receiver, _run_of(http)
-        if previous is not None:
-            previous.close()
+            self._receivers.install(receiver, _run_of(http))
         return web.json_response({})
 
     async def load_layer(self, http: web.Request) -> web.Response:
         manifest = Manifest.from_json(await _body(http))
         async with self._one_layer:
-            if self._receiver is None or self._receiver_run != _run_of(http):
-                raise TransportError(f"no trainer of this run has connected before it sent {manifest.layer}")
+            receiver = self._receivers.of(_run_of(http), layer=manifest.layer)
             await self._end_of_abandoned()
-            receiver = self._receiver
             checksum = await self._in_engine_thread(lambda: self._load(receiver, manifest))
         return web.json_response({"checksum": checksum})
 
@@ -254,27 +237,6 @@ class Calls:
         if not request.cancelled():
             request.exception()  # seen, so that asyncio does not warn of it
 
-    async def _new_receiver(self, create: Callable[[], Receiver], timeout_s: float) -> Receiver:
-        """The receiver, or TransportError when the time is up: torch waits for ever where a host says nothing."""
-        if self._num_connecting == MAX_CONNECTING or self._num_stuck == MAX_STUCK:
-            raise EngineNotReady(f"{self._num_connecting + self._num_stuck} other connects are under way")
-        connecting = asyncio.wrap_future(_in_thread(create))
-        self._num_connecting += 1
-        try:
-            return await asyncio.wait_for(asyncio.shield(connecting), timeout_s + CONNECT_GRACE_S)
-        except TimeoutError:
-            raise TransportError(f"the publisher has said nothing for {timeout_s:g} s") from None
-        finally:
-            self._num_connecting -= 1
-            if not connecting.done():  # the caller is gone, or its time is up
-                self._num_stuck += 1
-                connecting.add_done_callback(self._is_unstuck)
-
-    def _is_unstuck(self, connecting: asyncio.Future[Receiver]) -> None:
-        self._num_stuck -= 1
-        if not connecting.cancelled() and connecting.exception() is None:
-            connecting.result().close()  # Unbounded: it is done, and nobody else waits for it any more.
-
     def _load(self, receiver: Receiver, manifest: Manifest) -> str:
         """The checksum of what arrived; loaded if it is the sender's. An engine's room is written to in any case."""
         tensors = receiver.receive(manifest)
@@ -283,20 +245,6 @@ class Calls:
         if checksum == manifest.checksum:
             self.engine.load_layer(WeightBucket(version=manifest.version, layer=manifest.layer, tensors=tensors))
         return checksum
-
-
-def _in_thread(action: Callable[[], T]) -> Future[T]:
-    """Do it in a thread that nobody waits for at the process's end: it may wait for somebody who never comes."""
-    done: Future[T] = Future()
-
-    def settle() -> None:
-        try:
-            done.set_result(action())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=settle, name="connect", daemon=True).start()
-    return done
 
 
 def _run_of(http: web.Request) -> str:
