@@ -5,11 +5,11 @@ A worker that another run has, or whose key is another one, is refused before an
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
-import urllib.error
-import urllib.request
 from pathlib import Path
+
+import aiohttp
 
 from xrl.config.errors import SettingsError
 from xrl.launch.terminal import printable
@@ -20,8 +20,6 @@ KEY_FLAG = "--rollout-worker-key-file"
 TIMEOUT_S = 2.0
 # A worker's answer about its lease is a sentence.
 MAX_ANSWER_BYTES = 2**16
-# Never through a proxy, as requests don't go through one.
-_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def trainers_key(file: Path | None) -> str:
@@ -39,15 +37,25 @@ def ask(url: str, method: str, access: Access, *, timeout_s: float = TIMEOUT_S) 
     Returns:
         The status and the answer; 0 and nothing where no worker answers.
     """
-    call = urllib.request.Request(url + protocol.LEASE, method=method, headers=dict(access.headers))
     try:
-        with _DIRECTLY.open(call, timeout=timeout_s) as answer:
-            return answer.status, _object(answer.read(MAX_ANSWER_BYTES))
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, _object(error.read(MAX_ANSWER_BYTES))
-    except (OSError, http.client.HTTPException, ValueError):
+        return asyncio.run(_ask(url, method, access, timeout_s))
+    except (OSError, ValueError, aiohttp.ClientError):  # time is up, too
         return 0, {}
+
+
+async def _ask(url: str, method: str, access: Access, timeout_s: float) -> tuple[int, dict[str, object]]:
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
+    # Nothing that is answered there makes us show our key to somebody else, or unpack more than was sent.
+    async with (
+        aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session,
+        session.request(method, url + protocol.LEASE, headers=access.headers, allow_redirects=False) as answer,
+    ):
+        text = b""
+        async for piece in answer.content.iter_any():
+            text += piece
+            if len(text) > MAX_ANSWER_BYTES:
+                break
+        return answer.status, _object(text)
 
 
 def check_answer(number: int, url: str, status: int, answer: dict[str, object]) -> bool:
