@@ -190,7 +190,7 @@ def test_request_that_cannot_run_is_the_callers_fault_and_named(
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"null", b"[]", b"{", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe{}", b'{"n": NaN}', b"1" * 9000, b"{}{}"],
+    [b"", b"null", b"[]", b"{", b"[" * 50_000, b'{"a":' * 10_000, b"\xff\xfe{}", b'{"n": NaN}', b"1" * 9000, b"{}{}"],
     ids=range(10),
 )
 def test_body_that_is_no_object_is_the_callers_fault(worker: Served, body: bytes) -> None:

@@ -122,7 +122,7 @@ class Manifest:
                 "layer": str(layer),
                 "tensors": [*tensors],
                 "checksum": str(checksum),
-                "where": {**where},
+                "where": {},
             }:
                 if isinstance(version, bool) or not 0 <= version < 2**53:
                     raise ValueError("a manifest's version must be a whole number >= 0")
@@ -135,7 +135,7 @@ class Manifest:
                 entries = tuple(map(TensorEntry.from_json, tensors))
                 if len({entry.name for entry in entries}) < len(entries):
                     raise ValueError(f"the manifest of {layer} names a tensor twice")
-                return cls(version=version, layer=layer, tensors=entries, checksum=checksum, where=where)
+                return cls(version=version, layer=layer, tensors=entries, checksum=checksum, where=data["where"])
         raise ValueError("a manifest needs a version, a layer, tensors, a checksum and where")
 
 

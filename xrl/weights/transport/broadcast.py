@@ -69,7 +69,7 @@ class Sender:
         deadline = time.monotonic() + self._timeout.total_seconds()
         store = self._stores[invitation["host"]]
         group = _meet(store, PUBLISHER, invitation, address=invitation["host"], timeout=self._timeout)
-        _shake_hands(group, PUBLISHER, invitation, deadline)
+        _shake_hands(group, PUBLISHER, invitation, deadline, device=self._device)
         with self._lock:
             self._groups[worker] = group
 
@@ -131,7 +131,7 @@ class Receiver:
         except RuntimeError as error:
             raise TransportError(f"the publisher cannot be reached at {host}:{port}: {_first_line(error)}") from error
         self._group = _meet(store, WORKER, invitation, address=address_towards(host), timeout=self._timeout)
-        _shake_hands(self._group, WORKER, invitation, deadline)
+        _shake_hands(self._group, WORKER, invitation, deadline, device=self._device)
 
     def receive(self, manifest: Manifest) -> dict[str, Tensor]:
         size = sum(aligned(entry.num_bytes) for entry in manifest.tensors)
@@ -203,10 +203,11 @@ def _checked(invitation: Mapping[str, Any]) -> tuple[str, int, str]:
     )
 
 
-def _shake_hands(group: Any, rank: int, invitation: Mapping[str, Any], deadline: float) -> None:
+def _shake_hands(
+    group: Any, rank: int, invitation: Mapping[str, Any], deadline: float, *, device: torch.device
+) -> None:
     """Before any weights: each side proves that it knows the invitation's secret."""
     other = WORKER if rank == PUBLISHER else PUBLISHER
-    device = torch.device("cuda" if group.name() == "nccl" else "cpu")
 
     def send(content: bytes) -> None:
         message = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
