@@ -122,7 +122,7 @@ class Manifest:
                 "layer": str(layer),
                 "tensors": [*tensors],
                 "checksum": str(checksum),
-                "where": {},
+                "where": dict(),
             }:
                 if isinstance(version, bool) or not 0 <= version < 2**53:
                     raise ValueError("a manifest's version must be a whole number >= 0")
