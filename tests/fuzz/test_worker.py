@@ -132,7 +132,7 @@ def test_whatever_is_sent_is_answered_and_nobody_else_notices(worker: Served, fu
     assert expected[0] == 200
     before = psutil.Process().memory_info().rss
     with ThreadPoolExecutor(1) as beside:
-        for _ in range(fuzz.num_cases(150)):
+        for _ in range(fuzz.num_cases(60)):
             content = malformed(draw, shown if has_key else "")
             good = beside.submit(worker.call, protocol.GENERATE, GOOD)
             status, body = answer_to(worker, content)
