@@ -41,6 +41,9 @@ MAX_GENERATE_BYTES, MAX_TOKEN_BYTES = 64 * 2**10, 24
 # Bodies are sent at once.
 BODY_TIMEOUT_S = 60.0
 
+# Calls of strangers that the log tells of: it has better uses for its room.
+MAX_DENIALS_TOLD = 20
+
 
 class TooLarge(Exception):
     """A body of more bytes than its call can need."""
@@ -80,7 +83,7 @@ class Calls:
         self._receivers = Receivers(device)
         self._weights_run: str | None = None  # whose weights the engine has
         self._numbers = itertools.count()
-        self._num_running = 0
+        self._num_running = self._num_denied = 0
         self._one_layer = asyncio.Lock()  # the trainer tells of the next one while this one is taken
         self._abandoned: set[asyncio.Future[list[Completion]]] = set()
         self._engine_threads = ThreadPoolExecutor(4, thread_name_prefix="engine-calls")
@@ -118,7 +121,9 @@ class Calls:
             return refusal(400, "ValueError", "the body is nested too deeply")
         except Exception as error:
             status = next((status for kind, status in STATUS if isinstance(error, kind)), 500)
-            logger.warning("%s: %s: %s", short_line(http.path), type(error).__name__, short_line(str(error)))
+            self._num_denied += isinstance(error, AccessDenied)
+            if not isinstance(error, AccessDenied) or self._num_denied <= MAX_DENIALS_TOLD:
+                logger.warning("%s: %s: %s", short_line(http.path), type(error).__name__, short_line(str(error)))
             if status == 500 and not isinstance(error, EngineError):
                 logger.error("this is a mistake of xrl's or of the engine's", exc_info=error)
             # A stranger's connection is not kept, and of a body that was not read the rest is not waited for.

@@ -12,7 +12,7 @@ from aiohttp.web_protocol import RequestHandler
 from xrl.launch.terminal import printable
 
 # A call begins as soon as its connection stands; this is for slow networks.
-FIRST_CALL_S = 20.0
+FIRST_CALL_S, LAST_CHANCE_S = 20.0, 1.0
 # Between two calls. Trainers let go of a connection sooner.
 IDLE_S = 75.0
 # Of a body that was refused, for so long, so that the other side reads the answer before the connection breaks.
@@ -56,7 +56,11 @@ class Connection(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._strangers.add(self)
-        self._deadline = asyncio.get_running_loop().call_later(FIRST_CALL_S, self.force_close)
+        self._deadline = asyncio.get_running_loop().call_later(FIRST_CALL_S, self._is_late)
+
+    def _is_late(self) -> None:
+        # Where this process itself stood still, the call may be there by now, and is looked at next.
+        self._deadline = asyncio.get_running_loop().call_later(LAST_CHANCE_S, self.force_close)
 
     def welcome(self) -> None:
         """It has shown the key."""
