@@ -67,8 +67,9 @@ async def serve(
     )
     runner = web.AppRunner(calls.application(), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
-    server, strangers = runner.server, Strangers(SPARE_CONNECTIONS + 2 * max_batch_size)
+    server = runner.server
     assert server is not None
+    strangers = Strangers(min(SPARE_CONNECTIONS + 2 * max_batch_size, calls.max_requests))
     loop = asyncio.get_running_loop()
     listening = await loop.create_server(lambda: Connection(server, strangers), host, port, backlog=1024)
     for number in stop_signals:
