@@ -19,7 +19,7 @@ def gate(host: str = "10.0.0.2") -> tuple[Gate, list[str]]:
 
 def admit(found: Gate, path: str = protocol.GENERATE, *, method: str = "POST", **headers: str) -> bool:
     given = {name.replace("_", "-"): value for name, value in headers.items()}
-    return found.admit(make_mocked_request(method, path, headers={**ACCESS.headers, **given}))
+    return found.admit(make_mocked_request(method, path, headers={"Content-Length": "2", **ACCESS.headers, **given}))
 
 
 def test_run_takes_the_worker_with_its_first_call_and_not_by_asking() -> None:
@@ -79,6 +79,7 @@ def test_stranger_must_have_come_by_an_address_or_by_our_own_name(host: str, is_
         ({"Content_Type": "text/plain"}, False),
         ({"Content_Type": "application/x-www-form-urlencoded"}, False),
         ({"Content_Encoding": "gzip"}, False),
+        ({"Content_Encoding": "gzip", "Content_Length": "0"}, True),
     ],
     ids=str,
 )

@@ -89,6 +89,8 @@ class Gate:
 
 
 def _check_content(http: web.BaseRequest) -> None:
+    if not http.content_length and "Transfer-Encoding" not in http.headers:
+        return  # there is none
     if "Content-Encoding" in http.headers:
         raise UnknownContent("a body must come as it is, without a Content-Encoding")
     if "Content-Type" not in http.headers:
