@@ -77,6 +77,7 @@ class WorkerPool:
         num_threads: int,
         max_model_len: int,
         log_dir: Path,
+        access: Access | None = None,
     ) -> None:
         """
         Args:
@@ -85,10 +86,11 @@ class WorkerPool:
             num_threads: CPU threads of each worker.
             max_model_len: longest prompt + response in tokens.
             log_dir: each worker's output goes to a file here.
+            access: who we are to the workers; default: a run of its own, with a key of its own or, for workers that
+                somebody started, with that of their file.
         """
         self.config = config
-        # Who we are to the workers: every call shows it.
-        self.access = Access(
+        self.access = access or Access(
             key=trainers_key(config.rollout_worker_key_file) if config.worker_addresses else new_key(),
             run_id=new_run_id(log_dir.parent.name),
         )
