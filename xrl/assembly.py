@@ -72,6 +72,7 @@ def build_lead(
     folder.config.write_text(dump_settings(absolute_paths(settings)))
     write_environment(folder.environment)
     pool = stack.enter_context(start_workers(settings, groups, folder))
+    pool.claim()
     if settings.rollout.colocate:
         pool.wait_until_ready()  # an engine needs the device for its start, and gives it up then
     judge = create_judge(settings.rewards)

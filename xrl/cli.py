@@ -129,9 +129,13 @@ def convert(arguments: list[str]) -> None:
 
 def worker(arguments: list[str]) -> None:
     """Host one rollout engine."""
+    from xrl.rollout.access import KEY_VARIABLE, shared_key
     from xrl.rollout.worker_flags import parse_worker_flags
 
-    parse_worker_flags(arguments)  # what is wrong, and --help, is told before torch is imported
+    # What is wrong, and --help, is told before torch is imported.
+    flags = parse_worker_flags(arguments)
+    if KEY_VARIABLE not in os.environ or flags.key_file is not None:
+        shared_key(flags.key_file, flag="--key-file")
     drop_rank_variables(os.environ)
     os.execv(sys.executable, [*module_command("xrl.rollout.worker"), *arguments])
 

@@ -228,7 +228,7 @@ def _ip(*words: str) -> None:
 def worker_on(host: str, prefix: list[str], folder: Path) -> Iterator[str]:
     """The address of a worker that was started there."""
     command = [*prefix, sys.executable, "-m", "xrl.cli", "worker", "--model", str(folder / "model")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CONFIG_HOME": str(folder)}
     with (folder / f"worker_{host}.log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--max-model-len", "64", "--host", host, "--parent-pid", str(os.getpid())],
@@ -254,6 +254,7 @@ def test_workers_on_two_hosts_follow_twenty_updates_of_four_ranks(
             tmp_path,
             *("--nproc-per-node", "4", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
             *("--rollout-worker-urls", ",".join(addresses), "--num-rollouts", "20"),
+            XDG_CONFIG_HOME=str(tmp_path),
         )
     assert len(rows) == 20
     for row in rows:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.fuzz.conftest import Fuzz
-from tests.rollout.answering_worker import good_answer
+from tests.rollout.answering_worker import RUN, good_answer
 from xrl.rollout.answers import (
     WeightsId,
     WorkerFault,
@@ -123,7 +123,7 @@ def test_every_field_may_be_anything() -> None:
     taken = [(path, odd) for path in places(whole) for odd in ODD if take(json_of(replaced(whole, path, odd)))]
     # A log-prob, the version and the reason may be something else; what is the same as before is among ODD, too.
     is_other = {path[-1] for path, odd in taken if odd not in (3, [5, 6, STOP], {"type": "stop"})}
-    assert is_other <= {0, "weights_version", "type"}
+    assert is_other <= {0, "weights_version", "weights_run", "type"}
     assert len(taken) < 0.1 * len(ODD) * len(list(places(whole)))
     for path in places(whole):
         assert not path or not take(json_of(removed(whole, path))), path
@@ -173,4 +173,4 @@ def test_every_other_answer_may_be_anything(odd: Any) -> None:
             else:
                 assert type(value) is int and value >= 1
         with pytest.raises(WorkerFault):
-            check_updated(found, WeightsId(version=4), worker=WORKER)
+            check_updated(found, WeightsId(run_id=RUN, version=4), worker=WORKER)

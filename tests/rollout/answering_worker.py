@@ -13,10 +13,12 @@ from aiohttp import web
 from tests.rollout.pools import VOCAB_SIZE
 from xrl.config import RolloutConfig
 from xrl.rollout import protocol
+from xrl.rollout.access import Access, new_key
 from xrl.rollout.pool import WorkerPool
 from xrl.types import GenerateRequest, SamplingParams
 
 Answer = Callable[[web.Request, GenerateRequest], Awaitable[web.StreamResponse]]
+RUN = "a-run"
 HEALTHY = {"status": "ok", "weights_version": 0, "num_running": 0, "max_requests": 64}
 
 
@@ -32,6 +34,7 @@ def good_answer(request: GenerateRequest, *, version: int = 0) -> list[dict[str,
                 "finish_reason": {"type": "stop"},
                 "output_token_logprobs": [[-0.5 - place, token] for place, token in enumerate(ids)],
                 "weights_version": version,
+                "weights_run": RUN,
             },
         }
         for _ in range(request.num_samples)
@@ -102,6 +105,7 @@ def pool_of(*workers: AnsweringWorker, **settings: Any) -> Iterator[WorkerPool]:
         max_model_len=64,
         vocab_size=VOCAB_SIZE,
         log_dir=None,  # type: ignore[arg-type]
+        access=Access(key=new_key(), run_id=RUN),
     )
     try:
         with pool:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.rollout.answering_worker import HEALTHY, Answer, AnsweringWorker, answer_well, good_answer, pool_of
+from tests.rollout.answering_worker import HEALTHY, RUN, Answer, AnsweringWorker, answer_well, good_answer, pool_of
 from tests.rollout.pools import VOCAB_SIZE, generate, request
 from xrl.rollout.answers import (
     StaleAnswer,
@@ -40,7 +40,7 @@ def answer() -> list[dict[str, Any]]:
 
 
 def checked(found: object, *, version: int | None = None) -> list[Completion]:
-    weights = None if version is None else WeightsId(version=version)
+    weights = None if version is None else WeightsId(run_id=RUN, version=version)
     return checked_completions(found, ASKED, worker=WORKER, vocab_size=512, weights=weights)
 
 
@@ -49,6 +49,14 @@ def test_an_answer_as_it_was_asked_for_is_taken() -> None:
         checked(answer(), version=0)
         == [Completion(token_ids=[5, 6, 7], logprobs=[-0.5, -1.5, -2.5], finish_reason="stop", weights_version=0)] * 2
     )
+
+
+@pytest.mark.parametrize("run_id", [None, "another-run"])
+def test_weights_of_another_run_under_the_same_number_are_not_ours(run_id: str | None) -> None:
+    found = answer()
+    found[1]["meta_info"]["weights_run"] = run_id
+    with pytest.raises(StaleAnswer, match="sampled with another run's weights, not version 0 of this run"):
+        checked(found, version=0)
 
 
 def test_an_answer_that_was_cut_off_may_be_empty() -> None:
@@ -192,12 +200,12 @@ def test_a_body_that_nobody_can_mean_is_no_json(body: bytes, words: str) -> None
 def test_every_other_answer_has_fields_of_their_types(odd: Any) -> None:
     wrong: list[Callable[[], object]] = [
         lambda: checked_checksum({"checksum": odd}, worker=WORKER),
-        lambda: check_updated({"weights_version": odd}, WeightsId(version=7), worker=WORKER),
+        lambda: check_updated({"weights_version": odd}, WeightsId(run_id=RUN, version=7), worker=WORKER),
         lambda: checked_max_requests({"max_requests": odd}, worker=WORKER),
         lambda: checked_port({"port": odd}, worker=WORKER),
         lambda: checked_refusal({"type": odd, "error": None}, worker=WORKER),
         lambda: checked_checksum(odd, worker=WORKER),
-        lambda: check_updated(odd, WeightsId(version=7), worker=WORKER),
+        lambda: check_updated(odd, WeightsId(run_id=RUN, version=7), worker=WORKER),
     ]
     for check in wrong:
         with pytest.raises(WorkerFault, match=r"rollout worker 1 \(10.0.0.2:8000\): "):

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from tests.rollout.pools import ENGINE, MakePool, bucket, generate, request
+from xrl.config import SettingsError
 from xrl.rollout import protocol
+from xrl.rollout.access import new_key
 from xrl.rollout.pool import WorkerGone, WorkerPool
 from xrl.rollout.process import WorkerHandle, WorkerProcess
 from xrl.rollout.publish import CorruptedWeights, NoneUpdated, Publisher
@@ -76,6 +78,16 @@ def wait_until_back(pool: WorkerPool, number: int) -> None:
     while not any(worker.number == number for worker in pool.reachable()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def call(
+    pool: WorkerPool, number: int, path: str, body: object = None, *, method: str = "POST", run_id: str | None = None
+) -> None:
+    """One call of a worker by hand: this run's, or that of another one that has the same key."""
+    headers = {**pool.headers, "Content-Type": "application/json"} | ({"X-XRL-Run": run_id} if run_id else {})
+    content = json.dumps(body).encode()
+    asked = urllib.request.Request(pool.workers[number].url + path, content, headers, method=method)
+    urllib.request.urlopen(asked, timeout=10).close()
 
 
 def check_answers(pool: WorkerPool, version: int) -> None:
@@ -164,11 +176,10 @@ def test_a_connection_that_breaks_costs_its_worker_alone(
     pool = make_pool(2, weight_transport=transport, update=False)
     publisher = Publisher(pool, timeout_s=5.0)
     publisher.publish(layers(1), version=1)
-    body = json.dumps({"transport": "none", "invitation": {}, "timeout_s": 1}).encode()
-    with pytest.raises(urllib.error.HTTPError):  # what it had is closed by now
-        urllib.request.urlopen(pool.workers[0].url + protocol.CONNECT, body, timeout=10)
+    pool.workers[0].restart()  # behind the pool's back
+    pool.workers[0].wait_until_listening(60)
     assert publisher.publish(layers(2), version=2).num_workers == 1
-    assert "worker 0 is lost (weights version 2, layers.0: TransportError: no trainer has connected" in caplog.text
+    assert "worker 0 is lost (weights version 2, layers.0: TransportError: no trainer of this run has c" in caplog.text
     check_answers(pool, 2)
     wait_until_back(pool, 0)
     assert publisher.publish(layers(3), version=3).num_workers == 2
@@ -248,9 +259,8 @@ def test_stale_worker_is_found_by_the_version_and_asked_no_more(
     pool = make_pool(2, update=False, rollout_max_batch_size=4)
     publisher = Publisher(pool)
     publisher.publish(layers(5), version=5)
-    # Somebody else's update: the worker has other weights than this trainer believes.
-    body = json.dumps({"version": 4}).encode()
-    urllib.request.urlopen(pool.workers[1].url + protocol.FINISH_UPDATE, body, timeout=10).close()
+    # The worker has other weights than this trainer believes.
+    call(pool, 1, protocol.FINISH_UPDATE, {"version": 4})
     results, counts = generate(pool, [request(place) for place in range(12)])
     assert {c.weights_version for completions in results.values() for c in completions or []} == {5}
     assert counts.finished == 12
@@ -261,16 +271,34 @@ def test_stale_worker_is_found_by_the_version_and_asked_no_more(
     assert len(pool.alive) == 2
 
 
+def test_weights_of_another_run_are_not_taken_for_ours_under_the_same_version(
+    make_pool: MakePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = make_pool(2, update=False, rollout_max_batch_size=4)
+    Publisher(pool).publish(layers(5), version=5)
+    call(pool, 1, protocol.LEASE, method="DELETE")
+    call(pool, 1, protocol.FINISH_UPDATE, {"version": 5}, run_id="another")
+    call(pool, 1, protocol.LEASE, method="DELETE", run_id="another")
+    _, counts = generate(pool, [request(place) for place in range(12)])
+    assert counts.finished == 12 and counts.retried == counts.stale >= 1
+    assert [worker.number for worker in pool.alive] == [0]
+
+
 def test_workers_of_other_hosts_are_used_taken_back_and_left_running(
     make_pool: MakePool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     started: list[WorkerProcess] = []
+    key = new_key()
+    key_file = tmp_path / "worker.key"
+    key_file.touch(mode=0o600)
+    key_file.write_text(key)
 
     def start(number: int, port: int = 0) -> WorkerProcess:
         # Another loopback address stands for another host; the flag ends it with this test in any case.
         worker = WorkerProcess(
             number,
             [f"--engine={ENGINE}", f"--model={tmp_path}", "--max-model-len=64", "--host=127.0.0.3", f"--port={port}"],
+            key=key,
             num_threads=1,
             log=tmp_path / f"other_{number}.log",
         )
@@ -280,10 +308,15 @@ def test_workers_of_other_hosts_are_used_taken_back_and_left_running(
 
     try:
         ports = [int(start(number).url.rpartition(":")[2]) for number in range(2)]
-        pool = make_pool(0, rollout_worker_urls=",".join(f"127.0.0.3:{port}" for port in ports), update=False)
+        urls = ",".join(f"127.0.0.3:{port}" for port in ports)
+        shared = {"rollout_worker_urls": urls, "rollout_worker_key_file": key_file, "update": False}
+        pool = make_pool(0, **shared)
         publisher = Publisher(pool, timeout_s=20.0)
         assert publisher.transport == "broadcast"
         publisher.publish(layers(1), version=1)
+        check_answers(pool, 1)
+        with pytest.raises(SettingsError, match=f"rollout worker 0 .* is in use by run {pool.access.run_id} since"):
+            make_pool(0, **shared).claim()
         check_answers(pool, 1)
         started[1].restart()  # somebody's doing, at another port
         check_answers(pool, 1)
@@ -294,6 +327,9 @@ def test_workers_of_other_hosts_are_used_taken_back_and_left_running(
         check_answers(pool, 3)
         pool.close()
         assert started[0].is_alive and started[2].is_alive
+        another = make_pool(0, **shared)  # one run after the other
+        Publisher(another, timeout_s=20.0).publish(layers(4), version=4)
+        check_answers(another, 4)
     finally:
         for worker in started:
             worker.terminate()

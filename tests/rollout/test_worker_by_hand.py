@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_models import make_checkpoint
+from xrl.rollout import protocol
+from xrl.rollout.access import Access
 
 # As behind a shell's &, SIGINT is ignored when the worker starts.
 PROGRAM = (
@@ -30,7 +34,11 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def start_worker(*flags: str) -> subprocess.Popen[str]:
         needed = ["--model", str(tmp_path / "model"), "--max-model-len", "32", *flags]
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *needed], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", PROGRAM, *needed],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "XDG_CONFIG_HOME": str(tmp_path)},
         )
         started.append(process)
         return process
@@ -41,13 +49,34 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.communicate()
 
 
+def lease_status(port: int, key: str) -> int:
+    headers = Access(key=key, run_id="by-hand").headers
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", protocol.LEASE, headers=dict(headers))
+    return connection.getresponse().status
+
+
+def test_worker_whose_key_others_can_read_does_not_start(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("k" * 40)
+    file.chmod(0o644)
+    refused = start("--key-file", str(file))
+    _, errors = refused.communicate(timeout=120)
+    assert refused.returncode == 2
+    assert errors.startswith(f"xrl: error: --key-file {file} has mode 0644") and len(errors.splitlines()) == 1
+
+
 @pytest.mark.slow
-def test_worker_says_where_it_listens_and_ends_with_ctrl_c(start: Start) -> None:
+def test_worker_says_where_it_listens_and_ends_with_ctrl_c(start: Start, tmp_path: Path) -> None:
     worker = start()
     assert worker.stdout is not None and worker.stderr is not None
     port = json.loads(worker.stdout.readline())["port"]
     sentence = worker.stderr.readline()
     assert f"listens on 127.0.0.1:{port}; train with --rollout-worker-urls 127.0.0.1:{port}" in sentence
+
+    key = (tmp_path / "xrl" / "worker.key").read_text().strip()  # made at its first use
+    assert lease_status(port, key) == 200
+    assert lease_status(port, key.swapcase()) == 403
 
     second = start("--port", str(port))
     _, errors = second.communicate(timeout=120)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -162,9 +164,41 @@ def test_broadcast_does_not_wait_for_ever_for_a_worker_that_takes_nothing() -> N
 
 
 def test_broadcast_names_a_publisher_that_is_not_there() -> None:
-    invitation = {"host": "127.0.0.1", "port": 9, "prefix": "weights/1", "backend": "gloo"}
+    invitation = {"host": "127.0.0.1", "port": 9, "prefix": "weights/1", "backend": "gloo", "secret": "0" * 64}
     with pytest.raises(TransportError, match="cannot be reached at 127.0.0.1:9"):
         create_receiver("broadcast", invitation, timeout_s=0.3, device=CPU)
+
+
+def test_broadcast_gives_no_weights_to_one_who_was_not_invited() -> None:
+    sender = create_sender("broadcast", timeout_s=5.0, device=CPU)
+    invitation = sender.invite(0, "127.0.0.1")
+    with ThreadPoolExecutor(1) as threads:
+        accepting = threads.submit(sender.accept, 0)
+        with pytest.raises(TransportError, match="handshake"):  # it waits for the last word
+            create_receiver("broadcast", invitation | {"secret": "0" * 64}, timeout_s=5.0, device=CPU)
+        with pytest.raises(TransportError, match="not who was invited"):
+            accepting.result(timeout=20)
+    with pytest.raises(TransportError, match="not connected"):
+        sender.send(0, bucket("layers.0"))
+    sender.close()
+
+
+def test_broadcast_listens_on_the_address_that_it_tells_and_on_no_other() -> None:
+    sender = create_sender("broadcast", timeout_s=5.0, device=CPU)
+    port = sender.invite(0, "127.0.0.1")["port"]
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=5)
+    sender.close()
+
+
+@pytest.mark.parametrize(
+    "change", [{"host": ""}, {"host": "a\x1b"}, {"port": 0}, {"port": "9"}, {"backend": "mpi"}, {"secret": "short"}]
+)
+def test_invitation_that_cannot_be_right_is_refused(change: dict[str, object]) -> None:
+    invitation = {"host": "127.0.0.1", "port": 9, "prefix": "weights/1", "backend": "gloo", "secret": "0" * 64}
+    with pytest.raises(ValueError, match="an invitation needs"):
+        create_receiver("broadcast", invitation | change, timeout_s=0.3, device=CPU)
 
 
 def test_own_address_is_the_one_on_the_way_to_the_other() -> None:
@@ -172,7 +206,13 @@ def test_own_address_is_the_one_on_the_way_to_the_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"dtype": "float99"}, {"shape": [10**9]}, {"dtype": "load"}], ids=["dtype", "size", "no dtype"]
+    "change",
+    [
+        *({"dtype": name} for name in ("float99", "load", "Tensor", "qint8", 5)),
+        *({"shape": shape} for shape in ([10**9], [2**62, 2**62], [-1], [1.5], [True], "3", [[1]], [1] * 9)),
+        *({"name": name} for name in ("b", "x\x1b", "x" * 513, None)),
+    ],
+    ids=str,
 )
 def test_manifest_that_cannot_be_right_is_refused(change: dict[str, object]) -> None:
     sender, receiver = connect("shared_memory")
@@ -187,6 +227,45 @@ def test_manifest_that_cannot_be_right_is_refused(change: dict[str, object]) -> 
 def test_cuda_ipc_is_refused_where_there_is_no_cuda() -> None:
     with pytest.raises(TransportError, match="needs weights on CUDA"):
         create_sender("cuda_ipc", timeout_s=1.0, device=CPU)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"version": version} for version in (-1, 2**64, True, "1", None)),
+        *({"layer": layer} for layer in (5, "x" * 513, "a\n")),
+        *({"tensors": tensors} for tensors in ({}, [5], None, [{}])),
+        *({"where": where} for where in ([], None, "x")),
+        {"checksum": 1},
+    ],
+    ids=str,
+)
+def test_manifest_with_a_field_that_cannot_be_right_is_refused(change: dict[str, object]) -> None:
+    data = Manifest.of(bucket("layers.0"), checksum="", where={}).to_json()
+    data["tensors"] = list(data["tensors"])
+    assert Manifest.from_json(json.loads(json.dumps(data)))
+    with pytest.raises(ValueError, match="manifest|where"):
+        Manifest.from_json(data | change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"num_bytes": size} for size in (0, 2**60, -1, "9")),
+        *({"offsets": offsets} for offsets in ([], [0], [2**60] * 5, [-64] * 5, [1] * 5, None)),
+        *({"inode": inode} for inode in (0, None)),
+        *({"pid": pid} for pid in ("1/..", True)),
+        {"descriptor": 0},
+    ],
+    ids=str,
+)
+def test_memory_that_is_not_as_described_is_not_looked_into(change: dict[str, object]) -> None:
+    sender = SharedMemorySender()
+    sent = bucket("layers.0")
+    where = {**sender.put(sent)} | change
+    with pytest.raises((ValueError, TransportError)):
+        SharedMemoryReceiver().receive(Manifest.of(sent, checksum="", where=where))
+    sender.close()
 
 
 @pytest.mark.gpu

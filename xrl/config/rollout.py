@@ -13,6 +13,12 @@ from xrl.config.errors import SettingsError
 # How weights reach the workers (xrl/weights/transport); auto: through shared memory where all workers are on this host.
 WEIGHT_TRANSPORTS = ("auto", "shared_memory", "cuda_ipc", "broadcast")
 ON_LOST_WORKER = ("continue", "stop")
+# Most answers of one request to a worker: so many times the sequences that it decodes at once.
+SAMPLES_PER_PLACE = 16
+# Longer than this no worker waits for a layer.
+MAX_SYNC_TIMEOUT_S = 3600.0
+# Logits divided by less leave fp32; divided by more, they say nothing.
+TEMPERATURES = (1e-6, 1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +37,10 @@ class RolloutConfig:
     rollout_worker_urls: str | None = None
     """Workers on other hosts, started there with `xrl worker --host ADDRESS`, as host:port,host:port; none is started
     here then."""
+
+    rollout_worker_key_file: Path | None = None
+    """File with the key of those workers, the one of their --key-file; only you may read it. Default:
+    ~/.config/xrl/worker.key, where workers look for it too."""
 
     rollout_num_threads: int | None = None
     """CPU threads of each worker; default: the machine's cores, shared evenly by the workers."""
@@ -128,9 +138,12 @@ class RolloutConfig:
             )
         self._check_workers()
         self._check_canary()
-        if self.temperature <= 0:
-            raise SettingsError(f"--temperature must be > 0 in training, got {self.temperature:g}")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
+        low, high = TEMPERATURES
+        if not low <= self.temperature <= high:
+            raise SettingsError(
+                f"--temperature must be > 0 in training, in [{low:g}, {high:g}], got {self.temperature:g}"
+            )
+        if not 0 <= self.top_k < 2**63 or not 0 < self.top_p <= 1:
             raise SettingsError(f"--top-k must be >= 0 and --top-p in (0, 1], got {self.top_k} and {self.top_p:g}")
         if (self.top_k > 0 or self.top_p < 1) and not self.allow_biased_sampling:
             raise SettingsError(
@@ -157,10 +170,10 @@ class RolloutConfig:
                 raise SettingsError(
                     f"--{name.replace('_', '-')} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
-        if self.rollout_max_restarts < 0 or not 0 < self.weight_sync_timeout_s < math.inf:
+        if self.rollout_max_restarts < 0 or not 0 < self.weight_sync_timeout_s <= MAX_SYNC_TIMEOUT_S:
             raise SettingsError(
-                f"--rollout-max-restarts must be >= 0 and --weight-sync-timeout-s > 0, "
-                f"got {self.rollout_max_restarts} and {self.weight_sync_timeout_s:g}"
+                f"--rollout-max-restarts must be >= 0 and --weight-sync-timeout-s > 0 and at most "
+                f"{MAX_SYNC_TIMEOUT_S:g}, got {self.rollout_max_restarts} and {self.weight_sync_timeout_s:g}"
             )
         if not 1 <= self.oversampling < math.inf:
             raise SettingsError(f"--oversampling must be a number >= 1, got {self.oversampling:g}")
@@ -171,6 +184,11 @@ class RolloutConfig:
         if self.worker_addresses and self.rollout_num_workers is not None:
             raise SettingsError(
                 "--rollout-num-workers starts workers here, --rollout-worker-urls uses others: take one"
+            )
+        if self.rollout_worker_key_file is not None and not self.worker_addresses:
+            raise SettingsError(
+                "--rollout-worker-key-file is for workers of --rollout-worker-urls: those that are started here get a "
+                "key of their own"
             )
         if self.worker_addresses and self.colocate:
             raise SettingsError(

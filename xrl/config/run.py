@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from xrl.config.errors import SettingsError
+from xrl.config.rollout import TEMPERATURES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,5 +69,8 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
-        if self.eval_temperature <= 0:
-            raise SettingsError(f"--eval-temperature must be > 0, got {self.eval_temperature:g}")
+        low, high = TEMPERATURES
+        if not low <= self.eval_temperature <= high:
+            raise SettingsError(
+                f"--eval-temperature must be > 0, in [{low:g}, {high:g}], got {self.eval_temperature:g}"
+            )

@@ -12,7 +12,7 @@ from xrl.config.model import ModelConfig
 from xrl.config.optimizer import OptimizerConfig
 from xrl.config.parallel import ParallelConfig
 from xrl.config.rewards import RewardConfig
-from xrl.config.rollout import RolloutConfig
+from xrl.config.rollout import SAMPLES_PER_PLACE, RolloutConfig
 from xrl.config.run import EvaluationConfig, RunConfig
 
 
@@ -48,5 +48,15 @@ class Settings:
                 f"--updates-per-rollout {self.algorithm.updates_per_rollout} must not exceed --rollout-batch-size "
                 f"{self.data.rollout_batch_size}: each update needs a group of its own"
             )
+        most = SAMPLES_PER_PLACE * self.rollout.rollout_max_batch_size
+        for name, count in (
+            ("--samples-per-prompt", self.data.samples_per_prompt),
+            ("--eval-samples-per-prompt", self.evaluation.eval_samples_per_prompt),
+        ):
+            if count > most:
+                raise SettingsError(
+                    f"{name} {count} is more than a worker takes at a time, {SAMPLES_PER_PLACE} x "
+                    f"--rollout-max-batch-size {self.rollout.rollout_max_batch_size} = {most}"
+                )
         if self.evaluation.eval_interval is not None and self.evaluation.eval_data is None:
             raise SettingsError("--eval-interval needs --eval-data")

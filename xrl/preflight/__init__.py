@@ -7,6 +7,7 @@ data.py        rows of the data files, and whether the judge can use their groun
 layout.py      ranks and how the model is cut over them
 machine.py     packages and hardware that were asked for by name
 disk.py        room for the checkpoints that will be written
+workers.py     rollout workers that somebody started: their key, and who has them
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from xrl.preflight.machine import check_machine
 from xrl.preflight.model import check_model
 from xrl.preflight.tokenizer import check_tokenizer
 from xrl.preflight.weights import check_weights
+from xrl.preflight.workers import check_workers
 from xrl.rewards import check_judge
 from xrl.rollout import check_engine
 from xrl.rollout.embedded import missing_part
@@ -48,6 +50,7 @@ def preflight(settings: Settings, *, world_size: int) -> None:
     _check_prompt_sharing(settings)
     _check_layers(settings, shape)
     check_machine(settings)
+    check_workers(settings.rollout)
     check_tokenizer(folder, vocab_size=shape.vocab_size)
     check_weights(folder, shape)
     num_rows = check_data(settings)

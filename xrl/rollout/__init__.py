@@ -4,6 +4,7 @@
     embedded/     an engine: a fast batched decoder for CPU and CUDA
     turbomind.py  an engine: LMDeploy's TurboMind, for CUDA
     worker.py     the process that hosts an engine; protocol.py: what is said to it over HTTP
+    gate.py       who may say it; calls.py: what is done then
     process.py    one worker process, started and ended; pool.py: many, and the prompts spread over them
     publish.py    weights to the workers
     collect.py    prompts -> judged groups; evaluate.py: pass rates

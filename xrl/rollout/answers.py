@@ -35,6 +35,8 @@ HIGHEST_LOGPROB = 1e-3
 LOWEST_LOGPROB = -1e5
 # Of an error that a worker reports.
 SENTENCE_LENGTH = 500
+# Of an answer that another run's weights have sampled, whatever that run counted.
+FOREIGN_VERSION = -2
 FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 _MISSING = object()
 
@@ -59,14 +61,16 @@ class StaleAnswer(RuntimeError):
     """An answer was sampled with other weights than the rollout's."""
 
     def __init__(self, versions: Sequence[int], expected: WeightsId) -> None:
-        super().__init__(f"sampled with weights version {list(versions)}, not {expected.version}")
+        whose = "another run's weights" if FOREIGN_VERSION in versions else f"weights version {list(versions)}"
+        super().__init__(f"sampled with {whose}, not version {expected.version} of this run")
         self.versions = versions
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsId:
-    """Which weights an answer is to be sampled with."""
+    """Which weights an answer is to be sampled with. Every run counts its versions from 0."""
 
+    run_id: str
     version: int
 
 
@@ -137,7 +141,7 @@ def checked_completions(
     completions = []
     for number, fields in enumerate(answer, start=1):
         try:
-            completions.append(_completion(fields, request, vocab_size))
+            completions.append(_completion(fields, request, vocab_size, weights))
         except _Wrong as error:
             raise WorkerFault(worker, f"completion {number} of {len(answer)}: {error}") from error
     if weights is not None and any(completion.weights_version != weights.version for completion in completions):
@@ -158,6 +162,9 @@ def check_updated(answer: object, weights: WeightsId, *, worker: str) -> None:
     version = _field_of(answer, "weights_version", worker)
     if type(version) is not int or version != weights.version:
         raise WorkerFault(worker, f"weights_version is {shown(version)} after the update to {weights.version}")
+    run_id = _field_of(answer, "weights_run", worker)
+    if run_id != weights.run_id:
+        raise WorkerFault(worker, f"weights_run is {shown(run_id)} after an update of run {weights.run_id}")
 
 
 def check_done(answer: object, *, worker: str) -> None:
@@ -193,7 +200,7 @@ class _Wrong(ValueError):
     """What is wrong with a completion, the field first."""
 
 
-def _completion(answer: object, request: GenerateRequest, vocab_size: int) -> Completion:
+def _completion(answer: object, request: GenerateRequest, vocab_size: int, weights: WeightsId | None) -> Completion:
     """Every check looks at all tokens at once: the one that is wrong is looked for when there is one."""
     meta = _object(_get(_object(answer, "it"), "meta_info"), "meta_info")
     ids = _get(answer, "output_ids")
@@ -215,6 +222,11 @@ def _completion(answer: object, request: GenerateRequest, vocab_size: int) -> Co
     version = _get(meta, "weights_version", "meta_info.")
     if type(version) is not int or not -1 <= version < 2**63:
         raise _Wrong(f"meta_info.weights_version is {shown(version)}, not a version")
+    run_id = _get(meta, "weights_run", "meta_info.")
+    if run_id is not None and not isinstance(run_id, str):
+        raise _Wrong(f"meta_info.weights_run is {shown(run_id)}, not the name of a run")
+    if weights is not None and run_id != weights.run_id:
+        version = FOREIGN_VERSION
     return Completion(token_ids=ids, logprobs=logprobs, finish_reason=reason, weights_version=version)
 
 

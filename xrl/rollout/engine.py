@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from xrl.config.rollout import TEMPERATURES
 from xrl.types import Completion, GenerateRequest, WeightBucket
 
 if TYPE_CHECKING:
@@ -20,8 +21,21 @@ class EngineNotReady(EngineError):
     """Generation was asked of an engine that has no complete weights, is asleep or is being updated."""
 
 
+class EngineBusy(EngineError):
+    """What needs an idle engine was asked of one with requests in flight."""
+
+
+class WrongWeights(EngineError):
+    """Tensors that the engine's model does not have, or of other sizes, or too few of them."""
+
+
+# Most stop tokens of a request; models have a handful.
+MAX_STOP_TOKENS = 1024
+_INT64 = range(-(2**63), 2**63)
+
+
 def check_request(request: GenerateRequest, *, vocab_size: int, max_model_len: int) -> None:
-    """Refuse what no engine can run.
+    """Refuse what no engine can run: what passes must not fail in a step, where other requests are.
 
     Raises:
         ValueError: names the request, what is wrong and what was needed.
@@ -29,18 +43,10 @@ def check_request(request: GenerateRequest, *, vocab_size: int, max_model_len: i
     where, sampling = f"request {request.id!r}", request.sampling
     if not request.token_ids:
         raise ValueError(f"{where}: the prompt must hold at least one token, got none")
-    if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
-        raise ValueError(f"{where}: token ids must be in [0, {vocab_size}), the prompt holds others")
     if request.num_samples < 1 or sampling.max_new_tokens < 1:
         raise ValueError(
             f"{where}: num_samples and max_new_tokens must be >= 1, "
             f"got {request.num_samples} and {sampling.max_new_tokens}"
-        )
-    # Not a number is none of these either.
-    if not (sampling.temperature >= 0 and sampling.top_k >= 0 and 0 < sampling.top_p <= 1):
-        raise ValueError(
-            f"{where}: temperature and top_k must be >= 0 and top_p in (0, 1], "
-            f"got {sampling.temperature:g}, {sampling.top_k} and {sampling.top_p:g}"
         )
     total = len(request.token_ids) + sampling.max_new_tokens
     if total > max_model_len:
@@ -48,6 +54,19 @@ def check_request(request: GenerateRequest, *, vocab_size: int, max_model_len: i
             f"{where}: prompt ({len(request.token_ids)}) + max_new_tokens ({sampling.max_new_tokens}) = {total} "
             f"tokens exceed max_model_len {max_model_len}"
         )
+    if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
+        raise ValueError(f"{where}: token ids must be in [0, {vocab_size}), the prompt holds others")
+    low, high = TEMPERATURES
+    # Not a number is none of these either.
+    if not ((sampling.temperature == 0 or low <= sampling.temperature <= high) and 0 < sampling.top_p <= 1):
+        raise ValueError(
+            f"{where}: temperature must be 0 or in [{low:g}, {high:g}] and top_p in (0, 1], "
+            f"got {sampling.temperature:g} and {sampling.top_p:g}"
+        )
+    if sampling.top_k < 0 or sampling.top_k not in _INT64 or sampling.seed not in _INT64:
+        raise ValueError(f"{where}: top_k must be >= 0, and top_k and seed must be integers of 64 bits")
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKENS:
+        raise ValueError(f"{where}: at most {MAX_STOP_TOKENS} stop tokens, got {len(sampling.stop_token_ids)}")
 
 
 @runtime_checkable
@@ -65,7 +84,7 @@ class HasRoom(Protocol):
         them is left for it to copy. When they are not, the room is asked for again, or the update ends there.
 
         Raises:
-            EngineError: requests are in flight.
+            EngineBusy: requests are in flight.
         """
         ...
 
@@ -115,7 +134,8 @@ class Engine(Protocol):
         """Take the whole tensors of one decoder layer, of the embeddings or of the final norm and head.
 
         Raises:
-            EngineError: requests are in flight, or a tensor is unknown or of the wrong shape.
+            EngineBusy: requests are in flight.
+            WrongWeights: a tensor is unknown or of the wrong shape.
         """
         ...
 
@@ -123,7 +143,7 @@ class Engine(Protocol):
         """All layers are loaded: completions sampled from here on carry this version.
 
         Raises:
-            EngineError: tensors are missing; the message names them.
+            WrongWeights: tensors are missing; the message names them.
         """
         ...
 

@@ -30,6 +30,7 @@ from xrl.launch import descriptors
 from xrl.launch.exit import RunFailed
 from xrl.models.shape import read_model_shape
 from xrl.rollout import protocol
+from xrl.rollout.access import Access, AccessDenied, WorkerInUse, new_key, new_run_id
 from xrl.rollout.answers import (
     SMALL_ANSWER_BYTES,
     StaleAnswer,
@@ -44,7 +45,9 @@ from xrl.rollout.answers import (
     read_json,
     shown,
 )
+from xrl.rollout.claims import trainers_key
 from xrl.rollout.dispatch import Dispatch, RolloutCounts
+from xrl.rollout.lease import KEEP_ALIVE_S
 from xrl.rollout.process import RemoteWorker, WorkerGone, WorkerHandle, WorkerProcess
 from xrl.types import Completion, GenerateRequest
 from xrl.weights.transport import TransportError
@@ -64,6 +67,10 @@ TURN_TIMEOUT_S = 120.0
 FAULTS_IN_A_ROW = 3
 # What the pool's thread adds to the time-outs of what it is asked to do, on a busy machine.
 SLACK_S = 60.0
+
+
+# Errors of a worker that are not the run's: its side of the transport broke, or it is another run's by now.
+COSTS_THE_WORKER = frozenset(kind.__name__ for kind in (TransportError, AccessDenied, WorkerInUse))
 
 
 @dataclass
@@ -95,6 +102,7 @@ class WorkerPool:
         max_model_len: int,
         log_dir: Path,
         vocab_size: int | None = None,
+        access: Access | None = None,
     ) -> None:
         """
         Args:
@@ -104,9 +112,15 @@ class WorkerPool:
             max_model_len: longest prompt + response in tokens.
             log_dir: each worker's output goes to a file here.
             vocab_size: answers hold ids in [0, vocab_size); default: as the model's config.json says.
+            access: who we are to the workers; default: a run of its own, with a key of its own or, for workers that
+                somebody started, with that of their file.
         """
         self.config = config
         self.vocab_size = read_model_shape(model_dir).vocab_size if vocab_size is None else vocab_size
+        self.access = access or Access(
+            key=trainers_key(config.rollout_worker_key_file) if config.worker_addresses else new_key(),
+            run_id=new_run_id(log_dir.parent.name),
+        )
         arguments = [
             f"--engine={config.engine}",
             f"--model={model_dir}",
@@ -116,11 +130,13 @@ class WorkerPool:
             f"--max-model-len={max_model_len}",
         ]
         self.workers: list[Any] = [
-            RemoteWorker(number, host, port) for number, (host, port) in enumerate(config.worker_addresses)
+            RemoteWorker(number, host, port, access=self.access)
+            for number, (host, port) in enumerate(config.worker_addresses)
         ] or [
             WorkerProcess(
                 number,
                 [*arguments, f"--device={device}"],
+                key=self.access.key,
                 num_threads=num_threads,
                 log=log_dir / f"rollout_worker_{number}.log",
                 python=config.rollout_python,
@@ -138,6 +154,7 @@ class WorkerPool:
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-pool", daemon=True)
         self._thread.start()
         self._session: aiohttp.ClientSession | None = None
+        self._keeping: Future[None] | None = None
         # As many connections as may be open at once, shared out: a connection is kept for a while after its request.
         self._connections_per_worker: int | None = None
         self._has_said_bound = False
@@ -160,6 +177,8 @@ class WorkerPool:
             self._is_closing = True
         for restart in self._restarts:
             restart.join(STOP_TIMEOUT_S)
+        if self._keeping is not None:
+            self._keeping.cancel()
         for worker in self.workers:
             worker.terminate()
         for worker in self.workers:
@@ -170,6 +189,36 @@ class WorkerPool:
                     asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(STOP_TIMEOUT_S)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(STOP_TIMEOUT_S)
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What every call of a worker shows, for calls by hand."""
+        return self.access.headers
+
+    def claim(self) -> None:
+        """Workers that somebody started are this run's from now on, those that answer by now; `close` gives them back.
+
+        Raises:
+            SettingsError: another run has one, or its key is another one.
+        """
+        remote = [worker for worker in self.workers if isinstance(worker, RemoteWorker)]
+        for worker in remote:
+            worker.claim()
+        if remote and self._keeping is None:
+            self._keeping = self.start(self._keep(remote))
+
+    async def _keep(self, workers: Sequence[RemoteWorker]) -> None:
+        """Tell them that we are still there: an update of the actor takes longer than they wait for a word."""
+
+        async def tell(worker: RemoteWorker) -> None:
+            timeout = aiohttp.ClientTimeout(total=KEEP_ALIVE_S)
+            with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+                async with self._http().get(worker.url + protocol.LEASE, timeout=timeout):
+                    pass
+
+        while True:
+            await asyncio.gather(*map(tell, workers))
+            await asyncio.sleep(KEEP_ALIVE_S)
 
     @property
     def alive(self) -> list[WorkerHandle]:
@@ -232,6 +281,7 @@ class WorkerPool:
         """
         if self._has_started:
             return
+        self.claim()
         for worker in self.workers:
             worker.wait_until_listening(START_TIMEOUT_S)
         self._has_started = True
@@ -385,7 +435,7 @@ class WorkerPool:
         self, worker: WorkerHandle, request: GenerateRequest, *, timeout_s: float
     ) -> list[Completion]:
         """A worker's answer to a request, checked. Raises as `post`, and StaleAnswer."""
-        weights = None if self.version is None else WeightsId(version=self.version)
+        weights = None if self.version is None else WeightsId(run_id=self.access.run_id, version=self.version)
         answer = await self.post(
             worker,
             protocol.GENERATE,
@@ -522,7 +572,7 @@ class WorkerPool:
         if response.status != 200:
             kind, sentence = checked_refusal(answer, worker=name)
             # What breaks between the two costs the worker, not the run.
-            if kind == TransportError.__name__:
+            if kind in COSTS_THE_WORKER:
                 raise WorkerGone(f"{kind}: {sentence}")
             raise WorkerRefused(name, f"{kind}: {sentence}")
         return answer
@@ -537,7 +587,7 @@ class WorkerPool:
                 connector=aiohttp.TCPConnector(limit=0),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
-                headers={"Accept-Encoding": "identity"},
+                headers={"Accept-Encoding": "identity", **self.access.headers},
             )
         return self._session
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import selectors
@@ -12,28 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-import aiohttp
-
 from xrl.launch.children import child_environment, module_command
 from xrl.launch.exit import RunFailed
 from xrl.launch.memory import set_large_pages
 from xrl.launch.threads import set_thread_waiting
-from xrl.rollout import protocol
-from xrl.rollout.answers import (
-    SMALL_ANSWER_BYTES,
-    WorkerFault,
-    checked_max_requests,
-    checked_port,
-    name_of,
-    parse_json,
-    read_json,
-)
+from xrl.rollout.access import KEY_VARIABLE, Access
+from xrl.rollout.answers import WorkerFault, checked_max_requests, checked_port, name_of, parse_json
+from xrl.rollout.claims import ask, check_answer
 
 LOG_TAIL_LINES = 15
 LOG_TAIL_BYTES = 1 << 16
 # The one line that a worker prints.
 ANNOUNCEMENT_BYTES = 1 << 16
-HEALTH_TIMEOUT_S = 2.0
 # A process that was killed is gone at once, unless it hangs in the kernel: in a driver, or over a file system.
 KILL_TIMEOUT_S = 10.0
 # For one that is about to end to do so by itself, so that what is said about its end is true.
@@ -110,11 +99,19 @@ class WorkerProcess:
     can_restart = True
 
     def __init__(
-        self, number: int, arguments: Sequence[str], *, num_threads: int, log: Path, python: Path | None = None
+        self,
+        number: int,
+        arguments: Sequence[str],
+        *,
+        key: str,
+        num_threads: int,
+        log: Path,
+        python: Path | None = None,
     ) -> None:
         """
         Args:
             arguments: of `python -m xrl.rollout.worker`.
+            key: that its calls must show. It gets it in its environment, which nobody else can read.
             python: interpreter of another environment, where xrl can be imported too; None for this one.
         """
         self.number = number
@@ -126,6 +123,7 @@ class WorkerProcess:
         self._environment = {
             name: value for name, value in child_environment().items() if not name.startswith("TORCH_NCCL_")
         }
+        self._environment[KEY_VARIABLE] = key
         self._environment["OMP_NUM_THREADS"] = str(num_threads)
         set_thread_waiting(self._environment)
         set_large_pages(self._environment)
@@ -243,8 +241,9 @@ class RemoteWorker:
     has_ended = False  # nobody tells
     can_restart = False
 
-    def __init__(self, number: int, host: str, port: int) -> None:
+    def __init__(self, number: int, host: str, port: int, *, access: Access) -> None:
         self.number = number
+        self.access = access
         self.host = host
         self.url = f"http://{host}:{port}"
         self.max_requests: int | None = None
@@ -257,27 +256,31 @@ class RemoteWorker:
             return False
 
     def poll(self) -> bool:
-        """Raises WorkerFault where what answers there is no worker."""
-        try:
-            return asyncio.run(self._ask_for_health())
-        except (OSError, aiohttp.ClientError):  # time is up, too
-            return False
+        """Whether it listens, and is ours or could be.
 
-    async def _ask_for_health(self) -> bool:
-        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
-        async with (
-            aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session,
-            session.get(self.url + protocol.HEALTH, allow_redirects=False) as response,
-        ):
-            if response.status != 200:
-                return False
-            said = await read_json(response, limit_bytes=SMALL_ANSWER_BYTES, worker=name_of(self))
-            self.max_requests = checked_max_requests(said, worker=name_of(self))
-            return True
+        Raises:
+            WorkerFault: what answers there is no worker.
+        """
+        status, answer = ask(self.url, "GET", self.access)
+        return status == 200 and self._hear(answer)
+
+    def claim(self) -> bool:
+        """Whether it is ours from now on; False where none answers there yet.
+
+        Raises:
+            SettingsError: it is not for us.
+            WorkerFault: what answers there is no worker.
+        """
+        status, answer = ask(self.url, "POST", self.access)
+        return check_answer(self.number, self.url, status, answer) and self._hear(answer)
+
+    def _hear(self, answer: dict[str, object]) -> bool:
+        self.max_requests = checked_max_requests(answer, worker=name_of(self))
+        return True
 
     def wait_until_listening(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        while not self.poll():
+        while not self.claim():
             if time.monotonic() > deadline:
                 raise WorkerGone(
                     f"rollout worker {self.number} of --rollout-worker-urls did not answer at {self.url} within "
@@ -296,7 +299,8 @@ class RemoteWorker:
         return self.log_place
 
     def terminate(self) -> None:
-        pass
+        """It goes on; other runs may have it."""
+        ask(self.url, "DELETE", self.access, timeout_s=1.0)
 
     def join(self, timeout_s: float) -> None:
         pass

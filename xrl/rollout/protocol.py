@@ -1,7 +1,8 @@
 """What goes over HTTP between the trainer and a rollout worker.
 
 `/generate` takes LMDeploy's native schema and answers in it; `n`, `seed` and `request_id` are ours: with `n` the
-answer is a list. Weights are announced under /xrl/v1/ and travel as xrl.weights.transport says.
+answer is a list. Weights are announced under /xrl/v1/ and travel as xrl.weights.transport says. Each call shows what
+xrl.rollout.access says.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from xrl.rollout.engine import MAX_STOP_TOKENS
+from xrl.rollout.fields import INT64, float_of, int_of, ints_of, text_of
 from xrl.types import Completion, GenerateRequest, SamplingParams
 
 GENERATE = "/generate"
@@ -19,7 +22,13 @@ WAKE = "/wakeup"
 CONNECT = "/xrl/v1/connect"
 LOAD_LAYER = "/xrl/v1/load_layer"
 FINISH_UPDATE = "/xrl/v1/finish_update"
+LEASE = "/xrl/v1/lease"
 SHUTDOWN = "/xrl/v1/shutdown"
+
+# Longest name of a request.
+MAX_ID_LENGTH = 200
+# A version of weights; every run counts its own from 0.
+VERSIONS = range(2**53)
 
 
 def request_to_json(request: GenerateRequest) -> dict[str, Any]:
@@ -40,32 +49,41 @@ def request_to_json(request: GenerateRequest) -> dict[str, Any]:
     }
 
 
-def request_from_json(body: Mapping[str, Any], *, default_id: str) -> GenerateRequest:
+def request_from_json(
+    body: Mapping[str, Any], *, default_id: str, max_samples: int, max_prompt_length: int
+) -> GenerateRequest:
     """The request a `/generate` body describes.
 
+    Args:
+        max_samples: most answers of one request.
+        max_prompt_length: most tokens of a prompt.
+
     Raises:
-        ValueError: something is missing or of the wrong type.
+        ValueError: something is missing, of the wrong type or out of range; names the field and what was found.
     """
-    ids = body.get("input_ids")
-    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-        raise ValueError("input_ids must be a list of token ids")
     return GenerateRequest(
-        id=str(body.get("request_id", default_id)),
-        token_ids=ids,
-        num_samples=int(body.get("n", 1)),
+        id=text_of(body, "request_id", longest=MAX_ID_LENGTH, default=default_id),
+        token_ids=ints_of(body.get("input_ids"), "input_ids", most=max_prompt_length, within=INT64),
+        num_samples=int_of(body, "n", within=range(1, max_samples + 1), default=1),
         sampling=SamplingParams(
-            temperature=float(body.get("temperature", 1.0)),
-            top_k=int(body.get("top_k", 0)),
-            top_p=float(body.get("top_p", 1.0)),
-            max_new_tokens=int(body.get("max_tokens", 512)),
-            stop_token_ids=tuple(body.get("stop_token_ids") or ()),
-            seed=int(body.get("seed", 0)),
+            temperature=float_of(body, "temperature", low=0.0, high=1e9, default=1.0),
+            top_k=int_of(body, "top_k", within=range(2**63), default=0),
+            top_p=float_of(body, "top_p", low=0.0, high=1.0, default=1.0),
+            max_new_tokens=int_of(body, "max_tokens", within=range(1, 2**63), default=512),
+            stop_token_ids=tuple(
+                ints_of(body.get("stop_token_ids") or [], "stop_token_ids", most=MAX_STOP_TOKENS, within=INT64)
+            ),
+            seed=int_of(body, "seed", within=INT64, default=0),
         ),
     )
 
 
-def completion_to_json(completion: Completion, *, num_prompt_tokens: int) -> dict[str, Any]:
-    """One answer, as LMDeploy returns it."""
+def completion_to_json(completion: Completion, *, num_prompt_tokens: int, run_id: str | None) -> dict[str, Any]:
+    """One answer, as LMDeploy returns it.
+
+    Args:
+        run_id: of the run whose weights sampled it; the version alone could be any run's.
+    """
     return {
         "output_ids": completion.token_ids,
         "meta_info": {
@@ -74,5 +92,6 @@ def completion_to_json(completion: Completion, *, num_prompt_tokens: int) -> dic
             "finish_reason": {"type": completion.finish_reason},
             "output_token_logprobs": list(zip(completion.logprobs, completion.token_ids, strict=True)),
             "weights_version": completion.weights_version,
+            "weights_run": run_id,
         },
     }

@@ -185,7 +185,7 @@ class Publisher:
         await self._to_all(workers, send, parcel.name)
 
     async def _finish(self, workers: dict[int, WorkerHandle], version: int) -> None:
-        weights = WeightsId(version=version)
+        weights = WeightsId(run_id=self.pool.access.run_id, version=version)
 
         async def finish(worker: WorkerHandle) -> None:
             body = {"version": weights.version}

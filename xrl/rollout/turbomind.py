@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from xrl.config import SettingsError
-from xrl.rollout.engine import EngineError, EngineNotReady, check_request
+from xrl.rollout.engine import EngineBusy, EngineError, EngineNotReady, WrongWeights, check_request
 from xrl.rollout.turbomind_driver import (
     KV_CACHE,
     MAX_STOP_TOKENS,
@@ -173,8 +173,8 @@ class TurboMindEngine:
         with self._one_at_a_time:
             with self._changed:
                 self._check_idle("take weights")
+                check_part(bucket.layer, bucket.tensors, self._parts)  # what is refused changes nothing
                 self._not_ready = f"the update to weights version {bucket.version} is not finished"
-            check_part(bucket.layer, bucket.tensors, self._parts)
             if bucket.version != self._update_version:
                 self._begin_update(bucket.version)
             tensors = dict(bucket.tensors)
@@ -190,7 +190,7 @@ class TurboMindEngine:
                 self._check_idle("take weights")
             missing = [name for part in self._parts.keys() - self._arrived for name in self._parts[part]]
             if missing:
-                raise EngineError(f"weight update: missing {', '.join(sorted(missing))}")
+                raise WrongWeights(f"weight update: missing {', '.join(sorted(missing))}")
             assert self._final_norm is not None
             left = self._driver.missing()
             if left != [self._driver.final_norm]:
@@ -351,7 +351,7 @@ class TurboMindEngine:
     def _check_idle(self, action: str) -> None:
         self._check_open()
         if self._in_flight:
-            raise EngineError(f"the TurboMind engine cannot {action} with {len(self._in_flight)} requests in flight")
+            raise EngineBusy(f"the TurboMind engine cannot {action} with {len(self._in_flight)} requests in flight")
 
 
 async def _cancel(jobs: Sequence[_Job]) -> None:

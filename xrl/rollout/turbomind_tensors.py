@@ -16,7 +16,7 @@ from xrl.config.json_file import read_json_object
 from xrl.models.checks import checked_shape
 from xrl.models.families import architecture_of
 from xrl.models.shape import ModelShape, with_defaults
-from xrl.rollout.engine import EngineError
+from xrl.rollout.engine import WrongWeights
 from xrl.weights.plan import part_names, tensor_shapes
 
 FINAL_NORM = "model.norm.weight"
@@ -85,17 +85,17 @@ def check_part(part: str, tensors: Mapping[str, Tensor], parts: Mapping[str, Siz
     """Refuse what is not the whole of one part of the model.
 
     Raises:
-        EngineError: names the part and the tensor.
+        WrongWeights: names the part and the tensor.
     """
     where = f"weight update, {part}"
     if part not in parts:
-        raise EngineError(f"{where}: the model has no such part")
+        raise WrongWeights(f"{where}: the model has no such part")
     expected = parts[part]
     for name, tensor in tensors.items():
         if name not in expected:
-            raise EngineError(f"{where}: the model has no tensor {name!r} there")
+            raise WrongWeights(f"{where}: the model has no tensor {name!r} there")
         if tuple(tensor.shape) != expected[name]:
-            raise EngineError(f"{where}: {name} must be of size {list(expected[name])}, got {list(tensor.shape)}")
+            raise WrongWeights(f"{where}: {name} must be of size {list(expected[name])}, got {list(tensor.shape)}")
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise EngineError(f"{where}: TurboMind takes only whole parts, missing {', '.join(missing)}")
+        raise WrongWeights(f"{where}: TurboMind takes only whole parts, missing {', '.join(missing)}")

@@ -41,6 +41,13 @@ def parse_worker_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="torch device: cpu, or cuda:0 say")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one")
+    parser.add_argument(
+        "--key-file",
+        type=Path,
+        default=None,
+        help="file with the key that trainers must show, the one of their --rollout-worker-key-file; only you may read "
+        "it. Left out: ~/.config/xrl/worker.key, which is made where there is none",
+    )
     parser.add_argument("--max-batch-size", type=int, default=1024, help="sequences decoded at once")
     parser.add_argument(
         "--max-model-len",

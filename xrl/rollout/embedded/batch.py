@@ -33,6 +33,12 @@ class Job:
     def is_done(self) -> bool:
         return len(self.completions) == self.request.num_samples
 
+    def restart(self) -> None:
+        """Forget all that was drawn: the batch that it was in is lost. The same tokens will be drawn again."""
+        self.completions.clear()
+        self.num_started = 0
+        self.prompt_blocks, self.last_hidden = [], None
+
 
 @dataclass(kw_only=True, eq=False, slots=True)
 class Row:

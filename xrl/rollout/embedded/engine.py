@@ -23,7 +23,7 @@ from xrl.rollout.embedded.cache import KVCache
 from xrl.rollout.embedded.model import Decoder
 from xrl.rollout.embedded.scheduler import Scheduler
 from xrl.rollout.embedded.weights import DecoderWeights
-from xrl.rollout.engine import EngineError, EngineNotReady, check_request
+from xrl.rollout.engine import EngineBusy, EngineError, EngineNotReady, check_request
 from xrl.types import Completion, GenerateRequest, WeightBucket
 from xrl.weights.plan import num_parameters
 
@@ -63,6 +63,11 @@ class EmbeddedEngine:
         self._tasks: list[tuple[Callable[[], None], Future[None]]] = []
         self._inbox: list[Job] = []
         self._in_flight: dict[str, Job] = {}
+        # The loop thread's own. After a step that failed, the requests that were in it run again in halves, one half
+        # after the other, and those in halves, until it is known which of them fails: the others must not.
+        self._at_work: dict[str, Job] = {}  # given to the scheduler
+        self._suspects: list[list[Job]] = []  # halves that wait; the last one is next
+        self._queued: list[Job] = []  # new ones, which wait for that
         self._abort_requested = False
         self._not_ready: str | None = "it has no weights yet"
         self._is_asleep = False
@@ -121,10 +126,9 @@ class EmbeddedEngine:
         with self._one_at_a_time:
             with self._changed:
                 self._check_idle("take weights")
+                self._weights.check(bucket.tensors, source=bucket.layer)  # what is refused changes nothing
                 self._not_ready = f"the update to weights version {bucket.version} is not finished"
-                done = self._on_loop(
-                    lambda: self._weights.load(bucket.tensors, version=bucket.version, source=bucket.layer)
-                )
+                done = self._on_loop(lambda: self._weights.load(bucket.tensors, version=bucket.version))
             done.result()  # Unbounded: the trainer bounds its call.
 
     def finish_update(self, version: int) -> None:
@@ -168,7 +172,7 @@ class EmbeddedEngine:
                         # Between rollouts the trainer needs the memory.
                         self._scheduler = self._new_scheduler()  # with an empty cache
                         return_freed_memory()
-                        self._changed.wait_for(self._has_work)
+                        self._changed.wait_for(self._has_work)  # Unbounded: `close` ends it, if nothing else does.
                     tasks, self._tasks = self._tasks, []
                     inbox, self._inbox = self._inbox, []
                     aborting, self._abort_requested = self._abort_requested, False
@@ -182,8 +186,7 @@ class EmbeddedEngine:
                 try:
                     done = self._step(inbox, aborting)
                 except Exception as error:
-                    logger.exception("the embedded engine failed; its requests are lost")
-                    self._fail_all(error)
+                    self._find_culprit(error)
                 else:
                     self._resolve(done)
 
@@ -191,26 +194,48 @@ class EmbeddedEngine:
         return bool(self._in_flight or self._tasks) or self._is_closed
 
     def _step(self, inbox: list[Job], aborting: bool) -> list[Job]:
-        for job in inbox:
+        self._queued += inbox
+        joining = self._joining()
+        for job in joining:
+            self._at_work[job.request.id] = job
             self._scheduler.add(job)
+        aborting = aborting or any(job.aborted for job in joining)
         done = self._scheduler.drop_aborted(self.weights_version) if aborting else []
         return done + self._scheduler.step(self.weights_version)
 
+    def _joining(self) -> list[Job]:
+        """What joins the batch: all that is new, or, while a culprit is looked for, the next half on its own."""
+        if self._suspects:
+            return [] if self._at_work else self._suspects.pop()
+        joining, self._queued = self._queued, []
+        return joining
+
     def _resolve(self, done: list[Job]) -> None:
+        for job in done:
+            del self._at_work[job.request.id]
         with self._changed:
             for job in done:
                 del self._in_flight[job.request.id]
         for job in done:
             job.future.set_result([job.completions[sample] for sample in range(job.request.num_samples)])
 
-    def _fail_all(self, error: Exception) -> None:
-        """Fail every request in flight and start afresh: what is left of the cache cannot be trusted."""
+    def _find_culprit(self, error: Exception) -> None:
+        """After a step that failed: start afresh, as what is left of the cache cannot be trusted."""
+        jobs = list(self._at_work.values())
+        if not self._suspects:
+            logger.error("the embedded engine failed with %d requests", len(jobs), exc_info=error)
+        self._at_work.clear()
+        self._scheduler = self._new_scheduler()
+        if len(jobs) > 1:
+            for job in jobs:
+                job.restart()
+            half = len(jobs) // 2
+            self._suspects += [jobs[half:], jobs[:half]]
+            return
         with self._changed:
-            failed = list(self._in_flight.values())
-            self._in_flight.clear()
-            self._inbox.clear()
-            self._scheduler = self._new_scheduler()
-        for job in failed:
+            for job in jobs:
+                del self._in_flight[job.request.id]
+        for job in jobs:
             failure = EngineError(f"the embedded engine failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
             job.future.set_exception(failure)
@@ -246,7 +271,7 @@ class EmbeddedEngine:
     def _check_idle(self, action: str) -> None:
         self._check_open()
         if self._in_flight:
-            raise EngineError(f"the embedded engine cannot {action} with {len(self._in_flight)} requests in flight")
+            raise EngineBusy(f"the embedded engine cannot {action} with {len(self._in_flight)} requests in flight")
 
 
 def _run_tasks(tasks: Sequence[tuple[Callable[[], None], Future[None]]]) -> None:

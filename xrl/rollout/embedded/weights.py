@@ -11,7 +11,7 @@ from torch import Tensor
 from xrl.kernels.packed_linear import PackedLinear, PackedSwiGLU
 from xrl.models.shape import ExpertShape, ModelShape
 from xrl.rollout.embedded.mlp import Experts, GatedMLP
-from xrl.rollout.engine import EngineError
+from xrl.rollout.engine import WrongWeights
 from xrl.weights.plan import EMBEDDINGS, FINAL, part_names, tensor_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -49,24 +49,30 @@ class DecoderWeights:
         self._installed: set[str] = set()  # parts of the update under way
         self._version: int | None = None  # of the update under way
 
-    def load(self, tensors: Mapping[str, Tensor], *, version: int, source: str) -> None:
-        """Take whole tensors; their memory may be reused once this returns. Another version starts a new update.
+    def check(self, tensors: Mapping[str, Tensor], *, source: str) -> None:
+        """Refuse what is not the model's.
 
         Raises:
-            EngineError: a name the model does not have, or a wrong size; `source` is named in the message.
+            WrongWeights: a name the model does not have, or a wrong size; `source` is named in the message.
+        """
+        for name, tensor in tensors.items():
+            if name not in self._part_of:
+                raise WrongWeights(f"weight update, {source}: the model has no tensor {name!r}")
+            expected = self._expected[self._part_of[name]][name]
+            if tuple(tensor.shape) != expected:
+                raise WrongWeights(
+                    f"weight update, {source}: {name} must be of size {list(expected)}, got {list(tensor.shape)}"
+                )
+
+    def load(self, tensors: Mapping[str, Tensor], *, version: int) -> None:
+        """Take whole tensors that were checked; their memory may be reused once this returns.
+
+        Another version than that of the tensors before starts a new update.
         """
         if version != self._version:
             self._version = version
             self._arrived.clear()
             self._installed.clear()
-        for name, tensor in tensors.items():
-            if name not in self._part_of:
-                raise EngineError(f"weight update, {source}: the model has no tensor {name!r}")
-            expected = self._expected[self._part_of[name]][name]
-            if tuple(tensor.shape) != expected:
-                raise EngineError(
-                    f"weight update, {source}: {name} must be of size {list(expected)}, got {list(tensor.shape)}"
-                )
         for name, tensor in tensors.items():
             self._arrived.setdefault(self._part_of[name], {})[name] = tensor
         for part in {self._part_of[name] for name in tensors}:
@@ -89,7 +95,7 @@ class DecoderWeights:
         """Close an update.
 
         Raises:
-            EngineError: naming the tensors that have not arrived; the update stays open.
+            WrongWeights: naming the tensors that have not arrived; the update stays open.
         """
         missing = [
             name
@@ -100,7 +106,7 @@ class DecoderWeights:
         ]
         if missing:
             shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            raise EngineError(f"weight update is incomplete: missing {shown}")
+            raise WrongWeights(f"weight update is incomplete: missing {shown}")
         self._installed.clear()
         self._version = None
 

@@ -36,6 +36,14 @@ TRANSPORTS: Mapping[str, str] = MappingProxyType(
 )
 assert set(WEIGHT_TRANSPORTS) - {"auto"} <= set(TRANSPORTS)
 
+# What a tensor of a manifest may be. Nothing that weights come in is left out.
+DTYPES = (
+    *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+    *("int64", "int32", "int16", "int8", "uint8", "bool"),
+)
+# Bounds of a manifest, far above any layer's: (most tensors, longest name, most dimensions, most bytes).
+MAX_TENSORS, MAX_NAME_LENGTH, MAX_DIMENSIONS, MAX_LAYER_BYTES = 2**16, 512, 8, 2**44
+
 # Tensors that lie in one piece of memory start on borders of a cache line.
 ALIGNMENT = 64
 
@@ -54,10 +62,10 @@ class TensorEntry:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Raises ValueError for a name that torch does not have."""
-        dtype = getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{self.name} has dtype {self.dtype!r}, which torch does not know")
+        """Raises ValueError for a name that weights do not come in."""
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{self.name} has dtype {self.dtype[:32]!r}, known are: {', '.join(DTYPES)}")
+        dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
     @property
@@ -70,6 +78,21 @@ class TensorEntry:
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> TensorEntry:
         return cls(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+
+    @classmethod
+    def from_json(cls, data: Any) -> TensorEntry:
+        """Raises ValueError for anything but what `asdict` gives."""
+        match data:
+            case {"name": str(name), "dtype": str(dtype), "shape": [*shape]}:
+                if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+                    raise ValueError(f"a tensor's name must have at most {MAX_NAME_LENGTH} printable characters")
+                if len(shape) > MAX_DIMENSIONS or any(type(d) is not int or not 0 <= d < 2**40 for d in shape):
+                    raise ValueError(f"{name} must have a shape of at most {MAX_DIMENSIONS} lengths in [0, 2^40)")
+                entry = cls(name=name, dtype=dtype, shape=tuple(shape))
+                if entry.num_bytes > MAX_LAYER_BYTES:
+                    raise ValueError(f"{name} of {entry.num_bytes} bytes is larger than any layer")
+                return entry
+        raise ValueError("each tensor of a manifest needs a name, a dtype and a shape")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,18 +115,28 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
-        """Raises KeyError, TypeError or ValueError for anything but what `to_json` gives."""
-        entries = tuple(
-            TensorEntry(name=str(t["name"]), dtype=str(t["dtype"]), shape=tuple(map(int, t["shape"])))
-            for t in data["tensors"]
-        )
-        return cls(
-            version=int(data["version"]),
-            layer=str(data["layer"]),
-            tensors=entries,
-            checksum=str(data["checksum"]),
-            where=dict(data["where"]),
-        )
+        """Raises ValueError for anything but what `to_json` gives."""
+        match data:
+            case {
+                "version": int(version),
+                "layer": str(layer),
+                "tensors": [*tensors],
+                "checksum": str(checksum),
+                "where": dict(),
+            }:
+                if isinstance(version, bool) or not 0 <= version < 2**53:
+                    raise ValueError("a manifest's version must be a whole number >= 0")
+                if max(len(layer), len(checksum)) > MAX_NAME_LENGTH or not (layer + checksum).isprintable():
+                    raise ValueError(
+                        f"a manifest's layer and checksum must have at most {MAX_NAME_LENGTH} printable characters"
+                    )
+                if len(tensors) > MAX_TENSORS:
+                    raise ValueError(f"a manifest has at most {MAX_TENSORS} tensors, found {len(tensors)}")
+                entries = tuple(map(TensorEntry.from_json, tensors))
+                if len({entry.name for entry in entries}) < len(entries):
+                    raise ValueError(f"the manifest of {layer} names a tensor twice")
+                return cls(version=version, layer=layer, tensors=entries, checksum=checksum, where=data["where"])
+        raise ValueError("a manifest needs a version, a layer, tensors, a checksum and where")
 
 
 class Sender(Protocol):
@@ -188,7 +221,7 @@ def create_receiver(name: str, invitation: Mapping[str, Any], *, timeout_s: floa
         device: where the engine is.
 
     Raises:
-        ValueError: unknown transport.
+        ValueError: unknown transport, or an invitation that cannot be right.
         TransportError: the sender cannot be reached.
     """
     if name not in TRANSPORTS:

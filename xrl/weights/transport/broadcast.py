@@ -5,11 +5,15 @@ the publisher. One group a worker, not one for all: with one for all, a worker t
 the collective for everybody, and everybody has to meet again. Here it breaks its own pair and nobody else notices. The
 price is that the publisher sends each layer once for each worker, at the same time, instead of into a tree of them.
 
+A pair begins with a handshake over its own connection (handshake.py): with a secret that only the invited worker was
+told, over HTTP. What it exchanges to find each other is under a name that nobody else was told either.
+
 gloo where the weights or the engine are on the CPU, NCCL (unproven) where both are on CUDA.
 """
 
 from __future__ import annotations
 
+import secrets
 import socket
 import threading
 import time
@@ -23,8 +27,11 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # 
 
 from xrl.types import WeightBucket
 from xrl.weights.transport import Manifest, TransportError, aligned
+from xrl.weights.transport.handshake import answer_and_ask, ask_and_answer
 
 PUBLISHER, WORKER = 0, 1
+BACKENDS = ("gloo", "nccl")
+SECRET_BYTES = 32
 
 
 class Sender:
@@ -36,10 +43,7 @@ class Sender:
     def __init__(self, *, timeout_s: float, device: torch.device) -> None:
         self._timeout = timedelta(seconds=timeout_s)
         self._device = device
-        # Listens on every address of this host, at a free port.
-        self._store = TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=self._timeout, use_libuv=True
-        )
+        self._stores: dict[str, TCPStore] = {}  # by the address of this host that they listen on
         self._number = 0  # of connections so far: each has keys of its own in the store
         self._invited: dict[int, dict[str, Any]] = {}
         self._groups: dict[int, Any] = {}
@@ -47,22 +51,42 @@ class Sender:
 
     def invite(self, worker: int, host: str) -> dict[str, Any]:
         self.disconnect(worker)
+        address = address_towards(host)
         with self._lock:
             self._number += 1
             invitation = {
-                "host": address_towards(host),
-                "port": self._store.port,
-                "prefix": f"weights/{self._number}",
+                "host": address,
+                "port": self._store_at(address).port,
+                "prefix": f"weights/{self._number}/{secrets.token_hex(SECRET_BYTES)}",
                 "backend": "nccl" if self._device.type == "cuda" else "gloo",
+                "secret": secrets.token_hex(SECRET_BYTES),
             }
             self._invited[worker] = invitation
         return invitation
 
     def accept(self, worker: int) -> None:
         invitation = self._invited.pop(worker)
-        group = _meet(self._store, PUBLISHER, invitation, address=invitation["host"], timeout=self._timeout)
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        store = self._stores[invitation["host"]]
+        group = _meet(store, PUBLISHER, invitation, address=invitation["host"], timeout=self._timeout)
+        _shake_hands(group, PUBLISHER, invitation, deadline, device=self._device)
         with self._lock:
             self._groups[worker] = group
+
+    def _store_at(self, address: str) -> TCPStore:
+        """Listens on this address alone, at a free port."""
+        if address not in self._stores:
+            with socket.create_server((address, 0)) as listening:
+                self._stores[address] = TCPStore(
+                    address,
+                    listening.getsockname()[1],
+                    is_master=True,
+                    wait_for_workers=False,
+                    timeout=self._timeout,
+                    master_listen_fd=listening.detach(),
+                    use_libuv=True,
+                )
+        return self._stores[address]
 
     def put(self, bucket: WeightBucket) -> Mapping[str, Any]:
         return {}
@@ -85,6 +109,7 @@ class Sender:
     def close(self) -> None:
         with self._lock:
             self._groups.clear()
+            self._stores.clear()
 
 
 class Receiver:
@@ -95,7 +120,8 @@ class Receiver:
 
     def __init__(self, invitation: Mapping[str, Any], *, timeout_s: float, device: torch.device) -> None:
         self._timeout = timedelta(seconds=timeout_s)
-        host, port, backend = str(invitation["host"]), int(invitation["port"]), str(invitation["backend"])
+        deadline = time.monotonic() + timeout_s
+        host, port, backend = _checked(invitation)
         if backend == "nccl" and device.type != "cuda":
             raise TransportError(f"the weights come over NCCL, and this engine is on {device}: start it on CUDA")
         self._device = device if backend == "nccl" else torch.device("cpu")
@@ -105,11 +131,15 @@ class Receiver:
         except RuntimeError as error:
             raise TransportError(f"the publisher cannot be reached at {host}:{port}: {_first_line(error)}") from error
         self._group = _meet(store, WORKER, invitation, address=address_towards(host), timeout=self._timeout)
+        _shake_hands(self._group, WORKER, invitation, deadline, device=self._device)
 
     def receive(self, manifest: Manifest) -> dict[str, Tensor]:
         size = sum(aligned(entry.num_bytes) for entry in manifest.tensors)
         if size > self._buffer.numel():
-            self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+            try:
+                self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+            except RuntimeError as error:  # torch's way of saying that memory is short
+                raise ValueError(f"{manifest.layer} of {size} bytes is more than fits here") from error
         deadline = time.monotonic() + self._timeout.total_seconds()
         tensors, start = {}, 0
         for entry in manifest.tensors:
@@ -152,6 +182,44 @@ def _meet(store: Store, rank: int, invitation: Mapping[str, Any], *, address: st
         return ProcessGroupGloo(own, rank, 2, options)
     except RuntimeError as error:
         raise TransportError(f"publisher and worker did not meet: {_first_line(error)}") from error
+
+
+def _checked(invitation: Mapping[str, Any]) -> tuple[str, int, str]:
+    """Host, port and backend of an invitation. Raises ValueError where it cannot be a sender's."""
+    match invitation:
+        case {
+            "host": str(host),
+            "port": int(port),
+            "backend": str(backend),
+            "prefix": str(prefix),
+            "secret": str(secret),
+        }:
+            fits = 0 < len(host) < 256 and 0 < len(prefix) < 256 and len(secret) == 2 * SECRET_BYTES
+            if fits and (host + prefix + secret).isprintable() and 0 < port < 65536 and backend in BACKENDS:
+                return host, port, backend
+    raise ValueError(
+        f"an invitation needs a host, a port, a prefix, a backend of {' and '.join(BACKENDS)}, and a secret of "
+        f"{SECRET_BYTES} bytes in hexadecimal digits"
+    )
+
+
+def _shake_hands(
+    group: Any, rank: int, invitation: Mapping[str, Any], deadline: float, *, device: torch.device
+) -> None:
+    """Before any weights: each side proves that it knows the invitation's secret."""
+    other = WORKER if rank == PUBLISHER else PUBLISHER
+
+    def send(content: bytes) -> None:
+        message = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
+        _wait(lambda: group.send([message], other, 0), deadline, "the handshake")
+
+    def receive(num_bytes: int) -> bytes:
+        message = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        _wait(lambda: group.recv([message], other, 0), deadline, "the handshake")
+        return bytes(message.tolist())
+
+    shake = ask_and_answer if rank == PUBLISHER else answer_and_ask
+    shake(str(invitation["secret"]).encode(), send=send, receive=receive)
 
 
 def _wait(begin: Any, deadline: float, doing: str) -> None:

@@ -62,10 +62,18 @@ class Receiver:
             raise TransportError(f"weight transport cuda_ipc needs an engine on CUDA, it is on {device}")
 
     def receive(self, manifest: Manifest) -> dict[str, Tensor]:
-        tensors = {}
-        for entry, shared in zip(manifest.tensors, manifest.where["tensors"], strict=True):
-            tensors[entry.name] = _open(shared, entry.torch_dtype, entry.shape)
-        return tensors
+        shared = manifest.where.get("tensors")
+        if not isinstance(shared, list) or len(shared) != len(manifest.tensors):
+            raise ValueError(f"where needs tensors, one for each of {len(manifest.tensors)} of the manifest")
+        try:
+            return {
+                entry.name: _open(each, entry.torch_dtype, entry.shape)
+                for entry, each in zip(manifest.tensors, shared, strict=True)
+            }
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"where holds no handle of CUDA memory: {error!r}") from error
+        except RuntimeError as error:
+            raise TransportError(f"the sender's memory cannot be mapped: {error}") from error
 
     def close(self) -> None:
         pass

@@ -58,13 +58,17 @@ class Receiver:
     """Takes what the sender holds. See `xrl.weights.transport.Receiver`."""
 
     def __init__(self, invitation: Mapping[str, Any], *, timeout_s: float, device: torch.device) -> None:
-        sender = _SENDERS.get(int(invitation["sender"]))
+        number = invitation.get("sender")
+        sender = _SENDERS.get(number) if isinstance(number, int) else None
         if sender is None:
             raise TransportError("the sender is not in this process")
         self._sender = sender
 
     def receive(self, manifest: Manifest) -> dict[str, Tensor]:
         tensors = self._sender.take(manifest.layer)
+        missing = [entry.name for entry in manifest.tensors if entry.name not in tensors]
+        if missing:
+            raise ValueError(f"the sender's {manifest.layer} has no {missing[0]}")
         return {entry.name: tensors[entry.name] for entry in manifest.tensors}
 
     def close(self) -> None:

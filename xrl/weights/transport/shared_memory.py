@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from xrl.types import WeightBucket
-from xrl.weights.transport import Manifest, TensorEntry, TransportError, aligned
+from xrl.weights.transport import ALIGNMENT, Manifest, TensorEntry, TransportError, aligned
 
+_NAME = "xrl-weights"
 MADV_POPULATE_WRITE = 23  # of Linux 5.14; mmap has no name for it before Python 3.14
 
 
@@ -35,7 +36,7 @@ class Sender:
     sends = False
 
     def __init__(self, *, timeout_s: float = 0.0, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
-        self._descriptor = os.memfd_create("xrl-weights", os.MFD_CLOEXEC)
+        self._descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
         self._memory: mmap.mmap | None = None
         self._last = (0, 0)  # where the bucket before lies: start, end
         # Rooms that are being filled in place, by the identity of their tensors, and what the memory was like then.
@@ -126,24 +127,51 @@ class Receiver:
         return self.views(manifest.tensors, manifest.where)
 
     def views(self, entries: Sequence[TensorEntry], where: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Tensors over the sender's memory."""
-        pid, descriptor, num_bytes = int(where["pid"]), int(where["descriptor"]), int(where["num_bytes"])
-        key = pid, descriptor, int(where["inode"])
+        """Tensors over the sender's memory.
+
+        Raises:
+            TransportError: the memory is not there.
+            ValueError: it is not as `where` says, or too small for these tensors.
+        """
+        pid, descriptor, inode, num_bytes = (
+            _number(where, name) for name in ("pid", "descriptor", "inode", "num_bytes")
+        )
+        key = pid, descriptor, inode
         memory = self._mapped.get(key)
         if memory is None or len(memory) != num_bytes:
-            try:
-                descriptor = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
-            except OSError as error:
-                raise TransportError(f"the sender's memory cannot be opened: {error}") from error
-            try:
-                memory = _map(descriptor, num_bytes)
-            finally:
-                os.close(descriptor)
+            memory = _open(pid, descriptor, inode, num_bytes)
             self._mapped = {key: memory}
         return _views(memory, entries, where)
 
     def close(self) -> None:
         self._mapped.clear()
+
+
+def _open(pid: int, descriptor: int, inode: int, num_bytes: int) -> mmap.mmap:
+    """See `Receiver.views`."""
+    file = f"/proc/{pid}/fd/{descriptor}"
+    try:
+        # Another file of that process is none of ours to open: a pipe, say, would wait.
+        if not os.readlink(file).startswith(f"/memfd:{_NAME}"):
+            raise ValueError(f"descriptor {descriptor} of process {pid} is no memory for weights")
+        opened = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            status = os.fstat(opened)
+            # Beyond its end there is nothing: to look there would kill this process.
+            if status.st_ino != inode or status.st_size < num_bytes or not num_bytes:
+                raise ValueError(f"the memory of process {pid} is another one, or has fewer than {num_bytes} bytes")
+            return _map(opened, num_bytes)
+        finally:
+            os.close(opened)
+    except OSError as error:
+        raise TransportError(f"the sender's memory cannot be opened: {error}") from error
+
+
+def _number(where: Mapping[str, Any], name: str) -> int:
+    value = where.get(name)
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"where needs {name}, a whole number of 64 bits")
+    return value
 
 
 def _map(descriptor: int, num_bytes: int) -> mmap.mmap:
@@ -158,12 +186,17 @@ def _map(descriptor: int, num_bytes: int) -> mmap.mmap:
 
 def _views(memory: mmap.mmap, entries: Sequence[TensorEntry], where: Mapping[str, Any]) -> dict[str, Tensor]:
     """Raises ValueError where the manifest points outside the memory."""
+    offsets = where.get("offsets")
+    if not isinstance(offsets, list) or len(offsets) != len(entries):
+        raise ValueError(f"where needs offsets, one for each of {len(entries)} tensors")
     tensors = {}
-    for entry, offset in zip(entries, where["offsets"], strict=True):
+    for entry, offset in zip(entries, offsets, strict=True):
         count = entry.num_bytes // entry.torch_dtype.itemsize
         if count == 0:
             tensors[entry.name] = torch.empty(entry.shape, dtype=entry.torch_dtype)
             continue
-        flat = torch.frombuffer(memory, dtype=entry.torch_dtype, count=count, offset=int(offset))
+        if type(offset) is not int or not 0 <= offset <= len(memory) - entry.num_bytes or offset % ALIGNMENT:
+            raise ValueError(f"{entry.name} does not lie in the memory of {len(memory)} bytes")
+        flat = torch.frombuffer(memory, dtype=entry.torch_dtype, count=count, offset=offset)
         tensors[entry.name] = flat.view(entry.shape)
     return tensors

@@ -1,0 +1,161 @@
+"""Malformed and hostile calls of a worker, with its key and without: it answers each, and everybody else as ever."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.fuzz.conftest import Fuzz
+from tests.rollout.engines import push
+from tests.rollout.served import Served, served
+from tests.tiny_models import make_checkpoint, make_model
+from xrl.rollout import create_engine, protocol
+
+TIMEOUT_S = 60.0
+MAX_MODEL_LEN = 48
+GOOD = {"input_ids": [5, 6, 7], "n": 2, "max_tokens": 8, "temperature": 1.0, "seed": 17}
+# Answers to what the caller got wrong, or to what others do at that moment.
+BLAMELESS = {200, 400, 403, 404, 405, 408, 409, 413, 415, 417, 424, 503}
+ODD: tuple[Any, ...] = (
+    *(None, True, -1, 0, 1.5, 2**31, 2**63, 2**64, -(2**70), 1e308, float("nan"), float("-inf"), 1e-320),
+    *("5", "", "x" * 5000, "\x1b[2J", "\u202e", "²", "٣", [], {}, [1], {"a": 1}, [[[]]], [None], [True], [2**70]),
+)
+FIELDS = (*GOOD, "top_k", "top_p", "stop_token_ids", "request_id", "return_logprob", "")
+BODIES = (b"", b"null", b"[]", b"5", b"{", b"[" * 50_000, b'{"a":' * 50_000, b"\xff{}", b"\xed\xa0\x80", b"1" * 5000)
+HEADERS = (
+    *("Content-Type: text/plain", "Content-Type: application/json; charset=klingon", "Content-Encoding: gzip"),
+    *("Transfer-Encoding: chunked", "Expect: 100-continue", "Expect: x", "X: " + "y" * 9000, "Content-Length: 5"),
+    *("Upgrade: websocket\r\nConnection: Upgrade", "Origin: null", "X: \x1b[2J", "Connection: close", "Host: evil"),
+)
+NO_HTTP = (
+    *(b"\0" * 50, b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\r\n\r\n"),
+    b"POST /generate HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+    b"POST /generate HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
+)
+PATHS = ("/", "/generate/", "//generate", "/xrl/v1/../generate", "/%00", "/health?x=" + "y" * 2000, "/sleep?level=9")
+CALLED = (protocol.GENERATE, protocol.ABORT, protocol.CONNECT, protocol.LOAD_LAYER, protocol.FINISH_UPDATE)
+METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "X" * 40)
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    engine = create_engine(
+        "embedded",
+        model_dir=make_checkpoint(tmp_path_factory.mktemp("model")),
+        dtype="float32",
+        device="cpu",
+        max_batch_size=16,
+        num_threads=1,
+        max_model_len=MAX_MODEL_LEN,
+    )
+    push(engine, make_model())
+    with served(engine, max_batch_size=16, max_model_len=MAX_MODEL_LEN) as found:
+        yield found
+    engine.close()
+
+
+def malformed(draw: random.Random, key: str) -> bytes:
+    """One call's bytes."""
+    kind = draw.randrange(6)
+    if kind <= 1:
+        content = json.dumps(GOOD | {draw.choice(FIELDS): draw.choice(ODD)}).encode()
+        return http(protocol.GENERATE, content, key)
+    if kind == 2:
+        return http(draw.choice(CALLED), draw.choice(BODIES), key)
+    if kind == 3:
+        return http(draw.choice(CALLED), json.dumps(odd_body(draw)).encode(), key)
+    if kind == 4:
+        if draw.random() < 0.5:
+            return http(draw.choice(PATHS), b"{}", key, method=draw.choice(METHODS))
+        return http(protocol.GENERATE, json.dumps(GOOD).encode(), f"{key}{draw.choice(HEADERS)}\r\n")
+    return draw.choice((*NO_HTTP, bytes(draw.randrange(256) for _ in range(200)) + b"\r\n\r\n"))
+
+
+def odd_body(draw: random.Random) -> dict[str, Any]:
+    """A body of a call about weights, with one odd field."""
+    entry = {"name": "x", "dtype": "float32", "shape": [2]}
+    body = draw.choice(
+        (
+            {"version": 1, "layer": "layers.0", "tensors": [entry], "checksum": "0", "where": {}},
+            {"transport": "shared_memory", "invitation": {}, "timeout_s": 0.2},
+            {"transport": "broadcast", "invitation": {"host": "127.0.0.1", "port": 9}, "timeout_s": 0.2},
+            {"version": draw.choice(ODD)},
+            {"request_id": "nobody", "abort_all": 0},
+        )
+    )
+    odd = draw.choice((*ODD, [entry | {"shape": [2**62, 2**62]}], {"pid": 1, "descriptor": 0, "inode": 0}))
+    return body | {draw.choice([*body]): odd}
+
+
+def http(path: str, content: bytes, headers: str, *, method: str = "POST") -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+def answer_to(worker: Served, content: bytes) -> tuple[int, bytes]:
+    """Status and body of the first answer; 0 where there is none: half a call is waited for."""
+    with socket.create_connection(("127.0.0.1", worker.port), timeout=TIMEOUT_S) as connection:
+        connection.sendall(content)
+        found = b""
+        while not is_whole(found):
+            if not found and not content.endswith((b"}", b"\r\n\r\n")):
+                connection.settimeout(0.5)
+            try:
+                piece = connection.recv(2**16)
+            except (TimeoutError, ConnectionResetError):
+                break
+            if not piece:
+                break
+            found = (found + piece).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+    head, _, body = found.partition(b"\r\n\r\n")
+    return (int(head.split()[1]) if head else 0), body
+
+
+def is_whole(answer: bytes) -> bool:
+    head, end, body = answer.partition(b"\r\n\r\n")
+    sizes = [int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")]
+    return bool(end) and bool(sizes) and len(body) >= sizes[0]
+
+
+@pytest.mark.parametrize("has_key", [True, False])
+def test_whatever_is_sent_is_answered_and_nobody_else_notices(worker: Served, fuzz: Fuzz, has_key: bool) -> None:
+    draw = fuzz.random()
+    shown = "".join(f"{name}: {value}\r\n" for name, value in worker.access.headers.items())
+    expected = worker.call(protocol.GENERATE, GOOD)
+    assert expected[0] == 200
+    before = psutil.Process().memory_info().rss
+    with ThreadPoolExecutor(1) as beside:
+        for _ in range(fuzz.num_cases(60)):
+            content = malformed(draw, shown if has_key else "")
+            good = beside.submit(worker.call, protocol.GENERATE, GOOD)
+            status, body = answer_to(worker, content)
+            assert status in BLAMELESS | {0}, (content[:300], status, body[:300])
+            if not has_key:
+                assert status in (0, 400, 403), content[:300]
+            if status >= 400 and body:
+                assert set(json.loads(body)) == {"error", "type"}, (content[:300], body[:300])
+            assert good.result(TIMEOUT_S) == expected, content[:300]
+    assert psutil.Process().memory_info().rss - before < 50 * 2**20
+
+
+@pytest.mark.fuzz
+def test_connections_that_stop_halfway_keep_nobody_out(worker: Served, fuzz: Fuzz) -> None:
+    draw = fuzz.random()
+    shown = "".join(f"{name}: {value}\r\n" for name, value in worker.access.headers.items())
+    opened = []
+    for _ in range(fuzz.num_cases(300)):
+        content = malformed(draw, shown)
+        connection = socket.create_connection(("127.0.0.1", worker.port), timeout=TIMEOUT_S)
+        connection.sendall(content[: draw.randrange(len(content))])
+        opened.append(connection)
+        if len(opened) % 50 == 0:
+            assert worker.call(protocol.GENERATE, GOOD)[0] == 200
+    for connection in opened:
+        connection.close()
