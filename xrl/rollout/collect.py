@@ -149,6 +149,7 @@ def _named(place: int, sampling: SamplingParams, num_samples: int) -> tuple[Samp
 
 
 def _rollout(prompt: Prompt, completion: Completion, response: str, verdict: Future[Verdict]) -> Rollout:
+    # Unbounded: the pool gives each answer --judge-timeout-s.
     result = verdict.result()
     return Rollout(
         prompt=prompt,
