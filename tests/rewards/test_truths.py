@@ -96,7 +96,8 @@ def test_row_that_no_judge_s_process_can_be_given_is_refused_by_its_line(mine: P
 
 def test_words_of_a_refusal_are_one_line_that_commands_nothing(mine: Path) -> None:
     mine.write_text(
-        "def reward(response, prompt):\n    return 1.0\ndef check_truth(prompt):\n    raise ValueError('\\x1b[2J\\rbad')\n"
+        "def reward(response, prompt):\n    return 1.0\n"
+        "def check_truth(prompt):\n    raise ValueError('\\x1b[2J\\rbad')\n"
     )
     with pytest.raises(SettingsError, match=r"line 1: \\x1b\[2J") as caught:
         check(f"{mine}:reward", "7")

@@ -92,6 +92,7 @@ class Asker:
     def _receive(self) -> bytes | None:
         """What is there; empty at the end, None where nothing is."""
         try:
+            # Unbounded: it never waits, as the socket does not block.
             return self._socket.recv(_CHUNK_BYTES)
         except BlockingIOError:
             return None
