@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.fuzz.conftest import Fuzz
 from xrl.rewards.framing import Asker, BadMessage
 from xrl.rewards.judge import MAX_REWARD, Verdict
 from xrl.rewards.limits import JudgeLimits
@@ -19,8 +20,6 @@ from xrl.rewards.messages import decode_verdict
 from xrl.rewards.process import JudgeSetup
 from xrl.rewards.processes import ProcessJudges
 from xrl.types import Prompt
-
-from tests.fuzz.conftest import Fuzz
 
 ODD_JUDGES = Path(__file__).parents[1] / "rewards" / "odd_judges.py"
 PATIENCE_S = 60.0

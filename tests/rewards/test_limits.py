@@ -50,10 +50,15 @@ def test_limits_are_those_of_the_settings() -> None:
 
 
 @pytest.mark.parametrize("name", ["judge_memory_gb", "judge_max_processes", "judge_max_file_gb"])
-@pytest.mark.parametrize("value", [0, -1, float("nan")])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), 1e300])
 def test_limit_that_allows_nothing_is_refused(name: str, value: float) -> None:
-    with pytest.raises(SettingsError, match=f"--{name.replace('_', '-')} must be > 0, or null for no limit"):
+    with pytest.raises(SettingsError, match=f"--{name.replace('_', '-')} must be > 0 and at most 1,000,000, or null"):
         RewardConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_more_processes_than_any_judge_needs_are_refused() -> None:
+    with pytest.raises(SettingsError, match="--judge-num-workers must be at most .* on this machine, got 99999"):
+        RewardConfig(judge_num_workers=99_999)
 
 
 def test_variable_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,11 @@ from typing import Literal
 
 from xrl.config.errors import SettingsError
 
+# More processes than this wait for each other, whatever a judge does.
+MOST_WORKERS, MOST_WORKERS_A_CORE = 256, 8
+# Of gigabytes and of processes: beyond all machines.
+MOST_OF_A_LIMIT = 1_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
@@ -45,10 +50,18 @@ class RewardConfig:
                 f"--judge-timeout-s must be > 0 and --judge-num-workers >= 1, "
                 f"got {self.judge_timeout_s:g} and {self.judge_num_workers}"
             )
+        most = max(MOST_WORKERS, MOST_WORKERS_A_CORE * (os.cpu_count() or 1))
+        if self.judge_num_workers > most:
+            raise SettingsError(
+                f"--judge-num-workers must be at most {most} on this machine, got {self.judge_num_workers}"
+            )
         for name in ("judge_memory_gb", "judge_max_file_gb", "judge_max_processes"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise SettingsError(f"--{name.replace('_', '-')} must be > 0, or null for no limit, got {value:g}")
+            if value is not None and not 0 < value <= MOST_OF_A_LIMIT:
+                raise SettingsError(
+                    f"--{name.replace('_', '-')} must be > 0 and at most {MOST_OF_A_LIMIT:,}, or null for no limit, "
+                    f"got {value:g}"
+                )
         for name in self.judge_variables:
             if "=" in name:
                 raise SettingsError(

@@ -18,6 +18,8 @@ MAX_QUESTION_BYTES = 1 << 30
 # Verdicts are a few short texts.
 MAX_ANSWER_BYTES = 1 << 16
 _CHUNK_BYTES = 1 << 16
+# The system counts milliseconds in 32 bits.
+_LONGEST_POLL_MS = 1_000_000
 
 
 class BadMessage(ValueError):
@@ -104,7 +106,12 @@ class Asker:
         if sends != self._awaits_room:
             self._awaits_room = sends
             self._poll.modify(self._socket, select.POLLIN | (select.POLLOUT if sends else 0))
-        return bool(self._poll.poll(max(0, math.ceil((deadline - time.monotonic()) * 1000))))
+        while True:
+            left_ms = math.ceil((deadline - time.monotonic()) * 1000)
+            if self._poll.poll(min(max(0, left_ms), _LONGEST_POLL_MS)):
+                return True
+            if left_ms <= _LONGEST_POLL_MS:
+                return False
 
 
 def send(end: socket.socket, message: bytes) -> None:

@@ -28,7 +28,6 @@ from xrl.rewards.messages import End, encode_end
 from xrl.rewards.output import CappedOutput
 from xrl.rewards.watch import Excess, Watch
 
-TICK_S = 0.1
 # For what hangs in the kernel; it is killed already, and ends when that lets it go.
 KILL_LIMIT_S = 2.0
 # For the last word to the pool.
@@ -121,9 +120,9 @@ class _Keeper:
         poll = select.poll()
         for descriptor in (self.control.fileno(), self.wake_end, self.output):
             poll.register(descriptor, select.POLLIN)
-        next_look = 0.0
+        next_look = time.monotonic()
         while True:
-            ready = dict(poll.poll(TICK_S * 1000))
+            ready = dict(poll.poll(max(1.0, 1000 * (next_look - time.monotonic()))))
             if self.control.fileno() in ready:
                 return None
             if self.output in ready and not log.take_from(self.output):
@@ -134,10 +133,10 @@ class _Keeper:
             if self.code is not None:
                 return None
             if time.monotonic() >= next_look:
-                next_look = time.monotonic() + TICK_S
                 excess = watch.excess()
                 if excess is not None:
                     return excess
+                next_look = time.monotonic() + watch.pause_s
 
     def _reap(self) -> None:
         """Take note of children that have ended: the judge, and those that came to us."""

@@ -1,8 +1,8 @@
-"""Whether a judge and what it has started keep to their limits, as a sum: looked at ten times a second, at little cost.
+"""Whether a judge and what it has started keep to their limits, as a sum: looked at often, at little cost.
 
-To read the whole process table takes a millisecond for a hundred processes. It is read only when it may hold news: the
-system numbers processes and threads one after the other, so a judge cannot have more than it had and the system has
-made since. Else once a second, or so rarely that it takes 2% of a core.
+To read the whole process table takes milliseconds. It is read at once when it may hold too many: the system numbers
+processes and threads one after the other, so a judge cannot have more than it had and the system has made since. Else
+it is read so rarely that it takes a thousandth of a core. Where nothing happens, looks become rarer too.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from xrl.rewards.descendants import Process, below, read_process, read_processes
 from xrl.rewards.limits import THREADS_PER_PROCESS, JudgeLimits
 
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 0.4
 SCAN_S = 1.0
-SCAN_SHARE = 0.02
+SCAN_SHARE = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,11 @@ class Watch:
         """
         self.top = top
         self.limits = limits
+        self.pause_s = SHORTEST_PAUSE_S  # until the next look
         self._known: list[Process] = []
-        self._newest = -1
+        self._newest = -1  # when the whole table was read
         self._next_scan = 0.0
+        self._last_seen = (-1, -1)  # what tells whether anything happens
 
     def excess(self) -> Excess | None:
         """Look again."""
@@ -51,6 +54,9 @@ class Watch:
         else:
             again = [read_process(process.pid) for process in self._known]
             self._known = [process for process in again if process is not None]
+        seen = newest, sum(process.resident_bytes for process in self._known)
+        self.pause_s = min(1.5 * self.pause_s, LONGEST_PAUSE_S) if seen == self._last_seen else SHORTEST_PAUSE_S
+        self._last_seen = seen
         return self._too_many() or self._too_large()
 
     def _may_be_too_many(self, newest: int) -> bool:
