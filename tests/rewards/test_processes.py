@@ -302,3 +302,14 @@ def test_prompt_that_cannot_be_sent_fails_one_answer(pool: ProcessJudges) -> Non
     verdict = pool.submit("pid", prompt).result(PATIENCE_S)
     assert (verdict.failure, "a set" in verdict.detail) == ("not carried", True)
     assert not verdict_on(pool, "pid").failed
+
+
+def test_process_that_cannot_be_started_fails_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a judge before it has used up the machine's processes."""
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    pool = judges(f"{ODD_JUDGES}:as_told")
+    verdict = verdict_on(pool, "pid")
+    assert verdict.failure == "judge did not start" and "cannot be started: No such file" in verdict.detail
+    monkeypatch.undo()
+    assert not verdict_on(pool, "pid").failed
+    pool.close()

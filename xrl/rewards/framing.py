@@ -70,7 +70,9 @@ class Asker:
                 received += chunk
                 if (answer := _whole(received)) is not None:
                     return answer
-        except ConnectionError as error:
+        except TimeoutError:
+            raise
+        except OSError as error:
             raise EOFError from error
 
     def close(self) -> None:

@@ -80,16 +80,20 @@ class JudgeProcess:
             max_log_bytes=MAX_LOG_BYTES,
         )
         with its_questions, its_control:
-            self._process = subprocess.Popen(
-                [sys.executable, "-u", "-P", "-c", CHILD, json.dumps(sys.path), order.to_json()],
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=subprocess.STDOUT,
-                env={**judge_environment(setup.variables), MARK_VARIABLE: self._mark},
-                pass_fds=[its_questions.fileno(), its_control.fileno()],
-                # Neither the terminal nor its Ctrl-C reaches it.
-                start_new_session=True,
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-u", "-P", "-c", CHILD, json.dumps(sys.path), order.to_json()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._log,
+                    stderr=subprocess.STDOUT,
+                    env={**judge_environment(setup.variables), MARK_VARIABLE: self._mark},
+                    pass_fds=[its_questions.fileno(), its_control.fileno()],
+                    # Neither the terminal nor its Ctrl-C reaches it.
+                    start_new_session=True,
+                )
+            except OSError:
+                self.close()
+                raise
 
     def start(self) -> str:
         """Wait for the judge to be imported; an error text where it was not."""

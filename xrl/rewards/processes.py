@@ -132,28 +132,22 @@ class _Worker:
 
     def start(self) -> bool:
         """As the pool's `start_one`."""
-        process = self._running_process()
-        assert process is not None, "start_one comes before close"
-        error = process.start()
-        if error:
-            self._drop()
-            raise SettingsError(error if error.startswith("--judge") else f"--judge {self.setup.reference}: {error}")
+        process, error = self._ready_process()
+        if process is None:
+            raise SettingsError(error or "the judge was closed before it started")
         return process.checks_truths
 
     def judge(self, response: str, prompt: Prompt) -> Verdict:
         if self.num_failed_starts >= MAX_FAILED_STARTS and self.last_start_failure:
             return self.last_start_failure
-        process = self._running_process()
+        process, error = self._ready_process()
+        if error:
+            self.num_failed_starts += 1
+            self.last_start_failure = failed_verdict("judge did not start", error)
+            return self.last_start_failure
         if process is None:
             return failed_verdict("closed", "the run ended before the answer was judged")
-        if not process.is_ready:
-            error = process.start()
-            if error:
-                self._drop()
-                self.num_failed_starts += 1
-                self.last_start_failure = failed_verdict("judge did not start", error)
-                return self.last_start_failure
-            self.num_failed_starts = 0
+        self.num_failed_starts = 0
         self._num_asked += 1
         try:
             question = encode_question(self._num_asked, response, self._encoded(prompt))
@@ -193,11 +187,21 @@ class _Worker:
             self._last_prompt = prompt, encode_prompt(prompt)
         return self._last_prompt[1]
 
-    def _running_process(self) -> JudgeProcess | None:
-        with self.lock:
-            if self.process is None and not self.closed:
-                self.process = JudgeProcess(self.setup, self.number)
-            return None if self.closed else self.process
+    def _ready_process(self) -> tuple[JudgeProcess | None, str]:
+        """A process that can be asked, started where there is none; else None, and why it does not start, if it does
+        not."""
+        try:
+            with self.lock:
+                if self.process is None and not self.closed:
+                    self.process = JudgeProcess(self.setup, self.number)
+                process = None if self.closed else self.process
+            error = "" if process is None or process.is_ready else process.start()
+        except OSError as failure:  # no more processes, files or memory
+            process, error = None, f"its process cannot be started: {failure.strerror or failure}"
+        if not error:
+            return process, ""
+        self._drop()
+        return None, error if error.startswith("--judge") else f"--judge {self.setup.reference}: {error}"
 
     def _drop(self) -> None:
         with self.lock:
