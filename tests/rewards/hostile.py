@@ -89,7 +89,7 @@ def raise_new_kind() -> None:
 
 
 def odd_words() -> None:
-    raise type("E\x1b\n", (Exception,), {})("\x1b[2J\rxrl: error: forged\u202e\u2028\x9b")
+    raise type("E\x1b\n", (Exception,), {})("\x1b[2J\x9b\u202exrl: error: forged")
 
 
 def take_memory() -> None:

@@ -82,7 +82,7 @@ class JudgeProcess:
         with its_questions, its_control:
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-u", "-P", "-c", CHILD, json.dumps(sys.path), order.to_json()],
+                    [sys.executable, "-P", "-c", CHILD, json.dumps(sys.path), order.to_json()],
                     stdin=subprocess.DEVNULL,
                     stdout=self._log,
                     stderr=subprocess.STDOUT,

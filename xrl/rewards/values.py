@@ -52,11 +52,12 @@ def to_json(value: Any) -> Any:
         zone = _zone_to_json(value.tzinfo)
         return {_TYPE: name, "of": value.replace(tzinfo=None).isoformat(), "zone": zone, "fold": value.fold}
     # Of pandas, which pyarrow makes of nanoseconds.
-    if kind.__module__.startswith("pandas.") and kind.__name__ == "Timestamp":
+    is_of_pandas = kind.__module__.partition(".")[0] == "pandas"
+    if is_of_pandas and kind.__name__ == "Timestamp":
         zone = _zone_to_json(value.tzinfo)
         naive = value if zone is None else value.tz_convert("UTC").tz_localize(None)
         return {_TYPE: "pandas.Timestamp", "of": naive.isoformat(), "unit": value.unit, "zone": zone}
-    if kind.__module__.startswith("pandas.") and kind.__name__ == "Timedelta":
+    if is_of_pandas and kind.__name__ == "Timedelta":
         return {_TYPE: "pandas.Timedelta", "of": int(value.as_unit("ns").value), "unit": value.unit}
     raise NotCarried(f"a {kind.__name__}")
 

@@ -49,6 +49,7 @@ def main() -> None:
     for end in (questions, control):
         end.set_inheritable(False)
     keep(control, questions, order.limits, max_log_bytes=order.max_log_bytes)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # it may be killed at any time
     with questions:
         try:
             _serve(order, questions)
