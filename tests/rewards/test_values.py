@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import pandas
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xrl.rewards.values import NotCarried, from_json, to_json
@@ -44,6 +44,7 @@ PLAIN = st.recursive(
 )
 
 
+@settings(deadline=None, max_examples=50)
 @given(PLAIN)
 def test_values_arrive_exactly(value: Any) -> None:
     assert same(carried(value), value)

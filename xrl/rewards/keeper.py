@@ -98,6 +98,7 @@ class _Keeper:
         self.wake_end = wake_end
         self.output = output
         self.judge_pid = judge_pid
+        self.parent_pid = os.getppid()
         self.code: int | None = None  # of the judge, once it has ended
 
     def run(self, watch: Watch, log: CappedOutput) -> None:
@@ -130,7 +131,8 @@ class _Keeper:
             if self.wake_end in ready and not set(_STOP_SIGNALS).isdisjoint(os.read(self.wake_end, 4096)):
                 return None
             self._reap()
-            if self.code is not None:
+            # Without its parent it is alone, even where a copy of the other end of the socket lives on somewhere.
+            if self.code is not None or os.getppid() != self.parent_pid:
                 return None
             if time.monotonic() >= next_look:
                 excess = watch.excess()

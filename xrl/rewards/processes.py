@@ -93,6 +93,8 @@ class ProcessJudges(JudgePool):
         for worker in self._workers:
             worker.close(deadline)
         if not started:
+            for worker in self._workers:
+                worker.drop()
             return
         for _ in self._workers:
             self._tasks.put(None)
@@ -112,6 +114,7 @@ class ProcessJudges(JudgePool):
                     task.future.set_result(verdict if self._closed else self._settle(verdict))
                 except Exception as error:  # a future left open would make its owner wait forever
                     task.future.set_exception(error)
+        worker.drop()
 
 
 class _Worker:
@@ -168,6 +171,14 @@ class _Worker:
             if self.process:
                 self.process.end(max(0.0, deadline - time.monotonic()))
 
+    def drop(self) -> None:
+        """End the process and forget it; by the thread that asks it."""
+        with self.lock:
+            if self.process:
+                self.process.end()
+                self.process.close()
+                self.process = None
+
     def _ask(self, process: JudgeProcess, question: bytes) -> Verdict:
         reference = self.setup.reference
         try:
@@ -179,7 +190,7 @@ class _Worker:
             verdict = failed_verdict("bad message", f"the process of {reference} broke the protocol: {error}")
         except EOFError:
             verdict = _death(process, reference)
-        self._drop()
+        self.drop()
         return verdict
 
     def _encoded(self, prompt: Prompt) -> bytes:
@@ -200,15 +211,8 @@ class _Worker:
             process, error = None, f"its process cannot be started: {failure.strerror or failure}"
         if not error:
             return process, ""
-        self._drop()
+        self.drop()
         return None, error if error.startswith("--judge") else f"--judge {self.setup.reference}: {error}"
-
-    def _drop(self) -> None:
-        with self.lock:
-            if self.process:
-                self.process.end()
-                self.process.close()
-                self.process = None
 
 
 def _death(process: JudgeProcess, reference: str) -> Verdict:
