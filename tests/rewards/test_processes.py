@@ -313,3 +313,22 @@ def test_process_that_cannot_be_started_fails_one_answer(monkeypatch: pytest.Mon
     monkeypatch.undo()
     assert not verdict_on(pool, "pid").failed
     pool.close()
+
+
+def test_judge_that_misses_a_variable_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "secret")
+    file = tmp_path / "asks.py"
+    for text, says in (
+        ("import os\ndef reward(response, prompt):\n    return len(os.environ['MY_API_KEY'])\n", "MY_API_KEY"),
+        ("def reward(response, prompt):\n    return {}['other']\n", ""),
+    ):
+        file.write_text(text)
+        pool = judges(f"{file}:reward")
+        hint = f"; --judge-env {says} would hand that variable to the judge" if says else "'other'"
+        assert verdict_on(pool, "x").detail.endswith(hint)
+        pool.close()
+    file.write_text("import os\nos.environ['MY_API_KEY']\n")
+    pool = judges(f"{file}:reward")
+    with pytest.raises(SettingsError, match="KeyError: 'MY_API_KEY' .*; --judge-env MY_API_KEY would hand"):
+        pool.start_one()
+    pool.close()

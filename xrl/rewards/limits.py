@@ -80,6 +80,13 @@ def judge_environment(more: Iterable[str] = (), environ: Mapping[str, str] | Non
     return kept
 
 
+def withheld_variable(key: str, more: Iterable[str] = (), environ: Mapping[str, str] = os.environ) -> str:
+    """A hint, where a judge looked for `key` and it is a variable that it was not given; else empty."""
+    name = key.strip("'\"")
+    is_withheld = name in environ and name not in more and not _is_harmless(name)
+    return f"; --judge-env {name} would hand that variable to the judge" if is_withheld else ""
+
+
 def _is_harmless(name: str) -> bool:
     if name in VARIABLES:
         return True

@@ -10,7 +10,9 @@ they run none of its code, load no torch, and end with it.
 
 from __future__ import annotations
 
+import dataclasses
 import queue
+import re
 import signal
 import threading
 import time
@@ -20,6 +22,7 @@ from dataclasses import dataclass, field
 from xrl.config import SettingsError
 from xrl.rewards.framing import BadMessage
 from xrl.rewards.judge import JudgePool, Verdict, failed_verdict
+from xrl.rewards.limits import withheld_variable
 from xrl.rewards.messages import decode_verdict, encode_prompt, encode_question
 from xrl.rewards.process import END_LIMIT_S, JudgeProcess, JudgeSetup
 from xrl.types import Prompt
@@ -182,7 +185,9 @@ class _Worker:
     def _ask(self, process: JudgeProcess, question: bytes) -> Verdict:
         reference = self.setup.reference
         try:
-            return decode_verdict(process.asker.exchange(question, limit_s=self.timeout_s), self._num_asked)
+            return self._hinted(
+                decode_verdict(process.asker.exchange(question, limit_s=self.timeout_s), self._num_asked)
+            )
         except TimeoutError as error:
             so_far = f": {error}" if str(error) else ""
             verdict = failed_verdict("time-out", f"no reward within {self.timeout_s:g} s from {reference}{so_far}")
@@ -192,6 +197,12 @@ class _Worker:
             verdict = _death(process, reference)
         self.drop()
         return verdict
+
+    def _hinted(self, verdict: Verdict) -> Verdict:
+        if verdict.failure != "KeyError":
+            return verdict
+        hint = withheld_variable(verdict.detail, self.setup.variables)
+        return dataclasses.replace(verdict, detail=verdict.detail + hint)
 
     def _encoded(self, prompt: Prompt) -> bytes:
         if self._last_prompt is None or self._last_prompt[0] is not prompt:
@@ -212,7 +223,10 @@ class _Worker:
         if not error:
             return process, ""
         self.drop()
-        return None, error if error.startswith("--judge") else f"--judge {self.setup.reference}: {error}"
+        if not error.startswith("--judge"):
+            error = f"--judge {self.setup.reference}: {error}"
+        key = re.search(r"KeyError: ('\w+')", error)
+        return None, error + (withheld_variable(key[1], self.setup.variables) if key else "")
 
 
 def _death(process: JudgeProcess, reference: str) -> Verdict:
