@@ -31,7 +31,7 @@ class RewardConfig:
     """What becomes of an answer whose judge raised, ran out of time, died or gave no finite number: `leave-out` takes
     it out of its group, so that it moves no mean and is not trained on; `zero` gives it reward 0."""
 
-    judge_memory_gb: float | None = 4.0
+    judge_memory_gb: float | None = 2.0
     """Memory of each such process, in GB of 1e9 bytes, and of all that it has started; null: no limit."""
 
     judge_max_processes: int | None = 64
