@@ -75,7 +75,7 @@ def build_lead(
     pool.claim()
     if settings.rollout.colocate:
         pool.wait_until_ready()  # an engine needs the device for its start, and gives it up then
-    judge = create_judge(settings.rewards)
+    judge = create_judge(settings.rewards, log_dir=folder.logs)
     stack.callback(judge.close)
     journal = Journal(
         folder,

@@ -45,13 +45,16 @@ def final_models(folder: Path) -> list[Path]:
 
 def test_judge_that_always_fails_ends_the_run(flags: list[str], tmp_path: Path) -> None:
     judge = tmp_path / "broken.py"
-    judge.write_text("def reward(response, prompt):\n    raise KeyError('answer')\n")
+    judge.write_text("def reward(response, prompt):\n    raise KeyError('answer')\n\nprint('imported \\x1b[2J')\n")
     found = train(*flags, "--judge", f"{judge}:reward")
     assert found.returncode == 1 and final_models(tmp_path) == []
     assert "xrl: error: rollout 1: the judge failed on 8 of 8 answers, first with KeyError: 'answer' (" in (
         found.stderr
     )
     assert "line 2, in reward)" in found.stderr and "Traceback" not in found.stderr
+    assert "imported" not in found.stdout + found.stderr
+    (log,) = tmp_path.glob("work/*/logs/judge_0.log")
+    assert log.read_text() == "imported \x1b[2J\n"
     assert found.stderr.splitlines()[-1].startswith("xrl: ended before the first rollout was learned from; run folder ")
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from xrl.config import SettingsError
-from xrl.launch.terminal import printable, say, show_uncaught_printable
+from xrl.launch.terminal import one_line, printable, say, show_uncaught_printable
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,10 @@ from xrl.launch.terminal import printable, say, show_uncaught_printable
 )
 def test_what_a_terminal_would_obey_is_shown_as_its_escape(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+def test_part_of_a_line_ends_no_line() -> None:
+    assert one_line("a\nb\tc\u2028d\u2029e\r\x85é") == "a\\x0ab\\x09c\\u2028d\\u2029e\\x0d\\x85é"
 
 
 def test_messages_are_printable(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Mapping
 
+import hostile
+
 from xrl.types import Prompt
 
 NOT_A_FUNCTION = 3
@@ -44,8 +46,11 @@ def as_told(response: str, prompt: Prompt) -> object:
         "torch?": lambda: float("torch" in sys.modules),
         "main": lambda: float(hasattr(sys.modules["__main__"], "pytest")),
         "pid": os.getpid,
+        **hostile.ACTIONS,
     }
-    return actions[response]()  # type: ignore[operator]
+    if response in actions:
+        return actions[response]()  # type: ignore[operator]
+    return hostile.WITH_A_FILE[response](prompt.extra.get("file"))
 
 
 def leaves_another(response: str, prompt: Prompt) -> float:

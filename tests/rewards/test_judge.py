@@ -32,7 +32,7 @@ class Odd:
 @pytest.mark.parametrize(
     "reward",
     [None, "1", float("nan"), float("-inf"), [1.0], np.zeros(2), 10**400, {"score": 1}, 1j]
-    + [np.str_("1"), np.complex64(1), np.complex128(1), [Odd(), 10**5000]],
+    + [1e308, -1.1e6, 10**7, np.str_("1"), np.complex64(1), np.complex128(1), [Odd(), 10**5000]],
 )
 def test_anything_else_is_no_reward_and_names_the_function(reward: object) -> None:
     verdict = ask(lambda response, prompt: reward, "x", PROMPT)  # type: ignore[arg-type, return-value]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,26 @@ def test_check_that_hangs_or_fails_is_bounded_and_named(mine: Path) -> None:
 def test_judge_without_a_check_takes_any_row(mine: Path) -> None:
     mine.write_text("def reward(response, prompt):\n    return 1.0\n")
     check(f"{mine}:reward", "blue", "")
+
+
+def test_row_that_no_judge_s_process_can_be_given_is_refused_by_its_line(mine: Path) -> None:
+    for text in ("", "\ndef check_truth(prompt):\n    pass\n"):
+        mine.write_text(f"def reward(response, prompt):\n    return 1.0\n{text}")
+        with create_truth_checker(RewardConfig(judge=f"{mine}:reward", judge_num_workers=1)) as checker:
+            checker.see(
+                "d, row 1", Prompt(id=1, token_ids=[], text="", ground_truth="7", extra={"day": date(2024, 1, 2)})
+            )
+            with pytest.raises(
+                SettingsError, match="d, row 2 has an `extra_info` with a complex, which cannot be handed"
+            ):
+                checker.see("d, row 2", Prompt(id=2, token_ids=[], text="", ground_truth="7", extra={"a": [1j]}))
+
+
+def test_words_of_a_refusal_are_one_line_that_commands_nothing(mine: Path) -> None:
+    mine.write_text(
+        "def reward(response, prompt):\n    return 1.0\n"
+        "def check_truth(prompt):\n    raise ValueError('\\x1b[2J\\rbad')\n"
+    )
+    with pytest.raises(SettingsError, match=r"line 1: \\x1b\[2J") as caught:
+        check(f"{mine}:reward", "7")
+    assert str(caught.value).isprintable()

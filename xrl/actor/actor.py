@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from xrl.actor.gather import merge_over_ranks
 from xrl.actor.microbatch import Microbatch, MicrobatchMaker
 from xrl.actor.offload import TrainingMemory
 from xrl.actor.optimizer import build_optimizer, build_schedule, wrap_data_parallel
@@ -221,7 +222,7 @@ class Actor:
             for output in outputs:
                 metrics = merge(metrics, output.metrics)
         computed = sum(microbatch.num_tokens for microbatch in microbatches) if self.groups.reports_losses else 0
-        metrics = self._merge_over_ranks({**metrics, "computed_tokens": Mean(computed, 1)})
+        metrics = merge_over_ranks({**metrics, "computed_tokens": Mean(computed, 1)}, self.groups.control)
         _refuse_not_finite(loss=metrics["loss"].value if "loss" in metrics else 0.0, grad_norm=float(grad_norm))
         return UpdateReport(
             num_tokens=sum(len(sample.prompt_ids) + len(sample.response_ids) for sample in samples),
@@ -246,15 +247,6 @@ class Actor:
         finally:
             for name, parameter in self.model.named_parameters():
                 parameter.data = own[name]
-
-    def _merge_over_ranks(self, metrics: Mapping[str, Mean]) -> dict[str, Mean]:
-        mine = {name: (float(mean.total), float(mean.count)) for name, mean in metrics.items()}
-        everyone: list[dict[str, tuple[float, float]]] = [{}] * self.groups.layout.world_size
-        dist.all_gather_object(everyone, mine, group=self.groups.control)
-        merged: dict[str, Mean] = {}
-        for part in everyone:
-            merged = merge(merged, {name: Mean(total, count) for name, (total, count) in part.items()})
-        return merged
 
 
 def _refuse_not_finite(*, loss: float, grad_norm: float) -> None:

@@ -60,6 +60,7 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def _receive(stream: Any) -> list[dict[str, Any]] | str | None:
     """The next batch, what is wrong with the file, or None: the process has ended."""
+    # Pickle, as rows hold dates, decimals and bytes too; from a child of ours, which runs nothing of the file's.
     try:
         received: list[dict[str, Any]] | str = pickle.load(stream)
     except EOFError:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 from xrl.config import RewardConfig, SettingsError
 from xrl.config.names import hint
-from xrl.rewards.judge import InlineJudge, Judge, JudgePool, Verdict
-from xrl.rewards.load import load_judge, load_truth_check
+from xrl.rewards.judge import ANSWERS, TRUTHS, InlineJudge, Judge, JudgePool, Verdict
+from xrl.rewards.limits import JudgeLimits
+from xrl.rewards.load import check_reference, load_judge, load_truth_check
+from xrl.rewards.process import JudgeSetup
 from xrl.rewards.processes import ProcessJudges
 from xrl.rewards.truths import InlineTruthChecker, ProcessTruthChecker, TruthChecker
 
@@ -42,10 +45,10 @@ JUDGES = {
 
 
 def check_judge(name: str) -> None:
-    """Find the judge before anything slow starts; a user's own is imported.
+    """Find the judge before anything slow starts. A user's own is not run yet: `create_truth_checker` does that.
 
     Raises:
-        SettingsError: no such judge, file or function, or it cannot be imported.
+        SettingsError: no such judge or file, or a package that it needs is missing.
     """
     entry = JUDGES.get(name)
     if entry is None:
@@ -54,13 +57,16 @@ def check_judge(name: str) -> None:
                 f"--judge {name} is unknown{hint('judge', name)}: take one of {', '.join(JUDGES)}, or a function of "
                 f"your own as package.module:function or path/file.py:function"
             )
-        load_judge(name)
+        check_reference(name)
     elif entry.package and importlib.util.find_spec(entry.package) is None:
         raise SettingsError(f"--judge {name} needs the package {entry.package.replace('_', '-')}: pip install it")
 
 
-def create_judge(config: RewardConfig) -> JudgePool:
+def create_judge(config: RewardConfig, *, log_dir: Path | None = None) -> JudgePool:
     """The judge the settings name, behind its bounds. Close it in the end.
+
+    Args:
+        log_dir: where what it prints goes, as judge_<n>.log; left out: nowhere.
 
     Raises:
         SettingsError: as `check_judge` does.
@@ -71,7 +77,7 @@ def create_judge(config: RewardConfig) -> JudgePool:
     if entry.inline:
         return InlineJudge(load_judge(entry.reference), failed_reward=failed_reward)
     return ProcessJudges(
-        entry.reference,
+        _setup(config, entry, ANSWERS, log_dir),
         timeout_s=config.judge_timeout_s,
         num_workers=config.judge_num_workers,
         failed_reward=failed_reward,
@@ -82,19 +88,30 @@ def create_truth_checker(config: RewardConfig) -> TruthChecker:
     """What asks the judge about the ground truths of a data file, before anything starts. A context manager.
 
     Raises:
-        SettingsError: as `check_judge` does.
+        SettingsError: as `check_judge` does, or a judge of the user's own cannot be imported.
     """
     check_judge(config.judge)
     entry = JUDGES.get(config.judge) or JudgeEntry(reference=config.judge)
     if entry.inline:
         check = load_truth_check(entry.reference)
         return TruthChecker() if check is None else InlineTruthChecker(check)
-    # Of ours, all have one; importing math-verify here to see it would take a second.
-    if config.judge not in JUDGES and load_truth_check(entry.reference) is None:
-        return TruthChecker()
-    return ProcessTruthChecker(
-        entry.reference,
+    checker = ProcessTruthChecker(
+        _setup(config, entry, TRUTHS, None),
         timeout_s=config.judge_timeout_s,
         num_workers=config.judge_num_workers,
         reads_numbers=entry.reads_numbers,
+    )
+    # Ours can be imported, and is only started for a row that it is asked about.
+    if config.judge not in JUDGES:
+        checker.start()
+    return checker
+
+
+def _setup(config: RewardConfig, entry: JudgeEntry, asked_about: str, log_dir: Path | None) -> JudgeSetup:
+    return JudgeSetup(
+        reference=entry.reference,
+        asked_about=asked_about,
+        limits=JudgeLimits.of(config),
+        variables=config.judge_variables,
+        log_dir=log_dir,
     )

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import SupportsFloat
 
+from xrl.launch.terminal import one_line
 from xrl.rewards.blame import place_of, place_raised, shown, words_of
 from xrl.types import Prompt
 
@@ -26,8 +27,14 @@ TruthCheck = Callable[[Prompt], None]
 
 # What a judge's process is asked about.
 ANSWERS, TRUTHS = "answers", "truths"
-# Keeps one odd answer from filling the log.
+# Larger ones are a mistake, and their squares add up to infinity.
+MAX_REWARD = 1e6
+# Keep one odd answer, and one odd judge, from filling the log.
+MAX_FAILURE_CHARS = 80
 MAX_DETAIL_CHARS = 300
+MAX_KINDS = 32
+# In place of further kinds of failure.
+OTHER_KIND = "other failures"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +60,18 @@ class Verdict:
 
 def failed_verdict(failure: str, detail: str, place: str = "") -> Verdict:
     """No reward, and why."""
-    # What a judge says is written to files: half a character could not be.
-    detail = detail[:MAX_DETAIL_CHARS].encode("utf-8", "backslashreplace").decode()
-    return Verdict(reward=None, failure=failure, detail=detail, place=place)
+    return Verdict(
+        reward=None,
+        failure=clean(failure, MAX_FAILURE_CHARS) or "failed",
+        detail=clean(detail, MAX_DETAIL_CHARS),
+        place=clean(place, MAX_DETAIL_CHARS),
+    )
+
+
+def clean(text: str, max_chars: int) -> str:
+    """The beginning of a text of a judge's, for a log, a terminal or a file: on one line, and without commands."""
+    # Half a character could not be written anywhere.
+    return one_line(text[:max_chars]).encode("utf-8", "backslashreplace").decode()
 
 
 def ask(judge: Judge, response: str, prompt: Prompt, *, catches: type[BaseException] = Exception) -> Verdict:
@@ -66,20 +82,22 @@ def ask(judge: Judge, response: str, prompt: Prompt, *, catches: type[BaseExcept
     """
     try:
         reward = judge(response, prompt)
-        number = None if reward is None else _as_finite(reward)
+        number = None if reward is None else _as_reward(reward)
     except (catches, SystemExit) as error:  # a judge may be anyone's code: one bad answer must not end the run
         return failed_verdict(type(error).__name__, words_of(error), place_raised(error))
     if reward is None:
         return failed_verdict("None", "the judge could not say", place_of(judge))
     if number is None:
         return failed_verdict(
-            "bad reward", f"a judge must return a finite number, got {shown(reward)}", place_of(judge)
+            "bad reward",
+            f"a judge must return a number from -{MAX_REWARD:,.0f} to {MAX_REWARD:,.0f}, got {shown(reward)}",
+            place_of(judge),
         )
     return Verdict(reward=number)
 
 
-def _as_finite(reward: object) -> float | None:
-    """NumPy's and torch's scalars are welcome; text that looks like a number is a mistake."""
+def _as_reward(reward: object) -> float | None:
+    """A number within MAX_REWARD. NumPy's and torch's scalars are welcome; text that looks like one is a mistake."""
     is_complex = isinstance(reward, numbers.Complex) and not isinstance(reward, numbers.Real)
     if is_complex or isinstance(reward, str | bytes):  # NumPy's have a __float__
         return None
@@ -87,7 +105,7 @@ def _as_finite(reward: object) -> float | None:
         number = float(reward) if isinstance(reward, SupportsFloat) else math.nan
     except (TypeError, ValueError, OverflowError, RuntimeError):  # an array of several, an integer beyond all floats
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= MAX_REWARD else None  # so is NaN none
 
 
 class JudgePool(ABC):
@@ -124,8 +142,11 @@ class JudgePool(ABC):
             self.num_judged += 1
             if not verdict.failed:
                 return verdict
-            self.failures[verdict.failure] += 1
-            is_new = self.failures[verdict.failure] == 1
+            kind = verdict.failure
+            if kind not in self.failures and len(self.failures) >= MAX_KINDS:
+                kind = OTHER_KIND
+            self.failures[kind] += 1
+            is_new = self.failures[kind] == 1
         if is_new and self.speaks:
             so = "is left out" if self.failed_reward is None else f"gets reward {self.failed_reward:g}"
             logger.warning(

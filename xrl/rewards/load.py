@@ -23,7 +23,7 @@ def load_judge(reference: str) -> Judge:
     Raises:
         SettingsError: the module or file is missing or cannot be imported, or has no such function.
     """
-    return _load(reference)[1]
+    return load_with_check(reference)[0]
 
 
 def load_truth_check(reference: str) -> TruthCheck | None:
@@ -32,15 +32,40 @@ def load_truth_check(reference: str) -> TruthCheck | None:
     Raises:
         SettingsError: as `load_judge` does.
     """
+    return load_with_check(reference)[1]
+
+
+def load_with_check(reference: str) -> tuple[Judge, TruthCheck | None]:
+    """Both at once: a file is run anew each time it is imported.
+
+    Raises:
+        SettingsError: as `load_judge` does.
+    """
     module, judge = _load(reference)
     check = getattr(judge, "check_truth", None) or getattr(module, "check_truth", None)
-    return check if callable(check) else None
+    return judge, check if callable(check) else None
 
 
-def _load(reference: str) -> tuple[ModuleType, Judge]:
+def check_reference(reference: str) -> None:
+    """Refuse what can be seen to be no judge without running any of it.
+
+    Raises:
+        SettingsError: it has not the form of a reference, or there is no such file.
+    """
+    source, _ = _parts(reference)
+    if source.endswith(".py") and not Path(source).expanduser().is_file():
+        raise SettingsError(f"--judge: no file {Path(source).expanduser()}")
+
+
+def _parts(reference: str) -> tuple[str, str]:
     source, _, name = reference.rpartition(":")
     if not source or not name:
         raise SettingsError(f"--judge {reference} must be package.module:function or path/file.py:function")
+    return source, name
+
+
+def _load(reference: str) -> tuple[ModuleType, Judge]:
+    source, name = _parts(reference)
     # Running user code: whatever is raised at import is the user's to mend, and only what and where is worth showing.
     try:
         module = _import_file(Path(source).expanduser()) if source.endswith(".py") else _import_module(source)
@@ -73,7 +98,7 @@ def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"xrl_judge_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
-    # Registered before it runs, as dataclasses and pickle look modules up there.
+    # Registered before it runs, as dataclasses, for one, look modules up there.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module

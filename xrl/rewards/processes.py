@@ -1,42 +1,36 @@
 """Judges that may hang or crash, each in a process that is killed from outside when its time is up.
 
-One thread and one child process a worker, with a pipe of its own: killing a child spoils nothing that
+One thread and one child process a worker, with a socket of its own: killing a child spoils nothing that
 the others use. The children are fresh interpreters (`xrl.rewards.worker`), not copies of the trainer:
 they run none of its code, load no torch, and end with it.
 
-    caller --submit--> queue --> worker thread --pipe--> child process
-           <--future--------------- verdict <----pipe----
+    caller --submit--> queue --> worker thread --socket--> judge's process, below its keeper
+           <--future--------------- verdict <----socket----
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
+import dataclasses
 import queue
+import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from multiprocessing import Pipe
 
-from xrl.launch.children import child_environment
-from xrl.rewards.judge import ANSWERS, JudgePool, Verdict, failed_verdict
+from xrl.config import SettingsError
+from xrl.rewards.framing import BadMessage
+from xrl.rewards.judge import JudgePool, Verdict, failed_verdict
+from xrl.rewards.limits import withheld_variable
+from xrl.rewards.messages import decode_verdict, encode_prompt, encode_question
+from xrl.rewards.process import END_LIMIT_S, JudgeProcess, JudgeSetup
 from xrl.types import Prompt
 
-# For importing the judge, once a process; not part of the time an answer may take.
-START_LIMIT_S = 120.0
 # A judge whose processes fail to start this often in a row is not tried again by that worker.
 MAX_FAILED_STARTS = 3
 # Killed children end at once; this only bounds the wait for a worker thread that is in the middle of a start.
 CLOSE_LIMIT_S = 5.0
-# For a child that has closed its pipe to end by itself, so that what is said about it is true.
-END_LIMIT_S = 1.0
-
-CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from xrl.rewards.worker import main; main()"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,28 +45,33 @@ class ProcessJudges(JudgePool):
 
     def __init__(
         self,
-        reference: str,
+        setup: JudgeSetup,
         *,
         timeout_s: float,
         num_workers: int,
         failed_reward: float | None = None,
-        asked_about: str = ANSWERS,
         speaks: bool = True,
     ) -> None:
         """
         Args:
-            reference: as `load_judge` takes it; each process imports it for itself.
             timeout_s: an answer judged longer than this costs the process its life and has failed.
             failed_reward, speaks: as the pool's.
-            asked_about: ANSWERS, or TRUTHS to have the judge's `check_truth` asked; the response is then not looked at.
         """
         super().__init__(failed_reward=failed_reward, speaks=speaks)
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._workers = [_Worker(reference, timeout_s, asked_about) for _ in range(num_workers)]
+        self._workers = [_Worker(setup, number, timeout_s) for number in range(num_workers)]
         self._threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in self._workers]
         self._start_lock = threading.Lock()
         self._started = False
         self._closed = False
+
+    def start_one(self) -> bool:
+        """Start one process now, before anything is submitted; returns whether the judge can check ground truths.
+
+        Raises:
+            SettingsError: it cannot be imported.
+        """
+        return self._workers[0].start()
 
     def submit(self, response: str, prompt: Prompt) -> Future[Verdict]:
         task = _Task(response=response, prompt=prompt)
@@ -90,16 +89,24 @@ class ProcessJudges(JudgePool):
     def close(self) -> None:
         with self._start_lock:
             started, self._started, self._closed = self._started, False, True
-        if not started:
-            return
+        # All at once, then one after the other.
         for worker in self._workers:
-            worker.close()
+            worker.let_go()
+        deadline = time.monotonic() + END_LIMIT_S
+        for worker in self._workers:
+            worker.close(deadline)
+        if not started:
+            for worker in self._workers:
+                worker.drop()
+            return
+        for _ in self._workers:
             self._tasks.put(None)
         for thread in self._threads:
             thread.join(CLOSE_LIMIT_S)
 
     def _serve(self, worker: _Worker) -> None:
         """A worker thread's life."""
+        # Unbounded: `close` puts an end there for each thread.
         while (task := self._tasks.get()) is not None:
             if self._closed:
                 task.future.cancel()
@@ -110,123 +117,134 @@ class ProcessJudges(JudgePool):
                     task.future.set_result(verdict if self._closed else self._settle(verdict))
                 except Exception as error:  # a future left open would make its owner wait forever
                     task.future.set_exception(error)
+        worker.drop()
 
 
 class _Worker:
-    """Asks one child process at a time, and starts another where the last one is gone."""
+    """Asks one judge's process at a time, and starts another where the last one is gone."""
 
-    def __init__(self, reference: str, timeout_s: float, asked_about: str) -> None:
-        self.reference = reference
-        self.asked_about = asked_about
+    def __init__(self, setup: JudgeSetup, number: int, timeout_s: float) -> None:
+        self.setup = setup
+        self.number = number
         self.timeout_s = timeout_s
-        self.child: _Child | None = None
+        self.process: JudgeProcess | None = None
         self.num_failed_starts = 0
         self.last_start_failure: Verdict | None = None
         self.closed = False
-        # Held while a child is started or taken away, never while one is judging: `close` must not wait for it.
+        # Held while a process is started or taken away, never while one is judging: `close` must not wait for it.
         self.lock = threading.Lock()
+        self._num_asked = 0
+        self._last_prompt: tuple[Prompt, bytes] | None = None  # and what of a question it makes
+
+    def start(self) -> bool:
+        """As the pool's `start_one`."""
+        process, error = self._ready_process()
+        if process is None:
+            raise SettingsError(error or "the judge was closed before it started")
+        return process.checks_truths
 
     def judge(self, response: str, prompt: Prompt) -> Verdict:
         if self.num_failed_starts >= MAX_FAILED_STARTS and self.last_start_failure:
             return self.last_start_failure
-        child = self._running_child()
-        if child is None:
+        process, error = self._ready_process()
+        if error:
+            self.num_failed_starts += 1
+            self.last_start_failure = failed_verdict("judge did not start", error)
+            return self.last_start_failure
+        if process is None:
             return failed_verdict("closed", "the run ended before the answer was judged")
-        if not child.ready:
-            error = child.wait_until_ready()
-            if error:
-                self._drop()
-                self.num_failed_starts += 1
-                self.last_start_failure = failed_verdict("judge did not start", error)
-                return self.last_start_failure
-            self.num_failed_starts = 0
-        verdict = child.ask(response, prompt, self.timeout_s)
-        if verdict is None:
-            child.let_end()
-            self._drop()
-            return failed_verdict("process died", f"the process of {self.reference} {child.how_it_ended()}")
-        if verdict.failure == "time-out":
-            self._drop()
-        return verdict
+        self.num_failed_starts = 0
+        self._num_asked += 1
+        try:
+            question = encode_question(self._num_asked, response, self._encoded(prompt))
+        except ValueError as error:
+            return failed_verdict("not carried", f"the prompt holds {error}, which a judge's process cannot be given")
+        return self._ask(process, question)
 
-    def close(self) -> None:
-        """Kill the child, from any thread; the thread that waits for it sees the pipe's end."""
+    def let_go(self) -> None:
+        """Tell the process to end, from any thread, without waiting; no other is started."""
         with self.lock:
             self.closed = True
-            if self.child:
-                self.child.kill()
+            if self.process:
+                self.process.let_go()
 
-    def _running_child(self) -> _Child | None:
+    def close(self, deadline: float) -> None:
+        """End the process, from any thread; the thread that waits for it sees its socket's end."""
         with self.lock:
-            if self.child is None and not self.closed:
-                self.child = _Child(self.reference, self.asked_about)
-            return None if self.closed else self.child
+            if self.process:
+                self.process.end(max(0.0, deadline - time.monotonic()))
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """End the process and forget it; by the thread that asks it."""
         with self.lock:
-            if self.child:
-                self.child.kill()
-                self.child.connection.close()
-                self.child = None
+            if self.process:
+                self.process.end()
+                self.process.close()
+                self.process = None
 
-
-class _Child:
-    """One judge process and our end of its pipe."""
-
-    def __init__(self, reference: str, asked_about: str) -> None:
-        self.reference = reference
-        self.connection, theirs = Pipe()
-        self.ready = False
-        with theirs:
-            arguments = [json.dumps(sys.path), reference, str(theirs.fileno()), str(os.getpid()), asked_about]
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", CHILD, *arguments],
-                stdin=subprocess.DEVNULL,
-                env=child_environment(),
-                pass_fds=[theirs.fileno()],
-                # A group of its own: killed with whatever it started, and not stopped halfway by Ctrl-C.
-                process_group=0,
+    def _ask(self, process: JudgeProcess, question: bytes) -> Verdict:
+        reference = self.setup.reference
+        try:
+            return self._hinted(
+                decode_verdict(process.asker.exchange(question, limit_s=self.timeout_s), self._num_asked)
             )
+        except TimeoutError as error:
+            so_far = f": {error}" if str(error) else ""
+            verdict = failed_verdict("time-out", f"no reward within {self.timeout_s:g} s from {reference}{so_far}")
+        except BadMessage as error:
+            verdict = failed_verdict("bad message", f"the process of {reference} broke the protocol: {error}")
+        except EOFError:
+            verdict = _death(process, reference)
+        self.drop()
+        return verdict
 
-    def wait_until_ready(self) -> str:
-        """Wait for the judge to be imported; an error text where it was not."""
-        try:
-            if not self.connection.poll(START_LIMIT_S):
-                return f"importing it took longer than {START_LIMIT_S:g} s"
-            error: str = self.connection.recv()
-            self.ready = not error
-            return error
-        except (EOFError, OSError):
-            return "its process ended while importing it"
-
-    def ask(self, response: str, prompt: Prompt, timeout_s: float) -> Verdict | None:
-        """The verdict, a failed one when time ran out, None when the process is gone."""
-        try:
-            self.connection.send((response, prompt))
-            if not self.connection.poll(timeout_s):
-                return failed_verdict("time-out", f"no reward within {timeout_s:g} s from {self.reference}")
-            verdict: Verdict = self.connection.recv()
+    def _hinted(self, verdict: Verdict) -> Verdict:
+        if verdict.failure != "KeyError":
             return verdict
-        except (EOFError, OSError):
-            return None
+        hint = withheld_variable(verdict.detail, self.setup.variables)
+        return dataclasses.replace(verdict, detail=verdict.detail + hint)
 
-    def let_end(self) -> None:
-        """Give it a moment to end by itself. It is not reaped: `kill` still has its group to end."""
-        end = time.monotonic() + END_LIMIT_S
-        with contextlib.suppress(ChildProcessError):  # reaped meanwhile, by `close`
-            while time.monotonic() < end and hasattr(os, "waitid"):
-                if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
-                    return
-                time.sleep(0.01)
+    def _encoded(self, prompt: Prompt) -> bytes:
+        if self._last_prompt is None or self._last_prompt[0] is not prompt:
+            self._last_prompt = prompt, encode_prompt(prompt)
+        return self._last_prompt[1]
 
-    def kill(self) -> None:
-        # Not reaped yet, so that neither its id nor its group's can be another's.
-        if self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+    def _ready_process(self) -> tuple[JudgeProcess | None, str]:
+        """A process that can be asked, started where there is none; else None, and why it does not start, if it does
+        not."""
+        try:
+            with self.lock:
+                if self.process is None and not self.closed:
+                    self.process = JudgeProcess(self.setup, self.number)
+                process = None if self.closed else self.process
+            error = "" if process is None or process.is_ready else process.start()
+        except OSError as failure:  # no more processes, files or memory
+            process, error = None, f"its process cannot be started: {failure.strerror or failure}"
+        if not error:
+            return process, ""
+        self.drop()
+        if not error.startswith("--judge"):
+            error = f"--judge {self.setup.reference}: {error}"
+        key = re.search(r"KeyError: ('\w+')", error)
+        return None, error + (withheld_variable(key[1], self.setup.variables) if key else "")
 
-    def how_it_ended(self) -> str:
-        """After `kill`."""
-        code = self.process.returncode
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+
+def _death(process: JudgeProcess, reference: str) -> Verdict:
+    """What is said of a judge whose socket has closed."""
+    end = process.last_words()
+    if end is not None and end.failure:
+        return failed_verdict(end.failure, end.detail)
+    if end is None or end.code is None:
+        how = "closed its socket, or was ended from outside"
+    elif end.code >= 0:
+        how = f"exited with code {end.code}"
+    else:
+        how = f"was ended by {_signal_name(-end.code)}"
+    return failed_verdict("process died", f"the process of {reference} {how}")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time signals
+        return f"signal {number}"

@@ -9,9 +9,12 @@ from concurrent.futures import Future
 
 from xrl.config import SettingsError
 from xrl.rewards.blame import words_of
-from xrl.rewards.judge import TRUTHS, TruthCheck, Verdict
+from xrl.rewards.judge import TruthCheck, Verdict
+from xrl.rewards.messages import encode_prompt
 from xrl.rewards.number import read_number
+from xrl.rewards.process import JudgeSetup
 from xrl.rewards.processes import ProcessJudges
+from xrl.rewards.values import NotCarried
 from xrl.types import Prompt
 
 logger = logging.getLogger("xrl")
@@ -74,21 +77,37 @@ class InlineTruthChecker(TruthChecker):
 class ProcessTruthChecker(TruthChecker):
     """Asks in processes that are bounded from outside, as a judge's code and its parsers may hang or crash."""
 
-    def __init__(self, reference: str, *, timeout_s: float, num_workers: int, reads_numbers: bool) -> None:
+    def __init__(self, setup: JudgeSetup, *, timeout_s: float, num_workers: int, reads_numbers: bool) -> None:
         """
         Args:
+            setup: of a judge that is asked about TRUTHS.
             reads_numbers: the judge takes any plain number, so it is not asked about them.
         """
         self.reads_numbers = reads_numbers
-        self.pool = ProcessJudges(
-            reference, timeout_s=timeout_s, num_workers=num_workers, asked_about=TRUTHS, speaks=False
-        )
+        self.checks_truths = True
+        self.pool = ProcessJudges(setup, timeout_s=timeout_s, num_workers=num_workers, speaks=False)
         self.waiting: deque[tuple[str, Prompt, Future[Verdict]]] = deque()
         self.asked_since: float | None = None
         self.num_not_asked = 0
 
+    def start(self) -> None:
+        """See whether the judge can be imported at all, and whether it has anything to say about ground truths.
+
+        Raises:
+            SettingsError: it cannot be imported.
+        """
+        try:
+            self.checks_truths = self.pool.start_one()
+        except BaseException:
+            self.close()
+            raise
+        if not self.checks_truths:
+            self.close()
+
     def see(self, where: str, prompt: Prompt) -> None:
-        if self.reads_numbers and read_number(prompt.ground_truth) is not None:
+        if prompt.extra:
+            _check_carried(where, prompt)
+        if not self.checks_truths or (self.reads_numbers and read_number(prompt.ground_truth) is not None):
             return
         self.asked_since = self.asked_since or time.monotonic()
         if time.monotonic() - self.asked_since > LIMIT_S:
@@ -114,6 +133,7 @@ class ProcessTruthChecker(TruthChecker):
 
     def _hear(self) -> None:
         where, prompt, future = self.waiting.popleft()
+        # Unbounded: the pool gives each answer --judge-timeout-s, and its processes a limit for their start.
         verdict = future.result()
         if verdict.failure == "judge did not start":
             raise SettingsError(verdict.detail)
@@ -124,3 +144,13 @@ class ProcessTruthChecker(TruthChecker):
             raise SettingsError(
                 f"{where}: the judge could not check the ground truth {prompt.ground_truth!r}: {verdict.error}"
             )
+
+
+def _check_carried(where: str, prompt: Prompt) -> None:
+    """Refuse what could not be sent to a judge's process when its time has come."""
+    try:
+        encode_prompt(prompt)
+    except NotCarried as error:
+        raise SettingsError(
+            f"{where} has an `extra_info` with {error}, which cannot be handed to a judge: make it text or leave it out"
+        ) from error

@@ -1,69 +1,87 @@
-"""The process that hosts one judge: answers come in through a pipe, verdicts go out.
-
-Protocol: first "" when the judge is imported, or why it was not; then a Verdict for each (response, prompt).
-"""
+"""The process that hosts one judge: questions come in through a socket, verdicts go out (`messages.py`)."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
+import dataclasses
+import errno
+import json
+import socket
 import sys
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
 
 from xrl.config import SettingsError
 from xrl.launch.streams import prepare_streams
-from xrl.rewards.judge import ANSWERS, Judge, ask
-from xrl.rewards.load import load_judge, load_truth_check
+from xrl.rewards import framing
+from xrl.rewards.judge import ANSWERS, Judge, Verdict, ask
+from xrl.rewards.keeper import keep
+from xrl.rewards.limits import JudgeLimits
+from xrl.rewards.load import load_with_check
+from xrl.rewards.messages import Start, decode_question, encode_start, encode_verdict
 from xrl.types import Prompt
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What the pool tells a judge's process on its command line."""
+
+    reference: str  # as `load_judge` takes it
+    asked_about: str  # ANSWERS or TRUTHS
+    questions: int  # descriptors of the two sockets
+    control: int
+    limits: JudgeLimits
+    max_log_bytes: int
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Order:
+        fields = json.loads(text)
+        return cls(**{**fields, "limits": JudgeLimits(**fields["limits"])})
 
 
 def main() -> None:
-    """Serve one judge until the pipe closes.
-
-    Arguments: sys.path (not ours), judge, pipe, the parent's process id, what it is asked about.
-    """
-    reference, pipe, parent_pid, asked_about = sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
-    end_with_parent(parent_pid)
+    """Serve one judge until the pool closes its socket. Arguments: sys.path (not ours), the order."""
+    order = Order.from_json(sys.argv[2])
     prepare_streams()  # a judge that prints must not fail because nobody reads
-    # What the judge itself starts must not keep the pipe open.
-    os.set_inheritable(pipe, False)
-    with Connection(pipe) as connection:
+    questions, control = socket.socket(fileno=order.questions), socket.socket(fileno=order.control)
+    # What the judge itself starts must not keep them open.
+    for end in (questions, control):
+        end.set_inheritable(False)
+    keep(control, questions, order.limits, max_log_bytes=order.max_log_bytes)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # it may be killed at any time
+    with questions:
         try:
-            judge = load_judge(reference) if asked_about == ANSWERS else _judge_of_truths(reference)
-        except SettingsError as error:
-            connection.send(str(error))
-            return
-        try:
-            connection.send("")
-            while True:
-                response, prompt = connection.recv()
-                connection.send(ask(judge, response, prompt, catches=BaseException))
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+            _serve(order, questions)
+        except (EOFError, OSError):
             return  # the pool is gone
 
 
-def _judge_of_truths(reference: str) -> Judge:
-    """The judge's check of ground truths, in the form of a judge: reward 1 where it has nothing against one."""
-    check = load_truth_check(reference)
+def _serve(order: Order, questions: socket.socket) -> None:
+    try:
+        judge, check = load_with_check(order.reference)
+    except SettingsError as error:
+        framing.send(questions, encode_start(Start(error=str(error), checks_truths=False)))
+        return
+    framing.send(questions, encode_start(Start(error="", checks_truths=check is not None)))
 
-    def judge(_: str, prompt: Prompt) -> float:
+    def check_truth(_: str, prompt: Prompt) -> float:
+        """The judge's check of ground truths in the form of a judge: 1 where it has nothing against one."""
         if check is not None:
             check(prompt)
         return 1.0
 
-    return judge
+    asked: Judge = judge if order.asked_about == ANSWERS else check_truth
+    while True:
+        number, response, prompt = decode_question(framing.receive(questions))
+        verdict = _named(ask(asked, response, prompt, catches=BaseException))
+        framing.send(questions, encode_verdict(number, verdict))
 
 
-def end_with_parent(parent_pid: int) -> None:
-    """Be killed when the parent dies, even by SIGKILL and in the middle of an endless judge.
-
-    Elsewhere than on Linux the pipe's end does it, as soon as the judge returns.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # It may have died before we asked.
-    if os.getppid() != parent_pid:
-        sys.exit(1)
+def _named(verdict: Verdict) -> Verdict:
+    """With the flag, where a limit of ours is what the judge met."""
+    if verdict.failure == "MemoryError":
+        return dataclasses.replace(verdict, detail=f"{verdict.detail or 'no more memory'}: see --judge-memory-gb")
+    if verdict.failure == "OSError" and verdict.detail.startswith(f"[Errno {errno.EFBIG}]"):
+        return dataclasses.replace(verdict, detail=f"{verdict.detail}: see --judge-max-file-gb")
+    return verdict

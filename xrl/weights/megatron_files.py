@@ -16,7 +16,7 @@ import argparse
 import json
 import mmap
 import os
-import pickle
+import pickle  # for the name of its error alone: torch.load raises it
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -248,6 +248,8 @@ def _model_keys(layout: Layout) -> list[str]:
 def _stored_tensors(file: Path, layout: Layout) -> list[dict[str, tuple[Tensor, int]]]:
     """Every tensor in a rank's file, without its content, and the byte it starts at: a dictionary a virtual stage."""
     with FakeTensorMode(), torch.serialization.safe_globals([argparse.Namespace]):
+        # Megatron's format is torch's, a pickle. `weights_only` runs nothing of it: it builds tensors, plain containers
+        # and the one type allowed above, and refuses the rest.
         content = torch.load(file, weights_only=True)
     return [
         {name: (tensor, _offset(tensor)) for name, tensor in content[key].items() if isinstance(tensor, Tensor)}
