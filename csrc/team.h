@@ -12,6 +12,9 @@ namespace xrl {
 
 using TeamBody = void (*)(const void* context, int thread);
 
+// So many that no machine has more cores for one process; each costs memory in every kernel that sums up by thread.
+constexpr int kMostThreads = 1024;
+
 // Threads that kernels of this process use; 0 where nobody has said.
 void set_num_threads(int count);
 int num_threads();

@@ -98,6 +98,8 @@ uint64_t checksum_from_sums(const std::vector<Address>& shares,
 void set_step(Address counter, int32_t step) { xrl::set_step(at<int32_t>(counter), step); }
 
 bool wait_for_step(Address counter, int32_t step, double seconds) {
+  constexpr double kLongest = 1e9;  // what clocks can count; a NaN is refused too
+  xrl::check(seconds >= 0 && seconds <= kLongest, "seconds must be in [0, 1e9], got " + std::to_string(seconds));
   py::gil_scoped_release release;
   return xrl::wait_for_step(at<const int32_t>(counter), step, seconds);
 }

@@ -145,3 +145,11 @@ assert gated_mlp(x, gate_up, down).isfinite().all()
 """
     done = subprocess.run([sys.executable, "-c", program], timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("count", [0, -1, 1025, 2**40])
+def test_numbers_of_threads_that_no_machine_has_are_refused(count: int) -> None:
+    before = num_threads(), torch.get_num_threads()
+    with pytest.raises((ValueError, TypeError)):
+        use_threads(count, num_parameters=0)
+    assert (num_threads(), torch.get_num_threads()) == before
