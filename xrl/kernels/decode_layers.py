@@ -152,20 +152,21 @@ def _is_native(x: Tensor, layers: Sequence[DecodeLayer], rope: RopeTables) -> bo
 
 
 def _addresses(layer: DecodeLayer) -> tuple[int, ...]:
-    tensors = (
-        layer.input_norm,
-        layer.qkv.own,
-        layer.qkv.bias,
-        layer.q_norm,
-        layer.k_norm,
-        layer.attention_out.own,
-        layer.mlp_norm,
-        layer.gate_up.own,
-        layer.down.own,
-        layer.keys,
-        layer.values,
+    packed = (layer.qkv.own, layer.attention_out.own, layer.gate_up.own, layer.down.own)
+    qkv, attention_out, gate_up, down = (weight.data_ptr() for weight in packed if weight is not None)
+    return (
+        address(layer.input_norm),
+        qkv,
+        address(layer.qkv.bias),
+        address(layer.q_norm),
+        address(layer.k_norm),
+        attention_out,
+        address(layer.mlp_norm),
+        gate_up,
+        down,
+        address(layer.keys),
+        address(layer.values),
     )
-    return tuple(address(tensor) for tensor in tensors)
 
 
 def _check(
@@ -199,28 +200,51 @@ def _check(
     check_number("eps", eps, lowest=0.0)
     check_no_gradient("decode_layers", x=x, cos=rope.cos, sin=rope.sin)
     products = [(hidden, queries + 2 * cache[1] * cache[3]), (queries, hidden), (hidden, ffn), (ffn, hidden)]
+    is_recorded = torch.is_grad_enabled()
     for number, layer in enumerate(layers):
         linears = (layer.qkv, layer.attention_out, layer.gate_up, layer.down)
         if tuple(map(type, linears)) != (PackedLinear, PackedLinear, PackedSwiGLU, PackedLinear):
             raise TypeError(f"layer {number}: gate_up must be a PackedSwiGLU, the other products a PackedLinear")
         if [(linear.in_features, linear.out_features) for linear in linears] != products:
             raise ValueError(f"layer {number}: products from and to {products} are needed, in their order")
-        try:
-            check_tensor("keys", layer.keys, cache, like=x)
-            check_tensor("values", layer.values, cache, like=x)
-            check_tensor("input_norm", layer.input_norm, (hidden,), like=x)
-            check_tensor("mlp_norm", layer.mlp_norm, (hidden,), like=x)
-            for name, norm in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)):
-                if norm is not None:
-                    check_tensor(name, norm, (cache[3],), like=x)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"layer {number}: {error}") from None
-        check_no_gradient(
-            "decode_layers",
-            keys=layer.keys,
-            values=layer.values,
-            input_norm=layer.input_norm,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
-            mlp_norm=layer.mlp_norm,
-        )
+        # Two dozen layers at each token: what fits is seen at a glance, and only the rest asked what is wrong with it.
+        if is_recorded or not _fits(layer, x, cache, (hidden,), cache[3:]):
+            _check_layer(number, layer, x, cache, hidden)
+
+
+def _fits(layer: DecodeLayer, x: Tensor, cache: torch.Size, hidden: tuple[int, ...], head: tuple[int, ...]) -> bool:
+    """Whether a layer's tensors are of these shapes and of the kind of x."""
+    dtype, is_cpu = x.dtype, x.is_cpu
+    tensors = [layer.keys, layer.values, layer.input_norm, layer.mlp_norm]
+    try:
+        if not (layer.keys.shape == layer.values.shape == cache):
+            return False
+        if not (layer.input_norm.shape == layer.mlp_norm.shape == hidden):
+            return False
+        for norm in (layer.q_norm, layer.k_norm):
+            if norm is not None:
+                if norm.shape != head:
+                    return False
+                tensors.append(norm)
+        for tensor in tensors:
+            if tensor.dtype is not dtype or tensor.is_cpu is not is_cpu:
+                return False
+            if tensor.layout is not torch.strided or tensor.is_neg():
+                return False
+    except AttributeError:  # no tensor
+        return False
+    return True
+
+
+def _check_layer(number: int, layer: DecodeLayer, x: Tensor, cache: torch.Size, hidden: int) -> None:
+    sizes = {"keys": cache, "values": cache, "input_norm": (hidden,), "mlp_norm": (hidden,)}
+    heads = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
+    try:
+        for name, size in sizes.items():
+            check_tensor(name, getattr(layer, name), size, like=x)
+        for name, norm in heads.items():
+            if norm is not None:
+                check_tensor(name, norm, cache[3:], like=x)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer {number}: {error}") from None
+    check_no_gradient("decode_layers", **{name: getattr(layer, name) for name in sizes}, **heads)

@@ -43,10 +43,11 @@ def matmul_into(a: Tensor, b: Tensor, out: Tensor, *, addend: Tensor | None = No
         ValueError: shapes, types, devices or layouts that do not fit together, or out overlaps what is read.
         TypeError: what should be a tensor is none.
     """
-    for name, matrix in (("a", a), ("b", b), ("out", out), ("addend", out if addend is None else addend)):
-        check_floats(name, matrix, (None, None))
-        if matrix.dtype != torch.float32 or not matrix.is_cpu:
-            raise ValueError(f"{name} must be fp32 on the CPU, got {matrix.dtype} on {matrix.device}")
+    _check_matrix("a", a)
+    _check_matrix("b", b)
+    _check_matrix("out", out)
+    if addend is not None:
+        _check_matrix("addend", addend)
     if a.shape[1] != b.shape[0] or out.shape != (a.shape[0], b.shape[1]):
         raise ValueError(
             f"a [M, K], b [K, N] and out [M, N] are needed, got {list(a.shape)}, {list(b.shape)} and {list(out.shape)}"
@@ -74,6 +75,12 @@ def matmul_into(a: Tensor, b: Tensor, out: Tensor, *, addend: Tensor | None = No
         out.stride(0),
         num_threads(),
     )
+
+
+def _check_matrix(name: str, matrix: Tensor) -> None:
+    check_floats(name, matrix, (None, None))
+    if matrix.dtype != torch.float32 or not matrix.is_cpu:
+        raise ValueError(f"{name} must be fp32 on the CPU, got {matrix.dtype} on {matrix.device}")
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
