@@ -30,6 +30,8 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={_pybind11_dir()}",
             # AUTO builds the CUDA kernels where there is an nvcc; ON insists, OFF leaves them out.
             f"-DXRL_WITH_CUDA={os.environ.get('XRL_WITH_CUDA', 'AUTO')}",
+            # For `make test-sanitized`.
+            f"-DXRL_SANITIZE={os.environ.get('XRL_SANITIZE', '')}",
         ]
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *generator, *options], check=True)

@@ -27,7 +27,9 @@
 #include "cuda_bindings.h"
 #include "dispatch.h"
 #include "grpo_params.h"
+#include "index_checks.h"
 #include "layer_bindings.h"
+#include "memory_checks.h"
 #include "team.h"
 #include "weights_bindings.h"
 
@@ -71,6 +73,7 @@ void logprob_gradient(Address logits, int64_t num_rows, int64_t num_columns, int
   const xrl::GradientRows gradients{at<const float>(maximum), at<const float>(log_sum), at<const float>(entropy),
                                     at<const float>(grad_logprob), at<const float>(grad_entropy)};
   const xrl::OutputRows<T> rows_out{at<T>(out), out_stride, num_out_columns};
+  xrl::check(num_rows <= 1 || out_stride >= num_out_columns, "the rows of out must not overlap");
   py::gil_scoped_release release;
   if (out != logits) xrl::advise_huge_pages(at<void>(out), sizeof(T) * num_rows * out_stride);
   XRL_DISPATCH(logprob_gradient, rows<T>(logits, num_rows, num_columns, row_stride), tokens, gradients, rows_out,
@@ -96,6 +99,8 @@ void grpo_single_pass(Address logits, int64_t num_rows, int64_t num_columns, int
                       int64_t num_gradient_columns, Address out, int num_threads) {
   check_rows(num_rows, num_columns, row_stride, num_threads);
   xrl::check(gradient == 0 || num_gradient_columns >= num_columns, "num_gradient_columns must be >= num_columns");
+  xrl::check(num_rows <= 1 || gradient == 0 || gradient_stride >= num_gradient_columns,
+             "the rows of gradient must not overlap");
   const xrl::ChosenTokens tokens{at<const int64_t>(token_ids), vocab_start, inverse_temperature};
   const xrl::GrpoInputs inputs{at<const float>(old_logprobs), at<const float>(rollout_logprobs),
                                at<const float>(reference_logprobs), at<const float>(advantages),
@@ -110,18 +115,21 @@ void grpo_single_pass(Address logits, int64_t num_rows, int64_t num_columns, int
                num_threads);
 }
 
+// (address, rows, elements from a row to the next, heads)
+using QueriesTuple = std::tuple<Address, int64_t, int64_t, int>;
+// (keys, values, blocks, KV heads, tokens of a block, head size)
+using CacheTuple = std::tuple<Address, Address, int64_t, int, int, int>;
+
 template <typename T>
-void decode_attention(Address query, Address out, int num_heads, int64_t query_stride, Address keys, Address values,
-                      int num_kv_heads, int block_size, int head_dim, Address group_starts, int num_groups,
-                      Address prompt_blocks, int64_t prompt_blocks_stride, Address prompt_lengths, Address row_blocks,
-                      int64_t row_blocks_stride, Address row_lengths, int num_threads) {
+void decode_attention(const QueriesTuple& query_tuple, Address out, const CacheTuple& cache_tuple,
+                      const xrl::PagedRowsTuple& rows_tuple, int num_threads) {
+  const auto& [query, num_rows, query_stride, num_heads] = query_tuple;
+  const auto& [keys, values, num_blocks, num_kv_heads, block_size, head_dim] = cache_tuple;
   xrl::check_attention(num_heads, num_kv_heads, block_size);
   const xrl::DecodeQueries<T> queries{at<const T>(query), at<T>(out), num_heads, query_stride};
   const xrl::PagedCache<T> cache{at<const T>(keys), at<const T>(values), num_kv_heads, block_size, head_dim};
-  const xrl::PagedRows rows{at<const int32_t>(group_starts),   at<const int32_t>(prompt_blocks),
-                            at<const int32_t>(prompt_lengths), at<const int32_t>(row_blocks),
-                            at<const int32_t>(row_lengths),    num_groups,
-                            prompt_blocks_stride,              row_blocks_stride};
+  const xrl::PagedRows rows = xrl::paged_rows(rows_tuple);
+  xrl::check_paged_rows(rows, num_rows, block_size, num_blocks);
   py::gil_scoped_release release;
   XRL_DISPATCH(decode_attention, queries, cache, rows, num_threads);
 }
@@ -132,11 +140,22 @@ void rms_norm(Address x, Address weight, float eps, int64_t num_rows, int64_t si
   XRL_DISPATCH(rms_norm, at<const T>(x), at<const T>(weight), eps, num_rows, size, at<T>(out), num_threads);
 }
 
+// (address, tokens, query heads, KV heads, head size)
+using QkvTokensTuple = std::tuple<Address, int64_t, int, int, int>;
+// (positions, cos, sin, positions in these tables, q_norm, k_norm, eps)
+using RopeNormTuple = std::tuple<Address, Address, Address, int64_t, Address, Address, float>;
+// (slots, keys, values, blocks, tokens of a block)
+using CacheSlotsTuple = std::tuple<Address, Address, Address, int64_t, int>;
+
 template <typename T>
-void rope_cache(Address qkv, int64_t num_tokens, int num_heads, int num_kv_heads, int head_dim, Address positions,
-                Address slots, Address keys, Address values, int block_size, Address cos, Address sin, Address q_norm,
-                Address k_norm, float eps, int num_threads) {
-  xrl::check(head_dim % 2 == 0, "head_dim must be even, got " + std::to_string(head_dim));
+void rope_cache(const QkvTokensTuple& qkv_tuple, const RopeNormTuple& rope_tuple, const CacheSlotsTuple& cache_tuple,
+                int num_threads) {
+  const auto& [qkv, num_tokens, num_heads, num_kv_heads, head_dim] = qkv_tuple;
+  const auto& [positions, cos, sin, num_positions, q_norm, k_norm, eps] = rope_tuple;
+  const auto& [slots, keys, values, num_blocks, block_size] = cache_tuple;
+  xrl::check(num_heads >= 0 && num_kv_heads >= 0 && block_size >= 1,
+             "num_heads and num_kv_heads must be >= 0 and block_size >= 1");
+  xrl::check(head_dim >= 0 && head_dim % 2 == 0, "head_dim must be even, got " + std::to_string(head_dim));
   const xrl::QkvTokens<T> tokens{at<T>(qkv),
                                  num_tokens,
                                  num_heads,
@@ -149,12 +168,40 @@ void rope_cache(Address qkv, int64_t num_tokens, int num_heads, int num_kv_heads
                                  block_size};
   const xrl::RopeNorm<T> rope{at<const float>(cos), at<const float>(sin), at<const T>(q_norm), at<const T>(k_norm),
                               eps};
+  xrl::check_positions(tokens.positions, num_tokens, num_positions);
+  xrl::check_slots(tokens.slots, num_tokens, num_blocks * block_size);
+  const int64_t head_bytes = static_cast<int64_t>(sizeof(T)) * head_dim, table_bytes = num_positions * head_dim * 2;
+  const int64_t cache_bytes = num_blocks * num_kv_heads * block_size * head_bytes;
+  xrl::check_apart({{"qkv", qkv, num_tokens * (num_heads + 2 * num_kv_heads) * head_bytes},
+                    {"key_cache", keys, cache_bytes},
+                    {"value_cache", values, cache_bytes}},
+                   {{"cos", cos, table_bytes},
+                    {"sin", sin, table_bytes},
+                    {"positions", positions, 4 * num_tokens},
+                    {"slots", slots, 4 * num_tokens},
+                    {"q_norm", q_norm, head_bytes},
+                    {"k_norm", k_norm, head_bytes}});
   py::gil_scoped_release release;
   XRL_DISPATCH(rope_cache, tokens, rope, num_threads);
 }
 
+// What no distribution can be made with is refused, a row at a time: these are few numbers beside the logits.
+void check_draws(const float* temperatures, const double* uniforms, int64_t num_rows) {
+  for (int64_t row = 0; row < num_rows; ++row) {
+    if (!(temperatures[row] >= 0.0f)) {
+      throw std::invalid_argument("temperatures must be >= 0, got " + std::to_string(temperatures[row]) + " in row " +
+                                  std::to_string(row));
+    }
+    if (!(uniforms[row] >= 0.0 && uniforms[row] < 1.0)) {
+      throw std::invalid_argument("uniforms must be in [0, 1), got " + std::to_string(uniforms[row]) + " in row " +
+                                  std::to_string(row));
+    }
+  }
+}
+
 void sample_tokens(Address logits, int64_t num_rows, int64_t vocab_size, Address temperatures, Address uniforms,
                    Address token_ids, Address logprobs, int num_threads) {
+  check_draws(at<const float>(temperatures), at<const double>(uniforms), num_rows);
   py::gil_scoped_release release;
   XRL_DISPATCH(sample_tokens, at<const float>(logits), num_rows, vocab_size, at<const float>(temperatures),
                at<const double>(uniforms), at<int64_t>(token_ids), at<float>(logprobs), num_threads);
@@ -163,6 +210,8 @@ void sample_tokens(Address logits, int64_t num_rows, int64_t vocab_size, Address
 template <typename T>
 void swiglu_forward(Address x, int64_t num_rows, int64_t size, Address out, int num_threads) {
   xrl::check_sizes(num_rows, size, num_threads);
+  const int64_t num_bytes = num_rows * size * static_cast<int64_t>(sizeof(T));
+  xrl::check_apart({{"out", out, num_bytes}}, {{"x", x, 2 * num_bytes}});
   py::gil_scoped_release release;
   XRL_DISPATCH(swiglu_forward, at<const T>(x), num_rows, size, at<T>(out), num_threads);
 }
@@ -171,6 +220,14 @@ template <typename T>
 void swiglu_backward(Address x, Address grad, int64_t num_rows, int64_t size, Address grad_x, Address out,
                      int num_threads) {
   xrl::check_sizes(num_rows, size, num_threads);
+  const int64_t num_bytes = num_rows * size * static_cast<int64_t>(sizeof(T));
+  const xrl::Span given{"x", x, 2 * num_bytes}, given_grad{"grad", grad, num_bytes};
+  const xrl::Span gradient{"grad_x", grad_x, 2 * num_bytes}, once_more{"out", out, num_bytes};
+  xrl::check_same_or_apart(gradient, given);
+  xrl::check_same_or_apart(once_more, given_grad);
+  xrl::check_apart({gradient, once_more}, {});
+  xrl::check_apart({gradient}, {given_grad});
+  xrl::check_apart({once_more}, {given});
   py::gil_scoped_release release;
   XRL_DISPATCH(swiglu_backward, at<const T>(x), at<const T>(grad), num_rows, size, at<T>(grad_x), at<T>(out),
                num_threads);
@@ -200,6 +257,19 @@ void matmul(const MatrixTuple& a, const MatrixTuple& b, const AddendTuple& start
             int64_t depth, Address c, int64_t c_stride, int num_threads) {
   xrl::check_sizes(rows, columns, num_threads);
   xrl::check_sizes(depth, columns, num_threads);
+  const auto& [a_start, a_row_stride, a_column_stride] = a;
+  const auto& [b_start, b_row_stride, b_column_stride] = b;
+  const auto& [start_start, start_stride] = start;
+  xrl::check(rows <= 1 || c_stride >= columns, "the rows of out must not overlap");
+  const xrl::MatrixSpan out{"out", c, rows, columns, c_stride, 1};
+  for (const xrl::MatrixSpan& factor : {xrl::MatrixSpan{"a", a_start, rows, depth, a_row_stride, a_column_stride},
+                                        xrl::MatrixSpan{"b", b_start, depth, columns, b_row_stride, b_column_stride}}) {
+    if (xrl::overlap(out, factor)) xrl::refuse_overlap("out", factor.name);
+  }
+  const bool adds_in_place = start_start == c && (start_stride == c_stride || rows == 1);
+  if (!adds_in_place && xrl::overlap(out, {"addend", start_start, rows, columns, start_stride, 1})) {
+    xrl::refuse_overlap("out", "addend");
+  }
   py::gil_scoped_release release;
   XRL_DISPATCH(matmul, matrix(a), matrix(b), addend(start), rows, columns, depth, at<float>(c), c_stride, num_threads);
 }
@@ -313,6 +383,7 @@ void packed_attention_forward(Address query, Address key, Address mixed, const x
                               const xrl::SequencesTuple& sequences, Address out, Address log_sums, int num_threads) {
   const xrl::QkvShape qkv = xrl::qkv_shape(shape);
   const xrl::AttentionShape attention = xrl::attention_shape(qkv, scale);
+  xrl::check_sequences(xrl::packed_sequences(sequences), qkv.num_tokens);
   const int dim = qkv.head_dim;
   const xrl::AttentionForward<T> tensors{
       xrl::dense_heads(at<const T>(query), attention.num_heads, dim),
@@ -338,6 +409,7 @@ void prefill_attention(Address qkv, const std::tuple<int, int, int, int64_t, flo
       xrl::dense_heads(at<T>(out), num_heads, dim),
       at<float>(log_sums)};
   const xrl::AttentionShape attention{num_heads, num_kv_heads, dim, num_tokens, scale};
+  xrl::check_sequences(xrl::packed_sequences(sequences), num_tokens);
   py::gil_scoped_release release;
   XRL_DISPATCH(packed_attention_forward, tensors, xrl::packed_sequences(sequences), attention, num_threads);
 }
@@ -349,6 +421,7 @@ void packed_attention_backward(Address query, Address key, Address mixed, Addres
                                Address grad_mixed, int num_threads) {
   const xrl::QkvShape qkv = xrl::qkv_shape(shape);
   const xrl::AttentionShape attention = xrl::attention_shape(qkv, scale);
+  xrl::check_sequences(xrl::packed_sequences(sequences), qkv.num_tokens);
   const int dim = qkv.head_dim;
   const int num_heads = attention.num_heads;
   const int num_kv_heads = attention.num_kv_heads;
@@ -363,6 +436,13 @@ void packed_attention_backward(Address query, Address key, Address mixed, Addres
                                           xrl::values_of(at<T>(grad_mixed), qkv)};
   py::gil_scoped_release release;
   XRL_DISPATCH(packed_attention_backward, tensors, xrl::packed_sequences(sequences), attention, num_threads);
+}
+
+void set_num_threads(int count) {
+  xrl::check(count >= 0 && count <= xrl::kMostThreads,
+             "the number of threads must be in [0, " + std::to_string(xrl::kMostThreads) + "], got " +
+                 std::to_string(count));
+  xrl::set_num_threads(count);
 }
 
 const char* cpu_isa() {
@@ -402,7 +482,7 @@ void bind(py::module_& module, const std::string& suffix) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of xrl; call them through xrl.kernels, which checks shapes and types.";
   module.def("cpu_isa", &cpu_isa, "Instruction set the CPU kernels run with.");
-  module.def("set_num_threads", &xrl::set_num_threads, py::arg("count"), "Threads that kernels of this process use.");
+  module.def("set_num_threads", &set_num_threads, py::arg("count"), "Threads that kernels of this process use.");
   module.def("num_threads", &xrl::num_threads, "What set_num_threads said, or 0.");
   bind<float>(module, "_f32");
   bind<xrl::bfloat16>(module, "_bf16");

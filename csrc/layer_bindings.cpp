@@ -14,6 +14,8 @@
 #include "cpu/decode_layers.h"
 #include "cpu/train_layer.h"
 #include "dispatch.h"
+#include "index_checks.h"
+#include "memory_checks.h"
 
 namespace py = pybind11;
 
@@ -24,37 +26,50 @@ using xrl::at;
 
 // (hidden, ffn, num_heads, num_kv_heads, head_dim, block_size, eps)
 using DecoderShapeTuple = std::tuple<int64_t, int64_t, int, int, int, int, float>;
-// (num_rows, positions, slots, group_starts, num_groups, prompt_blocks, their row stride, prompt_lengths, row_blocks,
-// their row stride, row_lengths, cos, sin)
-using DecoderRowsTuple = std::tuple<int64_t, Address, Address, Address, int, Address, int64_t, Address, Address,
-                                    int64_t, Address, Address, Address>;
+// (num_rows, positions, slots, cos, sin, positions in these tables)
+using DecoderRowsTuple = std::tuple<int64_t, Address, Address, Address, Address, int64_t>;
 // Addresses in the order of xrl::DecodeLayer.
 using DecodeLayerArray = std::array<Address, 11>;
 
+xrl::Span span(const char* name, const float* place, int64_t num_floats) {
+  return {name, reinterpret_cast<Address>(place), 4 * num_floats};
+}
+
+// What a step writes: x, and in each layer the cache, which must be no other tensor's memory.
+void check_written(const float* x, const xrl::DecodeLayer& layer, const xrl::DecoderShape& shape,
+                   const xrl::DecoderRows& rows, int64_t num_blocks, int64_t num_positions) {
+  const int64_t cache_floats = num_blocks * shape.num_kv_heads * shape.block_size * shape.head_dim;
+  const int64_t table_floats = num_positions * (shape.head_dim / 2);
+  xrl::check_apart({span("x", x, rows.count * shape.hidden), span("keys", layer.keys, cache_floats),
+                    span("values", layer.values, cache_floats)},
+                   {span("input_norm", layer.input_norm, shape.hidden), span("mlp_norm", layer.mlp_norm, shape.hidden),
+                    span("q_norm", layer.q_norm, shape.head_dim), span("k_norm", layer.k_norm, shape.head_dim),
+                    span("cos", rows.cos, table_floats), span("sin", rows.sin, table_floats)});
+}
+
 void decode_layers(Address x, const std::vector<DecodeLayerArray>& layers, const DecoderShapeTuple& shape_tuple,
-                   const DecoderRowsTuple& rows_tuple, int num_threads) {
+                   const DecoderRowsTuple& rows_tuple, const xrl::PagedRowsTuple& context_tuple, int64_t num_blocks,
+                   int num_threads) {
   const auto [hidden, ffn, num_heads, num_kv_heads, head_dim, block_size, eps] = shape_tuple;
-  const auto [num_rows, positions, slots, group_starts, num_groups, prompt_blocks, prompt_blocks_stride, prompt_lengths,
-              row_blocks, row_blocks_stride, row_lengths, cos, sin] = rows_tuple;
+  const auto [num_rows, positions, slots, cos, sin, num_positions] = rows_tuple;
   xrl::check_attention(num_heads, num_kv_heads, block_size);
   xrl::check_sizes(num_rows, hidden, num_threads);
   const xrl::DecoderShape shape{hidden, ffn, num_heads, num_kv_heads, head_dim, block_size, eps};
-  const xrl::PagedRows context{at<const int32_t>(group_starts),   at<const int32_t>(prompt_blocks),
-                               at<const int32_t>(prompt_lengths), at<const int32_t>(row_blocks),
-                               at<const int32_t>(row_lengths),    num_groups,
-                               prompt_blocks_stride,              row_blocks_stride};
+  const xrl::PagedRows context = xrl::paged_rows(context_tuple);
   const xrl::DecoderRows rows{num_rows, at<const int32_t>(positions), at<const int32_t>(slots), context,
                               at<const float>(cos), at<const float>(sin)};
-  const int32_t* starts = context.group_starts;
-  xrl::check(starts[0] == 0 && starts[num_groups] == num_rows,
-             "group_starts must go from 0 to " + std::to_string(num_rows));
+  xrl::check_paged_rows(context, num_rows, block_size, num_blocks);
+  xrl::check_positions(rows.positions, num_rows, num_positions);
+  xrl::check_slots(rows.slots, num_rows, num_blocks * block_size);
   std::vector<xrl::DecodeLayer> addressed;
+  addressed.reserve(layers.size());
   for (const auto& [input_norm, qkv, qkv_bias, q_norm, k_norm, attention_out, mlp_norm, gate_up, down, keys, values] :
        layers) {
     addressed.push_back({at<const float>(input_norm), at<const float>(qkv), at<const float>(qkv_bias),
                          at<const float>(q_norm), at<const float>(k_norm), at<const float>(attention_out),
                          at<const float>(mlp_norm), at<const float>(gate_up), at<const float>(down), at<float>(keys),
                          at<float>(values)});
+    check_written(at<const float>(x), addressed.back(), shape, rows, num_blocks, num_positions);
   }
   py::gil_scoped_release release;
   XRL_DISPATCH(decode_layers, addressed.data(), addressed.size(), shape, rows, at<float>(x), num_threads);
@@ -86,6 +101,7 @@ using TrainLayerTuple =
 
 xrl::TrainLayer train_layer(const TrainLayerTuple& tuple) {
   const auto& [shape, qkv, weights, sequences, cosine, sine] = tuple;
+  xrl::check_sequences(xrl::packed_sequences(sequences), std::get<0>(qkv));
   return {train_shape(shape, qkv), parameters<const float>(weights), xrl::packed_sequences(sequences),
           at<const float>(cosine), at<const float>(sine)};
 }

@@ -1,8 +1,9 @@
 #include "team.h"
 
 #include <chrono>
-#include <system_error>
+#include <exception>
 #include <thread>
+#include <utility>
 
 #ifdef __linux__
 #include <linux/futex.h>
@@ -57,15 +58,19 @@ class Team {
  public:
   void run(int num_threads, TeamBody body, const void* context) {
     if (is_taken_.exchange(true)) return body(context, 0);
-    const Closing closing{*this};
-    start_helpers(num_threads - 1);
-    body_ = body;
-    context_ = context;
-    num_threads_ = num_threads;
-    gate_.store(kOpen);
-    calls_.fetch_add(1);
-    if (num_asleep_.load() > 0) wake_all(calls_);
-    body(context, 0);
+    std::exception_ptr thrown_by_helper;
+    {
+      const Closing closing{*this, thrown_by_helper};
+      start_helpers(num_threads - 1);
+      body_ = body;
+      context_ = context;
+      num_threads_ = num_threads;
+      gate_.store(kOpen);
+      calls_.fetch_add(1);
+      if (num_asleep_.load() > 0) wake_all(calls_);
+      body(context, 0);
+    }
+    if (thrown_by_helper != nullptr) std::rethrow_exception(thrown_by_helper);
   }
 
  private:
@@ -74,9 +79,12 @@ class Team {
   // However the caller's share ends: helpers that are inside look at what is on its stack.
   struct Closing {
     Team& team;
+    std::exception_ptr& thrown_by_helper;
 
     ~Closing() {
       team.close();
+      thrown_by_helper = std::exchange(team.thrown_, nullptr);
+      team.has_thrown_.store(false);
       team.is_taken_.store(false);
     }
   };
@@ -98,7 +106,16 @@ class Team {
       for (; num_helpers_ < count; ++num_helpers_) {
         std::thread([this, index = num_helpers_ + 1, seen = calls_.load()] { help(index, seen); }).detach();
       }
-    } catch (const std::system_error&) {  // no more threads are to be had: those that there are do the work
+    } catch (const std::exception&) {  // no more threads or no memory for one: those that there are do the work
+    }
+  }
+
+  // A helper's share. What it throws is kept for the caller, who has no use for more than the first.
+  void help_once(int thread) {
+    try {
+      body_(context_, thread);
+    } catch (...) {
+      if (!has_thrown_.exchange(true)) thrown_ = std::current_exception();
     }
   }
 
@@ -115,7 +132,7 @@ class Team {
       seen = calls_.load();
       had_work = enter();
       if (!had_work) continue;  // too late, and a core that others want is not for waiting
-      if (thread < num_threads_) body_(context_, thread);
+      if (thread < num_threads_) help_once(thread);
       if (gate_.fetch_sub(1) == 1 && caller_sleeps_.load()) wake_all(gate_);
     }
   }
@@ -135,6 +152,9 @@ class Team {
   TeamBody body_ = nullptr;
   const void* context_ = nullptr;
   int num_threads_ = 0;
+  // What a helper has thrown: written by the first one, read when the gate is closed again and nobody inside.
+  std::atomic<bool> has_thrown_{false};
+  std::exception_ptr thrown_;
   alignas(64) std::atomic<uint32_t> calls_{0};  // so far; helpers wait for the next one
   alignas(64) std::atomic<uint32_t> gate_{0};   // kOpen while there may be work, and the number of helpers inside
   alignas(64) std::atomic<int> num_asleep_{0};

@@ -12,6 +12,9 @@ namespace xrl {
 
 using TeamBody = void (*)(const void* context, int thread);
 
+// So many that no machine has more cores for one process; each costs memory in every kernel that sums up by thread.
+constexpr int kMostThreads = 1024;
+
 // Threads that kernels of this process use; 0 where nobody has said.
 void set_num_threads(int count);
 int num_threads();
@@ -19,7 +22,7 @@ int num_threads();
 // Runs body(context, 0) here, and body(context, i), 1 <= i < num_threads, on each helper that comes before that one
 // returns; returns when all have returned. The body must take its work piece by piece, for as long as there is some:
 // any of the threads may do all of it. Calls from a body, or while another thread has the helpers, run on the caller
-// alone. Throws nothing itself; what a body throws on a helper ends the process.
+// alone. Throws what a body has thrown, here or on a helper, after all have returned: part of the work is undone then.
 void call_team(int num_threads, TeamBody body, const void* context);
 
 namespace {  // a copy of these for each instruction set

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <tuple>
 #include <vector>
@@ -47,9 +47,10 @@ uint64_t tensor_checksum(Address bytes, int64_t num_bytes, Address target, int n
   };
   std::vector<std::thread> others;
   int started = 1;
+  others.reserve(static_cast<std::size_t>(num_threads - 1));  // with threads in it, it must not fail to grow
   try {
     for (; started < num_threads; ++started) others.emplace_back(sum_share, started);
-  } catch (const std::system_error&) {  // no more threads are to be had
+  } catch (const std::exception&) {  // no more threads are to be had, or no memory for one
   }
   sum_share(0);
   for (int thread = started; thread < num_threads; ++thread) sum_share(thread);
@@ -97,6 +98,8 @@ uint64_t checksum_from_sums(const std::vector<Address>& shares,
 void set_step(Address counter, int32_t step) { xrl::set_step(at<int32_t>(counter), step); }
 
 bool wait_for_step(Address counter, int32_t step, double seconds) {
+  constexpr double kLongest = 1e9;  // what clocks can count; a NaN is refused too
+  xrl::check(seconds >= 0 && seconds <= kLongest, "seconds must be in [0, 1e9], got " + std::to_string(seconds));
   py::gil_scoped_release release;
   return xrl::wait_for_step(at<const int32_t>(counter), step, seconds);
 }

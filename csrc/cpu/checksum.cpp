@@ -83,7 +83,7 @@ uint64_t part_of_row(const char* source, int64_t num_bytes, char* target, uint64
     }
   }
   total += total_of(add(sums[0], sums[1]));
-  return total + few_words<kCopies>(source + i, num_bytes - i, target + i, columns + i / 8);
+  return total + few_words<kCopies>(source + i, num_bytes - i, kCopies ? target + i : nullptr, columns + i / 8);
 }
 
 template <bool kCopies>

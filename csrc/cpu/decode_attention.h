@@ -21,13 +21,15 @@ constexpr int kMaxQueriesPerHead = 32;  // query heads that share a KV head
 // Rows of a decode batch and where their contexts lie; see PagedContext in xrl/kernels/decode_attention.py.
 struct PagedRows {
   const int32_t* group_starts;    // [num_groups + 1]
-  const int32_t* prompt_blocks;   // [num_groups, prompt_blocks_stride]
+  const int32_t* prompt_blocks;   // [num_groups, prompt_blocks_columns], rows prompt_blocks_stride apart
   const int32_t* prompt_lengths;  // [num_groups]
-  const int32_t* row_blocks;      // [num rows, row_blocks_stride]
+  const int32_t* row_blocks;      // [num rows, row_blocks_columns]
   const int32_t* row_lengths;     // [num rows]
   int num_groups;
   int64_t prompt_blocks_stride;
+  int64_t prompt_blocks_columns;
   int64_t row_blocks_stride;
+  int64_t row_blocks_columns;
 };
 
 // query: [num rows, num_heads, head_dim], rows query_stride elements apart; out: the same, contiguous.

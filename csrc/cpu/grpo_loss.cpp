@@ -48,7 +48,7 @@ void grpo_single_pass(const LogitRows<T>& logits, const ChosenTokens& tokens, co
   for_ranges(logits.num_rows, num_threads, [&](const Range& range) {
     for (int64_t index = range.first; index < range.last; ++index) {
       const T* x = logits.data + index * logits.row_stride;
-      const int64_t target = tokens.ids[index] - tokens.vocab_start;
+      const int64_t target = column_of(tokens.ids[index], tokens.vocab_start);
       RowGradient slopes{};
       GrpoRowOut values{};
       float logprob = 0.0f;

@@ -16,7 +16,7 @@ void logprob_statistics(const LogitRows<T>& logits, const ChosenTokens& tokens, 
       out.sum_exp[row] = static_cast<float>(sums.sum_exp);
       out.sum_exp_shifted[row] = static_cast<float>(sums.sum_exp_shifted);
       out.target[row] =
-          shifted_target(x, logits.num_columns, tokens.ids[row] - tokens.vocab_start, sums.maximum,
+          shifted_target(x, logits.num_columns, column_of(tokens.ids[row], tokens.vocab_start), sums.maximum,
                          tokens.inverse_temperature);
     }
   });
@@ -31,7 +31,7 @@ void logprob_gradient(const LogitRows<T>& logits, const ChosenTokens& tokens, co
                                  rows.grad_logprob[row] * tokens.inverse_temperature,
                                  rows.grad_entropy ? rows.grad_entropy[row] * tokens.inverse_temperature : 0.0f};
       write_gradient(logits.data + row * logits.row_stride, logits.num_columns,
-                     tokens.ids[row] - tokens.vocab_start, tokens.inverse_temperature, gradient,
+                     column_of(tokens.ids[row], tokens.vocab_start), tokens.inverse_temperature, gradient,
                      out.data + row * out.row_stride, out.num_columns);
     }
   });

@@ -231,6 +231,12 @@ static inline void row_gradient(const T* x, int64_t num_columns, float inverse_t
   while (column < num_columns) one(column++);
 }
 
+// The column of a token, or a number that is no column's. A masked row's id may be anything: the difference comes round
+// instead of overflowing, and to no column, as vocab_start is at most 2^62.
+static inline int64_t column_of(int64_t token_id, int64_t vocab_start) {
+  return static_cast<int64_t>(static_cast<uint64_t>(token_id) - static_cast<uint64_t>(vocab_start));
+}
+
 // s of the chosen token; 0 where it is on another shard.
 template <typename T>
 static inline float shifted_target(const T* x, int64_t num_columns, int64_t target, float maximum,

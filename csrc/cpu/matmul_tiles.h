@@ -162,7 +162,8 @@ static inline void chunk_times_panels(const StridedMatrix& a, const Panels& b, c
   StridedMatrix tiles[kChunkTiles];
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const int64_t t = row / kTileRows;
-    tiles[t] = readable(a.from(row, 0), tile_rows(row, rows), depth, copies + t * kCopySize);
+    float* copy = copies == nullptr ? nullptr : copies + t * kCopySize;
+    tiles[t] = readable(a.from(row, 0), tile_rows(row, rows), depth, copy);
   }
   for (int64_t column = 0; column < columns; column += kPanel) {
     for (int64_t row = 0; row < rows; row += kTileRows) {

@@ -51,7 +51,10 @@ void sample_tokens(const float* logits, int64_t num_rows, int64_t vocab_size, co
     for (int64_t row = range.first; row < range.last; ++row) {
       const float* x = logits + row * vocab_size;
       const bool greedy = temperatures[row] == 0.0f;
-      const float inverse_temperature = greedy ? 1.0f : 1.0f / temperatures[row];
+      // The smallest ones have no inverse, and that of the highest would make a number of 0 * -inf.
+      using Limits = std::numeric_limits<float>;
+      const float inverse_temperature =
+          greedy ? 1.0f : 1.0f / std::clamp(temperatures[row], Limits::min(), Limits::max());
       float maximum = -std::numeric_limits<float>::infinity();
 #pragma omp simd reduction(max : maximum)
       for (int64_t i = 0; i < vocab_size; ++i) maximum = std::max(maximum, x[i]);

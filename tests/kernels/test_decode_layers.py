@@ -125,7 +125,7 @@ def test_bad_arguments_are_refused() -> None:
             decode_layers(**arguments, eps=EPS)
 
     run("x must be", x=x[:, 1:])
-    run("must have 3 rows", x=torch.randn(3, HIDDEN))
+    run(r"row_blocks must be int32 \[3, \*\]", x=torch.randn(3, HIDDEN))
     run("at least one layer", layers=[])
     run("keys must be", layers=[dataclasses.replace(layers[0], keys=layers[0].keys[0])])
     run("keys must be", layers=[dataclasses.replace(layers[0], attention_out=PackedLinear(torch.eye(HIDDEN, 60)))])
@@ -133,7 +133,9 @@ def test_bad_arguments_are_refused() -> None:
     run("cos must be", rope=dataclasses.replace(rope, cos=rope.cos[:, 1:]))
     run("layer 1: products", layers=[layers[0], dataclasses.replace(layers[1], down=PackedLinear(torch.eye(8)))])
     run("layer 1: keys", layers=[layers[0], dataclasses.replace(layers[1], keys=layers[1].keys[1:])])
-    run("layer 0: norms", layers=[dataclasses.replace(layers[0], q_norm=torch.ones(3)), layers[1]])
+    run("layer 0: q_norm", layers=[dataclasses.replace(layers[0], q_norm=torch.ones(3)), layers[1]])
+    run("sin must be", rope=dataclasses.replace(rope, sin=rope.sin[1:]))
+    run("layer 1: mlp_norm", layers=[layers[0], dataclasses.replace(layers[1], mlp_norm=torch.ones(3))])
 
 
 @needs_kernel

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from xrl.kernels.native import native_module
 from xrl.kernels.packed_linear import PackedLinear, padded_rows
 from xrl.kernels.rms_norm import rms_norm, rms_norm_reference
 from xrl.kernels.rope_cache import rope_cache, rope_cache_reference
@@ -115,3 +116,44 @@ def test_padding_leaves_few_distinct_row_counts() -> None:
     sizes = {padded_rows(n) for n in range(1, 257)}
     assert len(sizes) == 13
     assert all(padded_rows(n) >= n for n in range(1, 2000))
+
+
+@pytest.mark.parametrize("draw", [sample_tokens, sample_tokens_reference])
+def test_an_endless_temperature_draws_from_all_tokens_alike(draw) -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 3.0, 0.0]]).repeat(3, 1)
+    uniforms = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    tokens, logprobs = draw(logits, torch.full((3,), torch.inf), uniforms)
+    assert tokens.tolist() == [0, 2, 3]
+    torch.testing.assert_close(logprobs, torch.full((3,), 1 / 3).log())
+
+
+@pytest.mark.skipif(native_module() is None, reason="the reference divides by the temperature")
+def test_a_temperature_without_an_inverse_takes_the_likeliest() -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 3.0, 0.0]])
+    tokens, logprobs = sample_tokens(logits, torch.tensor([1e-44]), torch.tensor([0.9], dtype=torch.float64))
+    assert (tokens.tolist(), logprobs.tolist()) == ([2], [0.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperatures", -1.0), ("temperatures", torch.nan), ("uniforms", 1.0), ("uniforms", torch.nan)]
+)
+def test_draws_that_no_distribution_can_be_made_of_are_refused(name: str, value: float) -> None:
+    arguments = {"temperatures": torch.ones(2), "uniforms": torch.zeros(2, dtype=torch.float64)}
+    arguments[name][1] = value
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        sample_tokens(torch.zeros(2, 5), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_that_are_columns_of_a_matrix_are_read_as_such(dtype: torch.dtype) -> None:
+    ours, expected = (rope_arguments(dtype, 16, True) for _ in range(2))
+    wide = torch.stack([ours["q_norm"], ours["k_norm"]], dim=1)
+    rope_cache(**ours | {"q_norm": wide[:, 0], "k_norm": wide[:, 1]})
+    rope_cache_reference(**expected)
+    torch.testing.assert_close(ours["qkv"], expected["qkv"], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_a_bias_that_is_a_column_of_a_matrix_is_read_as_such() -> None:
+    weight, wide, x = torch.randn(24, 40), torch.randn(24, 3), torch.randn(5, 40)
+    expected = torch.nn.functional.linear(x, weight, wide[:, 1])
+    torch.testing.assert_close(PackedLinear(weight, wide[:, 1])(x), expected, rtol=1e-5, atol=1e-4)

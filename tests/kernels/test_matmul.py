@@ -150,9 +150,9 @@ def test_packed_products_refuse_other_shapes_and_types(x: Tensor) -> None:
     if not has_matmul(torch.ones(1)):
         pytest.skip("no vector instructions: torch multiplies, and says so itself")
     for packed in (PackedLinear(torch.ones(3, 4)), PackedSwiGLU(torch.ones(6, 4))):
-        with pytest.raises(ValueError, match=r"x must be fp32 \[N, 4\] on the CPU, got"):
+        with pytest.raises(ValueError, match=r"x must be torch.float32 \[\*, 4\] on cpu, got"):
             packed(x)
-    with pytest.raises(ValueError, match=r"other must be \[2, 3\], got \[1, 3\]"):
+    with pytest.raises(ValueError, match=r"other must be torch.float32 \[2, 3\] on cpu, got torch.float32 \[1, 3\]"):
         PackedLinear(torch.ones(3, 4)).plus(torch.ones(2, 4), torch.ones(1, 3))
 
 

@@ -48,11 +48,11 @@ def test_a_prompt_is_computed_the_same_in_any_company() -> None:
 @pytest.mark.parametrize(
     ("shape", "lengths", "named"),
     [
-        ((7, 8), [7], "contiguous"),
+        ((7, 8), [7], "qkv must be"),
         ((7, 7, 16), [7], "heads"),
         ((7, 10, 16), [7], "heads"),
-        ((7, 8, 16), [8], "do not fit"),
-        ((7, 8, 16), [0, 7], "do not fit"),
+        ((7, 8, 16), [8], "more tokens than the 7 of qkv"),
+        ((7, 8, 16), [0, 7], "lengths must be >= 1"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(shape: tuple[int, ...], lengths: list[int], named: str) -> None:

@@ -113,3 +113,43 @@ def test_kernels_use_as_many_threads_as_pytorch_until_somebody_says_how_many() -
 def test_pytorch_stays_on_one_thread_beside_a_small_model() -> None:
     use_threads(2, num_parameters=SMALL_MODEL - 1)
     assert (num_threads(), torch.get_num_threads()) == (2, 1)
+
+
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer needs all addresses there are")
+def test_memory_that_runs_out_on_any_thread_of_a_kernel_is_a_memory_error() -> None:
+    """Each thread makes 48 MB of room for itself, and the limit leaves enough for one."""
+    program = """
+import resource, torch
+from xrl.kernels.gated_mlp import gated_mlp
+from xrl.kernels.matmul import matmul
+from xrl.kernels.threads import use_threads
+
+use_threads(2, num_parameters=0)
+a = torch.randn(300, 300)
+expected = matmul(a, a)  # the threads have started
+ffn = 1_000_000
+x, gate_up, down = torch.ones(1, 1), torch.ones(2 * ffn, 1), torch.ones(1, ffn)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+of_the_caller = 4 * ffn * (2 + 2 + 32 + 12)  # both products' factor, packed weights, a tile of rows between them
+resource.setrlimit(resource.RLIMIT_AS, (used + of_the_caller + (24 << 20), resource.RLIM_INFINITY))
+for _ in range(1000):  # until the other thread comes in time
+    try:
+        gated_mlp(x, gate_up, down)
+    except MemoryError:
+        break
+else:
+    raise SystemExit("there was enough memory, or one thread only")
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert torch.equal(matmul(a, a), expected)
+assert gated_mlp(x, gate_up, down).isfinite().all()
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("count", [0, -1, 1025, 2**40])
+def test_numbers_of_threads_that_no_machine_has_are_refused(count: int) -> None:
+    before = num_threads(), torch.get_num_threads()
+    with pytest.raises((ValueError, TypeError)):
+        use_threads(count, num_parameters=0)
+    assert (num_threads(), torch.get_num_threads()) == before

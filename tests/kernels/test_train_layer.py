@@ -156,15 +156,17 @@ def test_bad_arguments_are_refused() -> None:
     layer, rules, x = make_layer(), make_rules(6, [6], [], []), normal(6, HIDDEN, seed=10)
     sequences = rules.sequences
     for match, change in {
-        r"input_norm must be \[40\], got \[3\]": {"input_norm": torch.ones(3)},
+        r"input_norm must be torch.float32 \[40\] on cpu, got torch.float32 \[3\]": {"input_norm": torch.ones(3)},
         "qkv must be": {"qkv": torch.ones(32, HIDDEN)},
         "needed together": {"k_norm": None},
     }.items():
         with pytest.raises(ValueError, match=match):
             train_layer(x, dataclasses.replace(layer, **change), rules)
     for match, change in {
-        "a row for each of the 6 tokens": {"cos": rules.cos[:5], "sin": rules.sin[:5]},
-        r"must be \[T, d\]": {"sin": rules.sin[:, :8]},
+        r"cos must be torch.float32 \[6, \*\]": {"cos": rules.cos[:5], "sin": rules.sin[:5]},
+        "a row for each of the 7 tokens": {"sequences": dataclasses.replace(sequences, num_tokens=7)},
+        "must give each of 5 tokens to one sequence": {"sequences": dataclasses.replace(sequences, num_tokens=5)},
+        "sin must be": {"sin": rules.sin[:, :8]},
         "starts must be int32": {"sequences": dataclasses.replace(sequences, starts=sequences.starts.long())},
     }.items():
         with pytest.raises(ValueError, match=match):

@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xrl.kernels.arguments import (
+    address,
+    check_floats,
+    check_index,
+    check_instance,
+    check_no_gradient,
+    check_range,
+    check_tensor,
+)
 from xrl.kernels.native import native_module
 from xrl.kernels.threads import num_threads
 
@@ -32,16 +41,45 @@ class PagedContext:
     row_blocks: Tensor  # [N, max_row_blocks] cache blocks of each row's own tokens
     row_lengths: Tensor  # [N] own tokens, the new one included; 0 marks a padding row
 
-    def check(self, num_rows: int) -> None:
-        """Raises ValueError where the tables do not fit together, or a batch of so many rows."""
+    def check(self, num_rows: int, device: torch.device) -> None:
+        """Raises ValueError where the tables do not fit together, or a batch of so many rows on that device."""
+        check_index("prompt_lengths", self.prompt_lengths, (None,), device=device)
         num_groups = len(self.prompt_lengths)
-        if (len(self.row_lengths), len(self.row_blocks)) != (num_rows, num_rows):
-            raise ValueError(f"row_lengths and row_blocks must have {num_rows} rows, one for each new token")
-        if (len(self.prompt_blocks), len(self.group_starts)) != (num_groups, num_groups + 1):
-            raise ValueError(f"prompt_blocks must have {num_groups} rows and group_starts {num_groups + 1} entries")
-        for name, tensor in vars(self).items():
-            if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
-                raise ValueError(f"{name} must be int32 with adjacent columns, got {tensor.dtype}")
+        check_index("group_starts", self.group_starts, (num_groups + 1,), device=device)
+        check_index("prompt_blocks", self.prompt_blocks, (num_groups, None), device=device)
+        check_index("row_blocks", self.row_blocks, (num_rows, None), device=device)
+        check_index("row_lengths", self.row_lengths, (num_rows,), device=device)
+
+    def check_values(self, num_blocks: int, block_size: int) -> None:
+        """Raises ValueError where they lead out of a cache, as csrc/index_checks.h does; on the CPU only."""
+        if not self.group_starts.is_cpu:
+            return
+        starts, num_rows = self.group_starts.tolist(), len(self.row_lengths)
+        if starts[0] != 0 or starts[-1] != num_rows or starts != sorted(starts):
+            raise ValueError(f"group_starts must go from 0 to {num_rows}, without a step back, got {starts}")
+        contexts = (
+            ("prompt", self.prompt_blocks, self.prompt_lengths),
+            ("row", self.row_blocks, self.row_lengths),
+        )
+        for name, blocks, lengths in contexts:
+            check_range(f"{name}_lengths", lengths, 0, blocks.shape[1] * block_size + 1)
+            is_used = torch.arange(blocks.shape[1]) * block_size < lengths[:, None]
+            check_range(f"{name}_blocks", blocks[is_used], 0, num_blocks)
+
+    def addresses(self) -> tuple[int, ...]:
+        """As the kernels take it: see PagedRowsTuple in csrc/arguments.h."""
+        return (
+            address(self.group_starts),
+            len(self.prompt_lengths),
+            address(self.prompt_blocks),
+            self.prompt_blocks.stride(0),
+            self.prompt_blocks.shape[1],
+            address(self.prompt_lengths),
+            address(self.row_blocks),
+            self.row_blocks.stride(0),
+            self.row_blocks.shape[1],
+            address(self.row_lengths),
+        )
 
 
 def decode_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext) -> Tensor:
@@ -56,34 +94,24 @@ def decode_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, cont
         [N, num_heads, D]; padding rows hold zeros
 
     Raises:
-        ValueError: shapes or types that do not fit together. Block ids are taken on trust.
+        ValueError: shapes, types or devices that do not fit together, or (on the CPU) a context that leads out of the
+            cache.
+        TypeError: what should be a tensor is none.
     """
     _check(query, key_cache, value_cache, context)
     module = native_module()
     repeats = query.shape[1] // key_cache.shape[1]
+    num_blocks, num_kv_heads, block_size = key_cache.shape[:3]
     if module is None or not _heads_side_by_side(query) or not fits_native(key_cache, value_cache, repeats=repeats):
+        context.check_values(num_blocks, block_size)
         return decode_attention_reference(query, key_cache, value_cache, context)
-    num_heads, head_dim = query.shape[1:]
-    num_kv_heads, block_size = key_cache.shape[1:3]
+    num_rows, num_heads, head_dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype)
     getattr(module, f"decode_attention_{_SUFFIX[query.dtype]}")(
-        query.data_ptr(),
-        out.data_ptr(),
-        num_heads,
-        query.stride(0),
-        key_cache.data_ptr(),
-        value_cache.data_ptr(),
-        num_kv_heads,
-        block_size,
-        head_dim,
-        context.group_starts.data_ptr(),
-        len(context.prompt_lengths),
-        context.prompt_blocks.data_ptr(),
-        context.prompt_blocks.stride(0),
-        context.prompt_lengths.data_ptr(),
-        context.row_blocks.data_ptr(),
-        context.row_blocks.stride(0),
-        context.row_lengths.data_ptr(),
+        (address(query), num_rows, query.stride(0), num_heads),
+        address(out),
+        (address(key_cache), address(value_cache), num_blocks, num_kv_heads, block_size, head_dim),
+        context.addresses(),
         num_threads(),
     )
     return out
@@ -92,7 +120,7 @@ def decode_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, cont
 def fits_native(key_cache: Tensor, value_cache: Tensor, *, repeats: int) -> bool:
     """Whether the kernel reads such a cache, for so many query heads a KV head."""
     return (
-        key_cache.device.type == "cpu"
+        key_cache.is_cpu
         and key_cache.dtype in _SUFFIX
         and key_cache.shape[3] in _NATIVE_HEAD_DIMS
         and repeats <= _NATIVE_MAX_REPEATS
@@ -107,20 +135,18 @@ def _heads_side_by_side(query: Tensor) -> bool:
 
 
 def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext) -> None:
-    if key_cache.shape != value_cache.shape or key_cache.ndim != 4:
-        raise ValueError(
-            f"key_cache and value_cache must both be [blocks, KV heads, block size, D], "
-            f"got {list(key_cache.shape)} and {list(value_cache.shape)}"
-        )
-    if query.ndim != 3 or query.shape[2] != key_cache.shape[3] or query.shape[1] % key_cache.shape[1]:
-        wanted = f"[N, a multiple of {key_cache.shape[1]} heads, {key_cache.shape[3]}]"
-        raise ValueError(f"query must be {wanted}, got {list(query.shape)}")
-    if not query.dtype == key_cache.dtype == value_cache.dtype:
-        raise ValueError(
-            f"query, key_cache and value_cache must have one dtype, "
-            f"got {query.dtype}, {key_cache.dtype} and {value_cache.dtype}"
-        )
-    context.check(len(query))
+    check_floats("query", query, (None, None, None))
+    num_rows, num_heads, head_dim = query.shape
+    check_tensor("key_cache", key_cache, (None, None, None, head_dim), like=query)
+    check_tensor("value_cache", value_cache, key_cache.shape, like=query)
+    num_kv_heads, block_size = key_cache.shape[1:3]
+    if num_kv_heads < 1 or block_size < 1 or head_dim < 1:
+        raise ValueError(f"key_cache must have a KV head and blocks of a token or more, got {list(key_cache.shape)}")
+    if num_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"query must have a multiple of the {num_kv_heads} KV heads, got {list(query.shape)}")
+    check_instance("context", context, PagedContext)
+    context.check(num_rows, query.device)
+    check_no_gradient("decode_attention", query=query, key_cache=key_cache, value_cache=value_cache)
 
 
 def decode_attention_reference(query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext) -> Tensor:

@@ -12,6 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xrl.kernels.arguments import (
+    address,
+    check_floats,
+    check_index,
+    check_instance,
+    check_no_gradient,
+    check_number,
+    check_range,
+    check_tensor,
+)
 from xrl.kernels.decode_attention import PagedContext, decode_attention, fits_native
 from xrl.kernels.native import native_module
 from xrl.kernels.packed_linear import PackedLinear, PackedSwiGLU
@@ -66,15 +76,21 @@ def decode_layers(
         [N, H]
 
     Raises:
-        ValueError: shapes or types that do not fit together. Positions, slots and block ids are taken on trust.
+        ValueError: shapes, types or devices that do not fit together, caches that share memory, or (on the CPU) a
+            position, a slot or a context that leads out of its table.
+        TypeError: an argument is of another kind.
     """
-    _check(x, layers, context, rope, slots)
-    if not _is_native(x, layers, rope):
-        return reference_decode_layers(x, layers, context, rope, slots=slots, eps=eps)
+    _check(x, layers, context, rope, slots, eps)
     first = layers[0]
-    num_kv_heads, block_size, head_dim = first.keys.shape[1:]
+    num_blocks, num_kv_heads, block_size, head_dim = first.keys.shape
+    if not _is_native(x, layers, rope):
+        # Before the first operation stores anything.
+        context.check_values(num_blocks, block_size)
+        check_range("positions", rope.positions, 0, len(rope.cos))
+        check_range("slots", slots, -1, num_blocks * block_size)
+        return reference_decode_layers(x, layers, context, rope, slots=slots, eps=eps)
     native_module().decode_layers(  # type: ignore[union-attr]
-        x.data_ptr(),
+        address(x),
         [_addresses(layer) for layer in layers],
         (
             first.down.out_features,
@@ -85,21 +101,9 @@ def decode_layers(
             block_size,
             eps,
         ),
-        (
-            len(x),
-            rope.positions.data_ptr(),
-            slots.data_ptr(),
-            context.group_starts.data_ptr(),
-            len(context.prompt_lengths),
-            context.prompt_blocks.data_ptr(),
-            context.prompt_blocks.stride(0),
-            context.prompt_lengths.data_ptr(),
-            context.row_blocks.data_ptr(),
-            context.row_blocks.stride(0),
-            context.row_lengths.data_ptr(),
-            rope.cos.data_ptr(),
-            rope.sin.data_ptr(),
-        ),
+        (len(x), address(rope.positions), address(slots), address(rope.cos), address(rope.sin), len(rope.cos)),
+        context.addresses(),
+        num_blocks,
         num_threads(),
     )
     return x
@@ -148,51 +152,99 @@ def _is_native(x: Tensor, layers: Sequence[DecodeLayer], rope: RopeTables) -> bo
 
 
 def _addresses(layer: DecodeLayer) -> tuple[int, ...]:
-    tensors = (
-        layer.input_norm,
-        layer.qkv.own,
-        layer.qkv.bias,
-        layer.q_norm,
-        layer.k_norm,
-        layer.attention_out.own,
-        layer.mlp_norm,
-        layer.gate_up.own,
-        layer.down.own,
-        layer.keys,
-        layer.values,
+    packed = (layer.qkv.own, layer.attention_out.own, layer.gate_up.own, layer.down.own)
+    qkv, attention_out, gate_up, down = (weight.data_ptr() for weight in packed if weight is not None)
+    return (
+        address(layer.input_norm),
+        qkv,
+        address(layer.qkv.bias),
+        address(layer.q_norm),
+        address(layer.k_norm),
+        attention_out,
+        address(layer.mlp_norm),
+        gate_up,
+        down,
+        address(layer.keys),
+        address(layer.values),
     )
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
-def _check(x: Tensor, layers: Sequence[DecodeLayer], context: PagedContext, rope: RopeTables, slots: Tensor) -> None:
+def _check(
+    x: Tensor, layers: Sequence[DecodeLayer], context: PagedContext, rope: RopeTables, slots: Tensor, eps: float
+) -> None:
+    check_instance("context", context, PagedContext)
+    check_instance("rope", rope, RopeTables)
+    if not isinstance(layers, Sequence) or not all(isinstance(layer, DecodeLayer) for layer in layers):
+        raise TypeError("layers must be a sequence of DecodeLayer")
     if not layers:
         raise ValueError("at least one layer is needed")
     first = layers[0]
-    hidden, ffn, cache = first.down.out_features, first.down.in_features, first.keys.shape
+    check_instance("down", first.down, PackedLinear)
+    check_instance("attention_out", first.attention_out, PackedLinear)
+    hidden, ffn = first.down.out_features, first.down.in_features
     queries = first.attention_out.in_features
-    if len(cache) != 4 or queries % (cache[1] * cache[3]):
+    check_floats("x", x, (None, hidden))
+    check_tensor("keys", first.keys, (None, None, None, None), like=x)
+    cache = first.keys.shape
+    if 0 in cache[1:] or queries % (cache[1] * cache[3]) or cache[3] % 2:
         raise ValueError(
             f"keys must be [blocks, KV heads, block size, D], whole times as many query heads, got {list(cache)} "
             f"and {queries} query columns"
         )
-    if x.ndim != 2 or x.shape[1] != hidden:
-        raise ValueError(f"x must be [N, {hidden}], got {list(x.shape)}")
-    context.check(len(x))
-    for name, index in (("positions", rope.positions), ("slots", slots)):
-        if index.dtype != torch.int32 or index.shape != (len(x),) or not index.is_contiguous():
-            raise ValueError(f"{name} must be int32 [{len(x)}], got {index.dtype} {list(index.shape)}")
-    half = cache[3] // 2
-    for name, table in (("cos", rope.cos), ("sin", rope.sin)):
-        if table.dtype != torch.float32 or table.shape[1:] != (half,) or not table.is_contiguous():
-            raise ValueError(f"{name} must be fp32 [positions, {half}], got {table.dtype} {list(table.shape)}")
+    num_rows, half = len(x), cache[3] // 2
+    context.check(num_rows, x.device)
+    check_index("positions", rope.positions, (num_rows,), device=x.device)
+    check_index("slots", slots, (num_rows,), device=x.device)
+    check_tensor("cos", rope.cos, (None, half), like=x, dtype=torch.float32)
+    check_tensor("sin", rope.sin, rope.cos.shape, like=x, dtype=torch.float32)
+    check_number("eps", eps, lowest=0.0)
+    check_no_gradient("decode_layers", x=x, cos=rope.cos, sin=rope.sin)
     products = [(hidden, queries + 2 * cache[1] * cache[3]), (queries, hidden), (hidden, ffn), (ffn, hidden)]
+    is_recorded = torch.is_grad_enabled()
     for number, layer in enumerate(layers):
         linears = (layer.qkv, layer.attention_out, layer.gate_up, layer.down)
+        if tuple(map(type, linears)) != (PackedLinear, PackedLinear, PackedSwiGLU, PackedLinear):
+            raise TypeError(f"layer {number}: gate_up must be a PackedSwiGLU, the other products a PackedLinear")
         if [(linear.in_features, linear.out_features) for linear in linears] != products:
             raise ValueError(f"layer {number}: products from and to {products} are needed, in their order")
-        if layer.keys.shape != cache or layer.values.shape != cache:
-            raise ValueError(f"layer {number}: keys and values must be {list(cache)}, got {list(layer.keys.shape)}")
-        heads = [(norm, cache[3]) for norm in (layer.q_norm, layer.k_norm)]
-        norms = [(layer.input_norm, hidden), (layer.mlp_norm, hidden), *heads]
-        if any(norm is not None and norm.shape != (size,) for norm, size in norms):
-            raise ValueError(f"layer {number}: norms must be [{hidden}] or, of the heads, [{cache[3]}]")
+        # Two dozen layers at each token: what fits is seen at a glance, and only the rest asked what is wrong with it.
+        if is_recorded or not _fits(layer, x, cache, (hidden,), cache[3:]):
+            _check_layer(number, layer, x, cache, hidden)
+
+
+def _fits(layer: DecodeLayer, x: Tensor, cache: torch.Size, hidden: tuple[int, ...], head: tuple[int, ...]) -> bool:
+    """Whether a layer's tensors are of these shapes and of the kind of x."""
+    dtype, is_cpu = x.dtype, x.is_cpu
+    tensors = [layer.keys, layer.values, layer.input_norm, layer.mlp_norm]
+    try:
+        if not (layer.keys.shape == layer.values.shape == cache):
+            return False
+        if not (layer.input_norm.shape == layer.mlp_norm.shape == hidden):
+            return False
+        for norm in (layer.q_norm, layer.k_norm):
+            if norm is not None:
+                if norm.shape != head:
+                    return False
+                tensors.append(norm)
+        for tensor in tensors:
+            if tensor.dtype is not dtype or tensor.is_cpu is not is_cpu:
+                return False
+            if tensor.layout is not torch.strided or tensor.is_neg():
+                return False
+    except AttributeError:  # no tensor
+        return False
+    return True
+
+
+def _check_layer(number: int, layer: DecodeLayer, x: Tensor, cache: torch.Size, hidden: int) -> None:
+    sizes = {"keys": cache, "values": cache, "input_norm": (hidden,), "mlp_norm": (hidden,)}
+    heads = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
+    try:
+        for name, size in sizes.items():
+            check_tensor(name, getattr(layer, name), size, like=x)
+        for name, norm in heads.items():
+            if norm is not None:
+                check_tensor(name, norm, cache[3:], like=x)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer {number}: {error}") from None
+    check_no_gradient("decode_layers", **{name: getattr(layer, name) for name in sizes}, **heads)

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from xrl.kernels.arguments import address, check_floats, check_tensor
 from xrl.kernels.layer_ops import is_native, reference_swiglu, swiglu_gradient_into, swiglu_into
 from xrl.kernels.linear import weight_gradient
 from xrl.kernels.matmul import has_matmul, matmul
@@ -34,14 +36,16 @@ def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         [..., H]
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes, types or devices that do not fit together.
+        TypeError: what should be a tensor is none.
     """
-    if x.shape[-1] != gate_up.shape[1] or gate_up.shape[0] != 2 * down.shape[1]:
-        raise ValueError(
-            f"x [..., H], gate_up [2 F, H] and down [H, F] are needed, "
-            f"got {list(x.shape)}, {list(gate_up.shape)} and {list(down.shape)}"
-        )
-    if not is_native(x, gate_up, down) or x.numel() == 0:
+    check_floats("x", x)
+    hidden = x.shape[-1]
+    check_tensor("gate_up", gate_up, (None, hidden), like=x)
+    if gate_up.shape[0] % 2:
+        raise ValueError(f"gate_up must be [2 F, {hidden}], got {list(gate_up.shape)}")
+    check_tensor("down", down, (hidden, gate_up.shape[0] // 2), like=x)
+    if not is_native(x, gate_up, down) or x.numel() == 0 or down.numel() == 0:
         return reference_gated_mlp(x, gate_up, down)
     out: Tensor = _GatedMLP.apply(x.reshape(-1, x.shape[-1]).contiguous(), gate_up.contiguous(), down.contiguous())
     return out.view(*x.shape[:-1], len(down))
@@ -61,11 +65,11 @@ class _GatedMLP(torch.autograd.Function):
             ctx.hidden = hidden = x.new_empty(x.shape[0], gate_up.shape[0])
             out = x.new_empty(x.shape[0], down.shape[0])
             _kernels().gated_mlp_forward(
-                x.data_ptr(),
+                address(x),
                 _weights(gate_up, down),
                 len(x),
-                hidden.data_ptr(),
-                out.data_ptr(),
+                address(hidden),
+                address(out),
                 num_threads(),
             )
             return out
@@ -75,6 +79,7 @@ class _GatedMLP(torch.autograd.Function):
         return matmul(activated, down.t())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, gate_up, down = ctx.saved_tensors
         hidden, ctx.hidden = ctx.hidden, None
@@ -86,12 +91,12 @@ class _GatedMLP(torch.autograd.Function):
             grad_x = torch.empty_like(x) if needs_x else None
             activated = hidden.new_empty(len(hidden), down.shape[1])
             _kernels().gated_mlp_backward(
-                grad.data_ptr(),
+                address(grad),
                 _weights(gate_up, down),
                 len(x),
-                hidden.data_ptr(),
-                activated.data_ptr(),
-                0 if grad_x is None else grad_x.data_ptr(),
+                address(hidden),
+                address(activated),
+                address(grad_x),
                 num_threads(),
             )
         else:
@@ -110,7 +115,7 @@ def is_fused(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
 
 
 def _weights(gate_up: Tensor, down: Tensor) -> tuple[int, int, int, int, int]:
-    return gate_up.data_ptr(), down.data_ptr(), gate_up.shape[1], down.shape[1], down.shape[0]
+    return address(gate_up), address(down), gate_up.shape[1], down.shape[1], down.shape[0]
 
 
 def _kernels() -> Any:

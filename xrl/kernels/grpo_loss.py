@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, distributed_c10d
 
 from xrl.algorithms.token_terms import token_terms
 from xrl.config import AlgorithmConfig
+from xrl.kernels.arguments import check_instance, check_no_gradient
 from xrl.kernels.backend import Backend, BackendName, SinglePassBackend, choose_backend
 from xrl.kernels.grpo_rows import ROW_OUTPUTS, GrpoRowParams
 from xrl.kernels.logprob import adjacent, check_found, check_logits, reference_logprob
@@ -196,6 +198,7 @@ class _GrpoTokenLoss(torch.autograd.Function):
         return outputs[0].clone(), logprob, entropy, outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gradient: Tensor | None = ctx.gradient
         if gradient is None:
@@ -388,10 +391,19 @@ def check_token_rows(
     """The arguments that are one number a token, by name; weights of 1 where none were given.
 
     Raises:
-        ValueError: naming the tensor, its shape and what was expected; or one that the settings need is missing.
+        ValueError: naming the tensor, its shape and what was expected; or one that the settings need is missing, or
+            one wants a gradient, which there is none of.
+        TypeError: what should be a tensor is none.
     """
+    check_instance("config", config, AlgorithmConfig)
+    for name, tensor in rows.items():
+        if tensor is not None or name == "advantages":
+            check_instance(name, tensor, Tensor)
     advantages, weights = rows["advantages"], rows["weights"]
     assert advantages is not None
+    if weights is not None and (weights.shape != (num_rows,) or weights.is_complex()):
+        raise ValueError(f"weights must be fp32 [R] = [{num_rows}], got {weights.dtype} {list(weights.shape)}")
+    check_no_gradient("the loss", **rows)
     rows["weights"] = torch.ones_like(advantages) if weights is None else weights.to(advantages.dtype)
     for name, tensor in rows.items():
         if tensor is None:

@@ -6,13 +6,15 @@ function stands before its plain PyTorch reference, which serves every other dev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from xrl.kernels.arguments import address, check_floats, check_no_gradient, check_number, check_tensor
 from xrl.kernels.native import native_module
 from xrl.kernels.threads import num_threads
 
@@ -20,8 +22,19 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467); x [..., H], weight [H]."""
-    if not is_native(x, weight):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467).
+
+    Args:
+        x, weight: [..., H] and [H], of one dtype
+
+    Raises (as all operations of this file):
+        ValueError: shapes, types or devices that do not fit together.
+        TypeError: what should be a tensor is none.
+    """
+    check_floats("x", x)
+    check_tensor("weight", weight, x.shape[-1:], like=x)
+    check_number("eps", eps, lowest=0.0)
+    if not is_native(x, weight) or x.numel() == 0:
         return reference_rms_norm(x, weight, eps)
     out: Tensor = _RMSNorm.apply(x, weight, eps)
     return out
@@ -34,7 +47,10 @@ def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up (arXiv:2002.05202), with x [..., 2 H] = gate before up -> [..., H]."""
-    if not is_native(x):
+    check_floats("x", x)
+    if x.shape[-1] % 2:
+        raise ValueError(f"x must be [..., 2 H], gate before up, got {list(x.shape)}")
+    if not is_native(x) or x.numel() == 0:
         return reference_swiglu(x)
     out: Tensor = _SwiGLU.apply(x)
     return out
@@ -42,8 +58,13 @@ def swiglu(x: Tensor) -> Tensor:
 
 def swiglu_into(x: Tensor, out: Tensor) -> None:
     """`swiglu` of x [..., 2 H] into out [..., H] by the kernel, without autograd; both contiguous."""
-    size = out.shape[-1]
-    _kernel("swiglu_forward", x.dtype)(x.data_ptr(), out.numel() // max(1, size), size, out.data_ptr(), num_threads())
+    _check_native("x", x)
+    *leading, width = x.shape
+    _check_dense("out", out, (*leading, width // 2), like=x)
+    check_no_gradient("swiglu_into", x=x, out=out)
+    if out.numel():
+        size = out.shape[-1]
+        _kernel("swiglu_forward", x.dtype)(address(x), out.numel() // size, size, address(out), num_threads())
 
 
 def swiglu_gradient_into(x: Tensor, grad: Tensor, grad_x: Tensor, out: Tensor | None = None) -> None:
@@ -54,16 +75,24 @@ def swiglu_gradient_into(x: Tensor, grad: Tensor, grad_x: Tensor, out: Tensor | 
         grad_x: [..., 2 H] result; may be x
         out: [..., H] gets `swiglu(x)` once more; may be grad
     """
-    size = grad.shape[-1]
-    _kernel("swiglu_backward", x.dtype)(
-        x.data_ptr(),
-        grad.data_ptr(),
-        grad.numel() // max(1, size),
-        size,
-        grad_x.data_ptr(),
-        0 if out is None else out.data_ptr(),
-        num_threads(),
-    )
+    _check_native("x", x)
+    *leading, width = x.shape
+    _check_dense("grad", grad, (*leading, width // 2), like=x)
+    _check_dense("grad_x", grad_x, x.shape, like=x)
+    if out is not None:
+        _check_dense("out", out, grad.shape, like=x)
+    check_no_gradient("swiglu_gradient_into", x=x, grad=grad, grad_x=grad_x, out=out)
+    if grad.numel():
+        size = grad.shape[-1]
+        _kernel("swiglu_backward", x.dtype)(
+            address(x),
+            address(grad),
+            grad.numel() // size,
+            size,
+            address(grad_x),
+            address(out),
+            num_threads(),
+        )
 
 
 def reference_swiglu(x: Tensor) -> Tensor:
@@ -79,7 +108,13 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: [T, ..., d]
         cos, sin: [T, d], of x's dtype; carry no gradient
     """
-    if not is_native(x, cos, sin):
+    check_floats("x", x)
+    if x.ndim < 2 or x.shape[-1] % 2:
+        raise ValueError(f"x must be [T, ..., an even size], got {list(x.shape)}")
+    check_tensor("cos", cos, (x.shape[0], x.shape[-1]), like=x)
+    check_tensor("sin", sin, cos.shape, like=x)
+    check_no_gradient("rotary", cos=cos, sin=sin)
+    if not is_native(x, cos, sin) or x.numel() == 0:
         return reference_rotary(x, cos, sin)
     out: Tensor = _Rotary.apply(x, cos, sin)
     return out
@@ -102,6 +137,18 @@ def is_native(*tensors: Tensor) -> bool:
     )
 
 
+def _check_native(name: str, x: Tensor) -> None:
+    check_floats(name, x)
+    if x.shape[-1] % 2 or not is_native(x) or not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous fp32 or bf16 [..., 2 H] on the CPU, got {x.dtype} {list(x.shape)}")
+
+
+def _check_dense(name: str, tensor: Tensor, shape: Sequence[int], *, like: Tensor) -> None:
+    check_tensor(name, tensor, shape, like=like)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
+
+
 def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
     kernel: Callable[..., None] = getattr(native_module(), f"{name}_{_SUFFIX[dtype]}")
     return kernel
@@ -116,19 +163,20 @@ class _RMSNorm(torch.autograd.Function):
         out = torch.empty_like(x)
         inverse_rms = torch.empty(num_rows, dtype=torch.float32)
         _kernel("rms_norm_forward", x.dtype)(
-            x.data_ptr(),
-            weight.data_ptr(),
+            address(x),
+            address(weight),
             num_rows,
             size,
             eps,
-            out.data_ptr(),
-            inverse_rms.data_ptr(),
+            address(out),
+            address(inverse_rms),
             num_threads(),
         )
         ctx.save_for_backward(x, weight, inverse_rms)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse_rms = ctx.saved_tensors
         grad = grads[0].contiguous()
@@ -137,14 +185,14 @@ class _RMSNorm(torch.autograd.Function):
         threads = num_threads()
         grad_weight = torch.empty(threads, size, dtype=torch.float32)  # a part of the sum each
         _kernel("rms_norm_backward", x.dtype)(
-            x.data_ptr(),
-            weight.data_ptr(),
-            inverse_rms.data_ptr(),
-            grad.data_ptr(),
+            address(x),
+            address(weight),
+            address(inverse_rms),
+            address(grad),
             inverse_rms.numel(),
             size,
-            grad_x.data_ptr(),
-            grad_weight.data_ptr(),
+            address(grad_x),
+            address(grad_weight),
             threads,
         )
         return grad_x, grad_weight.sum(0).to(weight.dtype), None
@@ -160,6 +208,7 @@ class _SwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         grad_x = torch.empty_like(x)
@@ -174,6 +223,7 @@ class _Rotary(torch.autograd.Function):
         return _rotate(x, cos, sin, sign=1.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         # A rotation's transpose is the rotation back.
@@ -181,19 +231,19 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
-    x = x.contiguous()
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()  # which must live until the kernel returns
     dim = x.shape[-1]
     num_tokens = x.shape[0]
     out = torch.empty_like(x)
     _kernel("rotary", x.dtype)(
-        x.data_ptr(),
-        cos.contiguous().data_ptr(),
-        sin.contiguous().data_ptr(),
+        address(x),
+        address(cos),
+        address(sin),
         num_tokens,
         x.numel() // max(1, num_tokens * dim),
         dim,
         sign,
-        out.data_ptr(),
+        address(out),
         num_threads(),
     )
     return out

@@ -10,13 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from xrl.kernels.arguments import check_floats, check_tensor
 from xrl.kernels.matmul import has_matmul, matmul, matmul_into
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """[..., in_features] times [out_features, in_features] -> [..., out_features]; differentiable in both."""
+    """[..., in_features] times [out_features, in_features] -> [..., out_features]; differentiable in both.
+
+    Raises:
+        ValueError: shapes, types or devices that do not fit together.
+        TypeError: what should be a tensor is none.
+    """
+    check_floats("x", x)
+    check_tensor("weight", weight, (None, x.shape[-1]), like=x)
     if x.numel() == 0 or not has_matmul(x, weight):
         return F.linear(x, weight)
     out: Tensor = _CpuLinear.apply(x.reshape(-1, x.shape[-1]), weight)
@@ -32,6 +41,7 @@ class _CpuLinear(torch.autograd.Function):
         return matmul(x, weight.t())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad = grads[0]
@@ -53,8 +63,9 @@ def gradient_room(parameter: Tensor) -> GradientRoom:
     """Megatron's gradient buffer where there is one of the same type, which autograd does not see; else zeros."""
     main_grad: Tensor | None = getattr(parameter, "main_grad", None)
     if main_grad is not None and main_grad.dtype == parameter.dtype and main_grad.is_contiguous():
+        check_tensor("main_grad", main_grad, parameter.shape, like=parameter)
         return GradientRoom(main_grad, None)
-    zeros = torch.zeros_like(parameter)
+    zeros = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
     return GradientRoom(zeros, zeros)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, distributed_c10d
 
 from xrl.config import AlgorithmConfig
@@ -291,6 +292,7 @@ class _LinearGrpoLoss(torch.autograd.Function):
         return outputs[0].sum(), logprob, entropy, outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradient of linear_grpo_loss can be taken once")

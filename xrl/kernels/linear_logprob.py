@@ -77,13 +77,14 @@ def linear_logprob(
         num_columns=num_columns,
         chunk_bytes=chunk_bytes,
     )
+    temperature = float(temperature)
     chunk_rows = rows_in_chunk(weight.shape[0], group=group, device=weight.device, chunk_bytes=chunk_bytes)
     logprob, entropy, maximum, log_sum, found = torch.ops.xrl.linear_logprob(
         hidden,
         weight,
         token_ids,
         chosen_rows,
-        float(temperature),
+        temperature,
         None if group is None else group.group_name,
         sequence_parallel,
         vocab_start,

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 
+from xrl.kernels.arguments import check_instance
 from xrl.kernels.backend import Backend, BackendName, choose_backend
 from xrl.kernels.shards import combine, find_shard
+
+_LOWEST_TEMPERATURE = 1 / torch.finfo(torch.float32).max
+_HIGHEST_TEMPERATURE = torch.finfo(torch.float64).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +64,14 @@ def vocab_parallel_logprob(
             CUDA such an id gives NaN: looking at values there would wait for the device.
     """
     check_logits(logits, token_ids, temperature)
+    temperature = float(temperature)
     vocab_start, num_columns = find_shard(
         logits.shape[1], logits.device, group=group, vocab_start=vocab_start, num_columns=num_columns
     )
     logprob, entropy, maximum, log_sum, found = torch.ops.xrl.vocab_parallel_logprob(
         logits,
         token_ids,
-        float(temperature),
+        temperature,
         None if group is None else group.group_name,
         vocab_start,
         num_columns,
@@ -198,7 +203,11 @@ def check_logits(logits: Tensor, token_ids: Tensor, temperature: float) -> None:
 
     Raises:
         ValueError: naming the tensor, its shape and what was expected.
+        TypeError: what should be a tensor is none.
     """
+    check_instance("logits", logits, Tensor)
+    if logits.layout != torch.strided:
+        raise ValueError(f"logits must be a dense tensor, got {logits.layout}")
     if logits.ndim != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating point [R, V], got {logits.dtype} {list(logits.shape)}")
     check_ids(token_ids, logits.shape[0], logits.device)
@@ -206,7 +215,8 @@ def check_logits(logits: Tensor, token_ids: Tensor, temperature: float) -> None:
 
 
 def check_ids(token_ids: Tensor, num_rows: int, device: torch.device) -> None:
-    """Raises ValueError unless token_ids are whole numbers [R] on `device`."""
+    """Raises ValueError unless token_ids are whole numbers [R] on `device`; TypeError where they are no tensor."""
+    check_instance("token_ids", token_ids, Tensor)
     if token_ids.shape != (num_rows,) or token_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"token_ids must be int64 or int32 [R] = [{num_rows}], got {token_ids.dtype} {list(token_ids.shape)}"
@@ -216,9 +226,13 @@ def check_ids(token_ids: Tensor, num_rows: int, device: torch.device) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises ValueError unless 0 < temperature < infinity."""
-    if not 0 < temperature < math.inf:
+    """Raises ValueError unless the temperature, and its inverse in fp32, are finite and > 0."""
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    if not 0 < temperature <= _HIGHEST_TEMPERATURE:
         raise ValueError(f"temperature must be finite and > 0, got {temperature}")
+    if temperature < _LOWEST_TEMPERATURE:
+        raise ValueError(f"temperature must have an inverse that fp32 can hold, got {temperature}")
 
 
 def check_found(found: Tensor, token_ids: Tensor) -> None:
@@ -233,7 +247,8 @@ def check_found(found: Tensor, token_ids: Tensor) -> None:
 
 
 def adjacent(logits: Tensor) -> Tensor:
-    """Logits whose columns are adjacent in memory, copied where they are not."""
+    """Logits whose columns are adjacent in memory, copied where they are not, or where memory has the other sign."""
+    logits = logits.resolve_neg()
     is_adjacent = logits.shape[1] <= 1 or logits.stride(1) == 1
     has_rows = logits.shape[0] <= 1 or logits.stride(0) >= logits.shape[1]
     return logits if is_adjacent and has_rows else logits.contiguous()

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from xrl.kernels.arguments import address, check_apart, check_floats, check_no_gradient, check_tensor
 from xrl.kernels.native import native_module
 from xrl.kernels.threads import num_threads
 
@@ -39,39 +40,54 @@ def matmul_into(a: Tensor, b: Tensor, out: Tensor, *, addend: Tensor | None = No
         addend: [M, N] as out, and may be out
 
     Raises:
-        ValueError: shapes, types or layouts that do not fit together.
+        ValueError: shapes, types, devices or layouts that do not fit together, or out overlaps what is read.
+        TypeError: what should be a tensor is none.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or out.shape != (a.shape[0], b.shape[1]):
+    _check_matrix("a", a)
+    _check_matrix("b", b)
+    _check_matrix("out", out)
+    if addend is not None:
+        _check_matrix("addend", addend)
+    if a.shape[1] != b.shape[0] or out.shape != (a.shape[0], b.shape[1]):
         raise ValueError(
             f"a [M, K], b [K, N] and out [M, N] are needed, got {list(a.shape)}, {list(b.shape)} and {list(out.shape)}"
         )
-    if not (a.dtype == b.dtype == out.dtype == torch.float32 and a.is_cpu and b.is_cpu and out.is_cpu):
-        raise ValueError(f"fp32 matrices on the CPU are needed, got {a.dtype}, {b.dtype} and {out.dtype}")
-    if addend is not None and (addend.shape, addend.dtype, addend.device) != (out.shape, out.dtype, out.device):
-        raise ValueError(f"addend must be as out, {list(out.shape)}, got {addend.dtype} {list(addend.shape)}")
-    for name, matrix in (("out", out), ("addend", addend)):
-        if matrix is not None and matrix.shape[1] > 1 and matrix.stride(1) != 1:
-            raise ValueError(f"the rows of {name} must be contiguous, got strides {list(matrix.stride())}")
+    if addend is not None and addend.shape != out.shape:
+        raise ValueError(f"addend must be as out, {list(out.shape)}, got {list(addend.shape)}")
+    for name, rows in (("out", out), ("addend", addend)):
+        if rows is not None and rows.shape[1] > 1 and rows.stride(1) != 1:
+            raise ValueError(f"the rows of {name} must be contiguous, got strides {list(rows.stride())}")
+    check_no_gradient("matmul_into", a=a, b=b, out=out, addend=addend)
     if out.numel() == 0:
         return
     module = native_module()
     if module is None:
+        check_apart({"out": out}, {"a": a, "b": b})
         torch.matmul(a, b, out=out) if addend is None else torch.add(addend, a @ b, out=out)
         return
     module.matmul(
-        (a.data_ptr(), *a.stride()),
-        (b.data_ptr(), *b.stride()),
-        (0, 0) if addend is None else (addend.data_ptr(), addend.stride(0)),
+        (address(a), *a.stride()),
+        (address(b), *b.stride()),
+        (0, 0) if addend is None else (address(addend), addend.stride(0)),
         *out.shape,
         a.shape[1],
-        out.data_ptr(),
+        address(out),
         out.stride(0),
         num_threads(),
     )
 
 
+def _check_matrix(name: str, matrix: Tensor) -> None:
+    check_floats(name, matrix, (None, None))
+    if matrix.dtype != torch.float32 or not matrix.is_cpu:
+        raise ValueError(f"{name} must be fp32 on the CPU, got {matrix.dtype} on {matrix.device}")
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] times b [K, N] -> [M, N], by the kernel where it takes them; without autograd."""
+    check_floats("a", a, (None, None))
+    check_tensor("b", b, (a.shape[1], None), like=a)
+    check_no_gradient("matmul", a=a, b=b)
     if not has_matmul(a, b):
         return a @ b
     out = a.new_empty(a.shape[0], b.shape[1])

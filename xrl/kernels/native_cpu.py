@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from xrl.kernels.arguments import address, check_floats, check_tensor
 from xrl.kernels.native import native_module
 from xrl.kernels.threads import num_threads
 
@@ -20,14 +21,15 @@ def statistics(
     logits: Tensor, token_ids: Tensor, *, inverse_temperature: float, vocab_start: int, num_columns: int
 ) -> Tensor:
     """See `Backend.statistics`."""
+    rows = _rows(logits, num_columns)
+    ids = _ids(token_ids, len(logits))
     out = torch.empty(4, logits.shape[0], dtype=torch.float32)
-    ids = token_ids.to(torch.int64).contiguous()
     _kernel("logprob_statistics", logits)(
-        *_rows(logits, num_columns),
-        ids.data_ptr(),
+        *rows,
+        address(ids),
         vocab_start,
         inverse_temperature,
-        out.data_ptr(),
+        address(out),
         num_threads(),
     )
     return out
@@ -48,18 +50,23 @@ def gradient(
     grad_entropy: Tensor | None,
 ) -> None:
     """See `Backend.gradient`."""
-    ids = token_ids.to(torch.int64).contiguous()
-    rows = [maximum, log_sum, entropy, grad_logprob, grad_entropy]
-    rows = [None if row is None else row.contiguous() for row in rows]
+    place = _rows(logits, num_columns)
+    ids = _ids(token_ids, len(logits))
+    rows = _floats(
+        len(logits),
+        maximum=maximum,
+        log_sum=log_sum,
+        entropy=entropy,
+        grad_logprob=grad_logprob,
+        grad_entropy=grad_entropy,
+    )
     _kernel("logprob_gradient", logits)(
-        *_rows(logits, num_columns),
-        ids.data_ptr(),
+        *place,
+        address(ids),
         vocab_start,
         inverse_temperature,
-        *(_address(row) for row in rows),
-        out.data_ptr(),
-        out.stride(0),
-        out.shape[1],
+        *(address(row) for row in rows),
+        *_target("out", out, logits, num_columns),
         num_threads(),
     )
 
@@ -76,11 +83,18 @@ def grpo_rows(
     params: GrpoRowParams,
 ) -> Tensor:
     """See `Backend.grpo_rows`."""
-    out = torch.empty(10, logprob.shape[0], dtype=torch.float32)
-    rows = [logprob, entropy, old, rollout, reference, advantages, weights]
-    # The kernel reads addresses: fp64, which callers may pass, would be read as pairs of fp32.
-    rows = [None if row is None else row.to(torch.float32).contiguous() for row in rows]
-    _module().grpo_rows(*(_address(row) for row in rows), logprob.shape[0], params.as_tuple(), out.data_ptr())
+    rows = _floats(
+        len(logprob),
+        logprob=logprob,
+        entropy=entropy,
+        old=old,
+        rollout=rollout,
+        reference=reference,
+        advantages=advantages,
+        weights=weights,
+    )
+    out = torch.empty(10, len(logprob), dtype=torch.float32)
+    _module().grpo_rows(*(address(row) for row in rows), len(logprob), params.as_tuple(), address(out))
     return out
 
 
@@ -101,20 +115,20 @@ def grpo_single_pass(
     factor: float,
 ) -> Tensor:
     """See `SinglePassBackend.grpo_single_pass`."""
+    place = _rows(logits, num_columns)
+    ids = _ids(token_ids, len(logits))
+    rows = _floats(len(logits), old=old, rollout=rollout, reference=reference, advantages=advantages, weights=weights)
     out = torch.empty(12, logits.shape[0], dtype=torch.float32)
-    ids = token_ids.to(torch.int64).contiguous()
-    rows = [old, rollout, reference, advantages, weights]
-    rows = [None if row is None else row.to(torch.float32).contiguous() for row in rows]
     _kernel("grpo_single_pass", logits)(
-        *_rows(logits, num_columns),
-        ids.data_ptr(),
+        *place,
+        address(ids),
         vocab_start,
         inverse_temperature,
-        *(_address(row) for row in rows),
+        *(address(row) for row in rows),
         params.as_tuple(),
         factor,
-        *((0, 0, 0) if gradient is None else (gradient.data_ptr(), gradient.stride(0), gradient.shape[1])),
-        out.data_ptr(),
+        *((0, 0, 0) if gradient is None else _target("gradient", gradient, logits, num_columns)),
+        address(out),
         num_threads(),
     )
     return out
@@ -131,8 +145,36 @@ def _kernel(name: str, logits: Tensor) -> Any:
 
 
 def _rows(logits: Tensor, num_columns: int) -> tuple[int, int, int, int]:
-    return logits.data_ptr(), logits.shape[0], num_columns, logits.stride(0)
+    if not 0 <= num_columns <= logits.shape[1]:
+        raise ValueError(f"num_columns must be in [0, {logits.shape[1]}], got {num_columns}")
+    _check_adjacent("logits", logits)
+    return address(logits), logits.shape[0], num_columns, logits.stride(0)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _target(name: str, out: Tensor, logits: Tensor, num_columns: int) -> tuple[int, int, int]:
+    """Where a gradient goes: as many rows as the logits, and columns for all that count."""
+    check_tensor(name, out, (len(logits), None), like=logits)
+    if out.shape[1] < num_columns:
+        raise ValueError(f"{name} must have the {num_columns} columns that count, got {out.shape[1]}")
+    _check_adjacent(name, out)
+    return address(out), out.stride(0), out.shape[1]
+
+
+def _check_adjacent(name: str, rows: Tensor) -> None:
+    if not rows.is_cpu or (rows.shape[1] > 1 and rows.stride(1) != 1):
+        raise ValueError(f"{name} must be on the CPU with adjacent columns, got strides {list(rows.stride())}")
+
+
+def _ids(token_ids: Tensor, num_rows: int) -> Tensor:
+    if token_ids.shape != (num_rows,) or token_ids.dtype not in (torch.int64, torch.int32) or not token_ids.is_cpu:
+        found = f"{token_ids.dtype} {list(token_ids.shape)} on {token_ids.device}"
+        raise ValueError(f"token_ids must be int64 or int32 [{num_rows}] on the CPU, got {found}")
+    return token_ids.to(torch.int64).contiguous()
+
+
+def _floats(num_rows: int, **columns: Tensor | None) -> list[Tensor | None]:
+    """One number a row each, as the kernels read it: fp64, which callers may pass, would be read as pairs of fp32."""
+    for name, values in columns.items():
+        if values is not None:
+            check_floats(name, values, (num_rows,))
+    return [None if values is None else values.to("cpu", torch.float32).contiguous() for values in columns.values()]

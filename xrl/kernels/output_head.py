@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from xrl.kernels.arguments import check_count, check_instance
 from xrl.kernels.matmul import has_matmul, matmul, matmul_into
 
 T = TypeVar("T")
@@ -193,7 +194,13 @@ def check_head(
 
     Raises:
         ValueError: naming the tensor, its shape and what was expected.
+        TypeError: an argument is of another kind.
     """
+    check_instance("hidden", hidden, Tensor)
+    check_instance("weight", weight, Tensor)
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got {tensor.layout}")
     if hidden.ndim != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden must be floating point [T, H], got {hidden.dtype} {list(hidden.shape)}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype:
@@ -205,11 +212,12 @@ def check_head(
         raise ValueError(f"weight is on {weight.device}, hidden on {hidden.device}: they must be on one device")
     if sequence_parallel and group is None:
         raise ValueError("sequence_parallel needs the group over which the sequence is spread, got None")
-    if chunk_bytes is not None and chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes must be >= 1, got {chunk_bytes}")
+    if chunk_bytes is not None:
+        check_count("chunk_bytes", chunk_bytes)
     length = hidden.shape[0] * (dist.get_world_size(group) if sequence_parallel else 1)
     if rows is None:
         return torch.arange(length, device=hidden.device)
+    check_instance("rows", rows, Tensor)
     if rows.ndim != 1 or rows.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"rows must be int64 or int32 [R], got {rows.dtype} {list(rows.shape)}")
     if rows.device != hidden.device:

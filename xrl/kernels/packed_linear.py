@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xrl.kernels.arguments import address, check_floats, check_no_gradient, check_tensor
 from xrl.kernels.layer_ops import swiglu
 from xrl.kernels.matmul import has_matmul
 from xrl.kernels.native import native_module
@@ -36,11 +37,16 @@ class PackedLinear:
     Args:
         weight: [out_features, in_features]
         bias: [out_features] or None
+
+    Raises:
+        ValueError: shapes, types or devices that do not fit together, or something would need a gradient.
+        TypeError: what should be a tensor is none.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        _check_weight(weight, bias)
         self.out_features, self.in_features = weight.shape
-        self.bias = bias
+        self.bias = None if bias is None else bias.contiguous()
         self.own = _pack(weight, self.out_features, is_gated=False)
         self.is_onednn = self.own is None and _onednn_can_pack(weight)
         if self.own is not None:
@@ -52,6 +58,7 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, in_features] -> [N, out_features]"""
+        self._check(x)
         if self.own is not None:
             return self._own_product(x, self.bias)
         if self.is_onednn:
@@ -60,9 +67,10 @@ class PackedLinear:
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """(x W^T + b) + other, with other [N, out_features]"""
+        self._check(x)
+        check_tensor("other", other, (len(x), self.out_features), like=x)
+        check_no_gradient("PackedLinear", other=other)
         if self.own is not None:
-            if other.shape != (len(x), self.out_features):
-                raise ValueError(f"other must be {[len(x), self.out_features]}, got {list(other.shape)}")
             return self._own_product(x, (other if self.bias is None else other + self.bias).contiguous())
         if self.is_onednn:
             return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
@@ -71,6 +79,10 @@ class PackedLinear:
     def _own_product(self, x: Tensor, addend: Tensor | None) -> Tensor:
         assert self.own is not None
         return _packed_matmul(x, self.own, self.in_features, self.out_features, addend=addend)
+
+    def _check(self, x: Tensor) -> None:
+        check_tensor("x", x, (None, self.in_features), like=self.weight)
+        check_no_gradient("PackedLinear", x=x)
 
     def to(self, device: torch.device) -> PackedLinear:
         """Move in place; packed weights stay where they are."""
@@ -86,9 +98,15 @@ class PackedSwiGLU:
     Args:
         weight: [2 F, in_features] the gate's rows before the up projection's
         bias: [2 F] or None
+
+    Raises:
+        ValueError, TypeError: as `PackedLinear`.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        _check_weight(weight, bias)
+        if weight.shape[0] % 2:
+            raise ValueError(f"weight must be [2 F, in_features], got {list(weight.shape)}")
         self.out_features, self.in_features = weight.shape[0] // 2, weight.shape[1]
         self.own = _pack(weight, self.out_features, is_gated=True) if bias is None else None
         self.linear = PackedLinear(weight, bias) if self.own is None else None
@@ -96,6 +114,8 @@ class PackedSwiGLU:
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, in_features] -> [N, F]"""
         if self.own is not None:
+            check_tensor("x", x, (None, self.in_features), like=self.own)
+            check_no_gradient("PackedSwiGLU", x=x)
             return _packed_matmul(x, self.own, self.in_features, self.out_features, is_gated=True)
         assert self.linear is not None
         return swiglu(self.linear(x))
@@ -107,6 +127,13 @@ class PackedSwiGLU:
         return self
 
 
+def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
+    check_floats("weight", weight, (None, None))
+    if bias is not None:
+        check_tensor("bias", bias, weight.shape[:1], like=weight)
+    check_no_gradient("a packed product", weight=weight, bias=bias)
+
+
 def _pack(weight: Tensor, out_features: int, *, is_gated: bool) -> Tensor | None:
     """The weight in our kernel's order, [floats]; None where the kernel does not take it."""
     module = native_module()
@@ -116,11 +143,11 @@ def _pack(weight: Tensor, out_features: int, *, is_gated: bool) -> Tensor | None
     packed = weight.new_empty(module.packed_size(in_features, out_features, is_gated))
     transposed = weight.t()
     module.pack_weight(
-        (weight.data_ptr(), *transposed.stride()),
+        (address(weight), *transposed.stride()),
         in_features,
         out_features,
         is_gated,
-        packed.data_ptr(),
+        address(packed),
         num_threads(),
     )
     return packed
@@ -135,27 +162,19 @@ def _packed_matmul(
     addend: Tensor | None = None,
     is_gated: bool = False,
 ) -> Tensor:
-    """x times a packed weight, plus a bias [out_features] or a matrix [N, out_features].
-
-    Raises:
-        ValueError: x or the addend is of another shape or type.
-    """
-    if x.ndim != 2 or x.shape[1] != in_features or x.dtype != torch.float32 or not x.is_cpu:
-        raise ValueError(f"x must be fp32 [N, {in_features}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}")
-    if addend is not None and addend.dtype != torch.float32:
-        raise ValueError(f"what is added to an fp32 product must be fp32, got {addend.dtype}")
+    """x times a packed weight, plus a bias [out_features] or a matrix [N, out_features], contiguous."""
     x = x.contiguous()
     out = x.new_empty(x.shape[0], out_features)
     native_module().packed_matmul(  # type: ignore[union-attr]
-        x.data_ptr(),
+        address(x),
         in_features,
-        packed.data_ptr(),
+        address(packed),
         in_features,
         out_features,
         is_gated,
-        (0, 0) if addend is None else (addend.data_ptr(), 0 if addend.ndim == 1 else addend.stride(0)),
+        (0, 0) if addend is None else (address(addend), 0 if addend.ndim == 1 else addend.stride(0)),
         x.shape[0],
-        out.data_ptr(),
+        address(out),
         out_features,
         num_threads(),
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xrl.kernels.arguments import address, check_count, check_floats, check_instance, check_no_gradient
 from xrl.kernels.native import native_module
 from xrl.kernels.self_attention import can_run
 from xrl.kernels.threads import num_threads
@@ -31,6 +32,7 @@ def prefill_attention(qkv: Tensor, lengths: Sequence[int], *, num_heads: int) ->
 
     Raises:
         ValueError: qkv is not as said, or the prompts have more tokens than it.
+        TypeError: qkv is no tensor, or lengths are no whole numbers.
     """
     _check(qkv, lengths, num_heads)
     if not lengths or not can_run(dtype=qkv.dtype, device=qkv.device, head_dim=qkv.shape[2]):
@@ -41,11 +43,11 @@ def prefill_attention(qkv: Tensor, lengths: Sequence[int], *, num_heads: int) ->
     out = qkv.new_empty(len(qkv), num_heads, dim)
     log_sums = torch.empty(num_heads, num_tokens)  # for a backward pass, which there is none of
     getattr(native_module(), f"prefill_attention_{_SUFFIX[qkv.dtype]}")(
-        qkv.data_ptr(),
+        address(qkv),
         (num_heads, (qkv.shape[1] - num_heads) // 2, dim, num_tokens, dim**-0.5),
-        (*(row.data_ptr() for row in places), len(lengths), 1),
-        out.data_ptr(),
-        log_sums.data_ptr(),
+        (*(address(row) for row in places), len(lengths), 1),
+        address(out),
+        address(log_sums),
         num_threads(),
     )
     out[num_tokens:] = 0
@@ -67,10 +69,18 @@ def prefill_attention_reference(qkv: Tensor, lengths: Sequence[int], *, num_head
 
 
 def _check(qkv: Tensor, lengths: Sequence[int], num_heads: int) -> None:
-    if qkv.ndim != 3 or not qkv.is_contiguous():
-        raise ValueError(f"qkv must be [N, n + 2 g, D] and contiguous, got {list(qkv.shape)}")
+    check_floats("qkv", qkv, (None, None, None))
+    if not qkv.is_contiguous():
+        raise ValueError(f"qkv must be [N, n + 2 g, D] and contiguous, got strides {list(qkv.stride())}")
+    check_count("num_heads", num_heads)
     num_others = qkv.shape[1] - num_heads
-    if num_others < 2 or num_others % 2 or num_heads % (num_others // 2):
-        raise ValueError(f"qkv needs {num_heads} query heads and 2 g others, where g divides them, got {qkv.shape[1]}")
-    if min(lengths, default=1) < 1 or sum(lengths) > len(qkv):
-        raise ValueError(f"prompts of {list(lengths)} tokens do not fit into qkv of {len(qkv)} tokens")
+    if num_others < 2 or num_others % 2 or num_heads % (num_others // 2) or qkv.shape[2] < 1:
+        raise ValueError(
+            f"qkv needs {num_heads} query heads and 2 g others, where g divides them, got {list(qkv.shape)}"
+        )
+    check_instance("lengths", lengths, Sequence)
+    for length in lengths:
+        check_count("lengths", length)
+    if sum(lengths) > len(qkv):
+        raise ValueError(f"lengths {list(lengths)} are more tokens than the {len(qkv)} of qkv")
+    check_no_gradient("prefill_attention", qkv=qkv)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xrl.kernels.arguments import address, check_floats, check_no_gradient, check_number, check_tensor
 from xrl.kernels.native import native_module
 from xrl.kernels.threads import num_threads
 
@@ -19,20 +20,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight: [H] of x's dtype
 
     Raises:
-        ValueError: shapes or types that do not fit together.
+        ValueError: shapes, types or devices that do not fit together, or a gradient would be needed.
+        TypeError: what should be a tensor is none.
     """
-    if x.ndim != 2 or weight.shape != x.shape[1:] or weight.dtype != x.dtype:
-        raise ValueError(
-            f"x must be [N, H] and weight [H] of one dtype, "
-            f"got {list(x.shape)} {x.dtype} and {list(weight.shape)} {weight.dtype}"
-        )
+    check_floats("x", x, (None, None))
+    check_tensor("weight", weight, x.shape[1:], like=x)
+    check_number("eps", eps, lowest=0.0)
+    check_no_gradient("rms_norm", x=x, weight=weight)
     module = native_module()
-    if module is None or x.device.type != "cpu" or x.dtype not in _SUFFIX:
+    if module is None or not x.is_cpu or x.dtype not in _SUFFIX:
         return rms_norm_reference(x, weight, eps)
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     getattr(module, f"rms_norm_{_SUFFIX[x.dtype]}")(
-        x.data_ptr(), weight.data_ptr(), eps, *x.shape, out.data_ptr(), num_threads()
+        address(x), address(weight), eps, *x.shape, address(out), num_threads()
     )
     return out
 

@@ -5,6 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xrl.kernels.arguments import (
+    address,
+    check_apart,
+    check_floats,
+    check_no_gradient,
+    check_number,
+    check_range,
+    check_tensor,
+)
 from xrl.kernels.native import native_module
 from xrl.kernels.rms_norm import rms_norm_reference
 from xrl.kernels.threads import num_threads
@@ -35,32 +44,28 @@ def rope_cache(
         slots: [N] int32 cache slot of each token, block * block_size + offset; -1 stores nothing
 
     Raises:
-        ValueError: shapes or types that do not fit together. Positions and slots are taken on trust.
+        ValueError: shapes, types or devices that do not fit together, qkv and caches that share memory, or (on the CPU)
+            a position or slot that there is not. Two tokens of one slot are not noticed.
+        TypeError: what should be a tensor is none.
     """
-    _check(qkv, cos, sin, positions, q_norm, k_norm, key_cache, value_cache, slots)
+    _check(qkv, cos, sin, positions, q_norm, k_norm, eps, key_cache, value_cache, slots)
     module = native_module()
-    tensors = (qkv, cos, sin, positions, key_cache, value_cache, slots)
-    on_cpu = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
-    if module is None or not on_cpu or qkv.dtype not in _SUFFIX:
+    tensors = (qkv, cos, sin, positions, q_norm, k_norm, key_cache, value_cache, slots)
+    is_dense = all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    num_blocks, num_kv_heads, block_size = key_cache.shape[:3]
+    if module is None or not qkv.is_cpu or not is_dense or qkv.dtype not in _SUFFIX:
+        check_range("positions", positions, 0, len(cos))
+        check_range("slots", slots, -1, num_blocks * block_size)
+        check_apart(
+            {"qkv": qkv, "key_cache": key_cache, "value_cache": value_cache},
+            {"cos": cos, "sin": sin, "positions": positions, "slots": slots, "q_norm": q_norm, "k_norm": k_norm},
+        )
         rope_cache_reference(qkv, cos, sin, positions, q_norm, k_norm, eps, key_cache, value_cache, slots)
         return
-    num_kv_heads, block_size = key_cache.shape[1:3]
     getattr(module, f"rope_cache_{_SUFFIX[qkv.dtype]}")(
-        qkv.data_ptr(),
-        len(qkv),
-        qkv.shape[1] - 2 * num_kv_heads,
-        num_kv_heads,
-        qkv.shape[2],
-        positions.data_ptr(),
-        slots.data_ptr(),
-        key_cache.data_ptr(),
-        value_cache.data_ptr(),
-        block_size,
-        cos.data_ptr(),
-        sin.data_ptr(),
-        0 if q_norm is None else q_norm.data_ptr(),
-        0 if k_norm is None else k_norm.data_ptr(),
-        eps,
+        (address(qkv), len(qkv), qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, qkv.shape[2]),
+        (address(positions), address(cos), address(sin), len(cos), address(q_norm), address(k_norm), eps),
+        (address(slots), address(key_cache), address(value_cache), num_blocks, block_size),
         num_threads(),
     )
 
@@ -72,28 +77,32 @@ def _check(
     positions: Tensor,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
+    eps: float,
     key_cache: Tensor,
     value_cache: Tensor,
     slots: Tensor,
 ) -> None:
-    head_dim = qkv.shape[-1]
-    if key_cache.ndim != 4 or key_cache.shape != value_cache.shape or key_cache.shape[3] != head_dim:
-        raise ValueError(
-            f"key_cache and value_cache must both be [blocks, KV heads, block size, {head_dim}], "
-            f"got {list(key_cache.shape)} and {list(value_cache.shape)}"
-        )
-    if qkv.ndim != 3 or head_dim % 2 or qkv.shape[1] <= 2 * key_cache.shape[1]:
-        raise ValueError(f"qkv must be [N, heads + 2 * {key_cache.shape[1]}, an even size], got {list(qkv.shape)}")
-    if not qkv.dtype == key_cache.dtype == value_cache.dtype:
-        raise ValueError(f"qkv and the caches must have one dtype, got {qkv.dtype} and {key_cache.dtype}")
-    if cos.dtype != torch.float32 or cos.shape != sin.shape or cos.shape[1:] != (head_dim // 2,):
-        raise ValueError(f"cos and sin must be fp32 [positions, {head_dim // 2}], got {list(cos.shape)} {cos.dtype}")
-    for name, index in (("positions", positions), ("slots", slots)):
-        if index.dtype != torch.int32 or index.shape != (len(qkv),):
-            raise ValueError(f"{name} must be int32 [{len(qkv)}], got {index.dtype} {list(index.shape)}")
+    check_floats("qkv", qkv, (None, None, None))
+    num_tokens, num_heads, head_dim = qkv.shape
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"qkv must be [N, heads, an even size], got {list(qkv.shape)}")
+    check_tensor("key_cache", key_cache, (None, None, None, head_dim), like=qkv)
+    check_tensor("value_cache", value_cache, key_cache.shape, like=qkv)
+    num_kv_heads, block_size = key_cache.shape[1:3]
+    if num_kv_heads < 1 or block_size < 1:
+        raise ValueError(f"key_cache must have a KV head and blocks of a token or more, got {list(key_cache.shape)}")
+    if num_heads <= 2 * num_kv_heads:
+        raise ValueError(f"qkv must have more than the 2 * {num_kv_heads} heads of keys and values, got {num_heads}")
+    check_tensor("cos", cos, (None, head_dim // 2), like=qkv, dtype=torch.float32)
+    check_tensor("sin", sin, cos.shape, like=qkv, dtype=torch.float32)
+    check_tensor("positions", positions, (num_tokens,), like=qkv, dtype=torch.int32)
+    check_tensor("slots", slots, (num_tokens,), like=qkv, dtype=torch.int32)
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if norm is not None and (norm.dtype != qkv.dtype or norm.shape != (head_dim,)):
-            raise ValueError(f"{name} must be {qkv.dtype} [{head_dim}], got {norm.dtype} {list(norm.shape)}")
+        if norm is not None:
+            check_tensor(name, norm, (head_dim,), like=qkv)
+    check_number("eps", eps, lowest=0.0)
+    check_no_gradient("rope_cache", qkv=qkv, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin)
+    check_no_gradient("rope_cache", key_cache=key_cache, value_cache=value_cache)
 
 
 def rope_cache_reference(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xrl.kernels.arguments import address, check_floats, check_no_gradient, check_tensor
 from xrl.kernels.native import native_module
 from xrl.kernels.threads import num_threads
 
@@ -25,36 +26,50 @@ def sample_tokens(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tup
         token ids [N] int64, and log softmax(logits / temperature)[id] [N] fp32 (temperature 1 where it is 0)
 
     Raises:
-        ValueError: a wrong shape or type.
+        ValueError: a wrong shape, type or device, or (on the CPU) a temperature or uniform out of range.
+        TypeError: what should be a tensor is none.
     """
-    rows = logits.shape[:1]
-    if logits.ndim != 2 or logits.dtype != torch.float32 or logits.shape[1] == 0:
+    check_floats("logits", logits, (None, None))
+    rows, vocab_size = logits.shape[:1], logits.shape[1]
+    if logits.dtype != torch.float32 or vocab_size == 0:
         raise ValueError(f"logits must be fp32 [N, V] with V >= 1, got {logits.dtype} {list(logits.shape)}")
-    if temperatures.dtype != torch.float32 or temperatures.shape != rows:
-        raise ValueError(f"temperatures must be fp32 [{rows[0]}], got {temperatures.dtype} {list(temperatures.shape)}")
-    if uniforms.dtype != torch.float64 or uniforms.shape != rows:
-        raise ValueError(f"uniforms must be fp64 [{rows[0]}], got {uniforms.dtype} {list(uniforms.shape)}")
+    check_tensor("temperatures", temperatures, rows, like=logits)
+    check_tensor("uniforms", uniforms, rows, like=logits, dtype=torch.float64)
+    check_no_gradient("sample_tokens", logits=logits, temperatures=temperatures, uniforms=uniforms)
     module = native_module()
-    if module is None or logits.device.type != "cpu":
+    if module is None or not logits.is_cpu:
+        _check_draws(temperatures, uniforms)
         return sample_tokens_reference(logits, temperatures, uniforms)
     logits, temperatures, uniforms = logits.contiguous(), temperatures.contiguous(), uniforms.contiguous()
     tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
     module.sample_tokens(
-        logits.data_ptr(),
+        address(logits),
         *logits.shape,
-        temperatures.data_ptr(),
-        uniforms.data_ptr(),
-        tokens.data_ptr(),
-        logprobs.data_ptr(),
+        address(temperatures),
+        address(uniforms),
+        address(tokens),
+        address(logprobs),
         num_threads(),
     )
     return tokens, logprobs
 
 
+def _check_draws(temperatures: Tensor, uniforms: Tensor) -> None:
+    """What the kernel checks itself."""
+    if not temperatures.is_cpu:
+        return
+    if not bool((temperatures >= 0).all()):
+        raise ValueError(f"temperatures must be >= 0, got {temperatures.tolist()}")
+    if not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+        raise ValueError(f"uniforms must be in [0, 1), got {uniforms.tolist()}")
+
+
 def sample_tokens_reference(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """The specification of `sample_tokens`, in plain PyTorch."""
     greedy = temperatures == 0
-    scaled = logits / torch.where(greedy, 1.0, temperatures)[:, None]
+    # An infinite temperature would make a number of -inf / inf.
+    highest = torch.finfo(torch.float32).max
+    scaled = logits / torch.where(greedy, 1.0, temperatures.clamp(max=highest))[:, None]
     # fp32 sums over a large vocabulary lose the tail: a token of probability 1e-8 would share its neighbour's sum.
     logprobs = torch.log_softmax(scaled, dim=-1, dtype=torch.float64)
     cumulative = logprobs.exp().cumsum(dim=-1)

@@ -14,7 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from xrl.kernels.arguments import (
+    address,
+    check_count,
+    check_floats,
+    check_index,
+    check_instance,
+    check_no_gradient,
+    check_number,
+    check_tensor,
+)
 from xrl.kernels.layer_ops import reference_rms_norm, reference_rotary
 from xrl.kernels.native import native_module
 from xrl.kernels.threads import num_threads
@@ -37,6 +48,39 @@ class PackedSequences:
     num_tokens: int  # of all sequences together
     step: int = 1  # sequences side by side in memory (padded rows of shape [S, B]) have step B
 
+    def check(self, num_rows: int) -> None:
+        """Raise where they are not as said, for a pack of so many rows. Values are looked at by the kernels.
+
+        Raises:
+            ValueError: shapes or types that do not fit together.
+            TypeError: an argument is of another kind.
+        """
+        cpu = torch.device("cpu")
+        check_index("starts", self.starts, (None,), device=cpu)
+        check_index("lengths", self.lengths, self.starts.shape, device=cpu)
+        check_index("parents", self.parents, self.starts.shape, device=cpu)
+        check_count("num_tokens", self.num_tokens, lowest=0)
+        check_count("step", self.step)
+        if self.num_tokens > num_rows:
+            raise ValueError(f"a row for each of the {self.num_tokens} tokens of sequences is needed, got {num_rows}")
+
+    def check_values(self) -> None:
+        """Raises ValueError unless each token is one sequence's, as csrc/index_checks.h does."""
+        lengths, parents = self.lengths.tolist(), self.parents.tolist()
+        if min(lengths, default=1) < 1:
+            raise ValueError(f"lengths must be >= 1, got {lengths}")
+        if sum(lengths) != self.num_tokens:  # before room is made for so many
+            raise ValueError(f"lengths must add up to num_tokens, {self.num_tokens}, got {sum(lengths)}")
+        if not all(parent == -1 or (0 <= parent < len(parents) and parents[parent] == -1) for parent in parents):
+            raise ValueError(f"parents must be -1 or a sequence that continues none, got {parents}")
+        tokens = torch.cat([torch.empty(0, dtype=torch.int64), *self.indices()]).sort().values
+        if not torch.equal(tokens, torch.arange(self.num_tokens)):
+            raise ValueError(f"starts and lengths must give each of {self.num_tokens} tokens to one sequence")
+
+    def addresses(self) -> tuple[int, ...]:
+        """As the kernels take it: see SequencesTuple in csrc/arguments.h."""
+        return address(self.starts), address(self.lengths), address(self.parents), len(self.starts), self.step
+
     def indices(self) -> list[Tensor]:
         """Token numbers of each sequence."""
         return [
@@ -49,7 +93,7 @@ class PackedSequences:
 class HeadRules:
     """What happens to query and key heads before they meet."""
 
-    cos: Tensor  # [T, d]
+    cos: Tensor  # [T, d] contiguous
     sin: Tensor  # [T, d]
     q_weight: Tensor | None  # [d] of the QK norm; None: heads are not normalised
     k_weight: Tensor | None  # [d]
@@ -71,9 +115,54 @@ def self_attention(mixed: Tensor, sequences: PackedSequences, rules: HeadRules, 
 
     Returns:
         [T, n * d]; zeros for tokens of no sequence
+
+    Raises:
+        ValueError: shapes, types or devices that do not fit together, or sequences that do not share out the tokens.
+        TypeError: an argument is of another kind.
     """
+    _check(mixed, sequences, rules, num_kv_heads)
+    if not can_run(dtype=mixed.dtype, device=mixed.device, head_dim=rules.cos.shape[1]) or mixed.numel() == 0:
+        sequences.check_values()
+        return reference_self_attention(mixed, sequences, rules, num_kv_heads=num_kv_heads)
     out: Tensor = _SelfAttention.apply(mixed, rules.q_weight, rules.k_weight, sequences, rules, num_kv_heads)
     return out
+
+
+def _check(mixed: Tensor, sequences: PackedSequences, rules: HeadRules, num_kv_heads: int) -> None:
+    check_floats("mixed", mixed, (None, None))
+    check_instance("sequences", sequences, PackedSequences)
+    check_instance("rules", rules, HeadRules)
+    check_count("num_kv_heads", num_kv_heads)
+    num_rows, width = mixed.shape
+    check_tensor("cos", rules.cos, (num_rows, None), like=mixed)
+    check_tensor("sin", rules.sin, rules.cos.shape, like=mixed)
+    for name, table in (("cos", rules.cos), ("sin", rules.sin)):
+        if not table.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {list(table.stride())}")
+    dim = rules.cos.shape[1]
+    if dim < 2 or dim % 2:
+        raise ValueError(f"cos must be [T, an even head size], got {list(rules.cos.shape)}")
+    if width % (num_kv_heads * dim) or width < 3 * num_kv_heads * dim:
+        raise ValueError(
+            f"mixed must be [T, g * (r + 2) * d] with g = {num_kv_heads} KV heads of size d = {dim}, "
+            f"got {list(mixed.shape)}"
+        )
+    check_head_norms(rules.q_weight, rules.k_weight, (dim,), like=mixed, names=("q_weight", "k_weight"))
+    check_number("eps", rules.eps, lowest=0.0)
+    check_number("scale", rules.scale)
+    check_no_gradient("self_attention", cos=rules.cos, sin=rules.sin)
+    sequences.check(num_rows)
+
+
+def check_head_norms(
+    q_norm: Tensor | None, k_norm: Tensor | None, shape: tuple[int], *, like: Tensor, names: tuple[str, str]
+) -> None:
+    """Raise unless both norms are there, of this shape, or none of them."""
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError(f"{names[0]} and {names[1]} are needed together or not at all")
+    for name, norm in zip(names, (q_norm, k_norm), strict=True):
+        if norm is not None:
+            check_tensor(name, norm, shape, like=like)
 
 
 def reference_self_attention(
@@ -115,14 +204,14 @@ class _SelfAttention(torch.autograd.Function):
         out = torch.empty(len(mixed), call.num_heads * call.dim, dtype=mixed.dtype)
         log_sums = torch.empty(call.num_heads, sequences.num_tokens)
         call.kernel("packed_attention_forward")(
-            query.data_ptr(),
-            key.data_ptr(),
-            call.mixed.data_ptr(),
+            address(query),
+            address(key),
+            address(call.mixed),
             call.shape,
             rules.scale,
             call.places,
-            out.data_ptr(),
-            log_sums.data_ptr(),
+            address(out),
+            address(log_sums),
             call.num_threads,
         )
         _clear_behind(out, sequences.num_tokens)
@@ -131,6 +220,7 @@ class _SelfAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         mixed, out, log_sums = ctx.saved_tensors
         sequences, rules, num_kv_heads = ctx.arguments
@@ -139,29 +229,29 @@ class _SelfAttention(torch.autograd.Function):
         grad_out = grads[0].contiguous()
         grad_query, grad_key, grad_mixed = torch.empty_like(query), torch.empty_like(key), torch.empty_like(mixed)
         call.kernel("packed_attention_backward")(
-            query.data_ptr(),
-            key.data_ptr(),
-            mixed.data_ptr(),
-            out.data_ptr(),
-            log_sums.data_ptr(),
-            grad_out.data_ptr(),
+            address(query),
+            address(key),
+            address(mixed),
+            address(out),
+            address(log_sums),
+            address(grad_out),
             call.shape,
             rules.scale,
             call.places,
-            grad_query.data_ptr(),
-            grad_key.data_ptr(),
-            grad_mixed.data_ptr(),
+            address(grad_query),
+            address(grad_key),
+            address(grad_mixed),
             call.num_threads,
         )
         grad_weights = torch.zeros(call.num_threads, 2, call.dim)
         call.kernel("qkv_rope_backward")(
-            mixed.data_ptr(),
-            grad_query.data_ptr(),
-            grad_key.data_ptr(),
+            address(mixed),
+            address(grad_query),
+            address(grad_key),
             call.shape,
             call.rope,
-            grad_mixed.data_ptr(),
-            grad_weights.data_ptr(),
+            address(grad_mixed),
+            address(grad_weights),
             call.num_threads,
         )
         _clear_behind(grad_mixed, sequences.num_tokens)
@@ -181,19 +271,10 @@ class _Call:
         self.num_heads, self.num_kv_heads = num_kv_heads * repeats, num_kv_heads
         self.shape = (sequences.num_tokens, num_kv_heads, repeats, self.dim)
         weights = (rules.q_weight, rules.k_weight)
-        self.rope = (
-            rules.cos.data_ptr(),
-            rules.sin.data_ptr(),
-            *(0 if weight is None else weight.data_ptr() for weight in weights),
-            rules.eps,
-        )
-        self.places = (
-            sequences.starts.data_ptr(),
-            sequences.lengths.data_ptr(),
-            sequences.parents.data_ptr(),
-            len(sequences.starts),
-            sequences.step,
-        )
+        # They are kept: copies must live until the kernels return.
+        self.weights = [None if weight is None else weight.contiguous() for weight in weights]
+        self.rope = (address(rules.cos), address(rules.sin), *map(address, self.weights), rules.eps)
+        self.places = sequences.addresses()
         self.num_threads = num_threads()
 
     def kernel(self, name: str) -> Callable[..., None]:
@@ -206,11 +287,11 @@ class _Call:
         query = self.mixed.new_empty(num_tokens, self.num_heads, self.dim)
         key = self.mixed.new_empty(num_tokens, self.num_kv_heads, self.dim)
         self.kernel("qkv_rope_forward")(
-            self.mixed.data_ptr(),
+            address(self.mixed),
             self.shape,
             self.rope,
-            query.data_ptr(),
-            key.data_ptr(),
+            address(query),
+            address(key),
             self.num_threads,
         )
         return query, key

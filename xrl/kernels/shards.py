@@ -11,6 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# An id minus a higher one could come round to a column that there is.
+_HIGHEST_START = 2**62
+
 # Its name from torch 2.13 on, and before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -40,7 +43,13 @@ def find_shard(
 
     Raises:
         ValueError: out of range.
+        TypeError: not of their kind.
     """
+    if group is not None and not torch.compiler.is_compiling() and not isinstance(group, ProcessGroup):
+        raise TypeError(f"group must be a process group, got {type(group).__name__}")
+    for name, value in (("num_columns", num_columns), ("vocab_start", vocab_start)):
+        if value is not None and not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
     columns = width if num_columns is None else num_columns
     if not 0 <= columns <= width:
         raise ValueError(f"num_columns must be in [0, {width}], as this rank holds {width} columns, got {columns}")
@@ -51,8 +60,8 @@ def find_shard(
             everyone = torch.empty(dist.get_world_size(group), dtype=mine.dtype, device=device)
             _all_gather(everyone, mine, group=group)
             vocab_start = int(everyone[: dist.get_rank(group)].sum())
-    if vocab_start < 0:
-        raise ValueError(f"vocab_start must be >= 0, got {vocab_start}")
+    if not 0 <= vocab_start <= _HIGHEST_START:
+        raise ValueError(f"vocab_start must be >= 0 and at most 2^62, got {vocab_start}")
     return vocab_start, columns
 
 

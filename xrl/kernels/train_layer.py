@@ -14,13 +14,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from xrl.kernels.arguments import (
+    address,
+    check_count,
+    check_floats,
+    check_instance,
+    check_no_gradient,
+    check_number,
+    check_tensor,
+)
 from xrl.kernels.gated_mlp import is_fused, reference_gated_mlp
 from xrl.kernels.layer_ops import reference_rms_norm
 from xrl.kernels.linear import gradient_room
 from xrl.kernels.native import native_module
-from xrl.kernels.self_attention import HEAD_DIM_MULTIPLE, HeadRules, PackedSequences, reference_self_attention
+from xrl.kernels.self_attention import (
+    HEAD_DIM_MULTIPLE,
+    HeadRules,
+    PackedSequences,
+    check_head_norms,
+    reference_self_attention,
+)
 from xrl.kernels.threads import num_threads
 
 
@@ -71,10 +87,12 @@ def train_layer(x: Tensor, parameters: LayerParameters, rules: LayerRules) -> Te
     """What the layer makes of x [..., H]; differentiable in x and all parameters, once.
 
     Raises:
-        ValueError: shapes or types that do not fit together. Where sequences stand is taken on trust.
+        ValueError: shapes, types or devices that do not fit together, or sequences that do not share out the tokens.
+        TypeError: an argument is of another kind.
     """
     _check(x, parameters, rules)
     if not has_train_layer(x, parameters, rules):
+        rules.sequences.check_values()
         return reference_train_layer(x, parameters, rules)
     out: Tensor = _TrainLayer.apply(x, rules, *parameters.tensors())
     return out
@@ -102,10 +120,11 @@ class _TrainLayer(torch.autograd.Function):
         # Not saved: autograd would refuse that the backward pass overwrites it.
         ctx.kept = x.new_empty(module.train_layer_kept(*layer[:2]))
         out = torch.empty_like(x)
-        module.train_layer_forward(layer, x.data_ptr(), ctx.kept.data_ptr(), out.data_ptr(), num_threads())
+        module.train_layer_forward(layer, address(x), address(ctx.kept), address(out), num_threads())
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
@@ -118,11 +137,11 @@ class _TrainLayer(torch.autograd.Function):
         ]
         native_module().train_layer_backward(  # type: ignore[union-attr]
             _layer(x, ctx.rules, *parameters),
-            x.data_ptr(),
-            kept.data_ptr(),
-            grad.data_ptr(),
-            [0 if room is None else room.buffer.data_ptr() for room in rooms],
-            grad_x.data_ptr(),
+            address(x),
+            address(kept),
+            address(grad),
+            [0 if room is None else address(room.buffer) for room in rooms],
+            address(grad_x),
             num_threads(),
         )
         return grad_x, None, *(None if room is None else room.result for room in rooms)
@@ -136,46 +155,45 @@ def _layer(x: Tensor, rules: LayerRules, *parameters: Tensor | None) -> tuple[An
     return (
         (x.numel() // hidden, hidden, given.down.shape[1], rules.eps, rules.scale),
         (sequences.num_tokens, rules.num_kv_heads, queries_per_key, head_dim),
-        [0 if tensor is None else tensor.data_ptr() for tensor in parameters],
-        (
-            sequences.starts.data_ptr(),
-            sequences.lengths.data_ptr(),
-            sequences.parents.data_ptr(),
-            len(sequences.starts),
-            sequences.step,
-        ),
-        rules.cos.data_ptr(),
-        rules.sin.data_ptr(),
+        [address(tensor) for tensor in parameters],
+        sequences.addresses(),
+        address(rules.cos),
+        address(rules.sin),
     )
 
 
 def _check(x: Tensor, parameters: LayerParameters, rules: LayerRules) -> None:
-    hidden, head_dim, queries = x.shape[-1], rules.cos.shape[-1], parameters.attention_out.shape[1]
-    ffn, qkv_width = parameters.down.shape[1], queries + 2 * rules.num_kv_heads * head_dim
-    sizes = {
+    check_floats("x", x)
+    check_instance("parameters", parameters, LayerParameters)
+    check_instance("rules", rules, LayerRules)
+    hidden, sequences = x.shape[-1], rules.sequences
+    if hidden < 1:
+        raise ValueError(f"x must be [..., H] with H >= 1, got {list(x.shape)}")
+    check_count("num_kv_heads", rules.num_kv_heads)
+    num_rows = x.numel() // hidden
+    check_tensor("cos", rules.cos, (num_rows, None), like=x)
+    check_tensor("sin", rules.sin, rules.cos.shape, like=x)
+    head_dim = rules.cos.shape[1]
+    check_tensor("attention_out", parameters.attention_out, (hidden, None), like=x)
+    check_tensor("down", parameters.down, (hidden, None), like=x)
+    queries, ffn = parameters.attention_out.shape[1], parameters.down.shape[1]
+    kv_width = rules.num_kv_heads * head_dim
+    if head_dim < 2 or head_dim % 2 or queries < kv_width or queries % kv_width:
+        raise ValueError(f"{queries} query columns are not whole heads of {head_dim} for {rules.num_kv_heads} KV heads")
+    qkv_width = queries + 2 * kv_width
+    sizes: dict[str, tuple[int, ...]] = {
         "input_norm": (hidden,),
         "qkv": (qkv_width, hidden),
-        "qkv_bias": (qkv_width,),
-        "q_norm": (head_dim,),
-        "k_norm": (head_dim,),
-        "attention_out": (hidden, queries),
         "mlp_norm": (hidden,),
         "gate_up": (2 * ffn, hidden),
-        "down": (hidden, ffn),
     }
-    for name, tensor in vars(parameters).items():
-        if tensor is not None and tensor.shape != sizes[name]:
-            raise ValueError(f"{name} must be {list(sizes[name])}, got {list(tensor.shape)}")
-    if queries % (rules.num_kv_heads * head_dim):
-        raise ValueError(f"{queries} query columns are not whole heads of {head_dim} for {rules.num_kv_heads} KV heads")
-    if (parameters.q_norm is None) != (parameters.k_norm is None):
-        raise ValueError("q_norm and k_norm are needed together or not at all")
-    sequences = rules.sequences
-    if rules.cos.ndim != 2 or rules.cos.shape != rules.sin.shape:
-        raise ValueError(f"cos and sin must be [T, d], got {list(rules.cos.shape)} and {list(rules.sin.shape)}")
-    if sequences.num_tokens > min(x.numel() // hidden, len(rules.cos)):
-        raise ValueError(f"x, cos and sin must have a row for each of the {sequences.num_tokens} tokens of sequences")
-    for name in ("starts", "lengths", "parents"):
-        index = getattr(sequences, name)
-        if index.dtype != torch.int32 or index.shape != sequences.starts.shape or not index.is_contiguous():
-            raise ValueError(f"{name} must be int32 {list(sequences.starts.shape)}, got {index.dtype}")
+    for name, size in sizes.items():
+        check_tensor(name, getattr(parameters, name), size, like=x)
+    if parameters.qkv_bias is not None:
+        check_tensor("qkv_bias", parameters.qkv_bias, (qkv_width,), like=x)
+    check_head_norms(parameters.q_norm, parameters.k_norm, (head_dim,), like=x, names=("q_norm", "k_norm"))
+    check_number("eps", rules.eps, lowest=0.0)
+    check_number("scale", rules.scale)
+    check_no_gradient("train_layer", cos=rules.cos, sin=rules.sin)
+    check_instance("sequences", sequences, PackedSequences)
+    sequences.check(num_rows)
