@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import os
 import selectors
 import subprocess
@@ -12,12 +13,15 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
+from xrl.files.disk import NotWritten
 from xrl.launch.children import child_environment, module_command
 from xrl.launch.memory import set_large_pages
 from xrl.launch.threads import set_thread_waiting
 from xrl.rollout import protocol
+
+logger = logging.getLogger("xrl")
 
 LOG_TAIL_LINES = 15
 # Never through a proxy, as requests don't go through one.
@@ -96,11 +100,12 @@ class WorkerProcess:
         self._environment["OMP_NUM_THREADS"] = str(num_threads)
         set_thread_waiting(self._environment)
         set_large_pages(self._environment)
-        log.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # said when the log is opened
+            log.parent.mkdir(parents=True, exist_ok=True)
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        with self.log.open("ab") as file:
+        with self._opened_log() as file:
             return subprocess.Popen(
                 [*self._command, "--parent-pid", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
@@ -108,6 +113,14 @@ class WorkerProcess:
                 stderr=file,
                 env=self._environment,
             )
+
+    def _opened_log(self) -> IO[bytes]:
+        """The log; where it cannot be written, nothing that keeps what is written: a log is not worth a worker."""
+        try:
+            return self.log.open("ab")
+        except OSError as error:
+            logger.warning("%s; rollout worker %d goes without", NotWritten(self.log, error, num_bytes=0), self.number)
+            return open(os.devnull, "ab")
 
     @property
     def has_ended(self) -> bool:
@@ -156,7 +169,10 @@ class WorkerProcess:
         return True
 
     def log_tail(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        try:
+            lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        except OSError as error:
+            return f"its log {self.log} cannot be read: {error.strerror}"
         return "\n  ".join([f"the end of {self.log}:", *lines])
 
     def terminate(self) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from xrl.config import SettingsError
 from xrl.config.json_file import read_json_object
+from xrl.files.atomic_folder import atomic_folder
 from xrl.models.checks import checked_shape
 from xrl.models.shape import ModelShape
 from xrl.types import WeightBucket
-from xrl.weights.atomic_folder import atomic_folder
 from xrl.weights.other_files import copy_other_files
 from xrl.weights.weight_files import INDEX_FILE, SINGLE_FILE, weight_map
 
