@@ -285,7 +285,7 @@ class Trainer:
         while choice == _SAVE:
             fault = self.save(name)
             if self.lead and fault is not None:
-                choice = _SAVE if self.lead.checkpoints.wait(fault) else _END
+                choice = _SAVE if self.lead.checkpoints.wait_for_room(fault) else _END
             else:
                 choice = _GO_ON
             choice = self._agree(choice)

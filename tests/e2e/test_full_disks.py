@@ -90,7 +90,7 @@ def test_a_run_folder_that_cannot_be_written_for_a_while_costs_a_run_nothing(
         (folder,) = (tmp_path / "run" / "work").iterdir()
         folder.rename(tmp_path / "away")
         folder.write_text("in its place")
-        run.run.wait_for(lambda: run.saw("what was trained is still in memory"))
+        run.run.wait_for(lambda: run.saw("the trained weights wait in memory"))
         folder.unlink()
         (tmp_path / "away").rename(folder)
         assert run.end() == 0, run.run.stderr[-4000:]
@@ -109,7 +109,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_run_nothing(
     with small_disk(tmp_path / "run" / "work"), training(tmp_path / "run", *flags) as run:
         run.run.wait_for(lambda: run.steps)
         fill(tmp_path / "run" / "work" / "full")
-        run.run.wait_for(lambda: run.saw("what was trained is still in memory"))
+        run.run.wait_for(lambda: run.saw("the trained weights wait in memory"))
         assert "No space left on device" in run.run.stderr and "hf-final" not in run.checkpoints
         (tmp_path / "run" / "work" / "full").unlink()
         assert run.end() == 0, run.run.stderr[-4000:]

@@ -142,7 +142,7 @@ def test_the_end_of_a_run_waits_says_what_for_and_tries_again(
         time.events[100.0] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         while (fault := kept.write("hf-final", Stream())) is not None:
             num_tries += 1
-            assert kept.wait(fault)
+            assert kept.wait_for_room(fault)
     assert time.seconds == 100.0 and num_tries == 21
     assert names(run) == ["hf-final"]
     assert [message.partition("; ")[0].split(": ")[0] for message in said.messages] == [
@@ -155,7 +155,7 @@ def test_the_end_of_a_run_gives_up_in_time(run: RunFolder, source: Path, time: T
     kept = checkpoints(run, source, time, save_retry_minutes=0.5)
     assert kept.write("hf-2", Stream()) is None
     with files_of_at_most(1000):
-        while (fault := kept.write("hf-final", Stream())) is not None and kept.wait(fault):
+        while (fault := kept.write("hf-final", Stream())) is not None and kept.wait_for_room(fault):
             pass
     assert fault is not None and time.seconds == 30.0
     sentence = kept.words_about_loss(fault)
@@ -170,7 +170,7 @@ def test_no_wait_is_one_try(run: RunFolder, source: Path, time: Time) -> None:
     kept = checkpoints(run, source, time, save_retry_minutes=0.0)
     with files_of_at_most(1000):
         fault = kept.write("hf-final", Stream())
-    assert fault is not None and not kept.wait(fault) and time.seconds == 0.0
+    assert fault is not None and not kept.wait_for_room(fault) and time.seconds == 0.0
     assert kept.words_about_loss(fault).endswith("there is no checkpoint")
 
 
@@ -182,10 +182,10 @@ def test_a_disk_that_is_known_to_be_too_full_is_tried_once_a_minute_only(
     assert fault is not None
     room = False
     monkeypatch.setattr(type(fault), "lacks_room", property(lambda self: not room))
-    assert kept.wait(fault) and time.seconds == 60.0
-    assert kept.wait(fault) and time.seconds == 120.0
+    assert kept.wait_for_room(fault) and time.seconds == 60.0
+    assert kept.wait_for_room(fault) and time.seconds == 120.0
     room = True
-    assert kept.wait(fault) and time.seconds == 125.0
+    assert kept.wait_for_room(fault) and time.seconds == 125.0
 
 
 def test_a_run_folder_that_is_gone_is_made_again(run: RunFolder, source: Path, time: Time) -> None:
@@ -202,7 +202,7 @@ def test_a_model_folder_that_is_gone_costs_no_weights(run: RunFolder, source: Pa
     assert fault is not None and stream.is_at_end
     assert str(fault).startswith(f"{run.final_checkpoint} cannot be written: No such file or directory ({source}")
     time.events[10.0] = lambda: source.with_name("elsewhere").rename(source)
-    while fault is not None and kept.wait(fault):
+    while fault is not None and kept.wait_for_room(fault):
         fault = kept.write("hf-final", Stream())
     assert fault is None and time.seconds == 10.0
     assert json.loads((run.final_checkpoint / "tokenizer.json").read_text()) == {"of": "the model"}

@@ -110,7 +110,7 @@ class Checkpoints:
                 *(fault, RETRY_AFTER_S),
             )
 
-    def wait(self, fault: NotWritten) -> bool:
+    def wait_for_room(self, fault: NotWritten) -> bool:
         """At the end of a run: wait until another try may help; returns False where the time for that is up."""
         now = tried_at = self._clock.now()
         if self._waiting_since is None:
@@ -120,8 +120,8 @@ class Checkpoints:
             if now >= self._speak_at:
                 self._speak_at = now + SAY_EVERY_S
                 logger.warning(
-                    "%s; what was trained is still in memory: make room, or whatever else it needs; it is tried again "
-                    "for another %.3g minutes (--save-retry-minutes)",
+                    "%s; the trained weights wait in memory for another %.3g minutes (--save-retry-minutes): free some "
+                    "room, or mend what the system says",
                     *(fault, (until - now) / 60),
                 )
             self._clock.sleep(min(LOOK_EVERY_S, until - now))
