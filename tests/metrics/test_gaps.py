@@ -55,7 +55,22 @@ def test_where_nothing_is_missing_that_is_said(said: pytest.LogCaptureFixture) -
     metrics = Log("metrics.jsonl", LogGaps())
     metrics.write(errno.EIO)
     metrics.write()
-    assert said.messages[1:] == ["logs are written again, and nothing is missing"]
+    assert said.messages[1:] == ["logs are written again; nothing is missing"]
+
+
+def test_a_gap_that_lasts_to_the_end_is_said_then(said: pytest.LogCaptureFixture) -> None:
+    gaps = LogGaps()
+    metrics, answers = Log("metrics.jsonl", gaps), Log("answers", gaps)
+    gaps.end()
+    assert said.messages == []
+    answers.write(errno.ENOSPC, rollout=8)
+    metrics.write()
+    gaps.end()
+    assert said.messages[1:] == ["answers could not be written to the end; the answers of rollout 8 are missing"]
+    metrics.write(errno.ENOSPC)
+    answers.write()
+    gaps.end()
+    assert said.messages[2:] == ["metrics.jsonl could not be written to the end; the answers of rollout 8 are missing"]
 
 
 def test_another_reason_is_another_warning(said: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.files.limits import files_of_at_most
 from tests.small_runs import Refusal, check
+from xrl.config import SettingsError
 from xrl.files import disk
 from xrl.preflight.disk import RECORD_BYTES, RECORD_FILES
 from xrl.preflight.model import check_model
@@ -87,12 +88,13 @@ def test_a_limit_on_the_size_of_files_is_noticed(refusal: Refusal) -> None:
     assert "needs a file of " in sentence and "may have 1,000: raise `ulimit -f`" in sentence
 
 
-def test_what_a_killed_run_left_makes_room_first(model: Path, data: Path, tmp_path: Path, refusal: Refusal) -> None:
+def test_what_a_killed_run_left_makes_room_first(model: Path, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "work" / "20260101000000"
     left = run / ".hf-3.deleted"
     left.mkdir(parents=True)
     (run / "config.yaml").touch()
-    refusal("--max-prompt-length", "100000")
+    with pytest.raises(SettingsError):
+        check(model, data, tmp_path, "--max-prompt-length", "100000")
     assert left.is_dir()  # bad settings touch nothing
     check(model, data, tmp_path)
     assert list(run.iterdir()) == [run / "config.yaml"]

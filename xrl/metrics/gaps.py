@@ -37,10 +37,16 @@ class LogGaps:
             return False
         self._failing.discard(log)
         if self._said and not self._failing:
-            logger.warning("logs are written again%s", self._words_about_missing())
+            logger.warning("logs are written again; %s", self._words_about_missing() or "nothing is missing")
             self._said.clear()
             self._missing.clear()
         return True
+
+    def end(self) -> None:
+        """At the end of a run: say which logs go without their last records, if any do."""
+        if self._failing:
+            incomplete = f"{', '.join(sorted(self._failing))} could not be written to the end"
+            logger.warning("%s", "; ".join(filter(None, (incomplete, self._words_about_missing()))))
 
     def _fail(self, log: str, fault: NotWritten) -> None:
         self._failing.add(log)
@@ -50,7 +56,7 @@ class LogGaps:
 
     def _words_about_missing(self) -> str:
         if not self._missing:
-            return ", and nothing is missing"
+            return ""
         first, last, count = self._missing[0], self._missing[-1], len(self._missing)
         which = f"rollout {first}" if count == 1 else f"{count:,} rollouts between {first} and {last}"
-        return f"; the answers of {which} are missing"
+        return f"the answers of {which} are missing"

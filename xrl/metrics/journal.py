@@ -97,6 +97,7 @@ class Journal:
         if any("reward/mean" in row for row in rows):
             path = self.folder.reward_curve
             self._gaps.try_to(partial(save_curve, rows, path, title=self.folder.path.name), "curve", path)
+        self._gaps.end()
         self.say(f"run folder: {self.folder.path}")
 
     def close(self) -> None:
