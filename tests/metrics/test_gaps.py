@@ -51,11 +51,11 @@ def test_a_gap_is_said_when_it_begins_and_when_it_is_over(said: pytest.LogCaptur
     assert said.messages[3:] == ["logs are written again; the answers of rollout 6 are missing"]
 
 
-def test_where_nothing_is_missing_that_is_said(said: pytest.LogCaptureFixture) -> None:
+def test_where_no_answers_are_missing_none_are_said_to_be(said: pytest.LogCaptureFixture) -> None:
     metrics = Log("metrics.jsonl", LogGaps())
     metrics.write(errno.EIO)
     metrics.write()
-    assert said.messages[1:] == ["logs are written again; nothing is missing"]
+    assert said.messages[1:] == ["logs are written again"]
 
 
 def test_a_gap_that_lasts_to_the_end_is_said_then(said: pytest.LogCaptureFixture) -> None:

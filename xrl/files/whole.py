@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from collections import deque
 from pathlib import Path
 
 from xrl.files.disk import NotWritten
+
+logger = logging.getLogger(__name__)
 
 # What a file system says that cannot flush a folder, or a file opened for reading; nothing is lost by that.
 _CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES)
@@ -61,11 +64,11 @@ class WholeRecords:
             make_folder: whether its folder is made, where only that is missing.
         """
         self.path = path
-        self.num_lost = 0  # records that were given up
         self._head = head
         self._make_folder = make_folder
         self._waiting: deque[bytes] = deque()
         self._num_waiting_bytes = 0
+        self._has_lost = False
         self._torn_from: int | None = None  # where a record begins that could be neither written nor taken back
 
     def append(self, record: bytes) -> None:
@@ -78,7 +81,9 @@ class WholeRecords:
         self._num_waiting_bytes += len(record)
         while self._num_waiting_bytes > self.MAX_WAITING_BYTES and len(self._waiting) > 1:
             self._num_waiting_bytes -= len(self._waiting.popleft())
-            self.num_lost += 1
+            if not self._has_lost:
+                logger.warning("%s: more waits to be written than is held; the oldest records are lost", self.path)
+            self._has_lost = True
         self.flush()
 
     def flush(self) -> None:

@@ -37,7 +37,7 @@ class LogGaps:
             return False
         self._failing.discard(log)
         if self._said and not self._failing:
-            logger.warning("logs are written again; %s", self._words_about_missing() or "nothing is missing")
+            logger.warning("%s", "; ".join(filter(None, ("logs are written again", self._words_about_missing()))))
             self._said.clear()
             self._missing.clear()
         return True
