@@ -31,6 +31,7 @@ class RunConfig:
     save_keep: int | None = None
     """How many of the newest hf-<step> folders to keep; default: all."""
 
+    # By default long enough to make room by hand, and short enough that nobody pays for GPUs that wait overnight.
     save_retry_minutes: float = 2.0
     """How long the end of a run goes on trying to write hf-final where it cannot be written (a full disk, say), before
     it gives up with exit code 1; 0: one try."""

@@ -120,7 +120,7 @@ def _opened(lock: Path) -> Iterator[IO[str]]:
     """The lock file, made where there is none; where it cannot be made, its folder goes too."""
     try:
         held = lock.open("a")
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             lock.parent.rmdir()
         raise
