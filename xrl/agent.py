@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xrl.config import SettingsError
 from xrl.launch.address import LOOPBACK
 from xrl.launch.children import module_command
 from xrl.launch.exit import EXIT_BAD_SETTINGS, EXIT_ERROR, has_announced, prepare_agents_file
@@ -37,8 +39,12 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    with tempfile.TemporaryDirectory(prefix="xrl-") as log_dir:
-        left_to_say = prepare_agents_file(Path(log_dir))
+    with contextlib.ExitStack() as stack:
+        try:
+            log_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="xrl-", ignore_cleanup_errors=True))
+            left_to_say = prepare_agents_file(Path(log_dir))
+        except OSError as error:
+            raise SettingsError(f"a temporary folder is needed (TMPDIR): {error}") from error
         # Started by our own words: torchrun's `--module` puts the current folder on the import path.
         torchrun = [*_options(num_ranks, log_dir), "--no-python", *module_command("xrl.train"), *arguments]
         try:

@@ -15,6 +15,8 @@ from xrl.config.parse import dump_settings
 from xrl.config.paths import absolute_paths
 from xrl.data.prompts import PromptDataset
 from xrl.data.tokenizer import load_tokenizer, stop_token_ids
+from xrl.files.disk import NotWritten
+from xrl.files.whole import write_whole
 from xrl.metrics.ending import Ending
 from xrl.metrics.environment import write_environment
 from xrl.metrics.journal import Journal
@@ -34,6 +36,7 @@ from xrl.rollout.pool import WorkerPool
 from xrl.rollout.publish import Publisher
 from xrl.trainer import Lead
 from xrl.types import SamplingParams
+from xrl.weights.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,8 +72,11 @@ def build_lead(
     if ending is not None:
         ending.begin(folder)
     logger.info("run folder: %s", folder.path)
-    folder.config.write_text(dump_settings(absolute_paths(settings)))
-    write_environment(folder.environment)
+    try:
+        write_whole(folder.config, dump_settings(absolute_paths(settings)).encode())
+        write_environment(folder.environment)
+    except NotWritten as error:
+        raise SettingsError(str(error)) from error
     pool = stack.enter_context(start_workers(settings, groups, folder))
     pool.claim()
     if settings.rollout.colocate:
@@ -113,6 +119,7 @@ def build_lead(
         mismatch=MismatchBounds(settings.rollout, dtype=_coarser_dtype(settings)),
         evaluator=None if held_out is None else Evaluator(collector, held_out.all(), settings.evaluation, sampling),
         journal=journal,
+        checkpoints=Checkpoints(folder, settings.run, source=settings.model.model, dtype=train_dtype(settings.model)),
         watch=_watch(settings, folder, has_stop_tokens=bool(stop_ids)),
     )
 

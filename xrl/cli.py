@@ -16,6 +16,7 @@ from xrl.config.sentence_parser import SentenceParser
 from xrl.launch.children import module_command
 from xrl.launch.exit import EXIT_BAD_SETTINGS, run_main
 from xrl.launch.memory import restart_with_large_pages
+from xrl.launch.signals import Stopped, raise_on_signals
 from xrl.launch.start import prepare_process
 from xrl.launch.terminal import say
 from xrl.launch.threads import set_thread_waiting
@@ -33,6 +34,8 @@ USAGE = """usage: xrl COMMAND [ARGUMENTS]
 `xrl COMMAND --help` tells more."""
 # What people write for a command.
 SPELLINGS = {"-h": "help", "--help": "help", "-V": "version", "--version": "version"}
+# Those that remove what they have half written when they are stopped.
+WRITERS = ("convert", "gsm8k")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,12 +47,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = SPELLINGS.get(command, command)
     if command == "train" and argv is None and not asks_for_help(arguments):
         restart_with_large_pages()
+    if command in WRITERS and argv is None:
+        raise_on_signals()
     try:
         _check_command(command)
         COMMANDS[command](arguments)
     except SettingsError as error:
         say(f"error: {error}")
         sys.exit(EXIT_BAD_SETTINGS)
+    except Stopped as stopped:
+        say(f"stopped by {stopped.signal.name}")
+        raise
     except KeyboardInterrupt:
         say("stopped by SIGINT")
         sys.exit(128 + signal.SIGINT)

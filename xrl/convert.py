@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from xrl.config import SettingsError
 from xrl.config.errors import unreadable_files_refused
+from xrl.files.disk import NotWritten, check_space, nearest_folder
 from xrl.launch.terminal import printable
 from xrl.parallel.layout import Layout
 from xrl.weights.convert import (
@@ -25,7 +26,6 @@ from xrl.weights.convert import (
     to_megatron,
     total_bytes,
 )
-from xrl.weights.disk import check_space, nearest_folder
 from xrl.weights.megatron_files import MegatronReader
 from xrl.weights.other_files import find_other_files
 from xrl.weights.plan import Plan, plan
@@ -58,11 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
     planned = _plan(source, arguments)
     is_export = isinstance(source, MegatronReader) and not _has_layout(arguments)
     num_bytes = total_bytes(source) if is_export else megatron_bytes(planned, source)
-    _check_target(target, num_bytes + find_other_files(source.other_files, target=target).num_bytes())
+    num_bytes += find_other_files(source.other_files, target=target).num_bytes()
+    _check_target(target, num_bytes)
     try:
         _write(source, target, planned, is_export=is_export)
     except (OSError, RuntimeError) as error:  # a full disk is both, by whom it is noticed
-        raise SettingsError(f"--to {target} cannot be written: {error}") from error
+        raise SettingsError(f"--to {NotWritten(target, error, num_bytes=num_bytes)}") from error
     print(f"{target}: {len(source.tensors):,} tensors, {total_bytes(source):,} bytes")
     return 0
 

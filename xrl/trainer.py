@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -22,6 +21,7 @@ from xrl.algorithms import Algorithm
 from xrl.algorithms.aggregation import token_weights
 from xrl.config import Settings
 from xrl.data.prompts import PromptDataset
+from xrl.files.disk import NotWritten
 from xrl.kernels.native import native_module
 from xrl.launch.exit import RunEnded
 from xrl.metrics.journal import Journal
@@ -36,17 +36,17 @@ from xrl.rollout.evaluate import Evaluator
 from xrl.rollout.mismatch import MismatchBounds
 from xrl.rollout.publish import NoneUpdated, Publisher
 from xrl.types import Sample, SamplingParams
-from xrl.weights.hf_files import prune_hf_folders, write_hf_folder
+from xrl.weights.checkpoints import Checkpoints
 
 logger = logging.getLogger("xrl")
 T = TypeVar("T")
 
 # What rank 0 says to the others while it works with the engines.
 _DONE, _REPUBLISH = 0, 1
-# What it says between two rollouts: go on, end here, or end here and save weights that earlier rollouts have changed.
-_GO_ON, _END, _SAVE_AND_END = 0, 1, 2
-# After an update of the engines it says: go on, end here, or once more.
-_AGAIN = 3
+# What it says between two rollouts: go on, save and go on, end here, or end here and save weights that earlier rollouts
+# have changed. Of a save at the end: it is done, is tried again, or has failed. After an update of the engines: go on,
+# end here, or once more.
+_GO_ON, _SAVE, _END, _SAVE_AND_END, _AGAIN = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ class Lead:
     mismatch: MismatchBounds
     evaluator: Evaluator | None
     journal: Journal
+    checkpoints: Checkpoints
     watch: LearningWatch
 
 
@@ -101,19 +102,17 @@ class Trainer:
 
     def train(self) -> None:
         """Train from the first rollout to `hf-final`."""
-        run, evaluation = self.settings.run, self.settings.evaluation
+        evaluation = self.settings.evaluation
         self.publish(version=0)
         self.evaluate(0)
         for index in range(1, self.num_rollouts + 1):
             self.step(index)
             is_last = index == self.num_rollouts
             if not is_last:
-                self.end_if_useless(index)
-            if run.save_interval and index % run.save_interval == 0 and not is_last:
-                self.save(f"hf-{index}")
+                self.save_or_end(index)
             if evaluation.eval_interval and index % evaluation.eval_interval == 0 and not is_last:
                 self.evaluate(index)
-        self.save("hf-final")
+        self.save_at_last("hf-final")
         self.evaluate(self.num_rollouts)
         if self.lead:
             self.lead.journal.finish()
@@ -294,17 +293,35 @@ class Trainer:
         if self.lead and found is not None:
             self.lead.journal.evaluation(index, found)
 
-    def save(self, name: str) -> None:
-        """Write a Hugging Face folder below the run's. Collective."""
+    def save(self, name: str) -> NotWritten | None:
+        """Write a Hugging Face folder below the run's; on rank 0, why it is not there if it is not. Collective."""
         buckets = self.actor.weights(version=self.num_rollouts)
-        if self.lead:
-            folder: Path = self.lead.journal.folder.path
-            write_hf_folder(folder / name, buckets, source=self.settings.model.model, dtype=self.actor.dtype)
-            if self.settings.run.save_keep:
-                prune_hf_folders(folder, keep=self.settings.run.save_keep)
-            self.lead.journal.say(f"saved {folder / name}")
-        for _ in buckets:
-            pass
+        if not self.lead:
+            for _ in buckets:  # the other ranks get nothing but must take part
+                pass
+            return None
+        fault = self.lead.checkpoints.write(name, buckets)
+        if fault is None:
+            self.lead.journal.say(f"saved {self.lead.journal.folder.path / name}")
+        return fault
+
+    def save_at_last(self, name: str) -> None:
+        """Save weights that would be lost otherwise: tried again while there is hope for it. Collective.
+
+        Raises:
+            RunEnded: they could not be saved, on every rank; rank 0 says why.
+        """
+        choice = _SAVE
+        while choice == _SAVE:
+            fault = self.save(name)
+            if self.lead and fault is not None:
+                choice = _SAVE if self.lead.checkpoints.wait_for_room(fault) else _END
+            else:
+                choice = _GO_ON
+            choice = self._agree(choice)
+        if choice == _END:
+            sentence = self.lead.checkpoints.words_about_loss(fault) if self.lead and fault else ""
+            raise RunEnded(sentence, says_where=True)
 
     def report(self, index: int, reports: Sequence[UpdateReport], *, seconds: float) -> None:
         """One row of metrics for the rollout and all its updates."""
@@ -349,8 +366,10 @@ class Trainer:
         for warning in self.lead.watch.see(record):
             self.lead.journal.warn(warning)
 
-    def end_if_useless(self, index: int) -> None:
-        """End a run that has long learned nothing; weights that earlier rollouts changed are saved first. Collective.
+    def save_or_end(self, index: int) -> None:
+        """Between two rollouts: write the checkpoint that is due, and end a run that has long learned nothing.
+
+        Weights that earlier rollouts of such a run changed are saved first. Collective.
 
         Raises:
             RunEnded: on every rank; rank 0 says why.
@@ -360,10 +379,16 @@ class Trainer:
             reason = self.lead.watch.must_stop
             if reason is not None:
                 choice = _SAVE_AND_END if self.lead.watch.has_moved else _END
+            elif self.lead.checkpoints.is_due(index):
+                choice = _SAVE
         choice = self._agree(choice)
+        if choice == _SAVE:
+            fault = self.save(f"hf-{index}")
+            if self.lead and fault is not None:
+                self.lead.checkpoints.warn_once(fault)
         if choice == _SAVE_AND_END:
-            self.save(f"hf-{index}")
-        if choice != _GO_ON:
+            self.save_at_last(f"hf-{index}")
+        if choice in (_END, _SAVE_AND_END):
             if self.lead:
                 self.lead.journal.finish()
             raise self._ended(reason)

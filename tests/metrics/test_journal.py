@@ -57,5 +57,26 @@ def test_a_curve_that_cannot_be_written_fails_no_run(tmp_path: Path, said: pytes
     folder.metrics.write_text('{"step": 1, "reward/mean": 0.5}\n')
     journal = Journal(folder, tensorboard=False, log_interval=1, num_rollouts=1)
     journal.finish()
-    assert "reward_curve.png cannot be drawn: Is a directory" in said.text
+    assert "reward_curve.png cannot be written: Is a directory" in said.text
     assert said.messages[-1] == f"run folder: {folder.path}"
+
+
+def test_a_run_folder_that_is_gone_fails_no_run(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    run = journal(tmp_path / "run")
+    for index in (1, 2):
+        run.rollout(index, [], [], 0, {})
+        run.step(index, {"step_seconds": 1.0})
+    run.finish()
+    warnings = [record.message for record in said.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and warnings[0].startswith(
+        f"{tmp_path / 'run' / 'rollout_idx_1_trajectory.jsonl'} cannot be written: No such file or directory"
+    )
+    assert "saved trajectories" not in said.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metrics_that_somebody_has_edited_fail_no_run(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    run = journal(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("oops\n\n")
+    run.finish()
+    assert "no reward curve is drawn: " in said.text and "line 1 is not JSON" in said.text

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 from xrl.config import SettingsError
-from xrl.metrics.run_folder import RunFolder, check_writable
+from xrl.metrics.run_folder import RunFolder, check_writable, remove_leftovers_of_runs
 
 
 def test_folder_is_named_by_its_start_time(tmp_path):
@@ -43,3 +45,47 @@ def test_a_work_dir_that_is_a_file_is_refused_in_one_sentence(tmp_path, below):
 def test_a_work_dir_on_a_file_system_that_takes_no_files_is_refused():
     with pytest.raises(SettingsError, match="--work-dir /proc/xrl"):
         RunFolder.create(Path("/proc/xrl"))
+
+
+def test_a_disk_without_room_for_a_folder_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    make = os.mkdir
+
+    def refuse_logs(path, *arguments):
+        if Path(path).name == "logs":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        make(path, *arguments)
+
+    monkeypatch.setattr(os, "mkdir", refuse_logs)
+    with pytest.raises(SettingsError, match=rf"{tmp_path}/\d+ cannot be written: No space left on device"):
+        RunFolder.create(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_newest_checkpoint_is_a_folder_of_a_name_that_a_run_gives(tmp_path):
+    run = RunFolder(tmp_path)
+    assert run.newest_checkpoint is None
+    for name in ("hf-2", "hf-10", ".hf-12.partial", "hf-notes", "hf-\N{ARABIC-INDIC DIGIT NINE}9"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "hf-11").write_text("a file")
+    assert run.newest_checkpoint == run.checkpoint(10)
+    (tmp_path / "hf-final").mkdir()
+    assert run.newest_checkpoint == run.final_checkpoint
+
+
+def test_what_killed_runs_left_goes_at_the_next_start_and_nothing_else_does(tmp_path):
+    runs = RunFolder.create(tmp_path), RunFolder.create(tmp_path)
+    theirs = RunFolder(tmp_path / "mine")
+    without_config = RunFolder(tmp_path / "20200101000000")
+    for run in (*runs, theirs, without_config):
+        (run.path / ".hf-3.deleted").mkdir(parents=True)
+        (run.path / ".hf-3.deleted" / "file").touch()
+        (run.path / "hf-4").mkdir()
+    for run in (*runs, theirs):
+        run.config.touch()
+    (tmp_path / "20200101000001").write_text("a file")
+    remove_leftovers_of_runs(tmp_path)
+    for run in runs:
+        assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "hf-4", "logs"]
+    for run in (theirs, without_config):
+        assert (run.path / ".hf-3.deleted" / "file").is_file()
+    remove_leftovers_of_runs(tmp_path / "absent")

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests.files.limits import files_of_at_most
 from xrl.metrics.run_folder import RunFolder
 from xrl.metrics.sinks import JsonLinesSink, MetricsLog, TensorBoardSink, read_rows
 
@@ -101,3 +102,41 @@ def test_tensorboard_can_be_switched_off_and_is_then_not_imported(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_file_system_that_is_full_for_a_while_costs_no_step_and_tears_none(tmp_path):
+    folder = RunFolder(tmp_path)
+    log = MetricsLog(folder)
+    log.write(1, {"loss": 0.5})
+    for step, limit in enumerate((30, 45, 60), start=2):
+        with files_of_at_most(limit):  # in the middle of a line and of an event
+            log.write(step, {"loss": 0.5})
+        assert folder.metrics.read_text().endswith("\n")
+        assert read_rows(folder.metrics) and scalars(folder.tensorboard)
+    log.write(5, {"loss": 0.5})
+    assert [row["step"] for row in read_rows(folder.metrics)] == [1, 2, 3, 4, 5]
+    assert [step for step, _, _ in scalars(folder.tensorboard)] == [1, 2, 3, 4, 5]
+
+
+def test_what_waits_is_written_at_the_end(tmp_path):
+    with MetricsLog(RunFolder(tmp_path)) as log, files_of_at_most(0):
+        log.write(1, {"loss": 0.5})
+    # The limit was lifted before the log was closed.
+    assert [row["step"] for row in read_rows(RunFolder(tmp_path).metrics)] == [1]
+
+
+def test_events_are_framed_as_tensorboard_reads_them(tmp_path):
+    sink = TensorBoardSink(tmp_path)
+    sink.write(3, {"reward/mean": 0.5})
+    data = sink.path.read_bytes()
+    assert sink.path.name.startswith("events.out.tfevents.")
+    from tensorboardX.record_writer import masked_crc32c
+
+    start = 0
+    while start < len(data):
+        (length,) = struct.unpack_from("<Q", data, start)
+        content = data[start + 12 : start + 12 + length]
+        assert struct.unpack_from("<I", data, start + 8) == (masked_crc32c(data[start : start + 8]),)
+        assert struct.unpack_from("<I", data, start + 12 + length) == (masked_crc32c(content),)
+        start += length + 16
+    assert b"brain.Event:2" in data

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.files.limits import files_of_at_most
 from tests.small_runs import Refusal, check
-from xrl.preflight.disk import RECORD_BYTES
+from xrl.config import SettingsError
+from xrl.files import disk
+from xrl.preflight.disk import RECORD_BYTES, RECORD_FILES
 from xrl.preflight.model import check_model
-from xrl.weights import disk
 
 
 @pytest.fixture
@@ -63,3 +65,36 @@ def test_every_checkpoint_that_will_lie_there_is_counted(refusal: Refusal, free:
         sentence = refusal("--no-bf16", *flags)
         assert needed(sentence) == count * one + RECORD_BYTES
         assert ("--save-keep" in sentence) == (count > 2)
+
+
+def test_files_are_counted_as_well_as_bytes(
+    refusal: Refusal, free: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inodes = SimpleNamespace(f_files=10**6, f_favail=0)
+    monkeypatch.setattr(disk.os, "statvfs", lambda path: inodes)
+
+    def needed_files(*flags: str) -> int:
+        match = re.search(r"needs ([\d,]+) files, its disk has room for 0", refusal(*flags))
+        assert match is not None
+        return int(match[1])
+
+    one, three = needed_files(), needed_files("--num-rollouts", "10", "--save-interval", "4")
+    assert three - RECORD_FILES == 3 * (one - RECORD_FILES) > 0
+
+
+def test_a_limit_on_the_size_of_files_is_noticed(refusal: Refusal) -> None:
+    with files_of_at_most(1000):
+        sentence = refusal("--no-bf16")
+    assert "needs a file of " in sentence and "may have 1,000: raise `ulimit -f`" in sentence
+
+
+def test_what_a_killed_run_left_makes_room_first(model: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "work" / "20260101000000"
+    left = run / ".hf-3.deleted"
+    left.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    with pytest.raises(SettingsError):
+        check(model, data, tmp_path, "--max-prompt-length", "100000")
+    assert left.is_dir()  # bad settings touch nothing
+    check(model, data, tmp_path)
+    assert list(run.iterdir()) == [run / "config.yaml"]

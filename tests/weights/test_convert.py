@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.tiny_models import make_checkpoint
 from xrl.cli import main
 from xrl.config import SettingsError
-from xrl.weights.atomic_folder import atomic_folder
+from xrl.files.atomic_folder import atomic_folder
 from xrl.weights.convert import open_source
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.tiny_models import make_checkpoint
 from xrl.config import SettingsError
 from xrl.types import WeightBucket
-from xrl.weights.hf_files import HuggingFaceReader, prune_hf_folders, write_hf_folder
+from xrl.weights.hf_files import HuggingFaceReader, write_hf_folder
 from xrl.weights.weight_files import INDEX_FILE, SINGLE_FILE
 
 
@@ -75,13 +75,6 @@ def test_reader_gives_slices_of_whole_and_sharded_checkpoints(max_shard_bytes: i
         assert torch.equal(reader.read("model.embed_tokens.weight", 1, 2, 5), whole[:, 2:5])
         with pytest.raises(SettingsError, match="no tensor model.nothing"):
             reader.read("model.nothing", 0, 0, 1)
-
-
-def test_only_the_newest_step_folders_are_kept(tmp_path: Path) -> None:
-    for name in ("hf-2", "hf-10", "hf-9", "hf-final", "hf-notes"):
-        (tmp_path / name).mkdir()
-    prune_hf_folders(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf-10", "hf-9", "hf-final", "hf-notes"]
 
 
 def test_an_export_that_is_saved_again_in_place_is_read_as_transformers_reads_it(tmp_path: Path) -> None:

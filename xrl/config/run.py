@@ -9,6 +9,9 @@ from typing import Literal
 from xrl.config.errors import SettingsError
 from xrl.config.rollout import TEMPERATURES
 
+# Every wait of a run has an end.
+MAX_SAVE_RETRY_MINUTES = 7 * 24 * 60
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -29,6 +32,11 @@ class RunConfig:
     save_keep: int | None = None
     """How many of the newest hf-<step> folders to keep; default: all."""
 
+    # By default long enough to make room by hand, and short enough that nobody pays for GPUs that wait overnight.
+    save_retry_minutes: float = 2.0
+    """How long the end of a run goes on trying to write hf-final where it cannot be written (a full disk, say), before
+    it gives up with exit code 1; 0: one try."""
+
     tensorboard: bool = True
     """Write TensorBoard events."""
 
@@ -43,6 +51,11 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+        if not 0 <= self.save_retry_minutes <= MAX_SAVE_RETRY_MINUTES:
+            raise SettingsError(
+                f"--save-retry-minutes must be between 0 and {MAX_SAVE_RETRY_MINUTES:,} (a week), got "
+                f"{self.save_retry_minutes:g}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

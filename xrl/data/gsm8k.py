@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ from xrl.config import SettingsError
 from xrl.config.errors import unreadable_files_refused
 from xrl.data.table import read_table
 from xrl.data.text import check_text, numbered_lines, parse_json_object
+from xrl.files.disk import NotWritten
+from xrl.files.whole import write_whole
 
 SPLITS = ("train", "test")
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
@@ -37,7 +38,7 @@ def convert(input_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[
 
     Raises:
         SettingsError: no input, files missing of it, bad rows (the first five are named; nothing is written), an output
-            in the way, or a folder that cannot be made.
+            in the way, a folder that cannot be made, or a disk that is full.
     """
     files = {split: found for split in SPLITS if (found := _find_split(input_dir, split))}
     if not files:
@@ -53,7 +54,10 @@ def convert(input_dir: Path, out_dir: Path, *, overwrite: bool = False) -> dict[
     except OSError as error:
         raise SettingsError(f"--out-dir {out_dir} cannot be made a folder: {error.strerror}") from error
     for split, rows in contents.items():
-        _write_atomically(out_dir / f"{split}.jsonl", _as_bytes(rows))
+        try:
+            write_whole(out_dir / f"{split}.jsonl", _as_bytes(rows))
+        except NotWritten as error:
+            raise SettingsError(str(error)) from error
     return {split: len(rows) for split, rows in contents.items()}
 
 
@@ -153,13 +157,3 @@ def _check_output(path: Path, content: bytes, *, overwrite: bool) -> None:
         raise SettingsError(f"{path} is in the way and is not a file: give another --out-dir")
     if path.exists() and not overwrite and path.read_bytes() != content:
         raise SettingsError(f"{path} exists with other content: give another --out-dir, or --overwrite to replace it")
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    # In the same folder, because a rename is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

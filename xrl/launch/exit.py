@@ -175,8 +175,10 @@ def _is_first() -> bool:
         return True
     try:
         (run_dir / _MARKER).touch(exist_ok=False)
-    except OSError:
+    except FileExistsError:
         return False
+    except OSError:  # a full disk, say: twice is better than never
+        return True
     return True
 
 

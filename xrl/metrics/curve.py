@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from xrl.files.whole import write_whole
 
 # matplotlib and plotext are imported in the functions that draw: a run pays for them only once it is over.
 
@@ -47,6 +50,9 @@ def save_curve(
         eval_key: metric of the evaluations, on the same axis.
         window: steps in the running mean.
         title: above the plot, the run's name say.
+
+    Raises:
+        NotWritten: the disk is full, say.
     """
     # Figure, not pyplot: no global figure, and no window system is looked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -69,7 +75,9 @@ def save_curve(
     axes.set_ylabel(key)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_whole(path, picture.getvalue())
 
 
 def terminal_curve(

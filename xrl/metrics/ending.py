@@ -85,7 +85,10 @@ def rollouts_done(folder: RunFolder) -> int:
 
 def saved_models(folder: RunFolder) -> str:
     """The newest model in a run's folder, and how to go on from it."""
-    newest = folder.newest_checkpoint
+    try:
+        newest = folder.newest_checkpoint
+    except OSError as error:
+        return f"whose checkpoints cannot be read: {error.strerror or error}"
     if newest is None:
         return "no checkpoint yet (--save-interval N writes one every N rollouts)"
     return f"saved: {newest.name} (the newest); a new run can start from it with --model {newest}"

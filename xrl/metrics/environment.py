@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 
+from xrl.files.whole import write_whole
 from xrl.metrics.command import typed_command
 
 PACKAGES = (
@@ -90,8 +91,12 @@ def describe_environment() -> dict[str, Any]:
 
 
 def write_environment(path: Path) -> None:
-    """Write `describe_environment()` as JSON, of ASCII alone: names of files on a command line need not be UTF-8."""
-    path.write_text(json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8")
+    """Write `describe_environment()` as JSON, of ASCII alone: names of files on a command line need not be UTF-8.
+
+    Raises:
+        NotWritten: nothing was written.
+    """
+    write_whole(path, f"{json.dumps(describe_environment(), indent=2)}\n".encode())
 
 
 def package_versions() -> dict[str, str]:

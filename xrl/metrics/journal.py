@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from xrl.metrics.console import LOGGER_NAME
 from xrl.metrics.curve import save_curve
+from xrl.metrics.gaps import LogGaps
 from xrl.metrics.report import (
     evaluation_line,
     evaluation_table,
@@ -30,7 +33,8 @@ class Journal:
         self.folder = folder
         self.log_interval = log_interval
         self.num_rollouts = num_rollouts
-        self._metrics = MetricsLog(folder, tensorboard=tensorboard)
+        self._gaps = LogGaps()
+        self._metrics = MetricsLog(folder, tensorboard=tensorboard, gaps=self._gaps)
         self._first_evaluation: Mapping[str, float] | None = None
 
     def say(self, line: str) -> None:
@@ -51,9 +55,10 @@ class Journal:
     ) -> None:
         """A rollout is sampled and judged: write every answer down."""
         path = self.folder.trajectory(index)
-        write_trajectory(path, groups, rollout_id=index, advantages=advantages, metrics=metrics)
+        write = partial(write_trajectory, path, groups, rollout_id=index, advantages=advantages, metrics=metrics)
+        is_written = self._gaps.try_to(write, "answers", path, rollout=index)
         if self._speaks(index):
-            self.say(rollout_finished_line(index, path))
+            self.say(rollout_finished_line(index, path if is_written else None))
             self.say(prepared_line(num_samples, metrics))
 
     def step(self, index: int, metrics: Mapping[str, float], updates: Sequence[Mapping[str, float]] = ()) -> None:
@@ -88,16 +93,25 @@ class Journal:
     def finish(self) -> None:
         """Draw the reward curve, close the files and say where they are."""
         self._metrics.close()
-        rows = read_rows(self.folder.metrics)
+        rows = self._rows()
         if any("reward/mean" in row for row in rows):
-            try:
-                save_curve(rows, self.folder.reward_curve, title=self.folder.path.name)
-            except OSError as error:  # a full disk, say: the model is saved, so the run has not failed
-                logger.warning("%s cannot be drawn: %s", self.folder.reward_curve, error.strerror or error)
+            path = self.folder.reward_curve
+            self._gaps.try_to(partial(save_curve, rows, path, title=self.folder.path.name), "curve", path)
+        self._gaps.end()
         self.say(f"run folder: {self.folder.path}")
 
     def close(self) -> None:
         self._metrics.close()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl has; nothing where it was never written, or somebody has touched it."""
+        try:
+            return read_rows(self.folder.metrics)
+        except OSError:  # it could not be written, which was said
+            return []
+        except ValueError as error:
+            self.warn(f"no reward curve is drawn: {error}")
+            return []
 
     def _speaks(self, index: int) -> bool:
         return index % self.log_interval == 0 or index == self.num_rollouts

@@ -43,9 +43,9 @@ def start_lines(settings: Settings, *, world_size: int, num_prompts: int, num_ro
     ]
 
 
-def rollout_finished_line(rollout_id: int, trajectory: Path) -> str:
-    """Said once a rollout is judged and written down."""
-    return f"rollout_idx {rollout_id} finished, saved trajectories to {trajectory}"
+def rollout_finished_line(rollout_id: int, trajectory: Path | None) -> str:
+    """Said once a rollout is judged and, where the disk has room, written down."""
+    return f"rollout_idx {rollout_id} finished" + (f", saved trajectories to {trajectory}" if trajectory else "")
 
 
 def prepared_line(num_samples: int, metrics: Mapping[str, float]) -> str:

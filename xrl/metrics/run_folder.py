@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import tempfile
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,6 +11,12 @@ from itertools import count
 from pathlib import Path
 
 from xrl.config import SettingsError
+from xrl.files.atomic_folder import remove_leftovers
+from xrl.files.disk import NotWritten
+
+# Names that only a run gives.
+CHECKPOINT_NAME = re.compile(r"hf-([0-9]+|final)")
+_RUN_NAME = re.compile(r"[0-9]{14}(-[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,15 @@ class RunFolder:
             path = work_dir / (stamp if attempt == 1 else f"{stamp}-{attempt}")
             try:
                 path.mkdir()  # the file system decides who is first
+                (path / "logs").mkdir()
             except FileExistsError:
                 continue
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+                raise SettingsError(str(NotWritten(path, error, num_bytes=0))) from error
             break
-        folder = cls(path)
-        folder.logs.mkdir()
-        return folder
+        return cls(path)
 
     @property
     def config(self) -> Path:
@@ -86,7 +97,8 @@ class RunFolder:
         if self.final_checkpoint.is_dir():
             return self.final_checkpoint
         # Other names are those of folders that are still being written, or were when the run ended.
-        steps = [int(path.name[3:]) for path in self.path.glob("hf-*") if path.name[3:].isdecimal()]
+        names = [path.name for path in self.path.glob("hf-*") if path.is_dir()]
+        steps = [int(name[3:]) for name in names if CHECKPOINT_NAME.fullmatch(name) and name != "hf-final"]
         return self.checkpoint(max(steps)) if steps else None
 
 
@@ -104,3 +116,11 @@ def check_writable(work_dir: Path) -> None:
         raise SettingsError(
             f"--work-dir {work_dir} must be a folder that can be written to: {error.strerror or error}"
         ) from error
+
+
+def remove_leftovers_of_runs(work_dir: Path) -> None:
+    """Remove what killed runs left of checkpoints below work_dir: parts of folders, which no run looks at again."""
+    with contextlib.suppress(OSError):
+        for path in work_dir.iterdir():
+            if _RUN_NAME.fullmatch(path.name) and RunFolder(path).config.is_file():
+                remove_leftovers(path, CHECKPOINT_NAME)

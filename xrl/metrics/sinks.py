@@ -4,56 +4,69 @@ from __future__ import annotations
 
 import json
 import math
+import socket
+import struct
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from xrl.files.whole import WholeRecords
+from xrl.metrics.gaps import LogGaps
 from xrl.metrics.run_folder import RunFolder
 
 
 class Sink(Protocol):
     """Takes the metrics of one step."""
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    path: Path
 
-    def close(self) -> None: ...
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Raises NotWritten: the step is kept, and written with the next one or by `close`."""
+        ...
+
+    def close(self) -> None:
+        """Write what could not be written before. Raises NotWritten."""
+        ...
 
 
 class JsonLinesSink:
     """One JSON object per line: `{"step": 3, "reward/mean": 0.5, ...}`.
 
-    Each line is flushed, so that a crash loses none; a new sink on the same file goes on after its last line. NaN and
-    infinities, which JSON does not have, become null.
+    Each line is in the file, whole, when `write` returns, so that a crash loses none; a new sink on the same file goes
+    on after its last line. NaN and infinities, which JSON does not have, become null.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self.path = path
+        self._lines = WholeRecords(path)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         row = {"step": step} | {name: _finite(value) for name, value in metrics.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        self._lines.append(f"{json.dumps(row, allow_nan=False)}\n".encode())
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.flush()
 
 
 class TensorBoardSink:
-    """One scalar per metric; values that are not finite are left out. A step is on disk when `write` returns."""
+    """One scalar per metric; values that are not finite are left out. A step is in the file when `write` returns."""
 
     def __init__(self, folder: Path) -> None:
         # Imported here: it costs half a second, and runs without TensorBoard need not pay it.
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import masked_crc32c
         from tensorboardX.summary import Summary
 
-        # Not SummaryWriter: it queues events for a thread, and its flush() does not wait for what is still queued.
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
-        self._event, self._summary = Event, Summary
-        self._closed = False
+        # Not SummaryWriter, which queues events for a thread and does not say whether they could be written; nor
+        # EventsWriter, which leaves half an event on a full disk, after which TensorBoard reads no other.
+        self._event, self._summary, self._checksum = Event, Summary, masked_crc32c
+        began = time.time()
+        self.path = folder / f"events.out.tfevents.{int(began)}.{socket.gethostname()}"
+        version = Event(wall_time=began, file_version="brain.Event:2")
+        self._events = WholeRecords(self.path, head=self._record(version.SerializeToString()), make_folder=True)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = [
@@ -61,32 +74,42 @@ class TensorBoardSink:
             for name, value in metrics.items()
             if math.isfinite(value)
         ]
-        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
-        self._writer.flush()
+        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
+        self._events.append(self._record(event.SerializeToString()))
 
     def close(self) -> None:
-        # EventsWriter cannot be closed twice, files can.
-        if not self._closed:
-            self._writer.close()
-        self._closed = True
+        self._events.flush()
+
+    def _record(self, content: bytes) -> bytes:
+        """The length, its checksum, the content, its checksum (tensorflow's TFRecord)."""
+        length = struct.pack("<Q", len(content))
+        return b"".join(
+            (length, struct.pack("<I", self._checksum(length)), content, struct.pack("<I", self._checksum(content)))
+        )
 
 
 class MetricsLog:
     """All the sinks of a run: `metrics.jsonl`, and TensorBoard events unless switched off."""
 
-    def __init__(self, folder: RunFolder, *, tensorboard: bool = True) -> None:
+    def __init__(self, folder: RunFolder, *, tensorboard: bool = True, gaps: LogGaps | None = None) -> None:
+        """
+        Args:
+            gaps: of all logs of the run.
+        """
+        self._gaps = gaps or LogGaps()
         self._sinks: list[Sink] = [JsonLinesSink(folder.metrics)]
         if tensorboard:
             self._sinks.append(TensorBoardSink(folder.tensorboard))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of one step to every sink."""
+        """Write the metrics of one step to every sink, or to none where nothing can be written: the run goes on."""
         for sink in self._sinks:
-            sink.write(step, metrics)
+            self._gaps.try_to(partial(sink.write, step, metrics), sink.path.name, sink.path)
 
     def close(self) -> None:
+        """Write what could not be written before, as far as it can be now."""
         for sink in self._sinks:
-            sink.close()
+            self._gaps.try_to(sink.close, sink.path.name, sink.path)
 
     def __enter__(self) -> MetricsLog:
         return self

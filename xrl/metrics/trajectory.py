@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xrl.files.whole import write_whole
 from xrl.types import FinishReason, Group, Rollout
 
 STATUS: Mapping[FinishReason, str] = {"stop": "completed", "length": "completed", "abort": "aborted", "error": "failed"}
@@ -32,20 +32,18 @@ def write_trajectory(
         advantages: [groups][answers], None for an answer that is not trained on.
         metrics: what else the summary line shall say, such as the rewards' mean.
         task_name: what the answers were for: "train", "eval", ...
+
+    Raises:
+        NotWritten: the disk is full, say.
     """
     rows = [
         _summary(groups, rollout_id, task_name, metrics or {}),
         *_samples(groups, rollout_id, task_name, advantages),
     ]
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        # A lone surrogate in a response cannot be encoded; backslashreplace writes it as \udXXX, JSON's own escape.
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    # A lone surrogate in a response cannot be encoded; backslashreplace writes it as \udXXX, JSON's own escape.
+    # Not flushed: a log is not worth the wait of each rollout for the disk.
+    write_whole(path, text.encode(errors="backslashreplace"), flush=False)
 
 
 def read_trajectory(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

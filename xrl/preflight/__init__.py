@@ -15,7 +15,7 @@ from __future__ import annotations
 from xrl.algorithms import check_algorithm
 from xrl.config import Settings, SettingsError
 from xrl.config.errors import unreadable_files_refused
-from xrl.metrics.run_folder import check_writable
+from xrl.metrics.run_folder import check_writable, remove_leftovers_of_runs
 from xrl.models.shape import ModelShape
 from xrl.preflight.data import check_data
 from xrl.preflight.disk import check_disk
@@ -54,6 +54,7 @@ def preflight(settings: Settings, *, world_size: int) -> None:
     check_tokenizer(folder, vocab_size=shape.vocab_size)
     check_weights(folder, shape)
     num_rows = check_data(settings)
+    remove_leftovers_of_runs(settings.run.work_dir)
     check_disk(settings, shape, num_rows=num_rows)
     check_writable(settings.run.work_dir)
 

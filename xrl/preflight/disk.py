@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 
 from xrl.config import Settings
+from xrl.files.disk import check_file_size, check_space
 from xrl.models.shape import ModelShape
 from xrl.preflight.machine import has_cuda_driver
-from xrl.weights.disk import check_space
 from xrl.weights.other_files import find_other_files
 from xrl.weights.plan import part_names, tensor_shapes
+from xrl.weights.weight_files import MAX_SHARD_BYTES
 
 # Of the run itself: settings, metrics, logs, the curve, headers of files, and what disks round up.
 RECORD_BYTES = 2**20
+RECORD_FILES = 10
 
 
 def check_disk(settings: Settings, shape: ModelShape, *, num_rows: int) -> None:
@@ -28,11 +30,15 @@ def check_disk(settings: Settings, shape: ModelShape, *, num_rows: int) -> None:
     num_saves = _num_saves(settings, num_rows)
     # One more than are kept: the oldest is removed when the newest is whole.
     num_folders = 1 + (num_saves if run.save_keep is None else min(num_saves, run.save_keep))
-    num_bytes = _weight_bytes(settings, shape) + find_other_files(folder, target=run.work_dir).num_bytes()
+    weight_bytes, others = _weight_bytes(settings, shape), find_other_files(folder, target=run.work_dir)
+    num_files = len(others.copied) + 2 + weight_bytes // MAX_SHARD_BYTES  # the folder, weights
+    what = f"--work-dir {run.work_dir} (for {num_folders:,} Hugging Face checkpoint{'s' if num_folders > 1 else ''})"
+    check_file_size(min(weight_bytes, MAX_SHARD_BYTES), what=what)
     check_space(
         run.work_dir,
-        num_folders * num_bytes + RECORD_BYTES,
-        what=f"--work-dir {run.work_dir} (for {num_folders:,} Hugging Face checkpoint{'s' if num_folders > 1 else ''})",
+        num_folders * (weight_bytes + others.num_bytes()) + RECORD_BYTES,
+        what=what,
+        num_files=num_folders * num_files + RECORD_FILES,
         instead=": free some, use another --work-dir" + (", or --save-keep" if num_folders > 2 else ""),
     )
 

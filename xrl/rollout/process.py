@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import selectors
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
+from xrl.files.disk import NotWritten
 from xrl.launch.children import child_environment, module_command
 from xrl.launch.exit import RunFailed
 from xrl.launch.memory import set_large_pages
@@ -18,6 +20,8 @@ from xrl.launch.threads import set_thread_waiting
 from xrl.rollout.access import KEY_VARIABLE, Access
 from xrl.rollout.answers import WorkerFault, checked_max_requests, checked_port, name_of, parse_json
 from xrl.rollout.claims import ask, check_answer
+
+logger = logging.getLogger("xrl")
 
 LOG_TAIL_LINES = 15
 LOG_TAIL_BYTES = 1 << 16
@@ -127,13 +131,14 @@ class WorkerProcess:
         self._environment["OMP_NUM_THREADS"] = str(num_threads)
         set_thread_waiting(self._environment)
         set_large_pages(self._environment)
-        log.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # said when the log is opened
+            log.parent.mkdir(parents=True, exist_ok=True)
         self._said = b""  # of its announcement, so far
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._said = b""
-        with self.log.open("ab") as file:
+        with self._opened_log() as file:
             process = subprocess.Popen(
                 [*self._command, "--parent-pid", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
@@ -144,6 +149,14 @@ class WorkerProcess:
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)  # half a line is no reason to wait for the other half
         return process
+
+    def _opened_log(self) -> IO[bytes]:
+        """The log; where it cannot be written, nothing that keeps what is written: a log is not worth a worker."""
+        try:
+            return self.log.open("ab")
+        except OSError as error:
+            logger.warning("%s; rollout worker %d goes without", NotWritten(self.log, error, num_bytes=0), self.number)
+            return open(os.devnull, "ab")
 
     @property
     def has_ended(self) -> bool:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from xrl.config import SettingsError
+from xrl.files.atomic_folder import atomic_folder
 from xrl.models.shape import ModelShape
-from xrl.weights.atomic_folder import atomic_folder
 from xrl.weights.hf_files import HuggingFaceReader, read_checked_shape, write_safetensors
 from xrl.weights.megatron_files import (
     HUGGINGFACE_FOLDER,
@@ -31,6 +31,7 @@ from xrl.weights.megatron_files import (
 from xrl.weights.other_files import copy_other_files
 from xrl.weights.plan import ParameterPlan, Plan, TensorShape, is_recomputed, part_names, tensor_shapes
 from xrl.weights.slices import fill, in_parameter, in_tensor
+from xrl.weights.weight_files import MAX_SHARD_BYTES
 
 # Told after each tensor how many bytes are done.
 Progress = Callable[[int], object]
@@ -153,7 +154,7 @@ def to_megatron(source: Source, target: Path, planned: Plan, progress: Progress)
         write_manifest(partial, planned)
 
 
-def to_huggingface(source: Source, target: Path, progress: Progress, *, max_shard_bytes: int = 4 * 2**30) -> None:
+def to_huggingface(source: Source, target: Path, progress: Progress, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write a folder that `from_pretrained` loads; it appears whole or not at all.
 
     Raises:

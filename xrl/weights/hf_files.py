@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,12 +16,12 @@ from torch import Tensor
 
 from xrl.config import SettingsError
 from xrl.config.json_file import read_json_object
+from xrl.files.atomic_folder import atomic_folder
 from xrl.models.checks import checked_shape
 from xrl.models.shape import ModelShape
 from xrl.types import WeightBucket
-from xrl.weights.atomic_folder import atomic_folder
 from xrl.weights.other_files import copy_other_files
-from xrl.weights.weight_files import INDEX_FILE, SINGLE_FILE, weight_map
+from xrl.weights.weight_files import INDEX_FILE, MAX_SHARD_BYTES, SINGLE_FILE, weight_map
 
 # Number formats that weights are kept in, as safetensors names them; others hold quantised weights.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -113,7 +112,7 @@ def write_hf_folder(
     *,
     source: Path,
     dtype: torch.dtype,
-    max_shard_bytes: int = 4 * 2**30,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a folder that `from_pretrained` loads: weights as they stream in, the rest copied from `source`.
 
@@ -121,6 +120,7 @@ def write_hf_folder(
 
     Raises:
         FileExistsError: `target` exists.
+        OSError, SafetensorError: it cannot be written.
     """
     with atomic_folder(target) as partial:
         _write_weights(partial, buckets, dtype, max_shard_bytes)
@@ -222,10 +222,3 @@ def _write_shard(
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's content, without a copy where it is contiguous."""
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def prune_hf_folders(folder: Path, *, keep: int) -> None:
-    """Remove the oldest `hf-<step>` folders below `folder` but for the newest `keep`; `hf-final` stays."""
-    steps = sorted(int(path.name[3:]) for path in folder.glob("hf-*") if path.name[3:].isdigit())
-    for step in steps[: max(0, len(steps) - keep)]:
-        shutil.rmtree(folder / f"hf-{step}")

@@ -10,6 +10,8 @@ from xrl.config.json_file import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# Of each file that we write, unless a single tensor is larger.
+MAX_SHARD_BYTES = 4 * 2**30
 
 # Tensors, optimizer states and their indexes, of any framework, under their own name or as a copy (`.bak`, `.part`).
 _WEIGHTS = re.compile(

@@ -6,18 +6,20 @@ import errno
 import fcntl
 import logging
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from xrl.weights.atomic_folder import atomic_folder
+from xrl.files.atomic_folder import atomic_folder, remove_folder, remove_leftovers
 
 
 def refuse(number: int) -> Any:
     """A system call of a file system that lacks it."""
 
-    def call(*arguments: object) -> NoReturn:
+    def call(*arguments: object, **options: object) -> NoReturn:
         raise OSError(number, os.strerror(number))
 
     return call
@@ -75,3 +77,48 @@ def test_a_folder_that_cannot_be_renamed_is_kept_and_named(tmp_path: Path, monke
     with pytest.raises(FileExistsError, match="in the way, and not ours to remove"):
         write(tmp_path / "target")
     assert (tmp_path / ".target.partial" / "inner" / "file").read_text() == "whole"
+
+
+NAME = re.compile(r"hf-[0-9]+")
+
+
+def test_a_folder_that_goes_loses_its_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "hf-1")
+    monkeypatch.setattr(shutil, "rmtree", refuse(errno.EIO))  # as if the process were killed then
+    with pytest.raises(OSError, match="Input/output error"):
+        remove_folder(tmp_path / "hf-1")
+    monkeypatch.undo()
+    (left,) = tmp_path.iterdir()
+    assert left.name == ".hf-1.deleted"
+    write(tmp_path / "hf-1")
+    remove_folder(tmp_path / "hf-1")  # nor is it hindered by what is left
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_the_killed_go_and_nothing_else_does(tmp_path: Path) -> None:
+    ours = tmp_path / ".hf-1.partial", tmp_path / ".hf-2.deleted"
+    theirs = [
+        tmp_path / name for name in (".hf-1.kept", ".notes.deleted", "hf-3.deleted", ".hf-x.partial", ".hf-4.partial")
+    ]
+    for folder in (*ours, *theirs):
+        folder.mkdir()
+        (folder / "file").write_text("content")
+    (ours[0] / "xrl-writes-here").touch()
+    (tmp_path / ".hf-5.deleted").write_text("a file of somebody's")
+    (tmp_path / ".hf-6.deleted").symlink_to(theirs[0], target_is_directory=True)
+    with atomic_folder(tmp_path / "hf-7") as written_now:
+        remove_leftovers(tmp_path, NAME)
+        assert written_now.is_dir()
+    assert not any(folder.exists() for folder in ours)
+    assert all((folder / "file").is_file() for folder in theirs)
+    assert (tmp_path / ".hf-5.deleted").is_file() and (tmp_path / ".hf-6.deleted").is_symlink()
+    assert (tmp_path / "hf-7").is_dir()
+    remove_leftovers(tmp_path / "absent", NAME)
+
+
+def test_what_interrupts_the_writing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit), atomic_folder(tmp_path / "target") as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "file").write_text("half")
+        raise SystemExit(143)
+    assert list(tmp_path.iterdir()) == []

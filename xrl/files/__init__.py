@@ -1,0 +1,1 @@
+"""What is written to disk appears whole or not at all: single files, files that grow, folders. Torch-free."""
