@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xrl.config.printable import printable_json
 from xrl.types import FinishReason, Group, Rollout
 
 STATUS: Mapping[FinishReason, str] = {"stop": "completed", "length": "completed", "abort": "aborted", "error": "failed"}
@@ -42,7 +43,7 @@ def write_trajectory(
         # A lone surrogate in a response cannot be encoded; backslashreplace writes it as \udXXX, JSON's own escape.
         with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(printable_json(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
