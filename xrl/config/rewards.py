@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xrl.config.errors import SettingsError
+from xrl.config.numbers import LONGEST_S, check_at_most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class RewardConfig:
     it out of its group, so that it moves no mean and is not trained on; `zero` gives it reward 0."""
 
     def __post_init__(self) -> None:
+        check_at_most("--judge-timeout-s", self.judge_timeout_s, LONGEST_S)
         if self.judge_timeout_s <= 0 or self.judge_num_workers < 1:
             raise SettingsError(
                 f"--judge-timeout-s must be > 0 and --judge-num-workers >= 1, "

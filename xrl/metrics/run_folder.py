@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 
 from xrl.config import SettingsError
+from xrl.config.numbers import numbered
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class RunFolder:
         if self.final_checkpoint.is_dir():
             return self.final_checkpoint
         # Other names are those of folders that are still being written, or were when the run ended.
-        steps = [int(path.name[3:]) for path in self.path.glob("hf-*") if path.name[3:].isdecimal()]
+        steps = [step for path in self.path.glob("hf-*") if (step := numbered(path.name, "hf-")) is not None]
         return self.checkpoint(max(steps)) if steps else None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xrl.config import SettingsError
 from xrl.config.json_file import read_json_object
+from xrl.config.numbers import numbered
 from xrl.models.checks import checked_shape
 from xrl.models.shape import ModelShape
 from xrl.types import WeightBucket
@@ -103,6 +104,8 @@ class HuggingFaceReader:
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
+            if not (self.model_dir / file).is_file():  # the library would wait for whoever writes to a pipe
+                raise SettingsError(f"{self.model_dir / file} is missing, truncated or corrupt: there is no such file")
             self._open[file] = safe_open(self.model_dir / file, framework="pt")
         return self._open[file]
 
@@ -226,6 +229,6 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 def prune_hf_folders(folder: Path, *, keep: int) -> None:
     """Remove the oldest `hf-<step>` folders below `folder` but for the newest `keep`; `hf-final` stays."""
-    steps = sorted(int(path.name[3:]) for path in folder.glob("hf-*") if path.name[3:].isdigit())
+    steps = sorted(step for path in folder.glob("hf-*") if (step := numbered(path.name, "hf-")) is not None)
     for step in steps[: max(0, len(steps) - keep)]:
         shutil.rmtree(folder / f"hf-{step}")
