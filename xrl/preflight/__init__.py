@@ -6,6 +6,7 @@ tokenizer.py   tokenizer files, and whether the model has their ids
 data.py        rows of the data files, and whether the judge can use their ground truths
 layout.py      ranks and how the model is cut over them
 machine.py     packages and hardware that were asked for by name
+processes.py   no more processes and threads than the machine can run
 disk.py        room for the checkpoints that will be written
 """
 
@@ -21,6 +22,7 @@ from xrl.preflight.disk import check_disk
 from xrl.preflight.layout import check_layout
 from xrl.preflight.machine import check_machine
 from xrl.preflight.model import check_model
+from xrl.preflight.processes import check_processes
 from xrl.preflight.tokenizer import check_tokenizer
 from xrl.preflight.weights import check_weights
 from xrl.rewards import check_judge
@@ -41,6 +43,7 @@ def preflight(settings: Settings, *, world_size: int) -> None:
         SettingsError: one sentence: what, where, what was found, what is needed.
     """
     _check_names(settings)
+    check_processes(settings, world_size=world_size)
     folder = settings.model.model
     shape = check_model(folder)
     _check_lengths(settings, shape)
