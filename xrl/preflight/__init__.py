@@ -1,5 +1,7 @@
 """Everything that can be wrong with a run, checked in about a second, without torch, before anything starts.
 
+What needs the libraries that load the tokenizer is tried out in a process of its own meanwhile (xrl/data/trial.py).
+
 model.py       config.json: what the decoder is, and whether we compute its maths
 weights.py     safetensors files: there, whole, and with every tensor the model needs
 tokenizer.py   tokenizer files, and whether the model has their ids
@@ -12,9 +14,13 @@ disk.py        room for the checkpoints that will be written
 
 from __future__ import annotations
 
+import contextlib
+
 from xrl.algorithms import check_algorithm
 from xrl.config import Settings, SettingsError
 from xrl.config.errors import unreadable_files_refused
+from xrl.data.prompts import rollouts_of
+from xrl.data.trial import Question, Trial
 from xrl.metrics.run_folder import check_writable
 from xrl.models.shape import ModelShape
 from xrl.preflight.data import check_data
@@ -33,11 +39,12 @@ __all__ = ["preflight"]
 
 
 @unreadable_files_refused()
-def preflight(settings: Settings, *, world_size: int) -> None:
+def preflight(settings: Settings, *, world_size: int, tries_prompts: bool = True) -> None:
     """Refuse settings that cannot work; only the work folder is touched, and last.
 
     Args:
         world_size: ranks of the run.
+        tries_prompts: load the tokenizer and tokenise the prompts, as rank 0 will; once a run is enough.
 
     Raises:
         SettingsError: one sentence: what, where, what was found, what is needed.
@@ -51,11 +58,27 @@ def preflight(settings: Settings, *, world_size: int) -> None:
     _check_prompt_sharing(settings)
     _check_layers(settings, shape)
     check_machine(settings)
-    check_tokenizer(folder, vocab_size=shape.vocab_size)
-    check_weights(folder, shape)
-    num_rows = check_data(settings)
+    with contextlib.ExitStack() as stack:
+        trial = stack.enter_context(Trial(_question(settings, shape))) if tries_prompts else None
+        check_tokenizer(folder, vocab_size=shape.vocab_size)
+        check_weights(folder, shape)
+        num_rows = check_data(settings)
+        num_prompts = trial.num_prompts() if trial is not None else None
+    if num_prompts is not None:
+        rollouts_of(settings, num_prompts)
     check_disk(settings, shape, num_rows=num_rows)
     check_writable(settings.run.work_dir)
+
+
+def _question(settings: Settings, shape: ModelShape) -> Question:
+    eval_data = settings.evaluation.eval_data
+    return Question(
+        model=str(settings.model.model),
+        vocab_size=shape.vocab_size,
+        data=str(settings.data.data),
+        eval_data=None if eval_data is None else str(eval_data),
+        max_prompt_length=settings.data.max_prompt_length,
+    )
 
 
 def _check_names(settings: Settings) -> None:
