@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from xrl.launch.address import LOOPBACK
 from xrl.launch.children import module_command
 from xrl.launch.exit import EXIT_BAD_SETTINGS, EXIT_ERROR, has_announced, prepare_agents_file
 from xrl.launch.memory import set_large_pages
-from xrl.launch.signals import STOP_SIGNALS
+from xrl.launch.signals import STOP_SIGNALS, ignores_hang_up
+from xrl.launch.temporary import own_folder
 from xrl.launch.terminal import say
 from xrl.launch.threads import set_thread_waiting
 from xrl.metrics.ending import words_of_ranks
@@ -37,14 +37,14 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    with tempfile.TemporaryDirectory(prefix="xrl-") as log_dir:
-        left_to_say = prepare_agents_file(Path(log_dir))
+    with own_folder() as log_dir:
+        left_to_say = prepare_agents_file(log_dir)
         # Started by our own words: torchrun's `--module` puts the current folder on the import path.
         torchrun = [*_options(num_ranks, log_dir), "--no-python", *module_command("xrl.train"), *arguments]
         try:
             run(parse_args(torchrun))
         except ChildFailedError as error:
-            if not has_announced(Path(log_dir)):
+            if not has_announced(log_dir):
                 say(f"error: {_first_end(error.failures)}")
             words = words_of_ranks(left_to_say)
             if words:
@@ -75,7 +75,7 @@ def _prepare_process(num_ranks: int) -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")
 
 
-def _options(num_ranks: int, log_dir: str) -> list[str]:
+def _options(num_ranks: int, log_dir: Path) -> list[str]:
     from torch.distributed.launcher.api import LaunchConfig
 
     options = [f"--nproc-per-node={num_ranks}", f"--log-dir={log_dir}"]
@@ -84,7 +84,7 @@ def _options(num_ranks: int, log_dir: str) -> list[str]:
     options += [f"--rdzv-endpoint={LOOPBACK}:0", f"--local-addr={LOOPBACK}"]
     if any(field.name == "signals_to_handle" for field in dataclasses.fields(LaunchConfig)):
         # Ctrl-C reaches the ranks as SIGTERM: those that are still starting would each print a KeyboardInterrupt.
-        options.append("--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT")
+        options.append(f"--signals-to-handle=SIGTERM,{'' if ignores_hang_up() else 'SIGHUP,'}SIGQUIT")
     return options
 
 
