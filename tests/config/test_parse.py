@@ -259,8 +259,8 @@ def test_what_a_file_quotes_is_no_line_of_its_own(config: Write) -> None:
 def test_a_file_of_settings_is_a_file_and_not_large(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert refusal("--config", str(tmp_path / "pipe")) == f"--config {tmp_path}/pipe is a pipe: a file is needed"
-    (tmp_path / "large.yaml").write_bytes(b"#" * (2**20 + 1))
-    assert "is larger than the 1,048,576 bytes" in refusal("--config", str(tmp_path / "large.yaml"))
+    (tmp_path / "large.yaml").write_bytes(b"#" * (2**16 + 1))
+    assert "is larger than the 65,536 bytes" in refusal("--config", str(tmp_path / "large.yaml"))
 
 
 def test_missing_setting_is_named() -> None:

@@ -26,7 +26,7 @@ from xrl.config.settings import Settings
 
 HELP_FLAGS = frozenset({"-h", "--help", "--help-all", "--help_all"})
 # A saved command line is far smaller; the parser is slow.
-MOST_YAML_BYTES = 2**20
+MOST_YAML_BYTES = 2**16
 # Looked at below a key that is unknown: files of other projects nest, but not further.
 _MOST_NAMES, _DEEPEST_NAME = 1000, 10
 # What `xrl train` takes beside settings.
