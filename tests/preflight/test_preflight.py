@@ -172,9 +172,17 @@ def test_what_the_files_show_by_themselves_comes_first(refusal: Refusal, model: 
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.txt"]
+    "name",
+    [
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/a.jinja",
+        "vocab.txt",
+    ],
 )
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(refusal: Refusal, model: Path, name: str) -> None:
+    (model / name).parent.mkdir(exist_ok=True)
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
     assert refusal() == f"{model / name} is a pipe: a file is needed"

@@ -56,10 +56,11 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
 
 
 def _check_companions(folder: Path) -> None:
-    for path in sorted(folder.iterdir()):
+    more = folder / "additional_chat_templates"
+    for path in sorted([*folder.iterdir(), *(more.iterdir() if more.is_dir() else ())]):
         if path.exists() and not path.is_file() and not path.is_dir():
             open_regular(path).close()  # which says what it is: the library would wait for whoever writes to a pipe
-    templates = (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja")))
+    templates = (folder / "chat_template.jinja", *sorted(more.glob("*.jinja")))
     for file in (*(folder / name for name in _READ_BY_TRANSFORMERS), *templates):
         if file.is_file() and _starts_with_mark(file):
             raise SettingsError(
