@@ -264,11 +264,12 @@ def test_damaged_manifest_is_one_sentence(dense: Path, tmp_path: Path) -> None:
             open_source(folder)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_pipes_are_not_waited_for(dense: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("pattern", ["*.safetensors", "config.json"])
+def test_pipes_are_not_waited_for(dense: Path, tmp_path: Path, pattern: str) -> None:
     folder = Path(shutil.copytree(dense, tmp_path / "hf"))
-    (folder / name).unlink()
-    os.mkfifo(folder / name)
+    file = sorted(folder.glob(pattern))[0]
+    file.unlink()
+    os.mkfifo(file)
     with pytest.raises(SettingsError):
         open_source(folder)
 
