@@ -15,6 +15,7 @@ from tests.fuzz.damage import ODD_VALUES, damaged_bytes, damaged_json, damaged_v
 from tests.small_runs import run_flags, write_rows
 from tests.tiny_models import FAMILIES, make_checkpoint
 from xrl.config import SettingsError
+from xrl.config.errors import unreadable_files_refused
 from xrl.config.flags import FLAGS
 from xrl.config.json_file import read_json_object
 from xrl.config.parse import dump_settings, parse_settings
@@ -57,7 +58,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def outcome(check: Callable[[], object]) -> str:
     """`taken`, or `refused` in a sentence that can be printed."""
     try:
-        check()
+        with unreadable_files_refused():  # as around every command
+            check()
     except SettingsError as error:
         sentence = str(error)
         assert sentence.isprintable() and sentence.strip() and len(sentence) < 10_500, ascii(sentence)
