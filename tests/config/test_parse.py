@@ -263,6 +263,10 @@ def test_a_file_of_settings_is_a_file_and_not_large(tmp_path: Path) -> None:
     assert "is larger than the 65,536 bytes" in refusal("--config", str(tmp_path / "large.yaml"))
 
 
+def test_an_interpreter_whose_name_is_too_long_is_refused() -> None:
+    assert "cannot be read: File name too long" in refusal("--rollout-python", "y" * 300)
+
+
 def test_missing_setting_is_named() -> None:
     with pytest.raises(SettingsError, match="--data is missing"):
         parse_settings(["--model", "m"])

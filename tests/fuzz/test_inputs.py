@@ -58,8 +58,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def outcome(check: Callable[[], object]) -> str:
     """`taken`, or `refused` in a sentence that can be printed."""
     try:
-        with unreadable_files_refused():  # as around every command
-            check()
+        check()
     except SettingsError as error:
         sentence = str(error)
         assert sentence.isprintable() and sentence.strip() and len(sentence) < 10_500, ascii(sentence)
@@ -130,6 +129,7 @@ def test_weights(fuzz: Fuzz, model: Path, tmp_path: Path) -> None:
     content = file.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
 
+    @unreadable_files_refused()  # as around every command
     def check() -> None:
         check_weights(damaged, shape)
         with HuggingFaceReader(damaged) as reader:

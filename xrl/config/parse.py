@@ -17,7 +17,7 @@ import tyro
 import yaml
 
 from xrl.config.elsewhere import translation
-from xrl.config.errors import SettingsError
+from xrl.config.errors import SettingsError, unreadable_files_refused
 from xrl.config.files import read_whole
 from xrl.config.flags import FLAGS
 from xrl.config.help import help_text
@@ -34,6 +34,7 @@ _OTHER_FLAGS = ("config", "nproc_per_node", "help", "help_all")
 _SECTIONS = {field.name for field in dataclasses.fields(Settings)}
 
 
+@unreadable_files_refused()
 def parse_settings(argv: Sequence[str] | None = None, *, prog: str = "xrl train") -> Settings:
     """The settings a command line and its `--config` files describe.
 
