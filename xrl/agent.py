@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from xrl.launch.address import LOOPBACK
 from xrl.launch.children import module_command
 from xrl.launch.exit import EXIT_BAD_SETTINGS, EXIT_ERROR, has_announced, prepare_agents_file
 from xrl.launch.memory import set_large_pages
-from xrl.launch.signals import STOP_SIGNALS
+from xrl.launch.signals import STOP_SIGNALS, ignores_hang_up
+from xrl.launch.temporary import own_folder
 from xrl.launch.terminal import say
 from xrl.launch.threads import set_thread_waiting
 from xrl.metrics.ending import words_of_ranks
@@ -41,8 +41,8 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
 
     with contextlib.ExitStack() as stack:
         try:
-            log_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="xrl-", ignore_cleanup_errors=True))
-            left_to_say = prepare_agents_file(Path(log_dir))
+            log_dir = stack.enter_context(own_folder())
+            left_to_say = prepare_agents_file(log_dir)
         except OSError as error:
             raise SettingsError(f"a temporary folder is needed (TMPDIR): {error}") from error
         # Started by our own words: torchrun's `--module` puts the current folder on the import path.
@@ -50,7 +50,7 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
         try:
             run(parse_args(torchrun))
         except ChildFailedError as error:
-            if not has_announced(Path(log_dir)):
+            if not has_announced(log_dir):
                 say(f"error: {_first_end(error.failures)}")
             words = words_of_ranks(left_to_say)
             if words:
@@ -81,7 +81,7 @@ def _prepare_process(num_ranks: int) -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")
 
 
-def _options(num_ranks: int, log_dir: str) -> list[str]:
+def _options(num_ranks: int, log_dir: Path) -> list[str]:
     from torch.distributed.launcher.api import LaunchConfig
 
     options = [f"--nproc-per-node={num_ranks}", f"--log-dir={log_dir}"]
@@ -90,7 +90,7 @@ def _options(num_ranks: int, log_dir: str) -> list[str]:
     options += [f"--rdzv-endpoint={LOOPBACK}:0", f"--local-addr={LOOPBACK}"]
     if any(field.name == "signals_to_handle" for field in dataclasses.fields(LaunchConfig)):
         # Ctrl-C reaches the ranks as SIGTERM: those that are still starting would each print a KeyboardInterrupt.
-        options.append("--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT")
+        options.append(f"--signals-to-handle=SIGTERM,{'' if ignores_hang_up() else 'SIGHUP,'}SIGQUIT")
     return options
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from xrl.config import Settings, SettingsError
 from xrl.config.parse import dump_settings
 from xrl.config.paths import absolute_paths
-from xrl.data.prompts import PromptDataset
+from xrl.data.prompts import PromptDataset, rollouts_of
 from xrl.data.tokenizer import load_tokenizer, stop_token_ids
 from xrl.files.disk import NotWritten
 from xrl.files.whole import write_whole
@@ -97,7 +97,7 @@ def build_lead(
 
     stop_ids = stop_token_ids(settings.model.model, tokenizer)
     if not stop_ids and not settings.rollout.ignore_eos:
-        logger.warning(no_stop_token(settings.model.model))
+        logger.warning("%s", no_stop_token(settings.model.model))
     sampling = SamplingParams(
         temperature=settings.rollout.temperature,
         top_k=settings.rollout.top_k,
@@ -181,25 +181,6 @@ def _max_model_len(settings: Settings) -> int:
     """Longest prompt + response that an engine is asked for, in tokens."""
     longest = settings.data.max_prompt_length + settings.rollout.max_response_length
     return min(read_model_shape(settings.model.model).max_positions, longest)
-
-
-def rollouts_of(settings: Settings, num_prompts: int) -> int:
-    """Rollouts in the run: as many as asked for, or as the epochs hold.
-
-    Raises:
-        SettingsError: too few prompts are left for one batch.
-    """
-    batch = settings.data.rollout_batch_size
-    needed = settings.prompts_in_flight
-    if num_prompts < needed:
-        asked = f"--rollout-batch-size {batch}"
-        if needed > batch:
-            asked = f"the {needed} prompts of {asked} x --oversampling {settings.rollout.oversampling:g}"
-        raise SettingsError(
-            f"--data {settings.data.data} has {num_prompts} prompts of at most {settings.data.max_prompt_length} "
-            f"tokens, fewer than {asked}"
-        )
-    return settings.data.num_rollouts or num_prompts * settings.data.num_epochs // batch
 
 
 def share_rollout_count(lead: Lead | None, groups: ParallelGroups) -> int:

@@ -11,7 +11,9 @@ from pathlib import Path
 import xrl
 from xrl.config import SettingsError
 from xrl.config.names import nearest
+from xrl.config.numbers import whole_number
 from xrl.config.parse import asks_for_help, parse_settings
+from xrl.config.printable import one_line, shown
 from xrl.config.sentence_parser import SentenceParser
 from xrl.launch.children import module_command
 from xrl.launch.exit import EXIT_BAD_SETTINGS, run_main
@@ -102,7 +104,7 @@ def gsm8k(arguments: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that hold something else")
     parsed = parser.parse_args(arguments)
     for split, num_rows in convert(parsed.input_dir, parsed.out_dir, overwrite=parsed.overwrite).items():
-        print(f"{parsed.out_dir / split}.jsonl: {num_rows:,} rows")
+        print(one_line(f"{parsed.out_dir / split}.jsonl: {num_rows:,} rows"))
 
 
 def convert(arguments: list[str]) -> None:
@@ -181,7 +183,7 @@ def _check_command(command: str) -> None:
         raise SettingsError(f"{command} is no command: flags and files come after one, as in `xrl train --config FILE`")
     near = nearest(command, COMMANDS)
     hint = f"; the nearest is {near}" if near else ""
-    raise SettingsError(f"unknown command {command!r}{hint}, known are: {', '.join(COMMANDS)}")
+    raise SettingsError(f"unknown command {shown(command)}{hint}, known are: {', '.join(COMMANDS)}")
 
 
 def _take_number(arguments: list[str], flag: str) -> tuple[int, list[str]]:
@@ -196,9 +198,8 @@ def _take_number(arguments: list[str], flag: str) -> tuple[int, list[str]]:
             text = value if equals else next(remaining, "")
         else:
             rest.append(argument)
-    # A superscript is a digit too, and of thousands of digits Python makes no number.
-    number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
-    if number < 1:
+    number = whole_number(text)
+    if number is None or number < 1:
         raise SettingsError(f"{flag} needs a whole number >= 1, found {text!r}")
     return number, rest
 

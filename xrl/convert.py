@@ -14,7 +14,7 @@ from tqdm import tqdm
 from xrl.config import SettingsError
 from xrl.config.errors import unreadable_files_refused
 from xrl.files.disk import NotWritten, check_space, nearest_folder
-from xrl.launch.terminal import printable
+from xrl.launch.terminal import one_line
 from xrl.parallel.layout import Layout
 from xrl.weights.convert import (
     HuggingFaceSource,
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         _write(source, target, planned, is_export=is_export)
     except (OSError, RuntimeError) as error:  # a full disk is both, by whom it is noticed
         raise SettingsError(f"--to {NotWritten(target, error, num_bytes=num_bytes)}") from error
-    print(f"{target}: {len(source.tensors):,} tensors, {total_bytes(source):,} bytes")
+    print(one_line(f"{target}: {len(source.tensors):,} tensors, {total_bytes(source):,} bytes"))
     return 0
 
 
@@ -102,7 +102,7 @@ def _check(source: HuggingFaceSource | MegatronReader, arguments: argparse.Names
 def _report(findings: Iterable[str]) -> int:
     count = 0
     for finding in findings:
-        tqdm.write(printable(f"differs: {finding}"), file=sys.stdout)
+        tqdm.write(one_line(f"differs: {finding}"), file=sys.stdout)
         count += 1
     return count
 

@@ -21,15 +21,20 @@ from collections.abc import Sequence
 from xrl.config import Settings
 from xrl.config.parse import parse_settings
 from xrl.launch.address import meet_at_loopback
-from xrl.launch.exit import announce_errors, run_main
+from xrl.launch.exit import agents_file, announce_errors, run_main
 from xrl.launch.start import prepare_process
+from xrl.launch.variables import rank_number
 from xrl.preflight import preflight
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     settings = parse_settings(argv)
-    preflight(settings, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    for name in ("LOCAL_RANK", "MASTER_PORT"):  # of which torch would make an error of its own
+        rank_number(os.environ, name, 0)
+    # `xrl train` above us has tried the prompts already; under plain torchrun one rank does it for all.
+    is_first = agents_file() is None and rank_number(os.environ, "RANK", 0) == 0
+    preflight(settings, world_size=rank_number(os.environ, "WORLD_SIZE", 1), tries_prompts=is_first)
     meet_at_loopback(os.environ)
     train(settings)
 
@@ -51,7 +56,7 @@ def train(settings: Settings) -> None:
     from xrl.parallel.megatron import initialize, shutdown
     from xrl.trainer import Trainer
 
-    setup_logging(rank=int(os.environ.get("RANK", "0")))
+    setup_logging(rank=rank_number(os.environ, "RANK", 0))
     ending = Ending()
     with contextlib.ExitStack() as stack, announce_errors(ending.words_about):
         groups = initialize(settings.parallel, seed=settings.run.seed)

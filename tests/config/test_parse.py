@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from pathlib import Path
 
@@ -199,6 +200,71 @@ def test_missing_file_is_refused() -> None:
 
 def test_empty_file_changes_nothing(config: Write) -> None:
     assert parse("--config", config("# nothing yet\n")) == parse()
+
+
+@pytest.mark.parametrize("text", ["²", "٣", "１２", "1_000", "+5", " 5", "5 ", "0x10", "1e3", "5.0"])
+def test_whole_numbers_are_ascii_digits(config: Write, text: str) -> None:
+    assert refusal("--num-rollouts", text) == f"--num-rollouts needs a whole number (or null), found {text!r}"
+    file = config(f"num_rollouts: '{text}'\n")
+    assert refusal("--config", file) == f"{file}, line 1: num_rollouts needs a whole number (or null), found {text!r}"
+
+
+@pytest.mark.parametrize("name", [name for name, flag in FLAGS.items() if flag.type is int])
+@pytest.mark.parametrize("number", [str(2**31), str(2**63), str(10**30), "9" * 5000], ids=len)
+def test_counts_beyond_any_machine_are_refused(name: str, number: str) -> None:
+    if name == "seed" and len(number) < 19:
+        return
+    said = refusal(f"--{name.replace('_', '-')}", number)
+    assert f"--{name.replace('_', '-')}" in said and len(said) < 300
+
+
+@pytest.mark.parametrize("name", [name for name, flag in FLAGS.items() if flag.type is float])
+@pytest.mark.parametrize("text", ["1e999", "٣.٥", "²", "1_0.5", " 1", "nan", "1" * 5000, "1e308", "-1e308", "1e-320"])
+def test_numbers_are_taken_or_refused_in_a_sentence(name: str, text: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    try:
+        found = parse(f"{flag}={text}")
+    except SettingsError as error:
+        assert flag in str(error) and len(str(error)) < 400
+    else:
+        assert text in ("1e308", "-1e308", "1e-320")
+        dump_settings(found)
+
+
+@pytest.mark.parametrize("value", ['"a\\0b"', '"\\uD800"'])
+@pytest.mark.parametrize("name", ["data", "work_dir", "judge"])
+def test_names_that_no_file_can_have_are_refused(config: Write, name: str, value: str) -> None:
+    file = config(f"{name}: {value}\n")
+    assert f"{file}, line 1: {name} needs " in refusal("--config", file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x: &a {b: *a}\n",
+        "x: &a [*a]\n",
+        "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n} {{k: *a{n - 1}, l: *a{n - 1}}}\n" for n in range(1, 60)),
+    ],
+    ids=["in itself", "list in itself", "twice as many each time"],
+)
+def test_aliases_of_an_unknown_key_lead_nowhere(config: Write, text: str) -> None:
+    assert "line 1: key " in refusal("--config", config(text))
+
+
+def test_what_a_file_quotes_is_no_line_of_its_own(config: Write) -> None:
+    said = refusal("--config", config('"\\e[2J\\nxrl: error: fake": 1\n'))
+    assert "\\x1b[2J" in said and said.isprintable()
+
+
+def test_a_file_of_settings_is_a_file_and_not_large(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert refusal("--config", str(tmp_path / "pipe")) == f"--config {tmp_path}/pipe is a pipe: a file is needed"
+    (tmp_path / "large.yaml").write_bytes(b"#" * (2**16 + 1))
+    assert "is larger than the 65,536 bytes" in refusal("--config", str(tmp_path / "large.yaml"))
+
+
+def test_an_interpreter_whose_name_is_too_long_is_refused() -> None:
+    assert "cannot be read: File name too long" in refusal("--rollout-python", "y" * 300)
 
 
 def test_missing_setting_is_named() -> None:

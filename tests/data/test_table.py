@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from xrl.data import table
 from xrl.data.table import read_table
 
 
@@ -90,3 +91,17 @@ def test_modules_of_the_current_folder_are_not_run(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     assert list(read_table(path, ["a"])) == [{"a": 1}]
     assert str(tmp_path) not in sys.path
+
+
+def test_a_reader_that_ends_without_a_word_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "import os, sys; print('no\\nmore', file=sys.stderr, flush=True); os.abort()"
+    monkeypatch.setattr(table, "module_command", lambda module: [sys.executable, "-c", program])
+    with pytest.raises(ValueError, match="cannot be read: its reader was ended by SIGABRT: more$"):
+        list(read_table(tmp_path / "data.parquet", ["a"]))
+
+
+def test_a_reader_that_gives_nothing_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "module_command", lambda module: [sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(table, "LIMIT_S", 0.2)
+    with pytest.raises(ValueError, match="SIGKILL: it gave no rows for 0.2 s"):
+        list(read_table(tmp_path / "data.parquet", ["a"]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_runs import run_flags, write_rows
+from tests.small_runs import edit_json, run_flags, write_rows
 from tests.tiny_models import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,8 +86,7 @@ def test_worker_without_a_model() -> None:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{{ raise_exception('System role not supported') }}", "refuses the prompt: System role not supported"),
-        ("{% if %}", "has a chat template with an error in line 1"),
+        ("{{ raise_exception('System role \x1b[2J not supported') }}", "refuses the prompt: System role \\x1b[2J not"),
         ("", "the prompt has no tokens"),
     ],
 )
@@ -97,23 +96,41 @@ def test_chat_template_is_tried_before_anything_is_started(
     other = Path(shutil.copytree(model, tmp_path / "model"))
     (other / "chat_template.jinja").write_text(template)
     write_rows(tmp_path / "train.jsonl", [{"prompt": [{"role": "user", "content": "1"}], "ground_truth": "2"}] * 8)
-    found = run("-m", "xrl.train", *flags, "--model", str(other))
-    assert found.returncode == 2, found.stderr
-    (line,) = (line for line in found.stderr.splitlines() if line.startswith("xrl: error: "))
-    assert words in line and "Traceback" not in found.stderr
-    assert list((tmp_path / "work").iterdir()) == []  # no run folder, so no worker either
+    assert_refused(run("-m", "xrl.train", *flags, "--model", str(other)), words)
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.slow
+def test_tokenizer_is_tried_before_ranks_are_started(flags: list[str], model: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "model"))
+    edit_json(other / "tokenizer_config.json", eos_token=7)
+    found = run("-m", "xrl.cli", "train", "--nproc-per-node", "2", *flags, "--model", str(other))
+    assert_refused(found, f"the tokenizer in {other} cannot be")
+
+
+@pytest.mark.parametrize("text", ["99999", "²", "٣", "1_0", "+2", "1" * 5000], ids=lambda text: ascii(text[:9]))
+def test_no_odd_number_of_ranks_is_started(flags: list[str], text: str) -> None:
+    assert_refused(run("-m", "xrl.cli", "train", "--nproc-per-node", text, *flags), "--nproc-per-node ")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_folders_that_hold_pipes_are_answered_by_every_command(flags: list[str], tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "pipes"
+    folder.mkdir()
+    for other in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / other).write_text("{}")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert_refused(run("-m", "xrl.cli", "train", *flags, "--model", str(folder)))
+    assert_refused(run("-m", "xrl.cli", "convert", "--from", str(folder), "--to", str(tmp_path / "to")))
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_what_a_rank_refuses_is_bad_input_of_the_whole_command(flags: list[str], model: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(model, tmp_path / "model"))
-    (other / "chat_template.jinja").unlink()
-    write_rows(tmp_path / "train.jsonl", [{"prompt": [{"role": "user", "content": "1"}], "ground_truth": "2"}] * 8)
-    found = run("-m", "xrl.cli", "train", "--nproc-per-node", "2", *flags, "--model", str(other))
-    assert found.returncode == 2, found.stderr
-    (line,) = (line for line in found.stderr.splitlines() if line.startswith("xrl: error: "))
-    assert "has no chat template: add one to the model folder" in line and "Traceback" not in found.stderr
+def test_what_a_rank_refuses_is_bad_input_of_the_whole_command(flags: list[str]) -> None:
+    program = "import sys; from xrl.agent import run_ranks; sys.exit(run_ranks(sys.argv[1:], num_ranks=2))"
+    found = run("-c", program, *flags, "--lr", "-1")
+    assert_refused(found, "--lr and --min-lr need 0 <= min-lr <= lr, got lr -1")
 
 
 @pytest.mark.distributed

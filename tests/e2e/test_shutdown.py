@@ -61,7 +61,7 @@ def says_what_is_left(line: str, folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["1 rank", "2 ranks"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_ends_everything_with_one_line(
     model: Path, tmp_path: Path, number: signal.Signals, ranks: tuple[str, ...]
 ) -> None:

@@ -92,13 +92,26 @@ def test_ranks_that_end_themselves_say_why_once(tmp_path: Path) -> None:
         ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_cleans_up_and_says_so_in_a_line(tmp_path: Path, number: signal.Signals) -> None:
     with started(tmp_path, TOY, str(tmp_path), "wait") as toy:
         toy.wait_for((tmp_path / "waits-0").exists)
         assert toy.end(toy.process.pid, number) == 128 + number
         assert toy.stderr == f"xrl: stopped by {number.name}\n"
     assert (tmp_path / "cleaned-0").exists()
+
+
+def test_a_terminal_that_goes_is_no_news_to_a_process_that_was_to_outlive_it(tmp_path: Path) -> None:
+    """As `nohup` starts it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with started(tmp_path, TOY, str(tmp_path), "wait") as toy:
+            toy.wait_for((tmp_path / "waits-0").exists)
+            toy.process.send_signal(signal.SIGHUP)
+            assert toy.end(toy.process.pid, signal.SIGTERM) == 128 + signal.SIGTERM
+            assert toy.stderr == "xrl: stopped by SIGTERM\n"
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_second_ctrl_c_does_not_cut_clean_up_short(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from xrl.config import SettingsError
 from xrl.launch.children import child_environment
-from xrl.launch.variables import drop_rank_variables
+from xrl.launch.variables import drop_rank_variables, rank_number
 
 LEFT_OVER = {
     "RANK": "1",
@@ -34,3 +35,14 @@ def test_a_child_of_a_rank_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = child_environment()
     assert not environment.keys() & LEFT_OVER.keys()
     assert environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_numbers_of_a_launcher_are_read() -> None:
+    assert rank_number({"RANK": "3"}, "RANK", 0) == 3
+    assert rank_number({}, "WORLD_SIZE", 1) == 1
+
+
+@pytest.mark.parametrize("text", ["", "x", "²", "٣", " 1", "+1", "-1", "1_0", "9" * 5000])
+def test_other_words_of_a_launcher_are_one_sentence(text: str) -> None:
+    with pytest.raises(SettingsError, match="the variable RANK must be a whole number >= 0, found "):
+        rank_number({"RANK": text}, "RANK", 0)

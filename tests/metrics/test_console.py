@@ -82,3 +82,9 @@ def test_lines_stand_above_a_progress_bar(capsys):
         logger.info("between")
     lines = re.split(r"[\r\n]+", capsys.readouterr().err)
     assert any(re.fullmatch(r"\S+ \S+ INFO between", line) for line in lines)
+
+
+def test_what_is_quoted_is_no_line_of_its_own(capsys):
+    setup_logging().warning("the judge said %s", "no\n2026-01-01 00:00:00 INFO all is well\u2028x\x85y")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("the judge said no\\n2026-01-01 00:00:00 INFO all is well\\u2028x\\x85y")

@@ -112,3 +112,11 @@ def test_an_empty_rollout_has_a_summary_only(path):
     summary, samples = read_trajectory(path)
     assert summary["num_samples"] == 0
     assert samples == []
+
+
+def test_no_answer_commands_the_terminal_that_shows_the_file(path):
+    response = "\x1b[2J \x9b2J \x85 \u2028 \u202e \x7f tab\t 四 😀"
+    write_trajectory(path, [group(1.0, response=response)], rollout_id=7)
+    text = path.read_text(encoding="utf-8")
+    assert all(line.isprintable() for line in text.split("\n")) and "四 😀" in text
+    assert [sample["response"] for sample in read_trajectory(path)[1]] == [response]

@@ -152,3 +152,32 @@ def test_original_positions_of_llama3_may_be_left_out() -> None:
 
 def test_a_tiny_model_is_made_of_these_fields() -> None:
     assert make_model("mistral").config.sliding_window is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", 10**6),
+        ("vocab_size", 2**31),
+        ("hidden_size", 10**400),
+        ("rope_theta", 10**400),
+        ("rms_norm_eps", -(10**400)),
+        ("rms_norm_eps", float("inf")),
+        ("intermediate_size", True),
+        ("num_attention_heads", "4"),
+        ("max_position_embeddings", [256]),
+        ("dtype", "x"),
+        ("torch_dtype", "torch.float32"),
+        ("dtype", 5),
+        ("dtype", ["float32"]),
+    ],
+)
+def test_values_that_cannot_be_are_named(family: str, field: str, value: object) -> None:
+    sentence = refusal(family, **{field: value})
+    assert f"{field} " in sentence and len(sentence) < 300
+
+
+def test_a_key_cannot_be_a_line_of_its_own() -> None:
+    sentence = refusal("qwen3", **{"\x1b[2J\nxrl: error: fake": "\u202e" + "x" * 10**6})
+    assert sentence.isprintable() and "\\x1b[2J\\nxrl: error: fake is " in sentence and len(sentence) < 400

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.small_runs import Refusal, check, run_flags, write_rows
+from tests.small_runs import Refusal, check, edit_json, run_flags, write_rows
+from xrl.config.parse import parse_settings
+from xrl.preflight import preflight
 
 
 def test_sound_settings_pass(model: Path, data: Path, tmp_path: Path) -> None:
@@ -140,3 +143,68 @@ def test_ground_truth_that_is_not_finite_is_refused_for_every_judge(refusal: Ref
 def test_a_name_that_the_system_does_not_take_is_refused(refusal: Refusal, tmp_path: Path, flag: str) -> None:
     path = tmp_path / ("a" * 300 + ".jsonl")
     assert f"{path} cannot be read: File name too long" in refusal(flag, str(path))
+
+
+CHAT = [{"prompt": [{"role": "user", "content": "1+1=?"}], "ground_truth": "2"}] * 8
+
+
+def test_a_tokenizer_that_the_library_refuses_is_refused(refusal: Refusal, model: Path) -> None:
+    edit_json(model / "tokenizer_config.json", eos_token=7)
+    assert f"the tokenizer in {model} cannot be" in refusal()
+
+
+def test_a_template_that_refuses_a_row_is_refused(refusal: Refusal, model: Path, data: Path) -> None:
+    write_rows(data, CHAT)
+    (model / "chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")
+    assert refusal() == f"{data}, line 1: the model's chat template refuses the prompt: System role not supported"
+
+
+def test_prompts_that_are_too_long_for_a_batch_are_refused(refusal: Refusal, data: Path) -> None:
+    rows = [{"prompt": "1+1=?", "ground_truth": "2"}] * 3 + [{"prompt": "1" * 100, "ground_truth": "2"}] * 5
+    write_rows(data, rows)
+    assert f"--data {data} has 3 prompts of at most 32 tokens, fewer than --rollout-batch-size 4" in refusal()
+
+
+def test_what_the_files_show_by_themselves_comes_first(refusal: Refusal, model: Path, data: Path) -> None:
+    edit_json(model / "tokenizer_config.json", eos_token=7)
+    write_rows(data, [*CHAT, {"prompt": "x"}])
+    assert f"{data}, line 9 has no ground truth" in refusal()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/a.jinja",
+        "vocab.txt",
+    ],
+)
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(refusal: Refusal, model: Path, name: str) -> None:
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    assert refusal() == f"{model / name} is a pipe: a file is needed"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("config.json", "has no config.json"), ("tokenizer.json", "tokenizer.json is a pipe")]
+)
+def test_a_pipe_in_place_of_what_is_needed_is_not_waited_for(
+    refusal: Refusal, model: Path, name: str, words: str
+) -> None:
+    (model / name).unlink()
+    os.mkfifo(model / name)
+    assert words in refusal()
+
+
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+def test_data_in_a_pipe_is_refused(refusal: Refusal, tmp_path: Path, flag: str) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert f"{flag} {tmp_path}/pipe.jsonl is not a file" in refusal(flag, str(tmp_path / "pipe.jsonl"))
+
+
+def test_ranks_of_a_checked_run_do_not_try_again(model: Path, data: Path, tmp_path: Path) -> None:
+    edit_json(model / "tokenizer_config.json", eos_token=7)
+    preflight(parse_settings(run_flags(model, data, tmp_path)), world_size=1, tries_prompts=False)

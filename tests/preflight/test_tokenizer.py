@@ -96,3 +96,24 @@ def test_a_byte_order_mark_before_what_we_read_ourselves_passes(model: Path, dat
     file = model / "generation_config.json"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     check(model, data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"added_tokens": 5}, "added_tokens must be a list, found 5"),
+        ({"added_tokens": [5]}, "token 5 needs a whole number >= 0 as its id, found None"),
+        ({"added_tokens": [{"id": True, "content": "x"}]}, "token 'x' needs a whole number >= 0 as its id, found True"),
+        ({"added_tokens": [{"id": -1, "content": "x"}]}, "token 'x' needs a whole number >= 0 as its id, found -1"),
+        ({"added_tokens": [{"id": 10**400, "content": "x"}]}, "token 'x' has id 10"),
+        ({"model": {"vocab": {"a\x1b[2J": "0"}}}, "token 'a\\x1b[2J' needs a whole number >= 0 as its id, found '0'"),
+        ({"model": None, "added_tokens": []}, "it is not a tokenizer"),
+        ({"model": {"vocab": []}, "added_tokens": None}, "it is not a tokenizer"),
+    ],
+)
+def test_keys_of_the_wrong_type_are_one_sentence(
+    refusal: Refusal, model: Path, changes: dict[str, object], words: str
+) -> None:
+    edit_json(model / "tokenizer.json", **changes)
+    sentence = refusal()
+    assert sentence.startswith(f"{model}/tokenizer.json") and words in sentence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -163,3 +164,42 @@ def test_a_shard_with_a_name_too_long_is_refused(refusal: Refusal, model: Path) 
     files = json.loads(index.read_text())["weight_map"]
     edit_json(index, weight_map=files | {"model.norm.weight": "a" * 300})
     assert "aaa cannot be read: File name too long" in refusal()
+
+
+@pytest.mark.parametrize(
+    "header", [b"[" * 5000, b'{"a":' * 5000, b'{"__metadata__": {}, "__metadata__": {}}', b"\xff\xfe{}"]
+)
+def test_a_header_that_cannot_be_read_is_refused(refusal: Refusal, model: Path, header: bytes) -> None:
+    shard = some_shard(model)
+    shard.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert f"{shard} ({len(header) + 8:,} bytes) is corrupt" in refusal()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("../other.safetensors", "shards must lie in the folder itself"),
+        ("/dev/zero", "shards must lie in the folder itself"),
+        ("", "which is not in"),
+        (".", "which is not in"),
+        ("a\0b", "which is not in"),
+        ("half \ud800", "which is not in"),
+        ("x" * 5000, "File name too long"),
+        ("\x1b[2J\nxrl: error: fake", "\\x1b[2J\\nxrl: error: fake"),
+        (5, "has no weight_map from tensors to files"),
+        (["a"], "has no weight_map from tensors to files"),
+    ],
+)
+def test_odd_names_of_shards_are_one_sentence(refusal: Refusal, model: Path, name: object, words: str) -> None:
+    index = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
+    index[next(iter(index))] = name
+    edit_json(model / "model.safetensors.index.json", weight_map=index)
+    sentence = refusal()
+    assert words in sentence and sentence.isprintable()
+
+
+def test_a_pipe_in_place_of_a_shard_is_not_waited_for(refusal: Refusal, model: Path) -> None:
+    shard = some_shard(model)
+    shard.unlink()
+    os.mkfifo(shard)
+    assert f"{shard} is a pipe: a file is needed" in refusal()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,6 +238,49 @@ def test_damaged_megatron_checkpoint_is_refused(dense: Path, tmp_path: Path) -> 
     del content["model"]["decoder.final_layernorm.weight"]
     torch.save(content, file)
     with pytest.raises(SettingsError, match=r"decoder\.final_layernorm\.weight is missing, shape \[64\] is needed"):
+        open_source(folder)
+
+
+def test_damaged_manifest_is_one_sentence(dense: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "megatron"
+    convert("--from", dense, "--to", folder, *layout_flags(2))
+    file = folder / "xrl_manifest.json"
+    whole = json.loads(file.read_text())
+    layout = whole["layout"]
+    changes = [
+        *({"layout": other} for other in (5, None, {}, layout | {"new": 1})),
+        *({"layout": layout | {"tensor_size": size}} for size in ("2", True, 2.0, -1, 0, 10**400, [2])),
+        *({"format": other} for other in ("\x1b[2J", 10**400)),
+        {"architecture": ["x"]},
+    ]
+    for change in changes:
+        file.write_text(json.dumps(whole | change))
+        with pytest.raises(SettingsError) as caught:
+            open_source(folder)
+        assert str(caught.value).startswith(str(file)) and str(caught.value).isprintable()
+    for content in (b"", b"[" * 100_000, b"\xff\xfe", b'{"format": 1, "format": 1}'):
+        file.write_bytes(content)
+        with pytest.raises(SettingsError, match="xrl_manifest.json"):
+            open_source(folder)
+
+
+@pytest.mark.parametrize("pattern", ["*.safetensors", "config.json"])
+def test_pipes_are_not_waited_for(dense: Path, tmp_path: Path, pattern: str) -> None:
+    folder = Path(shutil.copytree(dense, tmp_path / "hf"))
+    file = sorted(folder.glob(pattern))[0]
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(SettingsError):
+        open_source(folder)
+
+
+def test_pipe_in_place_of_a_rank_s_file_is_not_waited_for(dense: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "megatron"
+    convert("--from", dense, "--to", folder, *layout_flags(2))
+    file = folder / "release" / "mp_rank_01" / "model_optim_rng.pt"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(SettingsError, match="mp_rank_01/model_optim_rng.pt is missing, truncated or corrupt"):
         open_source(folder)
 
 

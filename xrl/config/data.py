@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xrl.config.errors import SettingsError
+from xrl.config.numbers import check_at_most
+
+# Of one prompt: an engine is asked for all of them at once.
+MOST_SAMPLES = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,5 +58,6 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+        check_at_most("--samples-per-prompt", self.samples_per_prompt, MOST_SAMPLES)
         if self.samples_per_prompt < 2:
             raise SettingsError(f"--samples-per-prompt must be >= 2 to form a group, got {self.samples_per_prompt}")

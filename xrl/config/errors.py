@@ -6,12 +6,21 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from xrl.config.printable import one_line, shortened
+
+# Of a sentence: enough for two of the longest paths there are.
+MAX_CHARS = 10_000
+
 
 class SettingsError(Exception):
     """Bad input. The message is one sentence: what, where, what was found, what is needed.
 
-    No ValueError: parsers catch those, and print them in words of their own.
+    No ValueError: parsers catch those, and print them in words of their own. What it quotes of files and flags is
+    printable, and short enough to be read.
     """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(shortened(one_line(sentence), MAX_CHARS))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -14,9 +15,15 @@ from typing import Any
 
 from xrl.config.errors import SettingsError
 from xrl.config.names import NAMES, known_name
+from xrl.config.numbers import decimal_number, whole_number
+from xrl.config.printable import shown
 from xrl.config.settings import Settings
 
 _NEEDED = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
+# Counts and sizes: more of nothing fits into a machine, and what takes it further on counts in 32 bits here and there.
+LARGEST_COUNT = 2**31 - 1
+_ANY_SIZE = ("seed",)  # it has bounds of its own
+_DIGITS = re.compile("-?[0-9]+")
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
@@ -65,7 +72,9 @@ class Flag:
         if self.is_optional and text.lower() in ("none", "null"):
             return [self.option, "None"]
         if not self._fits(text):
-            raise SettingsError(f"{where} needs {self.needed}, found {text!r}")
+            too_large = self.type is int and _DIGITS.fullmatch(text) is not None and self.name not in _ANY_SIZE
+            at_most = f" of at most {LARGEST_COUNT:,}" if too_large else ""
+            raise SettingsError(f"{where} needs {self.needed}{at_most}, found {shown(text)}")
         if not self.is_switch:
             # One word: tyro would take a value that begins with a dash for the next flag.
             return [f"{self.option}={known_name(self.name, text)}"]
@@ -79,12 +88,20 @@ class Flag:
             return text in self.choices
         if self.is_switch:
             return text.lower() in ("true", "false")
-        if self.type in (int, float):
-            try:
-                return math.isfinite(self.type(text))
-            except (ValueError, OverflowError):
-                return False
-        return bool(text)
+        if self.type is int:
+            number = whole_number(text)
+            return number is not None and (self.name in _ANY_SIZE or abs(number) <= LARGEST_COUNT)
+        if self.type is float:
+            return decimal_number(text) is not None
+        return bool(text) and _may_be_a_name(text)
+
+
+def _may_be_a_name(text: str) -> bool:
+    """Whether the system would take it as one: YAML can spell characters that a command line cannot."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _flag(field: dataclasses.Field[Any], annotation: Any) -> Flag:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xrl.config.errors import SettingsError
+from xrl.config.numbers import LONGEST_S, check_at_most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,5 +64,6 @@ class ParallelConfig:
             raise SettingsError("--sequence-parallel needs --tensor-model-parallel-size > 1, got 1")
         if self.distributed_backend not in ("auto", "nccl", "gloo"):
             raise SettingsError(f"--distributed-backend must be auto, nccl or gloo, got {self.distributed_backend!r}")
+        check_at_most("--distributed-timeout-minutes", self.distributed_timeout_minutes, LONGEST_S // 60)
         if self.distributed_timeout_minutes <= 0:
             raise SettingsError(f"--distributed-timeout-minutes must be > 0, got {self.distributed_timeout_minutes:g}")

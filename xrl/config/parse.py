@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,18 +17,24 @@ import tyro
 import yaml
 
 from xrl.config.elsewhere import translation
-from xrl.config.errors import SettingsError
+from xrl.config.errors import SettingsError, unreadable_files_refused
+from xrl.config.files import read_whole
 from xrl.config.flags import FLAGS
 from xrl.config.help import help_text
 from xrl.config.names import nearest
 from xrl.config.settings import Settings
 
 HELP_FLAGS = frozenset({"-h", "--help", "--help-all", "--help_all"})
+# A saved command line is far smaller; the parser is slow.
+MOST_YAML_BYTES = 2**16
+# Looked at below a key that is unknown: files of other projects nest, but not further.
+_MOST_NAMES, _DEEPEST_NAME = 1000, 10
 # What `xrl train` takes beside settings.
 _OTHER_FLAGS = ("config", "nproc_per_node", "help", "help_all")
 _SECTIONS = {field.name for field in dataclasses.fields(Settings)}
 
 
+@unreadable_files_refused()
 def parse_settings(argv: Sequence[str] | None = None, *, prog: str = "xrl train") -> Settings:
     """The settings a command line and its `--config` files describe.
 
@@ -67,9 +74,8 @@ def yaml_to_arguments(file: Path) -> list[str]:
         SettingsError: the file is missing or not YAML, a key is unknown, a value has the wrong type.
     """
     try:
-        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise SettingsError(f"--config {file} cannot be read: {error.strerror}") from error
+        text = read_whole(file, most_bytes=MOST_YAML_BYTES, what=f"--config {file}").decode("utf-8-sig")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except RecursionError as error:
         raise SettingsError(f"{file}: not YAML that can be read: it is nested too deep") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -132,7 +138,7 @@ def _pairs(mapping: yaml.MappingNode, file: Path) -> Iterator[tuple[yaml.ScalarN
 
 def _refuse_key(file: Path, section: str, key: yaml.ScalarNode, value: yaml.Node) -> NoReturn:
     """Refuse an unknown key. Files of other projects nest: the first of their words at or below it is translated."""
-    for name, mark in _names_below(section, key, value):
+    for name, mark in islice(_names_below(section, key, value), _MOST_NAMES):
         if _translated(name) is not None:
             _refuse_unknown(f"{file}, line {mark.line + 1}: key {name.removeprefix(f'{section}.')!r}", name)
     _refuse_unknown(f"{file}, line {key.start_mark.line + 1}: key {key.value!r}", key.value)
@@ -142,7 +148,8 @@ def _names_below(above: str, key: yaml.ScalarNode, value: yaml.Node) -> Iterator
     """The dotted name of `key` and of each key nested in its value, with where it stands."""
     name = f"{above}.{key.value}" if above else key.value
     yield name, key.start_mark
-    if isinstance(value, yaml.MappingNode):
+    # Aliases can make a node a part of itself.
+    if isinstance(value, yaml.MappingNode) and name.count(".") < _DEEPEST_NAME:
         for inner_key, inner_value in value.value:
             if isinstance(inner_key, yaml.ScalarNode):
                 yield from _names_below(name, inner_key, inner_value)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xrl.config.errors import SettingsError
+from xrl.config.numbers import LONGEST_S, check_at_most
 
 # More processes than this wait for each other, whatever a judge does.
 MOST_WORKERS, MOST_WORKERS_A_CORE = 256, 8
@@ -45,6 +46,7 @@ class RewardConfig:
     others, keys and tokens least of all."""
 
     def __post_init__(self) -> None:
+        check_at_most("--judge-timeout-s", self.judge_timeout_s, LONGEST_S)
         if self.judge_timeout_s <= 0 or self.judge_num_workers < 1:
             raise SettingsError(
                 f"--judge-timeout-s must be > 0 and --judge-num-workers >= 1, "

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from xrl.config.errors import SettingsError
+from xrl.config.numbers import LONGEST_S, check_at_most, whole_number
+from xrl.config.printable import shown
 
 # How weights reach the workers (xrl/weights/transport); auto: through shared memory where all workers are on this host.
 WEIGHT_TRANSPORTS = ("auto", "shared_memory", "cuda_ipc", "broadcast")
+# Prompts in flight for each of a batch: others would be old before their turn comes.
+MOST_OVERSAMPLING = 1000
+# A name, or an address of IPv4.
+_HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,252})?")
 ON_LOST_WORKER = ("continue", "stop")
 # Most answers of one request to a worker: so many times the sequences that it decodes at once.
 SAMPLES_PER_PLACE = 16
@@ -136,6 +143,8 @@ class RolloutConfig:
                 f"--rollout-timeout-s must be > 0 and --rollout-max-retries >= 0, "
                 f"got {self.rollout_timeout_s:g} and {self.rollout_max_retries}"
             )
+        for name in ("rollout_timeout_s", "weight_sync_timeout_s"):
+            check_at_most(f"--{name.replace('_', '-')}", getattr(self, name), LONGEST_S)
         self._check_workers()
         self._check_canary()
         low, high = TEMPERATURES
@@ -177,6 +186,7 @@ class RolloutConfig:
             )
         if not 1 <= self.oversampling < math.inf:
             raise SettingsError(f"--oversampling must be a number >= 1, got {self.oversampling:g}")
+        check_at_most("--oversampling", self.oversampling, MOST_OVERSAMPLING)
         if self.rollout_worker_urls is not None and not self.worker_addresses:
             raise SettingsError(f"--rollout-worker-urls needs host:port,host:port, found {self.rollout_worker_urls!r}")
         if len(set(self.worker_addresses)) < len(self.worker_addresses):
@@ -210,7 +220,9 @@ class RolloutConfig:
 
 
 def _address(text: str) -> tuple[str, int]:
-    host, colon, port = text.strip().removeprefix("http://").rstrip("/").rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise SettingsError(f"--rollout-worker-urls needs host:port,host:port, found {text.strip()!r}")
-    return host, int(port)
+    host, colon, digits = text.strip().removeprefix("http://").rstrip("/").rpartition(":")
+    port = whole_number(digits)
+    if not colon or port is None or not 0 < port < 65536 or not _HOST.fullmatch(host):
+        hint = " (of IPv6, the host's name)" if host.count(":") > 1 or "[" in host else ""
+        raise SettingsError(f"--rollout-worker-urls needs host:port,host:port{hint}, found {shown(text.strip())}")
+    return host, port

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from xrl.config.data import MOST_SAMPLES
 from xrl.config.errors import SettingsError
+from xrl.config.numbers import check_at_most
 from xrl.config.rollout import TEMPERATURES
 
 # Every wait of a run has an end.
@@ -82,6 +84,7 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+        check_at_most("--eval-samples-per-prompt", self.eval_samples_per_prompt, MOST_SAMPLES)
         low, high = TEMPERATURES
         if not low <= self.eval_temperature <= high:
             raise SettingsError(

@@ -20,7 +20,7 @@ from xrl.files.whole import write_whole
 SPLITS = ("train", "test")
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 MAX_REPORTED_ROWS = 5
-_SHARD = re.compile(r"-of-(\d+)\.parquet$")
+_SHARD = re.compile(r"-of-([0-9]+)\.parquet$")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 
 
@@ -82,7 +82,7 @@ def convert_row(question: str, answer: str, *, split: str, index: int) -> dict[s
 
 def _find_split(input_dir: Path, split: str) -> list[Path]:
     for folder, pattern in (("main", f"{split}-*.parquet"), (".", f"{split}-*.parquet"), (".", f"{split}.jsonl")):
-        if found := sorted((input_dir / folder).glob(pattern)):
+        if found := sorted(path for path in (input_dir / folder).glob(pattern) if path.is_file()):
             _check_whole(found)
             return found
     return []

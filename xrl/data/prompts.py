@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from xrl.config import SettingsError
+from xrl.config import Settings, SettingsError
+from xrl.data.cpu_limit import CpuLimit
 from xrl.data.rows import PromptRow, load_rows
 from xrl.data.text import check_text
 from xrl.types import Prompt
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# For the first prompt: a template that takes longer does not end.
-TEMPLATE_LIMIT_S = 60.0
+# Of computing, for one prompt: a template that takes longer than this does not end.
+TEMPLATE_LIMIT_S = 1.0
 # Prompts handed to the tokenizer at once: enough to keep its threads busy.
 TOKENIZER_BATCH = 1024
 
@@ -39,18 +38,19 @@ class PromptDataset:
         max_prompt_length: int,
         seed: int,
         shuffle: bool,
+        most_rows: int | None = None,
     ) -> None:
         """
         Args:
             path: JSONL or parquet file; see `xrl.data.rows` for its rows.
             max_prompt_length: in tokens; longer prompts are dropped and counted in `num_dropped`.
             seed: of the order; an epoch's order depends on the seed and the epoch alone.
+            most_rows: leave out what comes after so many; default: nothing.
 
         Raises:
             SettingsError: a bad row, no chat template for chat messages, or no prompt short enough.
         """
-        rows = load_rows(path)
-        _check_template_ends(rows[0], tokenizer, path)
+        rows = load_rows(path)[:most_rows]
         prompts = list(_tokenize(rows, tokenizer, path))
         self.path = path
         self.max_prompt_length = max_prompt_length
@@ -163,6 +163,25 @@ class PromptDataset:
         return order
 
 
+def rollouts_of(settings: Settings, num_prompts: int) -> int:
+    """Rollouts in the run: as many as asked for, or as the epochs hold.
+
+    Raises:
+        SettingsError: too few prompts are left for one batch.
+    """
+    batch = settings.data.rollout_batch_size
+    needed = settings.prompts_in_flight
+    if num_prompts < needed:
+        asked = f"--rollout-batch-size {batch}"
+        if needed > batch:
+            asked = f"the {needed} prompts of {asked} x --oversampling {settings.rollout.oversampling:g}"
+        raise SettingsError(
+            f"--data {settings.data.data} has {num_prompts} prompts of at most {settings.data.max_prompt_length} "
+            f"tokens, fewer than {asked}"
+        )
+    return settings.data.num_rollouts or num_prompts * settings.data.num_epochs // batch
+
+
 def _tokenize(rows: list[PromptRow], tokenizer: PreTrainedTokenizerBase, path: Path) -> Iterator[Prompt]:
     with tqdm(total=len(rows), desc="tokenising prompts", unit="prompt", delay=2) as bar:
         for start in range(0, len(rows), TOKENIZER_BATCH):
@@ -182,22 +201,6 @@ def _tokenize(rows: list[PromptRow], tokenizer: PreTrainedTokenizerBase, path: P
                     extra=row.extra,
                 )
             bar.update(len(chunk))
-
-
-def _check_template_ends(row: PromptRow, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Refuse a template that loops without end: it is somebody else's program."""
-
-    def render() -> None:
-        with contextlib.suppress(SettingsError):  # told when the row's turn has come
-            _render(row, tokenizer, path)
-
-    thread = threading.Thread(target=render, name="first-prompt", daemon=True)
-    thread.start()
-    thread.join(TEMPLATE_LIMIT_S)
-    if thread.is_alive():
-        raise SettingsError(
-            f"{path}, {row.place}: the model's chat template has not ended after {TEMPLATE_LIMIT_S:g} s: it loops"
-        )
 
 
 def _render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, path: Path) -> str:
@@ -220,7 +223,12 @@ def _render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, path: Path) -> s
     from jinja2 import TemplateSyntaxError
 
     try:
-        text = str(tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=False))
+        with CpuLimit(TEMPLATE_LIMIT_S):
+            text = str(tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=False))
+    except TimeoutError as error:
+        raise SettingsError(
+            f"{path}, {row.place}: the model's chat template has not ended after {TEMPLATE_LIMIT_S:g} s: it loops"
+        ) from error
     except TemplateSyntaxError as error:
         raise SettingsError(
             f"{model} has a chat template with an error in line {error.lineno}: {error.message}"

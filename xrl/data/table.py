@@ -9,17 +9,25 @@ decodes, because it keeps some types under another one (JSON as text).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from xrl.launch.children import child_environment, module_command
+from xrl.launch.start import forgive_warnings_of_others
 
+# For the next rows, the import of the libraries from a slow disk included.
+LIMIT_S = 300.0
+# A process whose output has ended, or that was killed, is gone at once.
+_END_S = 10.0
 # Rows handed over at once.
 _BATCH = 1024
 
@@ -28,8 +36,7 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Every row of a parquet file, in order, with those of the columns that the file has.
 
     Raises:
-        ValueError: the file or a row cannot be read, as the end of a sentence.
-        RuntimeError: the process ended of something else; its output is shown.
+        ValueError: the file or a row cannot be read, or not in time, as the end of a sentence.
     """
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -44,28 +51,52 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         assert process.stdout is not None
         try:
             with process.stdout:
-                while isinstance(batch := _receive(process.stdout), list):
+                while isinstance(batch := _receive(process), list):
                     yield from batch
         except GeneratorExit:  # nobody wants the rest
             process.kill()
             raise
         finally:
-            process.wait()
+            _wait(process)
         if process.returncode:
             errors.seek(0)
-            raise RuntimeError(f"{path} could not be read: {errors.read().decode(errors='replace')[-2000:]}")
+            raise ValueError(f"cannot be read: its reader {_end(process.returncode, errors.read())}")
     if isinstance(batch, str):
         raise ValueError(batch)
 
 
-def _receive(stream: Any) -> list[dict[str, Any]] | str | None:
+def _receive(process: subprocess.Popen[bytes]) -> list[dict[str, Any]] | str | None:
     """The next batch, what is wrong with the file, or None: the process has ended."""
-    # Pickle, as rows hold dates, decimals and bytes too; from a child of ours, which runs nothing of the file's.
+    assert process.stdout is not None
+    timer = threading.Timer(LIMIT_S, process.kill)
+    timer.daemon = True
+    timer.start()
     try:
-        received: list[dict[str, Any]] | str = pickle.load(stream)
-    except EOFError:
+        # Pickled by our own code, of what pyarrow makes of a file: dates, bytes and decimals, which JSON has not.
+        received: list[dict[str, Any]] | str = pickle.load(process.stdout)
+    except (EOFError, pickle.UnpicklingError):  # the second where it was killed in the middle
         return None
+    finally:
+        timer.cancel()
     return received
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the kernel
+            process.wait(_END_S)
+
+
+def _end(code: int, errors: bytes) -> str:
+    """How the reader ended, in words."""
+    if code == -signal.SIGKILL:
+        return f"was ended by SIGKILL: it gave no rows for {LIMIT_S:g} s, or the machine has run out of memory"
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    lines = [line for line in errors.decode(errors="replace").split("\n") if line.strip()]
+    return f"{how}: {lines[-1]}" if lines else how
 
 
 def _batches(path: str, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
@@ -141,6 +172,7 @@ def main() -> None:
     # The rows alone go to stdout: whatever a library prints there would spoil them.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    forgive_warnings_of_others()
     path, *columns = sys.argv[1:]
     with out:
         try:

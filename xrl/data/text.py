@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Deeper values end Python's own functions that copy, compare or write them.
-MAX_DEPTH = 100
+from xrl.config import SettingsError
+from xrl.config.files import open_regular
+from xrl.config.json_file import MAX_DEPTH, NestedTooDeeply, parse_json
+
+# Of a line, its newline included: a file of one line without end would fill the memory.
+MAX_LINE_BYTES = 64 * 2**20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers from 1. Only a newline ends a line, and byte order marks are cut."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    """Lines that are not blank, with their numbers from 1. Only a newline ends a line, and byte order marks are cut.
+
+    Raises:
+        SettingsError: it is no file that can be read, or a line of it is too long.
+    """
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
+            if len(line) == MAX_LINE_BYTES:
+                raise SettingsError(f"{path}, line {number} is longer than {MAX_LINE_BYTES:,} bytes")
             line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield number, line
@@ -30,10 +39,10 @@ def parse_json_object(line: bytes) -> dict[str, Any]:
         ValueError: what is wrong with it, as the end of a sentence.
     """
     try:
-        row = json.loads(line.decode())
-    except RecursionError as error:
+        row = parse_json(line)
+    except NestedTooDeeply as error:
         raise ValueError("nested too deeply to be read") from error
-    except ValueError as error:  # malformed JSON, bytes that are not UTF-8, or a number of thousands of digits
+    except ValueError as error:  # malformed, not UTF-8, a key twice, or a number of thousands of digits
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {type(row).__name__}, not an object")

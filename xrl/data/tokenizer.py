@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xrl.config import SettingsError
-from xrl.config.json_file import read_json_object
+from xrl.config.files import read_whole
+from xrl.config.json_file import MOST_BYTES, read_json_object
+from xrl.config.printable import shortened
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Of what a library says: it may quote the whole file.
+MAX_REASON_CHARS = 500
 # What tokenizers treat differently: runs of digits and spaces, apostrophes, line ends, letters of two forms, scripts.
 PROBES = (
     "Ana has 12 cakes and 650841823 boxes; it's 3.14159, isn't it? I'LL SAY SO.",
@@ -35,6 +39,15 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     Raises:
         SettingsError: its files are damaged, or nothing gives the tokens of tokenizer.json.
     """
+    try:
+        return _load_agreeing(model_dir)
+    except SettingsError:
+        raise
+    except Exception as error:  # settings of its files that nobody looks at before, and plain Exceptions of a library
+        raise SettingsError(f"the tokenizer in {model_dir} cannot be used: {_reason(error)}") from error
+
+
+def _load_agreeing(model_dir: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     tokenizer = _load(AutoTokenizer, model_dir)
@@ -61,20 +74,23 @@ def _load(loader: Any, model_dir: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(model_dir, local_files_only=True)
     except Exception as error:  # whatever the library meets in damaged files
-        reason = " ".join(str(error).split())
-        raise SettingsError(
-            f"the tokenizer in {model_dir} cannot be loaded: {type(error).__name__}: {reason}"
-        ) from error
+        raise SettingsError(f"the tokenizer in {model_dir} cannot be loaded: {_reason(error)}") from error
     return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    return shortened(" ".join(f"{type(error).__name__}: {error}".split()), MAX_REASON_CHARS)
 
 
 def _read_whole(file: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(read_whole(file, most_bytes=MOST_BYTES).decode())
+    except SettingsError:
+        raise
     except Exception as error:  # the library raises plain Exceptions
-        raise SettingsError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+        raise SettingsError(f"{file} cannot be read: {_reason(error)}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -102,8 +118,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, model_dir: Path) -> l
         token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     except Exception as error:  # settings of tokenizer_config.json that nobody looks at before
         raise SettingsError(
-            f"the tokenizer in {model_dir} cannot be used as tokenizer_config.json says: "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
+            f"the tokenizer in {model_dir} cannot be used as tokenizer_config.json says: {_reason(error)}"
         ) from error
     return token_ids
 

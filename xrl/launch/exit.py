@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from xrl.config.errors import SettingsError
 from xrl.launch.signals import GRACE_S, Stopped, end_after, ignore_signals, raise_on_signals, stop_with_parent
-from xrl.launch.terminal import printable
+from xrl.launch.terminal import one_line, printable, quoted
 
 EXIT_ERROR = 1
 EXIT_BAD_SETTINGS = 2
@@ -95,6 +95,7 @@ def describe(error: BaseException, words: str = "") -> str:
     Args:
         words: how far the run came, and what is left of it.
     """
+    words = one_line(words)
     if isinstance(error, SettingsError):
         return f"xrl: error: {error}"
     if isinstance(error, Stopped):
@@ -103,14 +104,16 @@ def describe(error: BaseException, words: str = "") -> str:
         return "" if silent else f"xrl: stopped by {error.signal.name} {words}".rstrip()
     if isinstance(error, RunEnded | RunFailed):
         sentence = error.sentence if isinstance(error, RunEnded) else str(error)
-        message = f"xrl: error: {sentence}" if sentence else ""
+        message = f"xrl: error: {quoted(sentence)}" if sentence else ""
         return f"{message}\nxrl: ended {words}" if message and words else message
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, str) else ""
     first_line = (str(error).splitlines() or [""])[0]
-    summary = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    summary = one_line(f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__)
     rank = f"rank {os.environ['RANK']}: " if is_rank_of_torchrun() else ""
-    message = f"{''.join(traceback.format_exception(error))}xrl: error: {rank}{summary}"
+    # What an exception quotes may have line breaks in it: none of its lines shall be taken for one of ours.
+    trace = re.sub("^(?=xrl: )", "  ", "".join(traceback.format_exception(error)), flags=re.MULTILINE)
+    message = f"{trace}xrl: error: {rank}{summary}"
     return f"{message}\nxrl: ended {words}" if words else message
 
 

@@ -19,11 +19,11 @@ from typing import NoReturn
 GRACE_S = 6.0
 PARENT_POLL_S = 1.0
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(SystemExit):
-    """SIGINT or SIGTERM arrived. A SystemExit, so that code which survives errors does not survive this."""
+    """SIGINT, SIGTERM or SIGHUP arrived. A SystemExit, so that code which survives errors does not survive this."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -31,13 +31,22 @@ class Stopped(SystemExit):
 
 
 def raise_on_signals() -> None:
-    """From now on SIGINT and SIGTERM raise `Stopped` in the main thread, and end the process after GRACE_S."""
+    """From now on STOP_SIGNALS raise `Stopped` in the main thread, and end the process after GRACE_S.
+
+    But for a SIGHUP that is ignored: `nohup` means it.
+    """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     threading.Thread(target=_end_after_signal, args=(read_end,), name="signal-watchdog", daemon=True).start()
     for number in STOP_SIGNALS:
-        signal.signal(number, _raise_stopped)
+        if number != signal.SIGHUP or not ignores_hang_up():
+            signal.signal(number, _raise_stopped)
+
+
+def ignores_hang_up() -> bool:
+    """Whether this process was started to outlive its terminal."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def ignore_signals() -> None:

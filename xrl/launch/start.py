@@ -7,15 +7,15 @@ import warnings
 
 from xrl.launch.descriptors import raise_limit
 from xrl.launch.streams import prepare_streams
-from xrl.launch.terminal import show_uncaught_printable
+from xrl.launch.terminal import show_foreign_text_printable
 
 
 def prepare_process() -> None:
-    """Standard streams that can be written to, SIGINT, as many open files as allowed, and printable tracebacks."""
+    """Standard streams that can be written to, SIGINT, as many open files as allowed, and printable messages."""
     prepare_streams()
     hear_interrupts()
     raise_limit()
-    show_uncaught_printable()
+    show_foreign_text_printable()
     forgive_warnings_of_others()
 
 

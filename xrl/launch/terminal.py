@@ -1,43 +1,58 @@
-"""What others wrote, a model's answer say, on a person's terminal: as text, never as commands to the terminal."""
+"""Our messages on a person's terminal: text of others in them is text (xrl/config/printable.py), never a command."""
 
 from __future__ import annotations
 
-import re
+import logging
+import numbers
 import sys
 import traceback
 from types import TracebackType
+from typing import Any
 
-# Control characters but for tab and newline (ESC begins a terminal's commands, CR lets one line hide another), and
-# those that turn the direction of what follows.
-_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-# What ends a line or a column somewhere, beyond those.
-_LINE_ENDS = re.compile("[\t\n\u2028\u2029]")
+from xrl.config.printable import one_line, printable
 
-
-def printable(text: str) -> str:
-    """The text with every character that a terminal would obey written as its escape, `\\x1b` for ESC."""
-    return _COMMANDS.sub(_escape, text)
+__all__ = ["one_line", "printable", "quoted", "say", "show_foreign_text_printable"]
 
 
-def one_line(text: str) -> str:
-    """The text as a part of one line: printable, and what ends a line written as its escape too."""
-    return _LINE_ENDS.sub(_escape, printable(text))
+def quoted(text: str) -> str:
+    """Text that quotes others on one line; of line breaks those that indent what follows are kept: a log's tail."""
+    return "\n  ".join(one_line(part) for part in text.split("\n  "))
 
 
 def say(message: str) -> None:
-    """One message of ours to stderr, at once."""
-    print(printable(f"xrl: {message}"), file=sys.stderr, flush=True)
+    """One message of ours to stderr, at once, on one line."""
+    print(f"xrl: {one_line(message)}", file=sys.stderr, flush=True)
 
 
-def show_uncaught_printable() -> None:
-    """From now on the traceback of an exception that nobody catches is printable as well."""
+def show_foreign_text_printable() -> None:
+    """From now on the traceback of an exception that nobody catches is printable, and so is what is logged, by our own
+    loggers and by those of libraries: they quote keys and names of files."""
     sys.excepthook = _show
+    logging.setLogRecordFactory(PrintableRecord)
+
+
+class PrintableRecord(logging.LogRecord):
+    """A record whose values are quoted, so that none of them can be a line of its own."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        if self.exc_info and self.exc_info[0] is not None:
+            # A formatter takes this text instead of making its own.
+            self.exc_text = printable("".join(traceback.format_exception(*self.exc_info))).rstrip("\n")
+
+    def getMessage(self) -> str:
+        try:
+            if isinstance(self.args, tuple) and self.args:
+                return printable(str(self.msg) % tuple(_quoted(value) for value in self.args))
+        except (TypeError, ValueError):  # a library that formats something of its own kind as a number
+            pass
+        return printable(super().getMessage())
+
+
+def _quoted(value: Any) -> Any:
+    """Numbers as they are, for `%d`."""
+    return value if isinstance(value, numbers.Number) else quoted(str(value))
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
-
-
-def _escape(found: re.Match[str]) -> str:
-    code = ord(found.group())
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

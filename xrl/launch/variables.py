@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+
+from xrl.config.errors import SettingsError
+from xrl.config.numbers import whole_number
+from xrl.config.printable import shown
 
 RANK_VARIABLES = (
     "RANK",
@@ -26,3 +30,17 @@ def drop_rank_variables(environment: MutableMapping[str, str]) -> None:
     for name in list(environment):
         if name in RANK_VARIABLES or name.startswith(RANK_PREFIXES):
             del environment[name]
+
+
+def rank_number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """The number that a launcher has put into one of its variables; `default` where there is none.
+
+    Raises:
+        SettingsError: it is no number.
+    """
+    if name not in environment:
+        return default
+    number = whole_number(environment[name])
+    if number is None or number < 0:
+        raise SettingsError(f"the variable {name} must be a whole number >= 0, found {shown(environment[name])}")
+    return number

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from xrl.launch.terminal import printable
+from xrl.launch.terminal import PrintableRecord, printable
 
 LOGGER_NAME = "xrl"
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -40,6 +40,7 @@ def setup_logging(*, rank: int = 0, log_file: Path | None = None) -> logging.Log
         rank: global rank of this process.
         log_file: also write everything this rank logs to this file.
     """
+    logging.setLogRecordFactory(PrintableRecord)
     logger = logging.getLogger(LOGGER_NAME)
     for old in list(logger.handlers):
         logger.removeHandler(old)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from xrl.launch.terminal import one_line
 from xrl.metrics.console import LOGGER_NAME
 from xrl.metrics.curve import save_curve
 from xrl.metrics.gaps import LogGaps
@@ -39,11 +40,11 @@ class Journal:
 
     def say(self, line: str) -> None:
         """One line on the console."""
-        logger.info(line)
+        logger.info(one_line(line))
 
     def warn(self, line: str) -> None:
         """One warning on the console."""
-        logger.warning(line)
+        logger.warning(one_line(line))
 
     def rollout(
         self,
@@ -88,7 +89,7 @@ class Journal:
         if self._first_evaluation is None:
             self._first_evaluation = metrics
         elif index == self.num_rollouts:
-            self.say("\n" + evaluation_table(self._first_evaluation, metrics))
+            logger.info("\n" + evaluation_table(self._first_evaluation, metrics))
 
     def finish(self) -> None:
         """Draw the reward curve, close the files and say where they are."""

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 from xrl.config import SettingsError
+from xrl.config.numbers import numbered
 from xrl.files.atomic_folder import remove_leftovers
 from xrl.files.disk import NotWritten
 
@@ -97,8 +98,8 @@ class RunFolder:
         if self.final_checkpoint.is_dir():
             return self.final_checkpoint
         # Other names are those of folders that are still being written, or were when the run ended.
-        names = [path.name for path in self.path.glob("hf-*") if path.is_dir()]
-        steps = [int(name[3:]) for name in names if CHECKPOINT_NAME.fullmatch(name) and name != "hf-final"]
+        folders = [path for path in self.path.glob("hf-*") if path.is_dir()]
+        steps = [step for path in folders if (step := numbered(path.name, "hf-")) is not None]
         return self.checkpoint(max(steps)) if steps else None
 
 

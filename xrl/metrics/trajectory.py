@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xrl.config.printable import printable_json
 from xrl.files.whole import write_whole
 from xrl.types import FinishReason, Group, Rollout
 
@@ -40,7 +41,7 @@ def write_trajectory(
         _summary(groups, rollout_id, task_name, metrics or {}),
         *_samples(groups, rollout_id, task_name, advantages),
     ]
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    text = "".join(printable_json(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n" for row in rows)
     # A lone surrogate in a response cannot be encoded; backslashreplace writes it as \udXXX, JSON's own escape.
     # Not flushed: a log is not worth the wait of each rollout for the disk.
     write_whole(path, text.encode(errors="backslashreplace"), flush=False)

@@ -7,12 +7,13 @@ refused by its name, because nobody here can tell what it does.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from xrl.config import SettingsError
+from xrl.config.printable import shortened
 from xrl.models.families import FAMILIES, Family, architecture_of
 from xrl.models.parts import ExpertShape
 from xrl.models.shape import ModelShape, model_shape, rope_settings, with_defaults
@@ -20,6 +21,11 @@ from xrl.models.shape import ModelShape, model_shape, rope_settings, with_defaul
 # Without these there is no shape.
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+# Larger ones are of no model, and of no tensor.
+_LARGEST_SIZE = 2**31 - 1
+_LARGEST = {"num_hidden_layers": 10_000, "num_experts": 100_000, "n_routed_experts": 100_000}
+# What transformers takes for the number format of weights, by its own word.
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts")
 _NUMBERS = ("rms_norm_eps", "rope_theta")
 _SWITCHES = ("tie_word_embeddings",)
@@ -185,23 +191,33 @@ def _wrong_types(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     kinds: dict[str, type] = {name: type(default) for name, default in family.defaults.items()}
     kinds |= dict.fromkeys((*_SIZES, *_OPTIONAL_SIZES), int) | dict.fromkeys(_NUMBERS, float)
     kinds |= dict.fromkeys((*_SWITCHES, *family.switches), bool)
+    for name in ("dtype", "torch_dtype"):
+        if config.get(name) not in (None, *_DTYPES):
+            yield f"{name} must be one of {', '.join(_DTYPES)}, found {_json(config[name])}"
     spellings = {name: name for name in kinds} | dict(family.aliases)
     for spelling, name in spellings.items():
         value = config.get(spelling)
         if value is None and spelling not in _SIZES:
             continue
-        smallest = 0 if name in _MAY_BE_ZERO else 1
-        if not _is_a(kinds[name], value, smallest):
-            needed = {int: f"a whole number >= {smallest}", float: "a number > 0", bool: "true or false"}[kinds[name]]
-            yield f"{spelling} must be {needed}, found {json.dumps(value)}"
+        smallest, largest = 0 if name in _MAY_BE_ZERO else 1, _LARGEST.get(name, _LARGEST_SIZE)
+        if not _is_a(kinds[name], value, smallest, largest):
+            whole = f"a whole number >= {smallest}"
+            if isinstance(value, int) and value > largest:
+                whole += f" and <= {largest}"
+            needed = {int: whole, float: "a number > 0", bool: "true or false"}[kinds[name]]
+            yield f"{spelling} must be {needed}, found {_json(value)}"
 
 
-def _is_a(kind: type, value: Any, smallest: int) -> bool:
+def _is_a(kind: type, value: Any, smallest: int = 1, largest: int = _LARGEST_SIZE) -> bool:
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     if kind is int:
-        return isinstance(value, int) and value >= smallest
-    return isinstance(value, int | float) and 0 < value < math.inf
+        return isinstance(value, int) and smallest <= value <= largest
+    return isinstance(value, int | float) and 0 < value <= sys.float_info.max
+
+
+def _json(value: Any) -> str:
+    return shortened(json.dumps(value), 60)
 
 
 def _wrong_values(config: Mapping[str, Any], family: Family) -> Iterator[str]:
@@ -213,7 +229,7 @@ def _wrong_values(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     for name, needed in (elsewhere | dict(family.needed)).items():
         value = config.get(name)
         if value is not None and value != needed:
-            yield f"{name} is {json.dumps(value)}, but only {json.dumps(needed)} is supported for {architecture}"
+            yield f"{name} is {_json(value)}, but only {json.dumps(needed)} is supported for {architecture}"
     for spelling, name in family.aliases.items():
         if None not in (config.get(spelling), config.get(name)) and config[spelling] != config[name]:
             yield f"{spelling} and {name} differ, but mean the same: leave one of the two out"
@@ -222,7 +238,7 @@ def _wrong_values(config: Mapping[str, Any], family: Family) -> Iterator[str]:
         yield f"{' and '.join(family.equal)} differ, but only equal ones are supported for {architecture}"
     layer_types = config.get("layer_types") or []
     if not isinstance(layer_types, list):
-        yield f"layer_types must be a list or null, found {json.dumps(layer_types)}"
+        yield f"layer_types must be a list or null, found {_json(layer_types)}"
         return
     other = sorted({str(kind) for kind in layer_types} - {"full_attention"})
     if other:
@@ -236,7 +252,7 @@ def _unknown_keys(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     for name, value in config.items():
         if name not in known and value is not None:
             yield (
-                f"{name} is {json.dumps(value)[:60]}, which xrl does not know for {architecture_of(config)} and "
+                f"{name} is {_json(value)}, which xrl does not know for {architecture_of(config)} and "
                 f"which may change the maths: take the key out if it does not"
             )
 
@@ -245,7 +261,7 @@ def _wrong_rope(config: Mapping[str, Any]) -> Iterator[str]:
     for name in ("rope_scaling", "rope_parameters"):
         rope = config.get(name) or {}
         if not isinstance(rope, dict):
-            yield f"{name} must be an object or null, found {json.dumps(rope)}"
+            yield f"{name} must be an object or null, found {_json(rope)}"
             continue
         yield from (f"{name}{problem}" for problem in _rope_problems(rope))
     both = [rope_settings({**config, other: None}) for other in ("rope_scaling", "rope_parameters")]
@@ -271,8 +287,8 @@ def _rope_problems(rope: Mapping[str, Any]) -> Iterator[str]:
     for name in sorted(further | {"rope_theta"}):
         value = rope.get(name)
         optional = name in ("rope_theta", "original_max_position_embeddings")
-        if not (value is None and optional) and not _is_a(float, value, 1):
-            yield f".{name} must be a number > 0, found {json.dumps(value)}"
+        if not (value is None and optional) and not _is_a(float, value):
+            yield f".{name} must be a number > 0, found {_json(value)}"
     if rope.get("partial_rotary_factor", 1) != 1:
         yield " has a partial_rotary_factor, but only rotation of whole heads is supported"
 

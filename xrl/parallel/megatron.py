@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from xrl.config import ParallelConfig, SettingsError
+from xrl.launch.variables import rank_number
 from xrl.parallel.cpu import prepare_megatron_for_cpu
 from xrl.parallel.gloo import one_event_loop
 from xrl.parallel.groups import ParallelGroups
@@ -22,8 +23,8 @@ CONTROL_TIMEOUT = timedelta(days=365)
 def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
     """Join the world torchrun describes (or be a world of one) and lay the model-parallel groups over it."""
     device = _device(config)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    world_size = rank_number(os.environ, "WORLD_SIZE", 1)
+    rank = rank_number(os.environ, "RANK", 0)
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     backend = config.distributed_backend
     if backend == "auto":
@@ -88,6 +89,6 @@ def _device(config: ParallelConfig) -> torch.device:
             "--distributed-backend gloo trains on the CPU, but CUDA devices are visible: "
             "hide them with CUDA_VISIBLE_DEVICES="
         )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", rank_number(os.environ, "LOCAL_RANK", 0))
     torch.cuda.set_device(device)
     return device

@@ -1,20 +1,27 @@
 """Everything that can be wrong with a run, checked in about a second, without torch, before anything starts.
 
+What needs the libraries that load the tokenizer is tried out in a process of its own meanwhile (xrl/data/trial.py).
+
 model.py       config.json: what the decoder is, and whether we compute its maths
 weights.py     safetensors files: there, whole, and with every tensor the model needs
 tokenizer.py   tokenizer files, and whether the model has their ids
 data.py        rows of the data files, and whether the judge can use their ground truths
 layout.py      ranks and how the model is cut over them
 machine.py     packages and hardware that were asked for by name
+processes.py   no more processes and threads than the machine can run
 disk.py        room for the checkpoints that will be written
 workers.py     rollout workers that somebody started: their key, and who has them
 """
 
 from __future__ import annotations
 
+import contextlib
+
 from xrl.algorithms import check_algorithm
 from xrl.config import Settings, SettingsError
 from xrl.config.errors import unreadable_files_refused
+from xrl.data.prompts import rollouts_of
+from xrl.data.trial import Question, Trial
 from xrl.metrics.run_folder import check_writable, remove_leftovers_of_runs
 from xrl.models.shape import ModelShape
 from xrl.preflight.data import check_data
@@ -22,6 +29,7 @@ from xrl.preflight.disk import check_disk
 from xrl.preflight.layout import check_layout
 from xrl.preflight.machine import check_machine
 from xrl.preflight.model import check_model
+from xrl.preflight.processes import check_processes
 from xrl.preflight.tokenizer import check_tokenizer
 from xrl.preflight.weights import check_weights
 from xrl.preflight.workers import check_workers
@@ -33,16 +41,18 @@ __all__ = ["preflight"]
 
 
 @unreadable_files_refused()
-def preflight(settings: Settings, *, world_size: int) -> None:
+def preflight(settings: Settings, *, world_size: int, tries_prompts: bool = True) -> None:
     """Refuse settings that cannot work; only the work folder is touched, and last.
 
     Args:
         world_size: ranks of the run.
+        tries_prompts: load the tokenizer and tokenise the prompts, as rank 0 will; once a run is enough.
 
     Raises:
         SettingsError: one sentence: what, where, what was found, what is needed.
     """
     _check_names(settings)
+    check_processes(settings, world_size=world_size)
     folder = settings.model.model
     shape = check_model(folder)
     _check_lengths(settings, shape)
@@ -51,12 +61,28 @@ def preflight(settings: Settings, *, world_size: int) -> None:
     _check_layers(settings, shape)
     check_machine(settings)
     check_workers(settings.rollout)
-    check_tokenizer(folder, vocab_size=shape.vocab_size)
-    check_weights(folder, shape)
-    num_rows = check_data(settings)
+    with contextlib.ExitStack() as stack:
+        trial = stack.enter_context(Trial(_question(settings, shape))) if tries_prompts else None
+        check_tokenizer(folder, vocab_size=shape.vocab_size)
+        check_weights(folder, shape)
+        num_rows = check_data(settings)
+        num_prompts = trial.num_prompts() if trial is not None else None
+    if num_prompts is not None:
+        rollouts_of(settings, num_prompts)
     remove_leftovers_of_runs(settings.run.work_dir)
     check_disk(settings, shape, num_rows=num_rows)
     check_writable(settings.run.work_dir)
+
+
+def _question(settings: Settings, shape: ModelShape) -> Question:
+    eval_data = settings.evaluation.eval_data
+    return Question(
+        model=str(settings.model.model),
+        vocab_size=shape.vocab_size,
+        data=str(settings.data.data),
+        eval_data=None if eval_data is None else str(eval_data),
+        max_prompt_length=settings.data.max_prompt_length,
+    )
 
 
 def _check_names(settings: Settings) -> None:

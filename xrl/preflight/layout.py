@@ -6,8 +6,11 @@ import math
 import os
 
 from xrl.config import ParallelConfig, SettingsError
+from xrl.launch.variables import rank_number
 from xrl.models.shape import ModelShape
 from xrl.parallel.layout import Layout
+
+_MOST_RANKS = 10_000
 
 
 def check_layout(parallel: ParallelConfig, shape: ModelShape, *, world_size: int) -> None:
@@ -24,7 +27,7 @@ def check_layout(parallel: ParallelConfig, shape: ModelShape, *, world_size: int
 
 
 def _check_one_host(world_size: int) -> None:
-    on_this_host = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    on_this_host = rank_number(os.environ, "LOCAL_WORLD_SIZE", world_size)
     if on_this_host != world_size:
         raise SettingsError(
             f"the run spans several hosts ({on_this_host} of {world_size} ranks are on this one), but rollout workers "
@@ -106,5 +109,6 @@ def _nearest_multiples(number: int, step: int) -> str:
 
 
 def _divisors(number: int) -> str:
-    *others, last = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0]
+    # As many ranks as there may be, and not as many numbers as a damaged config.json may ask for.
+    *others, last = [str(divisor) for divisor in range(1, min(number, _MOST_RANKS) + 1) if number % divisor == 0]
     return f"{', '.join(others)} or {last}" if others else last

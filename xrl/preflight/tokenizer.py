@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from xrl.config import SettingsError
+from xrl.config.files import open_regular
 from xrl.config.json_file import read_json_object
+from xrl.config.printable import shortened, shown
 
 _WHOLE = "tokenizer.json"
 _PARTS = ("vocab.json", "merges.txt")  # what older checkpoints have in its place
@@ -24,6 +26,15 @@ _READ_BY_TRANSFORMERS = (
 )
 
 
+_OBJECTS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
 def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
     """Refuse a folder without a tokenizer, or with one of another model.
 
@@ -34,7 +45,7 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
     _check_end_of_text(folder, vocab_size)
     whole = folder / _WHOLE
     if whole.is_file():
-        _check_ids(whole, _ids(read_json_object(whole)), vocab_size)
+        _check_ids(whole, _ids(whole, read_json_object(whole)), vocab_size)
     elif all((folder / name).is_file() for name in _PARTS):
         for name in (_PARTS[0], "added_tokens.json"):
             file = folder / name
@@ -45,13 +56,17 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
 
 
 def _check_companions(folder: Path) -> None:
-    templates = (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja")))
+    more = folder / "additional_chat_templates"
+    for path in sorted([*folder.iterdir(), *(more.iterdir() if more.is_dir() else ())]):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            open_regular(path).close()  # which says what it is: the library would wait for whoever writes to a pipe
+    templates = (folder / "chat_template.jinja", *sorted(more.glob("*.jinja")))
     for file in (*(folder / name for name in _READ_BY_TRANSFORMERS), *templates):
         if file.is_file() and _starts_with_mark(file):
             raise SettingsError(
                 f"{file} starts with a byte order mark, which transformers does not take: save it as UTF-8 without one"
             )
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+    for name in _OBJECTS:
         if (folder / name).is_file():
             read_json_object(folder / name)
 
@@ -62,11 +77,13 @@ def _check_end_of_text(folder: Path, vocab_size: int) -> None:
         found = read_json_object(file).get("eos_token_id") if file.is_file() else None
         ids = found if isinstance(found, list) else [] if found is None else [found]
         if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
-            raise SettingsError(f"{file}: eos_token_id must be a token id or a list of them, found {json.dumps(found)}")
+            raise SettingsError(
+                f"{file}: eos_token_id must be a token id or a list of them, found {shortened(json.dumps(found), 100)}"
+            )
         for token_id in ids:
             if not 0 <= token_id < vocab_size:
                 raise SettingsError(
-                    f"{file}: eos_token_id {token_id} is no token of the model, whose vocab_size is {vocab_size}"
+                    f"{file}: eos_token_id {shown(token_id)} is no token of the model, whose vocab_size is {vocab_size}"
                 )
 
 
@@ -75,22 +92,28 @@ def _starts_with_mark(file: Path) -> bool:
         return opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
-def _ids(tokenizer: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+def _ids(file: Path, tokenizer: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
         yield from vocabulary.items()
     elif isinstance(vocabulary, list):  # unigram: [token, score], the id is the place
-        yield from ((entry[0], token_id) for token_id, entry in enumerate(vocabulary))
-    for token in tokenizer.get("added_tokens") or ():
+        for token_id, entry in enumerate(vocabulary):
+            yield entry[0] if isinstance(entry, list) and entry else entry, token_id
+    added = tokenizer.get("added_tokens")
+    if not isinstance(added, list | None):
+        raise SettingsError(f"{file}: added_tokens must be a list, found {shown(added)}")
+    for token in added or ():
         yield (token.get("content"), token.get("id")) if isinstance(token, dict) else (token, None)
 
 
 def _check_ids(file: Path, ids: Iterable[tuple[Any, Any]], vocab_size: int) -> None:
     largest, token, num_beyond = -1, "", 0
     for content, token_id in ids:
-        if not isinstance(token_id, int):
-            raise SettingsError(f"{file}: token {content!r} needs a whole number as its id, found {token_id!r}")
+        if type(token_id) is not int or token_id < 0:
+            raise SettingsError(
+                f"{file}: token {shown(content)} needs a whole number >= 0 as its id, found {shown(token_id)}"
+            )
         num_beyond += token_id >= vocab_size
         if token_id > largest:
             largest, token = token_id, content
@@ -102,5 +125,5 @@ def _check_ids(file: Path, ids: Iterable[tuple[Any, Any]], vocab_size: int) -> N
         count = "this one added token has" if num_beyond == 1 else f"{num_beyond:,} added tokens have"
         reason = f"{count} no embedding: give the model one, or remove them" if is_added else "it is another model's"
         raise SettingsError(
-            f"{file}: token {token!r} has id {largest}, but the model's vocab_size is {vocab_size}: {reason}"
+            f"{file}: token {shown(token)} has id {largest}, but the model's vocab_size is {vocab_size}: {reason}"
         )

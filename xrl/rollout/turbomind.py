@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from xrl.config import SettingsError
+from xrl.config.numbers import whole_number
 from xrl.rollout.engine import EngineBusy, EngineError, EngineNotReady, WrongWeights, check_request
 from xrl.rollout.turbomind_driver import (
     KV_CACHE,
@@ -383,6 +384,7 @@ def _sample_seed(seed: int, place: int) -> int:
 
 def _device_index(device: str) -> int:
     kind, _, index = device.partition(":")
-    if kind != "cuda" or not (index or "0").isdigit():
+    number = whole_number(index or "0")
+    if kind != "cuda" or number is None or number < 0:
         raise SettingsError(f"engine turbomind runs on CUDA devices only, got {device}")
-    return int(index or 0)
+    return number

@@ -102,6 +102,8 @@ class HuggingFaceReader:
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
+            if not (self.model_dir / file).is_file():  # the library would wait for whoever writes to a pipe
+                raise SettingsError(f"{self.model_dir / file} is missing, truncated or corrupt: there is no such file")
             self._open[file] = safe_open(self.model_dir / file, framework="pt")
         return self._open[file]
 

@@ -22,12 +22,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xrl.config import SettingsError
+from xrl.config.json_file import read_json_object
+from xrl.config.printable import shown
 from xrl.parallel.layout import Layout, Place
 from xrl.weights.hf_files import raw_bytes, read_checked_shape
 from xrl.weights.plan import ParameterPlan, Plan, plan
@@ -37,6 +40,8 @@ from xrl.weights.slices import in_parameter
 MANIFEST_FILE = "xrl_manifest.json"
 HUGGINGFACE_FOLDER = "huggingface"
 _FORMAT = 1
+# Ranks of a layout: each has a file, so there are never many.
+_LARGEST_SIZE = 100_000
 _WEIGHTS_FILE = "model_optim_rng.pt"
 
 
@@ -78,14 +83,14 @@ def read_plan(folder: Path) -> Plan:
         SettingsError: the manifest is damaged, or of another version.
     """
     file = folder / MANIFEST_FILE
+    manifest = read_json_object(file)
+    if manifest.get("format") != _FORMAT:
+        raise SettingsError(f"{file} has format {shown(manifest.get('format'))}, this version reads format {_FORMAT}")
     try:
-        manifest = json.loads(file.read_text())
-        if manifest["format"] != _FORMAT:
-            raise SettingsError(f"{file} has format {manifest['format']}, this version reads format {_FORMAT}")
-        layout = Layout(**manifest["layout"])
+        layout = Layout(**_sizes(manifest["layout"]))
         engine = bool(manifest["transformer_engine"])
         architecture = manifest["architecture"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{file} does not describe a checkpoint: {error}") from error
     shape = read_checked_shape(folder / HUGGINGFACE_FOLDER)
     if shape.architecture != architecture:
@@ -93,6 +98,16 @@ def read_plan(folder: Path) -> Plan:
             f"{file} is of a {architecture}, the config.json in {HUGGINGFACE_FOLDER} of a {shape.architecture}"
         )
     return plan(shape, layout, transformer_engine=engine)
+
+
+def _sizes(layout: object) -> dict[str, Any]:
+    """The layout of a manifest, as far as its numbers are such."""
+    if not isinstance(layout, dict):
+        raise TypeError(f"layout {shown(layout)} is no object")
+    for name, size in layout.items():
+        if size is not None and (type(size) is not int or not 0 <= size <= _LARGEST_SIZE):
+            raise ValueError(f"{name} {shown(size)} is no size of a layout")
+    return layout
 
 
 class RankFileWriter:
@@ -271,10 +286,21 @@ def _mapped_tensors(file: Path, layout: Layout) -> list[dict[str, Tensor]]:
         SettingsError: the file cannot be read.
     """
     try:
+        if not file.is_file():  # the library would wait for whoever writes to a pipe
+            raise FileNotFoundError("there is no such file")
         stored = _stored_tensors(file, layout)
         with file.open("rb") as stream:
             memory = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, EOFError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        ArithmeticError,
+    ) as error:
         raise SettingsError(f"{file} is missing, truncated or corrupt: {error!r}") from error
     except pickle.UnpicklingError as error:
         raise SettingsError(f"{file} holds other things than tensors: {error}") from error
