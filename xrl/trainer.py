@@ -24,6 +24,7 @@ from xrl.config import Settings
 from xrl.data.prompts import PromptDataset
 from xrl.kernels.native import native_module
 from xrl.launch.exit import RunEnded
+from xrl.launch.progress import Progress
 from xrl.metrics.journal import Journal
 from xrl.metrics.learning import LearningWatch, record_of
 from xrl.metrics.learning_words import what_is_left
@@ -72,8 +73,14 @@ class Trainer:
         lead: Lead | None,
         *,
         num_rollouts: int,
+        progress: Progress | None = None,
     ) -> None:
+        """
+        Args:
+            progress: is told what this rank is at.
+        """
         self.settings = settings
+        self.progress = progress or Progress()
         self.groups = groups
         self.actor = actor
         self.algorithm = algorithm
@@ -118,8 +125,10 @@ class Trainer:
     def step(self, index: int) -> None:
         """Sample, judge, score, learn, publish."""
         start = time.perf_counter()
+        self.progress.enter(f"rollout {index}")
         samples = broadcast_samples(self.with_engines(lambda: self.sample(index)), self.groups.control)
         self.take_device()
+        self.progress.enter(f"update {index}")
         reports = self.actor.update(
             samples, self.algorithm.loss, self.token_weights, fused_loss=self.algorithm.fused_loss
         )
@@ -161,6 +170,7 @@ class Trainer:
     def publish(self, *, version: int) -> None:
         """Stream the weights to every rollout worker. Collective: each rank gives its part."""
         self.version = version
+        self.progress.enter(f"weights version {version} to the engines")
         self.give_device()
         start = time.perf_counter()
         if self.shares_memory:
@@ -168,7 +178,7 @@ class Trainer:
         else:
             buckets = self.actor.weights(version=version)
         if self.lead:
-            report = self.lead.publisher.publish(buckets, version=version)
+            report = self.lead.publisher.publish(self.progress.through(buckets), version=version)
             self.weights_changed = report.checksums != self.checksums
             self.checksums = report.checksums
             self.row |= {
@@ -259,13 +269,15 @@ class Trainer:
 
     def evaluate(self, index: int) -> None:
         """Pass rates on held-out prompts. Collective."""
+        self.progress.enter(f"evaluation after rollout {index}")
         found = self.with_engines(lambda: self.lead.evaluator.evaluate() if self.lead and self.lead.evaluator else None)
         if self.lead and found is not None:
             self.lead.journal.evaluation(index, found)
 
     def save(self, name: str) -> None:
         """Write a Hugging Face folder below the run's. Collective."""
-        buckets = self.actor.weights(version=self.num_rollouts)
+        self.progress.enter(f"saving {name}")
+        buckets = self.progress.through(self.actor.weights(version=self.num_rollouts))
         if self.lead:
             folder: Path = self.lead.journal.folder.path
             write_hf_folder(folder / name, buckets, source=self.settings.model.model, dtype=self.actor.dtype)

@@ -211,7 +211,7 @@ async def serve(
     for number in stop_signals:
         asyncio.get_running_loop().add_signal_handler(number, worker.stopping.set)
     announce(port=runner.addresses[0][1], max_requests=worker.max_requests)
-    await worker.stopping.wait()
+    await worker.stopping.wait()  # Unbounded: this is the worker's life.
     engine.abort()
     await runner.cleanup()
 

@@ -71,7 +71,7 @@ class EmbeddedEngine:
         with self._changed:
             built = self._on_loop(self._build)  # before the loop's first wait, which takes it for granted
         self._thread.start()
-        built.result()
+        built.result()  # Unbounded: it computes, and waits for nobody; whoever started the worker has a limit.
 
     def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
         check_request(request, vocab_size=self._shape.vocab_size, max_model_len=self._max_model_len)
@@ -99,14 +99,14 @@ class EmbeddedEngine:
                 self._check_idle("sleep")
                 self._is_asleep = True
                 done = self._on_loop(self._offload)
-            done.result()
+            done.result()  # Unbounded: the loop thread does it next, and waits for nobody; callers have a limit.
 
     def wake(self) -> None:
         with self._one_at_a_time:
             with self._changed:
                 self._check_open()
                 done = self._on_loop(self._weights.restore)
-            done.result()
+            done.result()  # Unbounded: as above.
             with self._changed:
                 self._is_asleep = False
 
@@ -125,14 +125,14 @@ class EmbeddedEngine:
                 done = self._on_loop(
                     lambda: self._weights.load(bucket.tensors, version=bucket.version, source=bucket.layer)
                 )
-            done.result()
+            done.result()  # Unbounded: as above.
 
     def finish_update(self, version: int) -> None:
         with self._one_at_a_time:
             with self._changed:
                 self._check_idle("take weights")
                 done = self._on_loop(self._weights.finish)
-            done.result()
+            done.result()  # Unbounded: as above.
             with self._changed:
                 self.weights_version = version
                 self._not_ready = None
@@ -142,7 +142,7 @@ class EmbeddedEngine:
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join()  # Unbounded: it ends after the step that it is in.
         self._scheduler = self._new_scheduler()
         self._weights.clear()
 
@@ -168,7 +168,7 @@ class EmbeddedEngine:
                         # Between rollouts the trainer needs the memory.
                         self._scheduler = self._new_scheduler()  # with an empty cache
                         return_freed_memory()
-                        self._changed.wait_for(self._has_work)
+                        self._changed.wait_for(self._has_work)  # Unbounded: an idle engine; `close` is work too.
                     tasks, self._tasks = self._tasks, []
                     inbox, self._inbox = self._inbox, []
                     aborting, self._abort_requested = self._abort_requested, False
