@@ -65,6 +65,13 @@ def test_another_rank_than_0_waits_for_others_and_is_not_asked_what_it_does() ->
     assert silence.missed(now=2000.0) is None
 
 
+def test_who_could_not_listen_itself_misses_nobody() -> None:
+    silence = Silence([0, 1], now=0.0, **LIMITS)
+    silence.begin_again(now=5000.0)
+    assert silence.missed(now=5059.0) is None
+    assert silence.missed(now=5061.0) is not None
+
+
 def test_a_beat_survives_the_store() -> None:
     said = beat(7, phase='saving "hf-3"', pieces=12)
     assert Beat.from_json(said.to_json().encode()) == said

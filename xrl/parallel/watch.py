@@ -90,6 +90,10 @@ class Silence:
             self._moved[rank] = now
         self._beats[rank] = beat
 
+    def begin_again(self, *, now: float) -> None:
+        """After a time in which this rank could not listen, as the whole job was suspended, say."""
+        self._heard, self._moved = dict.fromkeys(self._heard, now), dict.fromkeys(self._moved, now)
+
     def missed(self, *, now: float) -> str | None:
         """A sentence about the rank that is missed, the longest silent first; None as long as none is."""
         rank, heard = min(self._heard.items(), key=lambda item: item[1])
@@ -162,9 +166,13 @@ class Watch:
             self._stopping.wait(self._beat_interval_s)
 
     def _watch(self) -> None:
+        last = time.monotonic()
         while not self._stopping.wait(self._beat_interval_s):
             with self._lock:
-                sentence = self._silence.missed(now=time.monotonic())
+                last, before = time.monotonic(), last
+                if last - before > self._beat_interval_s + self._silence.silence_limit_s / 4:
+                    self._silence.begin_again(now=last)
+                sentence = self._silence.missed(now=last)
             if sentence is not None and not self._stopping.is_set():
                 self._end(sentence)
                 return
