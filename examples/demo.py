@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -98,6 +99,8 @@ def show(folder: RunFolder, train_seconds: float) -> dict[str, Any]:
 def main() -> None:
     """Train, then show what came of it."""
     options = parse_options()
+    # Told to end, end the training too: `subprocess.run` kills what it has started when an exception leaves it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     print(INTRODUCTION)
     start = time.perf_counter()
     folder = RunFolder(train(options))

@@ -17,6 +17,7 @@ from xrl.data.prompts import PromptDataset, rollouts_of
 from xrl.data.tokenizer import load_tokenizer, stop_token_ids
 from xrl.files.disk import NotWritten
 from xrl.files.whole import write_whole
+from xrl.launch.progress import Progress
 from xrl.metrics.ending import Ending
 from xrl.metrics.environment import write_environment
 from xrl.metrics.journal import Journal
@@ -45,12 +46,17 @@ logger = logging.getLogger("xrl")
 
 
 def build_lead(
-    settings: Settings, groups: ParallelGroups, stack: contextlib.ExitStack, ending: Ending | None = None
+    settings: Settings,
+    groups: ParallelGroups,
+    stack: contextlib.ExitStack,
+    ending: Ending | None = None,
+    progress: Progress | None = None,
 ) -> Lead:
     """Everything only rank 0 has; `stack` stops it again, whatever happens.
 
     Args:
         ending: is told of the run's folder.
+        progress: advances with what the engines answer and the judge says.
     """
     # Before anything is started: it is here that a tokenizer, a chat template or too long prompts are refused.
     tokenizer = load_tokenizer(settings.model.model)
@@ -107,7 +113,7 @@ def build_lead(
         seed=settings.run.seed,
     )
     journal.say(f"sampling parameters: {sampling}")
-    collector = Collector(pool, tokenizer, judge)
+    collector = Collector(pool, tokenizer, judge, progress)
     publisher = Publisher(pool, device=groups.device)
     stack.callback(publisher.close)
     return Lead(

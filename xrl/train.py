@@ -17,6 +17,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from xrl.config import Settings
 from xrl.config.parse import parse_settings
@@ -25,6 +26,15 @@ from xrl.launch.exit import agents_file, announce_errors, run_main
 from xrl.launch.start import prepare_process
 from xrl.launch.variables import rank_number
 from xrl.preflight import preflight
+
+if TYPE_CHECKING:
+    from xrl.launch.progress import Progress
+    from xrl.metrics.ending import Ending
+    from xrl.parallel.groups import ParallelGroups
+    from xrl.parallel.watch import Watch
+
+# Beyond the longest wait of rank 0 that its settings bound: what it does itself meanwhile.
+LEAD_GRACE_S = 600.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,28 +61,57 @@ def train(settings: Settings) -> None:
     from xrl.algorithms import create_algorithm
     from xrl.assembly import build_lead, share_rollout_count
     from xrl.kernels.threads import use_threads
+    from xrl.launch.progress import Progress
     from xrl.metrics.console import setup_logging
     from xrl.metrics.ending import Ending
     from xrl.parallel.megatron import initialize, shutdown
     from xrl.trainer import Trainer
 
     setup_logging(rank=rank_number(os.environ, "RANK", 0))
-    ending = Ending()
+    ending, progress = Ending(), Progress()
     with contextlib.ExitStack() as stack, announce_errors(ending.words_about):
         groups = initialize(settings.parallel, seed=settings.run.seed)
         stack.callback(shutdown)
-        lead = build_lead(settings, groups, stack, ending) if groups.rank == 0 else None
+        if groups.layout.world_size > 1:
+            stack.callback(watch_ranks(settings, groups, progress, ending).close)
+        lead = build_lead(settings, groups, stack, ending, progress) if groups.rank == 0 else None
         num_rollouts = share_rollout_count(lead, groups)
         ending.expect(num_rollouts)
-        actor = Actor(settings, groups, num_updates=num_rollouts * settings.algorithm.updates_per_rollout)
+        num_updates = num_rollouts * settings.algorithm.updates_per_rollout
+        actor = Actor(settings, groups, num_updates=num_updates, progress=progress)
         trainer = Trainer(
-            settings, groups, actor, create_algorithm(settings.algorithm), lead, num_rollouts=num_rollouts
+            settings,
+            groups,
+            actor,
+            create_algorithm(settings.algorithm),
+            lead,
+            num_rollouts=num_rollouts,
+            progress=progress,
         )
         if groups.device.type == "cpu":
             use_threads(torch.get_num_threads(), num_parameters=actor.num_parameters)
         gc.collect()
         gc.freeze()  # modules and models stay: collections need not go through them again, many times a step
         trainer.train()
+
+
+def watch_ranks(settings: Settings, groups: ParallelGroups, progress: Progress, ending: Ending) -> Watch:
+    """From here on a rank that is stopped or hangs ends the run, and is named."""
+    from xrl.launch.exit import RunEnded, end_process
+    from xrl.parallel.watch import Watch, connect_to_store
+
+    def end(sentence: str) -> None:
+        error = RunEnded(sentence)
+        end_process(error, ending.words_about(error))
+
+    return Watch(
+        lambda: connect_to_store(os.environ),
+        progress,
+        rank=groups.rank,
+        world_size=groups.layout.world_size,
+        lead_limit_s=settings.longest_wait_s + LEAD_GRACE_S,
+        end=end,
+    )
 
 
 if __name__ == "__main__":

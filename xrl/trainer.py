@@ -24,6 +24,7 @@ from xrl.data.prompts import PromptDataset
 from xrl.files.disk import NotWritten
 from xrl.kernels.native import native_module
 from xrl.launch.exit import RunEnded
+from xrl.launch.progress import Progress
 from xrl.metrics.journal import Journal
 from xrl.metrics.learning import LearningWatch, record_of
 from xrl.metrics.learning_words import what_is_left
@@ -77,8 +78,14 @@ class Trainer:
         lead: Lead | None,
         *,
         num_rollouts: int,
+        progress: Progress | None = None,
     ) -> None:
+        """
+        Args:
+            progress: is told what this rank is at.
+        """
         self.settings = settings
+        self.progress = progress or Progress()
         self.groups = groups
         self.actor = actor
         self.algorithm = algorithm
@@ -125,8 +132,10 @@ class Trainer:
             MismatchFailed: the samples are not the actor's. On rank 0.
         """
         start = time.perf_counter()
+        self.progress.enter(f"rollout {index}")
         samples = broadcast_samples(self.with_engines(lambda: self.sample(index)), self.groups.control)
         self.take_device()
+        self.progress.enter(f"update {index}")
         reports = self.actor.update(
             samples, self.algorithm.loss, self.token_weights, fused_loss=self.algorithm.fused_loss
         )
@@ -174,6 +183,7 @@ class Trainer:
             WorkerGone: on rank 0, and RunEnded on the others: they were lost each time, as often as one is restarted.
         """
         self.version = version
+        self.progress.enter(f"weights version {version} to the engines")
         before, start = self.checksums, time.perf_counter()
         for tries_left in reversed(range(1 + self.settings.rollout.rollout_max_restarts)):
             self.stream_weights()
@@ -200,7 +210,7 @@ class Trainer:
             buckets = self.actor.weights(version=self.version)
         if self.lead:
             try:
-                report = self.lead.publisher.publish(buckets, version=self.version)
+                report = self.lead.publisher.publish(self.progress.through(buckets), version=self.version)
             except NoneUpdated as error:
                 logger.error("%s", error)
             else:
@@ -289,13 +299,15 @@ class Trainer:
 
     def evaluate(self, index: int) -> None:
         """Pass rates on held-out prompts. Collective."""
+        self.progress.enter(f"evaluation after rollout {index}")
         found = self.with_engines(lambda: self.lead.evaluator.evaluate() if self.lead and self.lead.evaluator else None)
         if self.lead and found is not None:
             self.lead.journal.evaluation(index, found)
 
     def save(self, name: str) -> NotWritten | None:
         """Write a Hugging Face folder below the run's; on rank 0, why it is not there if it is not. Collective."""
-        buckets = self.actor.weights(version=self.num_rollouts)
+        self.progress.enter(f"saving {name}")
+        buckets = self.progress.through(self.actor.weights(version=self.num_rollouts))
         if not self.lead:
             for _ in buckets:  # the other ranks get nothing but must take part
                 pass

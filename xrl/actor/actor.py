@@ -21,6 +21,7 @@ from xrl.actor.pipeline import Pipeline
 from xrl.actor.scorer import TokenScorer
 from xrl.actor.split import split_groups
 from xrl.config import AlgorithmConfig, Settings
+from xrl.launch.progress import Progress
 from xrl.metrics.mean import Mean, merge
 from xrl.models.build import build_model, train_dtype, transformer_config, uses_transformer_engine
 from xrl.models.head import ResponseRows
@@ -52,7 +53,9 @@ class UpdateReport:
 class Actor:
     """The model being trained, this rank's share of it."""
 
-    def __init__(self, settings: Settings, groups: ParallelGroups, *, num_updates: int) -> None:
+    def __init__(
+        self, settings: Settings, groups: ParallelGroups, *, num_updates: int, progress: Progress | None = None
+    ) -> None:
         self.settings = settings
         self.groups = groups
         self.shape = read_model_shape(settings.model.model)
@@ -84,7 +87,7 @@ class Actor:
         self.optimizer = build_optimizer(self.ddp, settings.optimizer, settings.parallel, dtype=self.dtype)
         self.schedule = build_schedule(self.optimizer, settings.optimizer, num_updates=num_updates)
         self.memory = TrainingMemory(self.ddp, self.optimizer, self.reference)
-        self.pipeline = Pipeline(self.ddp, head, data_parallel_size=groups.layout.data_size)
+        self.pipeline = Pipeline(self.ddp, head, data_parallel_size=groups.layout.data_size, progress=progress)
         self.scorer = TokenScorer(
             settings=settings,
             groups=groups,

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from xrl.actor.microbatch import Microbatch
+from xrl.launch.progress import Progress
 from xrl.models.head import ResponseRows
 from xrl.types import LossOutput
 
@@ -21,8 +22,15 @@ Model = torch.nn.Module
 class Pipeline:
     """Runs one model (this rank's stage) over micro-batches, whatever the number of stages."""
 
-    def __init__(self, model: Model, head: ResponseRows, *, data_parallel_size: int) -> None:
+    def __init__(
+        self, model: Model, head: ResponseRows, *, data_parallel_size: int, progress: Progress | None = None
+    ) -> None:
+        """
+        Args:
+            progress: advances with every micro-batch.
+        """
         self.model = model
+        self.progress = progress or Progress()
         self.head = head
         self.data_parallel_size = data_parallel_size
         # What the backward pass brings to each micro-batch's loss: replicas are averaged, and their sum is wanted.
@@ -95,6 +103,7 @@ class Pipeline:
         return list(outputs)
 
     def _forward(self, model: Model, microbatch: Microbatch, *, all_rows: bool = False) -> Tensor:
+        self.progress.advance()
         self.head.rows = None if all_rows else microbatch.rows
         output: Tensor = model(
             input_ids=microbatch.input_ids,

@@ -36,6 +36,18 @@ class Settings:
         factor = self.rollout.oversampling if self.rollout.partial_rollout else 1.0
         return math.ceil(self.data.rollout_batch_size * factor)
 
+    @property
+    def longest_wait_s(self) -> float:
+        """Longest that rank 0 may get nothing done before a time-out of its own tells why, in seconds."""
+        rollout = self.rollout
+        return (
+            (rollout.rollout_max_retries + 1) * rollout.rollout_timeout_s
+            + 2 * rollout.weight_sync_timeout_s
+            + self.rewards.judge_timeout_s
+            + 60 * self.parallel.distributed_timeout_minutes
+            + 60 * self.run.save_retry_minutes
+        )
+
     def __post_init__(self) -> None:
         longest = self.data.max_prompt_length + self.rollout.max_response_length
         if self.data.micro_batch_size is None and self.data.max_tokens_per_microbatch < longest:

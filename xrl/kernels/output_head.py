@@ -119,7 +119,7 @@ class HeadGradients:
         assert self.sums is not None
         work, rows, grad_hidden = self.pending
         self.pending = None
-        work.wait()
+        work.wait()  # Unbounded: the group has a time-out.
         if self.head.sequence_parallel:
             rows, mine = self.head.locate(rows)
             grad_hidden = grad_hidden.masked_fill(~mine[:, None], 0.0)

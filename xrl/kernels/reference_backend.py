@@ -106,7 +106,7 @@ def grpo_rows(
     found = differentiate()
     if found is None:  # as inside an operation of a compiled graph, but for a thread that is not in it
         with ThreadPoolExecutor(max_workers=1) as thread:
-            found = thread.submit(differentiate).result()
+            found = thread.submit(differentiate).result()  # Unbounded: it computes, and waits for nobody.
         assert found is not None
     return _outputs(*found, weights, no_rollout=rollout is None)
 

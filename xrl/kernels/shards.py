@@ -107,7 +107,7 @@ def start_combining(
     work = _all_gather(shards, mine, group=group, async_op=True)
 
     def finish(_sent: Tensor = mine) -> Softmax:  # which must live until it has been sent
-        work.wait()
+        work.wait()  # Unbounded: the group has a time-out.
         return _merge(shards.unflatten(0, (num_shards, -1)), inverse_temperature=inverse_temperature)
 
     return finish

@@ -117,6 +117,18 @@ def describe(error: BaseException, words: str = "") -> str:
     return f"{message}\nxrl: ended {words}" if words else message
 
 
+def end_process(error: BaseException, words: str = "") -> NoReturn:
+    """End this process here and now from any thread, its main thread being stuck: say why, as `announce_errors` does.
+
+    Args:
+        words: as `describe` takes them.
+    """
+    message = describe(error, words)
+    if message and _is_first():
+        print(printable(message), file=sys.stderr, flush=True)
+    _exit(exit_code(error))
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code of a process that ends with `error`."""
     if isinstance(error, SettingsError):

@@ -83,7 +83,7 @@ class PeakMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join()  # Unbounded: it takes one sample more, and waits for nobody.
         self._sample()
 
     def _watch(self) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from xrl.launch.progress import Progress
 from xrl.rewards import JudgePool, Verdict
 from xrl.rollout.partial import GroupInProgress
 from xrl.rollout.pool import RolloutCounts, WorkerPool
@@ -40,7 +41,18 @@ class Collected:
 class Collector:
     """Turns prompts into judged groups."""
 
-    def __init__(self, pool: WorkerPool, tokenizer: PreTrainedTokenizerBase, judge: JudgePool) -> None:
+    def __init__(
+        self,
+        pool: WorkerPool,
+        tokenizer: PreTrainedTokenizerBase,
+        judge: JudgePool,
+        progress: Progress | None = None,
+    ) -> None:
+        """
+        Args:
+            progress: advances with every request that ends, and with every verdict.
+        """
+        self.progress = progress or Progress()
         self.pool = pool
         self.tokenizer = tokenizer
         self.judge = judge
@@ -85,6 +97,7 @@ class Collector:
         failed: set[int] = set()
         with self._progress(len(requests), description) as advance:
             for number, completions in self.pool.generate(requests, counts):
+                self.progress.advance()
                 place, samples = asked[number]
                 group = groups[place]
                 if completions:
@@ -99,7 +112,9 @@ class Collector:
         if enough is not None:
             self._carried = [group for place, group in enumerate(groups) if place not in failed and place not in judged]
         found = [
-            Group(rollouts=tuple(_rollout(groups[place].prompt, *parts) for parts in judged[place]))
+            Group(
+                rollouts=tuple(_rollout(groups[place].prompt, *parts) for parts in self.progress.through(judged[place]))
+            )
             for place in sorted(judged)
         ]
         _log_counts(description, counts)

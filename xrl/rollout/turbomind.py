@@ -216,7 +216,7 @@ class TurboMindEngine:
         for future in wait(futures, timeout=CLOSE_TIMEOUT_S).not_done:
             future.set_exception(EngineError("the TurboMind engine was closed, and did not end the request"))
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()  # Unbounded: the loop was told to stop, and waits for nothing else.
+        self._thread.join(CLOSE_TIMEOUT_S)
         with self._one_at_a_time:
             self._driver.close()
 

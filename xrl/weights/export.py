@@ -96,7 +96,7 @@ class _Wave:
     def lay_out(self, tensors: Mapping[str, Tensor]) -> None:
         """Wait for the messages and copy them into whole tensors."""
         for message, buffer, work in self.messages:
-            work.wait()
+            work.wait()  # Unbounded: the group has a time-out.
             for piece in message:
                 in_tensor(piece.slice, tensors[piece.slice.tensor]).copy_(piece.view(buffer))
 
@@ -168,7 +168,7 @@ class WeightExporter:
                 continue
             for message in self._messages_of(planned, part, self._place, dtype):
                 if (work := sending[turn]) is not None:
-                    work.wait()
+                    work.wait()  # Unbounded: the group has a time-out.
                 buffer = self._buffer(f"sent {turn}", self._limit(planned, self._place, dtype))
                 for piece in message:
                     piece.view(buffer).copy_(in_parameter(piece.slice, find_weight(piece.parameter, weights)))
@@ -176,7 +176,7 @@ class WeightExporter:
                 turn = 1 - turn
         for work in sending:
             if work is not None:
-                work.wait()
+                work.wait()  # Unbounded: the group has a time-out.
 
     def _receive(self, planned: Plan, weights: Weights, dtype: torch.dtype, version: int) -> Iterator[WeightBucket]:
         shares = [self._own_share(planned, weights, part, dtype) for part in planned.parts]

@@ -70,7 +70,7 @@ class SharedExporter:
 
     Args:
         timeout_s: longest wait of rank 0 for another rank's share. The others wait for rank 0 as long as it lives: it
-            waits for workers, with time-outs of its own.
+            waits for workers, with time-outs of its own, and xrl.parallel.watch misses one that hangs.
     """
 
     def __init__(self, shape: ModelShape, groups: ParallelGroups, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -123,7 +123,7 @@ class SharedExporter:
                 self._write(planned, weights, part, tensors)
             self._steps.finish()
             if rank == 0:
-                self._steps.wait_for(part.holders)
+                self._steps.wait_for_ranks(part.holders)
                 checksum = self._checksum(part, tensors)
                 yield ProvenBucket(version=version, layer=part.name, tensors=tensors, checksum=checksum)
         self._is_under_way = False
@@ -215,7 +215,7 @@ class _Steps:
         self._step += 1
         self._set(self._rank, self._step)
 
-    def wait_for(self, ranks: Sequence[int]) -> None:
+    def wait_for_ranks(self, ranks: Sequence[int]) -> None:
         """Until these have written the part, too."""
         for rank in ranks:
             self._wait(rank, self._step, process=rank, timeout_s=self._timeout_s)
