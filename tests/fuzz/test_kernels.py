@@ -48,6 +48,12 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         each.cache_clear()
 
 
+def skip_without_products(name: str) -> None:
+    """What PyTorch computes instead has second derivatives, and looks at the memory of one operation at a time."""
+    if name in ("linear", "train_layer", "decode_layers") and not matmul.has_matmul(torch.ones(1, 1)):
+        pytest.skip("no compiled products for this machine")
+
+
 def copies(arguments: Arguments) -> Arguments:
     return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
@@ -232,6 +238,7 @@ def test_gradients_that_there_are_none_of_are_refused(name: str) -> None:
 
 @every_operation
 def test_second_derivatives_are_refused(name: str) -> None:
+    skip_without_products(name)
     operation = OPERATIONS[name]
     if not operation.differentiable:
         return
@@ -247,6 +254,7 @@ def test_second_derivatives_are_refused(name: str) -> None:
 @every_operation
 @pytest.mark.parametrize("part", ["all", "half"])
 def test_what_is_written_must_be_memory_of_its_own(name: str, part: str) -> None:
+    skip_without_products(name)
     written = {
         "rope_cache": ["qkv", "key_cache", "value_cache"],
         "decode_layers": ["keys", "values"],
