@@ -183,7 +183,7 @@ pool.submit({str(tmp_path / "pids")!r}, Prompt(id=0, token_ids=[], text="", grou
         ("byte now and then", "time-out", "its answer was not whole"),
         ("close the socket", "process died", "closed its socket"),
         ("kill the keeper", "process died", ""),
-        ("odd words", r"E\x1b\x0a", r"\x1b[2J\x9b\u202exrl: error: forged"),
+        ("odd words", r"E\x1b\n", r"\x1b[2J\x9b\u202exrl: error: forged"),
     ],
 )
 def test_whatever_a_judge_writes_costs_one_answer(

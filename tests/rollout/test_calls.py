@@ -43,7 +43,7 @@ class CheckingEngine(ScriptedEngine):
     """Refuses what every engine refuses."""
 
     def submit(self, request: GenerateRequest) -> Any:
-        check_request(request, vocab_size=200, max_model_len=64)
+        check_request(request, vocab_size=10_000, max_model_len=64)
         return super().submit(request)
 
 
@@ -174,7 +174,7 @@ def test_call_without_a_run_is_refused(worker: Served) -> None:
         ({"request_id": 5}, "request_id must be"),
         ({"input_ids": []}, "at least one token"),
         ({"input_ids": [1] * 65}, "input_ids must be"),
-        ({"input_ids": [200]}, "token ids must be in"),
+        ({"input_ids": [10_000]}, "token ids must be in"),
         ({"input_ids": [True]}, "input_ids must hold"),
         ({"input_ids": [[1]]}, "input_ids must hold"),
         ({"input_ids": "x"}, "input_ids must be"),

@@ -203,7 +203,7 @@ def test_a_failing_step_fails_its_requests_and_spares_the_engine(
         ({"token_ids": [-1]}, r"token ids must be in \[0, 98\)"),
         ({"num_samples": 0}, "num_samples and max_new_tokens must be >= 1"),
         ({"temperature": -1.0}, "temperature"),
-        ({"temperature": float("nan")}, "temperature and top_k must be >= 0 .*, got nan"),
+        ({"temperature": float("nan")}, "temperature must be 0 or in .*, got nan"),
         ({"top_p": 0.0}, "top_p"),
         ({"max_new_tokens": 128}, r"prompt \(1\) \+ max_new_tokens \(128\) = 129 tokens exceed max_model_len 128"),
     ],

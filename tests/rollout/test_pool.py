@@ -20,6 +20,7 @@ from tests.rollout.pools import ENGINE, ROOT, MakePool, bucket, generate, reques
 from tests.rollout.scripted_engine import ANSWER, DIE, FAIL, FAIL_ONCE, HANG, LINGER, SLOW, SLOW_S
 from xrl.launch.exit import RunFailed
 from xrl.rollout import protocol
+from xrl.rollout.access import new_key
 from xrl.rollout.pool import RolloutCounts, WorkerGone
 from xrl.rollout.process import WorkerProcess
 from xrl.rollout.publish import Publisher
@@ -228,7 +229,7 @@ def test_what_a_worker_prints_at_its_start_is_checked(tmp_path: Path, line: str,
     python = tmp_path / "python"
     python.write_text(f"#!{sys.executable}\n{line}\nimport time; time.sleep(60)\n")
     python.chmod(0o755)
-    worker = WorkerProcess(0, [], num_threads=1, log=tmp_path / "log", python=python)
+    worker = WorkerProcess(0, [], key=new_key(), num_threads=1, log=tmp_path / "log", python=python)
     try:
         with pytest.raises(RunFailed, match=f"rollout worker 0.*({words})"):
             worker.wait_until_listening(1)

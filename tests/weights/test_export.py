@@ -65,14 +65,14 @@ def test_a_rank_that_has_ended_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     steps.give_room()
     steps.finish()
     counters[1, 1] = child.pid
-    steps.wait_for([0])
+    steps.wait_for_ranks([0])
     with pytest.raises(RuntimeError, match=f"rank 1 has ended .process {child.pid}."):
-        steps.wait_for([0, 1])
+        steps.wait_for_ranks([0, 1])
     counters[1, 0] = 1  # it had written its share before
-    steps.wait_for([0, 1])
+    steps.wait_for_ranks([0, 1])
     counters[1, 0], counters[1, 1] = 0, os.getpid()  # alive, and does not come
     with pytest.raises(RuntimeError, match="rank 1 .process .* did not come within 0.3 s"):
-        steps.wait_for([0, 1])
+        steps.wait_for_ranks([0, 1])
 
 
 def test_a_process_whose_status_nobody_has_asked_for_has_ended() -> None:
