@@ -84,6 +84,14 @@ def _other_norm(name: str) -> str:
     return name.replace(first, second) if first in name else name.replace(second, first)
 
 
+class MendingEngine(EmbeddedEngine):
+    """Samples with 0 where a weight is not a number."""
+
+    def load_layer(self, bucket: WeightBucket) -> None:
+        mended = {name: tensor.nan_to_num() for name, tensor in bucket.tensors.items()}
+        super().load_layer(dataclasses.replace(bucket, tensors=mended))
+
+
 class NotingEngine(EmbeddedEngine):
     """Notes in the file XRL_TEST_NOTES what was asked of it."""
 

@@ -101,18 +101,31 @@ def test_lr_0_is_accepted_where_the_run_is_only_to_be_warned(flags: list[str], t
     assert found.stderr.count("nothing was learned from the last 3 rollouts") == 2  # when it is seen, and at the end
 
 
-@pytest.mark.parametrize("clip_grad", ["1", "0"])  # where nothing is clipped, no norm is taken
-def test_weights_that_are_not_finite_end_the_run(flags: list[str], tmp_path: Path, clip_grad: str) -> None:
+@pytest.fixture
+def broken_weights(flags: list[str], tmp_path: Path) -> list[str]:
+    """Flags of a run whose model has a weight that is not a number."""
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     name = next(name for name in tensors if "down_proj" in name)
     tensors[name][0, 0] = torch.nan
     save_file(tensors, file, metadata={"format": "pt"})
-    # The canary would say it before there is a loss.
-    options = ("--judge", DIGITS, "--no-filter-zero-variance", "--clip-grad", clip_grad, "--canary-tokens", "0")
-    found = train(*flags, *options)
+    # The canary would say it before there is an answer.
+    return [*flags, "--judge", DIGITS, "--no-filter-zero-variance", "--canary-tokens", "0"]
+
+
+@pytest.mark.parametrize("clip_grad", ["1", "0"])  # where nothing is clipped, no norm is taken
+def test_weights_that_are_not_finite_end_the_run(broken_weights: list[str], tmp_path: Path, clip_grad: str) -> None:
+    engine = ("--engine", "tests.e2e.faulty_engines:MendingEngine")
+    found = train(*broken_weights, *engine, "--clip-grad", clip_grad, PYTHONPATH=str(ROOT))
     assert found.returncode == 1 and final_models(tmp_path) == []
     assert "the update's loss is nan" in found.stderr
+
+
+def test_answers_of_weights_that_are_not_finite_are_not_trained_on(broken_weights: list[str], tmp_path: Path) -> None:
+    found = train(*broken_weights)
+    assert found.returncode == 1 and final_models(tmp_path) == []
+    assert "output_token_logprobs[0] has log-prob nan, not a finite number" in found.stderr
+    assert "Traceback" not in found.stderr
 
 
 def test_another_launchers_ranks_are_not_ours(flags: list[str], tmp_path: Path) -> None:

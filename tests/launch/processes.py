@@ -53,9 +53,10 @@ class Run:
         return code
 
 
-def _ignore_sigint() -> None:
-    """As a shell does for commands in the background."""
+def _set_signals() -> None:
+    """As a shell does for commands in the background, whatever these tests were started by: `nohup`, say."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -74,7 +75,7 @@ def started(folder: Path, *command: str, **variables: str) -> Iterator[Run]:
             cwd=ROOT,
             env=environment,
             start_new_session=True,
-            preexec_fn=_ignore_sigint,
+            preexec_fn=_set_signals,
         )
     processes: list[psutil.Process] = []
     try:
