@@ -53,15 +53,20 @@ class Run:
         return code
 
 
-def _set_signals() -> None:
-    """As a shell does for commands in the background, whatever these tests were started by: `nohup`, say."""
+def _as_in_background() -> None:
+    """As a shell starts commands in the background, whatever these tests were started by."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def _as_by_nohup() -> None:
+    _as_in_background()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
-def started(folder: Path, *command: str, **variables: str) -> Iterator[Run]:
-    """Run Python with `command` while the block runs; whatever is left after it is killed."""
+def started(folder: Path, *command: str, nohup: bool = False, **variables: str) -> Iterator[Run]:
+    """Run Python with `command` while the block runs, as `nohup` does or not; whatever is left after it is killed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
@@ -75,7 +80,7 @@ def started(folder: Path, *command: str, **variables: str) -> Iterator[Run]:
             cwd=ROOT,
             env=environment,
             start_new_session=True,
-            preexec_fn=_set_signals,
+            preexec_fn=_as_by_nohup if nohup else _as_in_background,
         )
     processes: list[psutil.Process] = []
     try:

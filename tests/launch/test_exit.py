@@ -102,16 +102,11 @@ def test_signal_cleans_up_and_says_so_in_a_line(tmp_path: Path, number: signal.S
 
 
 def test_a_terminal_that_goes_is_no_news_to_a_process_that_was_to_outlive_it(tmp_path: Path) -> None:
-    """As `nohup` starts it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with started(tmp_path, TOY, str(tmp_path), "wait") as toy:
-            toy.wait_for((tmp_path / "waits-0").exists)
-            toy.process.send_signal(signal.SIGHUP)
-            assert toy.end(toy.process.pid, signal.SIGTERM) == 128 + signal.SIGTERM
-            assert toy.stderr == "xrl: stopped by SIGTERM\n"
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with started(tmp_path, TOY, str(tmp_path), "wait", nohup=True) as toy:
+        toy.wait_for((tmp_path / "waits-0").exists)
+        toy.process.send_signal(signal.SIGHUP)
+        assert toy.end(toy.process.pid, signal.SIGTERM) == 128 + signal.SIGTERM
+        assert toy.stderr == "xrl: stopped by SIGTERM\n"
 
 
 def test_second_ctrl_c_does_not_cut_clean_up_short(tmp_path: Path) -> None:
