@@ -265,7 +265,7 @@ def test_stale_worker_is_found_by_the_version_and_asked_no_more(
     assert {c.weights_version for completions in results.values() for c in completions or []} == {5}
     assert counts.finished == 12
     assert counts.retried == counts.stale >= 1
-    assert "rollout worker 1 sampled with weights version 4 instead of 5" in caplog.text
+    assert "rollout worker 1 sampled with weights version 4 instead of version 5" in caplog.text
     assert [worker.number for worker in pool.alive] == [0]
     publisher.publish(layers(6), version=6)
     assert len(pool.alive) == 2

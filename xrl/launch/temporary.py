@@ -22,7 +22,7 @@ YOUNG_S = 60.0
 def own_folder() -> Iterator[Path]:
     """A new folder, which goes with the block."""
     _remove_leftovers(Path(tempfile.gettempdir()))
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
+    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         with (folder / LOCK_FILE).open("w") as lock:
             with contextlib.suppress(OSError):  # a file system without locks: then nothing is removed from it either

@@ -61,8 +61,7 @@ class StaleAnswer(RuntimeError):
     """An answer was sampled with other weights than the rollout's."""
 
     def __init__(self, versions: Sequence[int], expected: WeightsId) -> None:
-        whose = "another run's weights" if FOREIGN_VERSION in versions else f"weights version {list(versions)}"
-        super().__init__(f"sampled with {whose}, not version {expected.version} of this run")
+        super().__init__(f"sampled with {whose_weights(versions)}, not version {expected.version} of this run")
         self.versions = versions
 
 
@@ -72,6 +71,13 @@ class WeightsId:
 
     run_id: str
     version: int
+
+
+def whose_weights(versions: Sequence[int]) -> str:
+    """Versions that stale answers carry, in words."""
+    if FOREIGN_VERSION in versions:
+        return "another run's weights"
+    return f"weights version {', '.join(map(str, versions))}"
 
 
 def name_of(worker: WorkerHandle) -> str:

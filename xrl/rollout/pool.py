@@ -44,6 +44,7 @@ from xrl.rollout.answers import (
     name_of,
     read_json,
     shown,
+    whose_weights,
 )
 from xrl.rollout.claims import trainers_key
 from xrl.rollout.dispatch import Dispatch, RolloutCounts
@@ -212,7 +213,7 @@ class WorkerPool:
 
         async def tell(worker: RemoteWorker) -> None:
             timeout = aiohttp.ClientTimeout(total=KEEP_ALIVE_S)
-            with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+            with contextlib.suppress(OSError, aiohttp.ClientError):  # time is up, too
                 async with self._http().get(worker.url + protocol.LEASE, timeout=timeout):
                     pass
 
@@ -307,10 +308,9 @@ class WorkerPool:
         with self._lock:
             self._standings[worker.number].version = None
         logger.error(
-            "rollout worker %d sampled with weights version %s instead of %s: it gets no more requests before the next "
-            "update",
+            "rollout worker %d sampled with %s instead of version %s: it gets no more requests before the next update",
             worker.number,
-            ", ".join(map(str, found)),
+            whose_weights(found),
             self.version,
         )
 

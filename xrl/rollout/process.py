@@ -302,7 +302,7 @@ class RemoteWorker:
             time.sleep(0.2)
 
     def restart(self) -> None:
-        raise NotImplementedError("it was started elsewhere")
+        raise WorkerGone("it was started elsewhere, and can only be started again there")
 
     @property
     def log_place(self) -> str:
