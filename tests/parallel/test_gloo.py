@@ -12,6 +12,7 @@ PROGRAM = """
 import contextlib
 import os
 import pathlib
+import time
 from datetime import timedelta
 
 import torch
@@ -30,11 +31,22 @@ for group in groups:
     dist.all_reduce(x, group=group)
     assert x.tolist() == [0, 1, 2]
     assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=9)
-names = []
-for path in pathlib.Path("/proc/self/task").glob("*/comm"):
-    with contextlib.suppress(OSError):  # a thread may end meanwhile
-        names.append(path.read_text().strip())
-print(names.count("gloo_tcp_loop"), flush=True)
+
+
+def names_of_threads():
+    names = []
+    for path in pathlib.Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # a thread may end meanwhile
+            names.append(path.read_text().strip())
+    return names
+
+
+# A thread takes its name once it runs, until then it has that of its maker.
+end = time.monotonic() + 60
+while "gloo_tcp_loop" not in names_of_threads() and time.monotonic() < end:
+    time.sleep(0.01)
+time.sleep(0.5)  # others, if there are any, take theirs
+print(names_of_threads().count("gloo_tcp_loop"), flush=True)
 dist.destroy_process_group()
 os._exit(0)  # torch's threads may abort the end of the interpreter, whatever their groups share
 """

@@ -14,9 +14,10 @@ from xrl.rewards.watch import LONGEST_PAUSE_S, SHORTEST_PAUSE_S, Watch, newest_i
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 
-# For each number it reads it starts a child that holds so many bytes; for an empty line it ends them all.
+# For each number it reads it starts a child that holds so many bytes; for an empty line it ends them all, and goes on
+# when they have ended but still stand in the process table.
 PARENT = """
-import subprocess, sys
+import os, subprocess, sys
 CHILD = "import sys, time; held = b'x' * int(sys.argv[1]); print('ready', flush=True); time.sleep(3600)"
 children = []
 for line in sys.stdin:
@@ -24,8 +25,11 @@ for line in sys.stdin:
         children.append(subprocess.Popen([sys.executable, "-c", CHILD, line.strip()], stdout=subprocess.PIPE))
         children[-1].stdout.readline()
     else:
+        ended = []
         while children:
-            children.pop().kill()
+            ended.append(children.pop())
+            ended[-1].kill()
+            os.waitid(os.P_PID, ended[-1].pid, os.WEXITED | os.WNOWAIT)
     print("done", flush=True)
 """
 
