@@ -15,7 +15,7 @@ A transport is one row of the table below: a module with a `Sender` and a `Recei
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -79,9 +79,12 @@ class TensorEntry:
     def of(cls, name: str, tensor: Tensor) -> TensorEntry:
         return cls(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
 
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "shape": self.shape}
+
     @classmethod
     def from_json(cls, data: Any) -> TensorEntry:
-        """Raises ValueError for anything but what `asdict` gives."""
+        """Raises ValueError for anything but what `to_json` gives."""
         match data:
             case {"name": str(name), "dtype": str(dtype), "shape": [*shape]}:
                 if len(name) > MAX_NAME_LENGTH or not name.isprintable():
@@ -111,7 +114,13 @@ class Manifest:
         return cls(version=bucket.version, layer=bucket.layer, tensors=entries, checksum=checksum, where=where)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            "version": self.version,
+            "layer": self.layer,
+            "tensors": [entry.to_json() for entry in self.tensors],
+            "checksum": self.checksum,
+            "where": dict(self.where),
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
