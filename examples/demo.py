@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from xrl.files.disk import NotWritten
 from xrl.metrics.curve import save_curve, terminal_curve
 from xrl.metrics.run_folder import RunFolder
 from xrl.metrics.sinks import read_rows
@@ -76,7 +77,10 @@ def show(folder: RunFolder, train_seconds: float) -> dict[str, Any]:
     scores = [
         {words: row[name] for name, words in SCORES.items() if name in row} for row in rows if "eval/pass@1" in row
     ]
-    save_curve(rows, folder.reward_curve, eval_key="eval/pass@1", title=f"demo, {folder.path.name}")
+    try:
+        save_curve(rows, folder.reward_curve, eval_key="eval/pass@1", title=f"demo, {folder.path.name}")
+    except NotWritten as error:  # the run's own curve is there
+        print(f"demo: {error}", file=sys.stderr)
     print(f"\n{terminal_curve(rows)}\n")
     # The run itself has ended with a table: here is what its names mean.
     rates = [f"{words} {score:.3f} -> {scores[-1][words]:.3f}" for words, score in scores[0].items()]

@@ -94,6 +94,7 @@ def build_lead(
         tensorboard=settings.run.tensorboard,
         log_interval=settings.run.log_interval,
         num_rollouts=num_rollouts,
+        ending=ending,
     )
     stack.callback(journal.close)
     for line in start_lines(

@@ -9,6 +9,7 @@ import pytest
 from xrl.config import SettingsError
 from xrl.launch.exit import RunEnded, agents_file, prepare_agents_file
 from xrl.metrics.ending import Ending, where_things_are, words_of_ranks
+from xrl.metrics.journal import Journal
 from xrl.metrics.run_folder import RunFolder
 from xrl.metrics.sinks import JsonLinesSink
 
@@ -97,6 +98,19 @@ def test_a_rank_of_plain_torchrun_speaks_itself(tmp_path: Path, rank_below_the_a
     ending.begin(RunFolder(tmp_path))
     assert agents_file() is None
     assert str(tmp_path) in ending.words_about(RuntimeError())
+
+
+def test_rollouts_count_though_their_metrics_cannot_be_written(tmp_path: Path, rank_below_the_agent: Path) -> None:
+    ending = Ending()
+    ending.begin(RunFolder(tmp_path))
+    ending.expect(6)
+    (tmp_path / "metrics.jsonl").mkdir()
+    journal = Journal(RunFolder(tmp_path), tensorboard=False, log_interval=1, num_rollouts=6, ending=ending)
+    journal.step(5, {"reward/mean": 0.5, "updates": 1.0})
+    journal.close()
+    assert words_of_ranks(rank_below_the_agent).startswith(f"after rollout 5 of 6; run folder {tmp_path}; ")
+    rank_below_the_agent.unlink()
+    assert ending.words_about(RuntimeError()).startswith(f"after rollout 5 of 6; run folder {tmp_path}; ")
 
 
 def test_words_that_were_left_half_written_are_none(tmp_path: Path) -> None:

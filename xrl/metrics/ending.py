@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from xrl.metrics.sinks import read_rows
 
 @dataclass
 class Ending:
-    """Knows the run's folder as soon as there is one, and how far the run is to go as soon as that is known."""
+    """Knows the run's folder as soon as there is one, how far it is to go as soon as that is known, and has come."""
 
     folder: RunFolder | None = None
     num_rollouts: int | None = None
+    num_learned: int = 0
 
     def begin(self, folder: RunFolder) -> None:
         """The run has a folder."""
@@ -34,41 +36,51 @@ class Ending:
         self.num_rollouts = num_rollouts
         self._tell_agent()
 
+    def learned(self, index: int) -> None:
+        """So many rollouts are learned from: more than the folder knows of where its disk is full."""
+        self.num_learned = index
+        self._tell_agent()
+
     def words_about(self, error: BaseException) -> str:
         """What to say beside the error that ends the run; empty where that says it all, or another process says it."""
         file = agents_file()
         if isinstance(error, SettingsError) or (isinstance(error, RunEnded) and error.says_where):
             _leave(file, "")  # nor has the command above anything to add
             return ""
-        return "" if file is not None or self.folder is None else where_things_are(self.folder, self.num_rollouts)
+        if file is not None or self.folder is None:
+            return ""
+        return where_things_are(self.folder, self.num_rollouts, num_learned=self.num_learned)
 
     def _tell_agent(self) -> None:
         if self.folder is not None:
-            _leave(agents_file(), json.dumps([str(self.folder.path), self.num_rollouts]))
+            _leave(agents_file(), json.dumps([str(self.folder.path), self.num_rollouts, self.num_learned]))
 
 
 def words_of_ranks(file: Path) -> str:
     """What the ranks of a run have left to say in their agent's file; empty where that is nothing."""
     try:
-        folder, num_rollouts = json.loads(file.read_text())
+        folder, num_rollouts, num_learned = json.loads(file.read_text())
     except (OSError, ValueError):  # nothing is left there, or not all of it
         return ""
-    return where_things_are(RunFolder(Path(folder)), num_rollouts)
+    return where_things_are(RunFolder(Path(folder)), num_rollouts, num_learned=num_learned)
 
 
 def _leave(file: Path | None, text: str) -> None:
     if file is not None:
+        draft = file.with_name(f"{file.name}.draft")  # a rank may be killed in the middle of it
         with contextlib.suppress(OSError):  # a full disk: the run does without this line
-            file.write_text(text)
+            draft.write_text(text)
+            os.replace(draft, file)
 
 
-def where_things_are(folder: RunFolder, num_rollouts: int | None) -> str:
+def where_things_are(folder: RunFolder, num_rollouts: int | None, *, num_learned: int = 0) -> str:
     """How far a run came and what of it is on disk, to go after "stopped" or "ended".
 
     Args:
         num_rollouts: of the whole run; None where that was not known yet.
+        num_learned: rollouts that were learned from, where the folder may know of fewer.
     """
-    done = rollouts_done(folder)
+    done = max(rollouts_done(folder), num_learned)
     of = f" of {num_rollouts:,}" if num_rollouts else ""
     how_far = f"after rollout {done:,}{of}" if done else "before the first rollout was learned from"
     return f"{how_far}; run folder {folder.path}; {saved_models(folder)}"

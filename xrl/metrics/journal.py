@@ -10,6 +10,7 @@ from typing import Any
 from xrl.launch.terminal import one_line
 from xrl.metrics.console import LOGGER_NAME
 from xrl.metrics.curve import save_curve
+from xrl.metrics.ending import Ending
 from xrl.metrics.gaps import LogGaps
 from xrl.metrics.report import (
     evaluation_line,
@@ -30,8 +31,21 @@ logger = logging.getLogger(LOGGER_NAME)
 class Journal:
     """Keeps the run folder and the console up to date."""
 
-    def __init__(self, folder: RunFolder, *, tensorboard: bool, log_interval: int, num_rollouts: int) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        tensorboard: bool,
+        log_interval: int,
+        num_rollouts: int,
+        ending: Ending | None = None,
+    ) -> None:
+        """
+        Args:
+            ending: is told of each rollout that is learned from.
+        """
         self.folder = folder
+        self._ending = ending or Ending()
         self.log_interval = log_interval
         self.num_rollouts = num_rollouts
         self._gaps = LogGaps()
@@ -69,6 +83,7 @@ class Journal:
             metrics: of the rollout and all its updates together.
             updates: of each update, where there were several: a line each.
         """
+        self._ending.learned(index)
         self._metrics.write(index, metrics)
         if self._speaks(index):
             for number, update in enumerate(updates, start=1):

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -103,9 +104,11 @@ def _and_in_words(announce: Callable[..., None], flags: argparse.Namespace) -> C
     def announce_twice(*, port: int, max_requests: int) -> None:
         announce(port=port, max_requests=max_requests)
         key = "" if flags.key_file is None else f" --rollout-worker-key-file {flags.key_file}"
+        # Of IPv6, trainers take a name.
+        host = socket.gethostname() if ":" in flags.host else flags.host
         say(
             f"worker: {flags.engine} engine on {flags.device} listens on {flags.host}:{port}; train with "
-            f"--rollout-worker-urls {flags.host}:{port}{key}, end it with Ctrl-C or `kill {os.getpid()}`"
+            f"--rollout-worker-urls {host}:{port}{key}, end it with Ctrl-C or `kill {os.getpid()}`"
         )
 
     return announce_twice
