@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from xrl.actor.actor import Actor, UpdateReport
-from xrl.actor.broadcast import broadcast_samples
 from xrl.algorithms import Algorithm
 from xrl.algorithms.aggregation import token_weights
 from xrl.config import Settings
@@ -28,7 +27,7 @@ from xrl.launch.progress import Progress
 from xrl.metrics.journal import Journal
 from xrl.metrics.learning import LearningWatch, record_of
 from xrl.metrics.learning_words import what_is_left
-from xrl.metrics.mean import Mean, merge
+from xrl.metrics.mean import merge
 from xrl.metrics.memory import cuda_peak_bytes, peak_rss_bytes, return_freed_memory
 from xrl.parallel.groups import ParallelGroups
 from xrl.rollout.canary import Canary
@@ -36,7 +35,7 @@ from xrl.rollout.collect import Collected, Collector
 from xrl.rollout.evaluate import Evaluator
 from xrl.rollout.mismatch import MismatchBounds
 from xrl.rollout.publish import NoneUpdated, Publisher
-from xrl.types import Sample, SamplingParams
+from xrl.types import Mean, Sample, SamplingParams
 from xrl.weights.checkpoints import Checkpoints
 
 logger = logging.getLogger("xrl")
@@ -133,7 +132,7 @@ class Trainer:
         """
         start = time.perf_counter()
         self.progress.enter(f"rollout {index}")
-        samples = broadcast_samples(self.with_engines(lambda: self.sample(index)), self.groups.control)
+        samples = self.with_engines(lambda: self.sample(index))
         self.take_device()
         self.progress.enter(f"update {index}")
         reports = self.actor.update(
@@ -289,11 +288,8 @@ class Trainer:
         if not self.settings.rollout.canary_tokens:
             return
         start = time.perf_counter()
-        samples = broadcast_samples(
-            self.lead.canary.sample() if self.lead and self.lead.canary else None, self.groups.control
-        )
-        differences = self.actor.mismatch(samples)
-        if self.lead and self.lead.canary and samples:  # without: no worker is left
+        differences = self.actor.mismatch(self.lead.canary.sample() if self.lead and self.lead.canary else None)
+        if self.lead and self.lead.canary and differences:  # without: no worker is left
             self.row["canary"] = self.lead.canary.judge(differences)
         self.row["seconds/canary"] = time.perf_counter() - start
 

@@ -1,10 +1,10 @@
-"""The data that flows through one GRPO step. No behaviour, no torch import at run time.
+"""The data that flows through one GRPO step. No torch import at run time.
 
     Prompt -> Completion -> Rollout -> Group -> Sample -> Microbatch -> LossOutput
     weights: WeightBucket, one decoder layer at a time, from the actor to the rollout engines
 
-Shapes: L tokens of one sequence, T tokens of one micro-batch, R response tokens (the rows that
-have a log-prob) of one micro-batch, G samples of one prompt.
+Shapes: L tokens of one answer, T tokens of one sample or micro-batch, R trained tokens (the rows that
+have a log-prob) of one micro-batch, G answers to one prompt.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
-    from xrl.metrics.mean import Mean
+    IntArray = NDArray[np.int32]
+    FloatArray = NDArray[np.float32]
+    BoolArray = NDArray[np.bool_]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -84,15 +88,49 @@ class Group:
     rollouts: tuple[Rollout, ...]  # [G]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """One answer, ready to train on."""
+    """One row to train on: the prompt, then what was sampled, and what was given in between."""
 
-    prompt_ids: list[int]  # [P] shared by every sample with the same group_id
-    response_ids: list[int]  # [L] the engine's own tokens
-    rollout_logprobs: list[float]  # [L] from the rollout engine
-    advantage: float  # one value an answer, broadcast over its tokens by the loss
-    group_id: int  # samples with equal ids have equal prompt_ids
+    token_ids: IntArray  # [T] int32, the engine's own tokens
+    trained: BoolArray  # [T] whether the policy sampled the token and is to learn from it; never in the prompt
+    rollout_logprobs: FloatArray  # [T] float32 from the rollout engine, 0 where not sampled
+    advantages: FloatArray  # [T] float32, 0 where not trained
+    versions: IntArray  # [T] int32, of the weights that sampled the token, -1 where not sampled
+    prompt_length: int  # samples with equal group_id have equal prompts, of at least one token
+    group_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSize:
+    """What is to be known of a sample, wherever it is, to plan micro-batches and to share the loss out."""
+
+    num_tokens: int  # T
+    prompt_length: int
+    input_length: int  # tokens that go through the model: all before the last trained one
+    num_trained: int
+    group_id: int
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A weighted mean that has not been divided yet: merged across micro-batches and ranks, divided once.
+
+    `total` and `count` may be floats or 0-d tensors: tensors stay on their device until read, so
+    that collecting a metric never waits for the GPU.
+    """
+
+    total: float | Tensor
+    count: float | Tensor
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        """The mean; NaN where nothing was counted."""
+        count = float(self.count)
+        return float(self.total) / count if count else float("nan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +144,7 @@ class WeightBucket:
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """Everything a loss may look at, for the R response tokens of one micro-batch, all fp32 [R]."""
+    """Everything a loss may look at, for the R trained tokens of one micro-batch, all fp32 [R]."""
 
     logprobs: Tensor  # of the model being trained, at the sampling temperature; carries the gradient
     entropy: Tensor  # of its next-token distribution, in nats

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from xrl.actor.gather import merge_over_ranks
-from xrl.metrics.mean import Mean
+from xrl.types import Mean
 
 # Each rank has one that the other has not; sums must be the same to the bit.
 METRICS = [

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from xrl.metrics.mean import Mean, merge
+from xrl.metrics.mean import merge
+from xrl.types import Mean
 
 
 def test_a_mean_is_divided_once_after_merging():

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from xrl.actor.broadcast import broadcast_sizes, send_samples
 from xrl.actor.gather import merge_over_ranks
 from xrl.actor.microbatch import Microbatch, MicrobatchMaker
 from xrl.actor.offload import TrainingMemory
@@ -22,12 +23,12 @@ from xrl.actor.scorer import TokenScorer
 from xrl.actor.split import split_groups
 from xrl.config import AlgorithmConfig, Settings
 from xrl.launch.progress import Progress
-from xrl.metrics.mean import Mean, merge
+from xrl.metrics.mean import merge
 from xrl.models.build import build_model, train_dtype, transformer_config, uses_transformer_engine
 from xrl.models.head import ResponseRows
 from xrl.models.shape import read_model_shape
 from xrl.parallel.groups import ParallelGroups
-from xrl.types import LossInputs, LossOutput, Sample, WeightBucket
+from xrl.types import LossInputs, LossOutput, Mean, Sample, SampleSize, WeightBucket
 from xrl.weights.export import WeightExporter
 from xrl.weights.load import load_weights
 from xrl.weights.shared_export import SharedExporter
@@ -113,7 +114,7 @@ class Actor:
 
     def update(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[Sample] | None,
         loss: Loss,
         token_weights: TokenWeights,
         *,
@@ -124,16 +125,16 @@ class Actor:
         Collective.
 
         Args:
-            samples: the whole rollout, the same on every rank.
+            samples: the whole rollout on rank 0, None on the others.
             loss: from the log-probs of a micro-batch to its share of the loss.
-            token_weights: from the response lengths of an update's samples to the share of each sample's tokens.
+            token_weights: from the trained tokens of each of an update's samples to the share of each of them.
             fused_loss: settings with which the fused kernels compute the same as `loss` in fewer passes over the
                 logits; None where they cannot. Metrics come from `loss` either way.
         """
         algorithm = self.settings.algorithm
-        parts = split_groups(samples, algorithm.updates_per_rollout)
-        weights = [token_weights([len(sample.response_ids) for sample in part]) for part in parts]
-        updates = [self.microbatches.make(part, share) for part, share in zip(parts, weights, strict=True)]
+        sizes = broadcast_sizes(samples, self.groups.control)
+        parts = split_groups([size.group_id for size in sizes], algorithm.updates_per_rollout)
+        updates = self._microbatches_of(samples, sizes, parts, token_weights)
 
         start = time.perf_counter()
         # With a single update the first forward pass gives the old log-probs itself.
@@ -142,7 +143,14 @@ class Actor:
         reference = [self.logprobs(update, weights="reference") if self.reference else [] for update in updates]
         middle = time.perf_counter()
         reports = [
-            self._one_update(part, update, loss, old_logprobs, reference_logprobs, fused_loss)
+            self._one_update(
+                sum(sizes[index].num_tokens for index in part),
+                update,
+                loss,
+                old_logprobs,
+                reference_logprobs,
+                fused_loss,
+            )
             for part, update, old_logprobs, reference_logprobs in zip(parts, updates, old, reference, strict=True)
         ]
         self.seconds = {"logprobs": middle - start, "update": time.perf_counter() - middle}
@@ -155,15 +163,21 @@ class Actor:
                 microbatches, lambda output, microbatch: self.scorer.logprobs(output, microbatch).logprob
             )
 
-    def mismatch(self, samples: Sequence[Sample]) -> list[float]:
+    def mismatch(self, samples: Sequence[Sample] | None) -> list[float]:
         """Mean |rollout - actor log-prob| of each sample, on every rank; infinite where it is not a number. Collective.
 
         Every replica scores all of them: this is for a few.
+
+        Args:
+            samples: on rank 0, None on the others.
         """
-        if not samples:
+        sizes = broadcast_sizes(samples, self.groups.control)
+        if not sizes:
             return []
-        microbatches = self.microbatches.one_each(samples)
-        found = torch.zeros(len(samples), dtype=torch.float64)
+        everyone = range(len(sizes))
+        own = send_samples(samples, sizes, [everyone] * self.groups.layout.data_size, self.groups)
+        microbatches = [self.microbatches.make([own[index]], [0.0]) for index in everyone]
+        found = torch.zeros(len(sizes), dtype=torch.float64)
         for index, logprobs in enumerate(self.logprobs(microbatches)):
             difference = logprobs.float() - microbatches[index].rollout_logprobs
             found[index] = difference.abs().mean().nan_to_num(nan=math.inf, posinf=math.inf)
@@ -178,9 +192,36 @@ class Actor:
         """As `weights`, but every rank writes its share into `memory`, which rank 0 passes. Ranks of one host only."""
         return self.shared_exporter.stream([named_weights(self.model)], memory, version=version)
 
+    def _microbatches_of(
+        self,
+        samples: Sequence[Sample] | None,
+        sizes: Sequence[SampleSize],
+        parts: Sequence[Sequence[int]],
+        token_weights: TokenWeights,
+    ) -> list[list[Microbatch]]:
+        """[update] -> this replica's micro-batches.
+
+        Args:
+            parts: [update] -> indices of samples.
+        """
+        plans = [self.microbatches.plan(sizes, part) for part in parts]
+        replicas = range(self.groups.layout.data_size)
+        wanted = [[index for plan in plans for indices in plan[replica] for index in indices] for replica in replicas]
+        own = send_samples(samples, sizes, wanted, self.groups)
+        shares: dict[int, float] = {}
+        for part in parts:
+            shares |= zip(part, token_weights([sizes[index].num_trained for index in part]), strict=True)
+        return [
+            [
+                self.microbatches.make([own[index] for index in indices], [shares[index] for index in indices])
+                for indices in plan[self.groups.data_rank]
+            ]
+            for plan in plans
+        ]
+
     def _one_update(
         self,
-        samples: Sequence[Sample],
+        num_tokens: int,
         microbatches: Sequence[Microbatch],
         loss: Loss,
         old: Sequence[Tensor],
@@ -228,7 +269,7 @@ class Actor:
         metrics = merge_over_ranks({**metrics, "computed_tokens": Mean(computed, 1)}, self.groups.control)
         _refuse_not_finite(loss=metrics["loss"].value if "loss" in metrics else 0.0, grad_norm=float(grad_norm))
         return UpdateReport(
-            num_tokens=sum(len(sample.prompt_ids) + len(sample.response_ids) for sample in samples),
+            num_tokens=num_tokens,
             computed_tokens=int(metrics.pop("computed_tokens").total),
             metrics=metrics,
             grad_norm=float(grad_norm),

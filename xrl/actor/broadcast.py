@@ -1,80 +1,104 @@
-"""Samples from rank 0 to every rank, as a few flat tensors."""
+"""Samples from rank 0 to the replicas that train on them: how large all are to every rank, the rest to its own."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from xrl.types import Sample
+from xrl.data.packing import size_of
+from xrl.parallel.groups import ParallelGroups
+from xrl.types import Sample, SampleSize
+
+# Arrays of a sample, of one value a token.
+_ARRAYS = {
+    "token_ids": np.int32,
+    "trained": np.bool_,
+    "rollout_logprobs": np.float32,
+    "advantages": np.float32,
+    "versions": np.int32,
+}
+_SIZES = [field.name for field in dataclasses.fields(SampleSize)]
 
 
-def broadcast_samples(samples: Sequence[Sample] | None, group: ProcessGroup) -> list[Sample]:
-    """Give every rank the samples that rank 0 holds; the others pass None.
-
-    A prompt is sent once for all the samples that share it.
-    """
-    is_root = dist.get_rank(group) == 0
+def broadcast_sizes(samples: Sequence[Sample] | None, group: ProcessGroup) -> list[SampleSize]:
+    """Tell every rank how large the samples are that rank 0 holds; the others pass None. Collective."""
+    sizes = [size_of(sample) for sample in samples or ()]
     if dist.get_world_size(group) == 1:
-        assert samples is not None
-        return list(samples)
-    if is_root:
-        assert samples is not None
-        prompts = {sample.group_id: sample.prompt_ids for sample in samples}
-        tables: list[Tensor] | None = [
-            _ints([[group_id, len(ids)] for group_id, ids in prompts.items()], width=2),
-            _ints([[sample.group_id, len(sample.response_ids)] for sample in samples], width=2),
-            torch.tensor([sample.advantage for sample in samples], dtype=torch.float64),
-            torch.tensor([token for ids in prompts.values() for token in ids], dtype=torch.long),
-            torch.tensor([token for sample in samples for token in sample.response_ids], dtype=torch.long),
-            torch.tensor([value for sample in samples for value in sample.rollout_logprobs], dtype=torch.float64),
-        ]
-    else:
-        tables = None
-    prompt_table, sample_table, advantages, prompt_tokens, response_tokens, logprobs = _broadcast(tables, group)
-    prompt_parts = _split(prompt_tokens, prompt_table)
-    prompt_ids = {int(group_id): part for (group_id, _), part in zip(prompt_table, prompt_parts, strict=True)}
-    return [
-        Sample(
-            prompt_ids=prompt_ids[group_id],
-            response_ids=response,
-            rollout_logprobs=values,
-            advantage=advantage,
-            group_id=group_id,
+        return sizes
+    count = torch.tensor([len(sizes)])
+    dist.broadcast(count, group_src=0, group=group)
+    if not count:
+        return []
+    table = torch.empty(int(count), len(_SIZES), dtype=torch.long)
+    if sizes:
+        table = torch.tensor([dataclasses.astuple(size) for size in sizes])
+    dist.broadcast(table, group_src=0, group=group)
+    return [SampleSize(**dict(zip(_SIZES, row, strict=True))) for row in table.tolist()]
+
+
+def send_samples(
+    samples: Sequence[Sample] | None,
+    sizes: Sequence[SampleSize],
+    wanted: Sequence[Sequence[int]],
+    groups: ParallelGroups,
+) -> dict[int, Sample]:
+    """Give each replica what it wants of the samples that rank 0 holds; the others pass None. Collective.
+
+    Args:
+        sizes: of all samples.
+        wanted: [replica] -> indices of samples.
+
+    Returns:
+        This replica's samples by their index, on each of its ranks.
+    """
+    own = wanted[groups.data_rank]
+    if groups.rank != 0:
+        return _received(sizes, own, groups.control)
+    assert samples is not None
+    for replica, indices in enumerate(wanted):
+        ranks = [rank for rank in range(1, groups.layout.world_size) if groups.layout.place(rank).data == replica]
+        if ranks and indices:
+            _send([samples[index] for index in indices], ranks, groups.control)
+    return {index: samples[index] for index in own}
+
+
+def _send(samples: Sequence[Sample], ranks: Sequence[int], group: ProcessGroup) -> None:
+    for name, dtype in _ARRAYS.items():
+        parts: list[NDArray[Any]] = [getattr(sample, name) for sample in samples]
+        array = np.concatenate(parts).astype(dtype, copy=False)
+        sending = [dist.isend(_bytes(array), group_dst=rank, group=group) for rank in ranks]
+        for work in sending:
+            assert work is not None
+            work.wait()  # Unbounded: the group has a time-out.
+
+
+def _received(sizes: Sequence[SampleSize], own: Sequence[int], group: ProcessGroup) -> dict[int, Sample]:
+    if not own:
+        return {}
+    lengths = [sizes[index].num_tokens for index in own]
+    borders = np.cumsum(lengths)[:-1]
+    parts = {}
+    for name, dtype in _ARRAYS.items():
+        array: NDArray[Any] = np.empty(sum(lengths), dtype)
+        dist.recv(_bytes(array), group_src=0, group=group)
+        parts[name] = np.split(array, borders)
+    return {
+        index: Sample(
+            **{name: arrays[place] for name, arrays in parts.items()},
+            prompt_length=sizes[index].prompt_length,
+            group_id=sizes[index].group_id,
         )
-        for group_id, response, values, advantage in zip(
-            sample_table[:, 0].tolist(),
-            _split(response_tokens, sample_table),
-            _split(logprobs, sample_table),
-            advantages.tolist(),
-            strict=True,
-        )
-    ]
+        for place, index in enumerate(own)
+    }
 
 
-def _ints(rows: list[list[int]], *, width: int) -> Tensor:
-    return torch.tensor(rows, dtype=torch.long).view(len(rows), width)
-
-
-def _broadcast(tables: list[Tensor] | None, group: ProcessGroup) -> list[Tensor]:
-    dtypes = [torch.long, torch.long, torch.float64, torch.long, torch.long, torch.float64]
-    widths = [2, 2, 0, 0, 0, 0]
-    lengths = torch.tensor([len(table) for table in tables] if tables else [0] * len(dtypes))
-    dist.broadcast(lengths, group_src=0, group=group)
-    received = []
-    for place, (length, dtype, width) in enumerate(zip(lengths.tolist(), dtypes, widths, strict=True)):
-        shape = (length, width) if width else (length,)
-        table = tables[place] if tables else torch.empty(shape, dtype=dtype)
-        if length:
-            dist.broadcast(table, group_src=0, group=group)
-        received.append(table)
-    return received
-
-
-def _split(values: Tensor, table: Tensor) -> list[list]:  # type: ignore[type-arg]
-    flat = values.tolist()
-    stops = table[:, 1].cumsum(0).tolist()
-    return [flat[stop - length : stop] for stop, length in zip(stops, table[:, 1].tolist(), strict=True)]
+def _bytes(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array.view(np.uint8))

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from xrl.metrics.mean import Mean, merge
+from xrl.metrics.mean import merge
+from xrl.types import Mean
 
 
 def merge_over_ranks(metrics: Mapping[str, Mean], group: ProcessGroup) -> dict[str, Mean]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -17,7 +19,10 @@ from xrl.data.packing import Pack, pack, pad, plan_microbatches
 from xrl.models.packed import attention_inputs, flash_inputs
 from xrl.models.shape import ModelShape
 from xrl.parallel.groups import ParallelGroups
-from xrl.types import Sample
+from xrl.types import Sample, SampleSize
+
+if TYPE_CHECKING:
+    from xrl.types import FloatArray
 
 # oneDNN, which multiplies bf16 on the CPU, compiles its products anew for each length it meets and keeps them all:
 # without this, memory would grow with every rollout.
@@ -31,7 +36,7 @@ class Microbatch:
     input_ids: Tensor  # [B, S] int64
     position_ids: Tensor  # [B, S] int64
     attention: PackedSeqParams | None  # positions and borders, for the attention in use
-    rows: Tensor  # [R] place in the flattened [S, B] that predicts each response token
+    rows: Tensor  # [R] place in the flattened [S, B] that predicts each trained token
     response_ids: Tensor  # [R] int64
     rollout_logprobs: Tensor  # [R] fp32
     advantages: Tensor  # [R] fp32
@@ -41,7 +46,7 @@ class Microbatch:
 
 @dataclass(frozen=True, kw_only=True)
 class MicrobatchMaker:
-    """Cuts samples into this replica's micro-batches; every rank of a replica makes the same ones."""
+    """Plans micro-batches for all replicas, the same on every rank, and makes this replica's."""
 
     data: DataConfig
     shape: ModelShape
@@ -50,25 +55,21 @@ class MicrobatchMaker:
     transformer_engine: bool
     sequence_parallel: bool
 
-    def make(self, samples: Sequence[Sample], weights: Sequence[float]) -> list[Microbatch]:
-        """This replica's share of one update.
+    def plan(self, sizes: Sequence[SampleSize], update: Sequence[int]) -> list[list[list[int]]]:
+        """[replica][micro-batch] -> indices of the samples that go through the model at once.
 
         Args:
-            samples: of the whole update, the same on every rank.
-            weights: share of each token of a sample in the loss.
+            sizes: of all samples of the rollout.
+            update: indices of those that this update learns from.
         """
         plan = plan_microbatches(
-            samples,
+            [sizes[index] for index in update],
             num_replicas=self.groups.layout.data_size,
             max_tokens=self.data.max_tokens_per_microbatch,
             share_prompts=self.shares_prompts,
             samples_per_microbatch=self.data.micro_batch_size,
         )
-        return [self._microbatch(samples, weights, indices) for indices in plan[self.groups.data_rank]]
-
-    def one_each(self, samples: Sequence[Sample]) -> list[Microbatch]:
-        """A micro-batch for each sample, in their order, the same on every replica: to score, not to train on."""
-        return [self._microbatch(samples, [0.0] * len(samples), [index]) for index in range(len(samples))]
+        return [[[update[place] for place in places] for places in replica] for replica in plan]
 
     @property
     def shares_prompts(self) -> bool:
@@ -77,37 +78,42 @@ class MicrobatchMaker:
             return False
         return self.data.share_prompt_prefix is not False
 
-    def _microbatch(self, samples: Sequence[Sample], weights: Sequence[float], indices: Sequence[int]) -> Microbatch:
+    def make(self, samples: Sequence[Sample], weights: Sequence[float]) -> Microbatch:
+        """What goes through the model at once.
+
+        Args:
+            weights: share of each trained token of a sample in the loss.
+        """
         multiple = self.groups.layout.tensor_size if self.sequence_parallel else 1
         if self.groups.device.type == "cpu" and self.dtype == torch.bfloat16:
             multiple *= ONEDNN_LENGTH_MULTIPLE
         if self.data.micro_batch_size is None:
-            packed = pack(samples, indices, share_prompts=self.shares_prompts, multiple=multiple)
+            packed = pack(samples, share_prompts=self.shares_prompts, multiple=multiple)
             height, width = 1, len(packed.token_ids)
         else:
-            packed = pad(samples, indices, multiple=multiple)
+            packed = pad(samples, multiple=multiple)
             assert packed.padded_shape is not None
             height, width = packed.padded_shape
-        rows = torch.tensor(packed.response_rows, dtype=torch.long)
-        chosen = [samples[index] for index in packed.samples]
-        lengths = torch.tensor([len(sample.response_ids) for sample in chosen], dtype=torch.long)
+        rows = torch.from_numpy(packed.rows)
+        ordered = [samples[index] for index in packed.order]
         device = self.groups.device
 
-        def per_token(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths).to(device)
+        def of_trained(values: Sequence[FloatArray]) -> Tensor:
+            parts = [array[sample.trained] for array, sample in zip(values, ordered, strict=True)]
+            return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts])).to(device)
 
         return Microbatch(
-            input_ids=torch.tensor(packed.token_ids).view(height, width).to(device),
-            position_ids=torch.tensor(packed.position_ids).view(height, width).to(device),
+            input_ids=torch.from_numpy(packed.token_ids).view(height, width).to(device),
+            position_ids=torch.from_numpy(packed.position_ids).view(height, width).to(device),
             attention=self._attention(packed),
             # Packs count row by row, the model's hidden states are [S, B].
             rows=(rows % width * height + rows // width).to(device),
-            response_ids=torch.tensor(packed.response_ids, dtype=torch.long).to(device),
-            rollout_logprobs=torch.tensor(
-                [logprob for sample in chosen for logprob in sample.rollout_logprobs], dtype=torch.float32
-            ).to(device),
-            advantages=per_token([sample.advantage for sample in chosen]),
-            weights=per_token([weights[index] for index in packed.samples]),
+            response_ids=torch.from_numpy(packed.targets).to(device),
+            rollout_logprobs=of_trained([sample.rollout_logprobs for sample in ordered]),
+            advantages=of_trained([sample.advantages for sample in ordered]),
+            weights=of_trained(
+                [np.full(len(samples[index].trained), weights[index], np.float32) for index in packed.order]
+            ),
             num_tokens=height * width,
         )
 

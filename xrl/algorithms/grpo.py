@@ -14,8 +14,7 @@ from xrl.algorithms.scored import Scored
 from xrl.algorithms.scoring import score_groups
 from xrl.algorithms.token_terms import token_terms
 from xrl.config import AlgorithmConfig
-from xrl.metrics.mean import Mean
-from xrl.types import Group, LossInputs, LossOutput
+from xrl.types import Group, LossInputs, LossOutput, Mean
 
 
 class GRPO:

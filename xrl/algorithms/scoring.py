@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from xrl.algorithms.advantages import has_zero_variance
+from xrl.algorithms.sample import sample_of
 from xrl.algorithms.scored import Scored
 from xrl.metrics.pass_rate import passes
 from xrl.types import Group, Rollout, Sample
@@ -48,7 +49,10 @@ def score_groups(
                 continue
         for index, advantage in zip(usable, advantages_of(rewards), strict=True):
             row[index] = advantage
-            samples.append(_sample(group.rollouts[index], advantage, group_id))
+            rollout = group.rollouts[index]
+            samples.append(
+                sample_of(rollout.prompt.token_ids, rollout.completion, advantage=advantage, group_id=group_id)
+            )
     metrics = {
         **answer_metrics([rollout for group in groups for rollout in group.rollouts]),
         "groups/total": float(len(groups)),
@@ -92,22 +96,6 @@ def answer_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "samples/unjudged": float(sum(is_answered(rollout) and not is_usable(rollout) for rollout in rollouts)),
         "samples/judge_failed": float(sum(bool(rollout.judge_error) for rollout in rollouts)),
     }
-
-
-def _sample(rollout: Rollout, advantage: float, group_id: int) -> Sample:
-    completion = rollout.completion
-    if len(completion.logprobs) != len(completion.token_ids):
-        raise ValueError(
-            f"answer to prompt {rollout.prompt.id} has {len(completion.token_ids)} tokens and "
-            f"{len(completion.logprobs)} log-probs, the rollout engine must return one for each"
-        )
-    return Sample(
-        prompt_ids=rollout.prompt.token_ids,
-        response_ids=completion.token_ids,
-        rollout_logprobs=completion.logprobs,
-        advantage=advantage,
-        group_id=group_id,
-    )
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -7,17 +7,28 @@ can pad a cluster to a rectangle at little cost. A cluster holds *roots* (sequen
     roots    [prompt 0][prompt 1]...                 or  [prompt 0 + answer 0][prompt 0 + answer 1]...
     branches [answer 0 of 0][answer 1 of 0][answer 0 of 1]...
 
-An answer's last token predicts nothing that is trained on, so it is left out of the model's input.
+What stands behind the token before the last trained one predicts nothing that is trained on, so it is left out of the
+model's input. Only trained tokens have a row: for what the model was given, no logits are computed.
 
-Pure arithmetic on lists; tensors are made where they are used.
+Pure arithmetic on numbers and arrays; tensors are made where they are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from xrl.types import Sample
+import numpy as np
+
+from xrl.types import Sample, SampleSize
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from xrl.types import IntArray
+
+    LongArray = NDArray[np.int64]
 
 # A cluster takes in the next sequence while its padded attention area stays within this factor of the real one.
 PADDING_LIMIT = 1.3
@@ -34,32 +45,53 @@ class PackedCluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """One micro-batch as plain lists: T tokens, R response tokens."""
+    """One micro-batch: T tokens, of which R are trained."""
 
-    token_ids: list[int]  # [T] packed; [B * S] padded, sequence by sequence
-    position_ids: list[int]  # the same shape
+    token_ids: LongArray  # [T] packed; [B * S] padded, sequence by sequence
+    position_ids: LongArray  # the same shape
     clusters: tuple[PackedCluster, ...]  # empty when padded; tokens behind them only fill the row up
     padded_shape: tuple[int, int] | None  # (B, S) of a padded micro-batch
-    response_rows: list[int]  # [R] place in token_ids whose output predicts each response token
-    response_ids: list[int]  # [R] the response tokens
-    samples: tuple[int, ...]  # indices of the samples, in the order of their response tokens
+    rows: LongArray  # [R] place in token_ids whose output predicts each trained token
+    targets: LongArray  # [R] the trained tokens
+    order: tuple[int, ...]  # indices of the samples, in the order of their trained tokens
 
 
-def num_tokens(samples: Sequence[Sample], indices: Iterable[int], *, share_prompts: bool) -> int:
-    """Tokens a pack of these samples holds."""
+def size_of(sample: Sample) -> SampleSize:
+    """How large a sample is.
+
+    Raises:
+        ValueError: a token of its prompt is trained, or it has no prompt.
+    """
+    places = np.flatnonzero(sample.trained)
+    if sample.prompt_length < 1 or (len(places) and places[0] < sample.prompt_length):
+        raise ValueError(
+            f"a sample's prompt must have a token, and none that is trained; found {sample.prompt_length} tokens, "
+            f"the first trained token at {places[:1].tolist()}"
+        )
+    return SampleSize(
+        num_tokens=len(sample.token_ids),
+        prompt_length=sample.prompt_length,
+        input_length=int(places[-1]) if len(places) else sample.prompt_length,
+        num_trained=len(places),
+        group_id=sample.group_id,
+    )
+
+
+def num_tokens(sizes: Sequence[SampleSize], indices: Iterable[int], *, share_prompts: bool) -> int:
+    """Tokens that a pack of these samples holds."""
     total = 0
     prompts: set[int] = set()
     for index in indices:
-        sample = samples[index]
-        total += len(sample.response_ids) - 1
-        if not share_prompts or sample.group_id not in prompts:
-            total += len(sample.prompt_ids)
-            prompts.add(sample.group_id)
+        size = sizes[index]
+        total += size.input_length - size.prompt_length
+        if not share_prompts or size.group_id not in prompts:
+            total += size.prompt_length
+            prompts.add(size.group_id)
     return total
 
 
 def plan_microbatches(
-    samples: Sequence[Sample],
+    sizes: Sequence[SampleSize],
     *,
     num_replicas: int,
     max_tokens: int,
@@ -81,37 +113,37 @@ def plan_microbatches(
         [replica][micro-batch] -> indices of samples
     """
     if samples_per_microbatch is not None:
-        everyone = list(range(len(samples)))
-        bins = [everyone[i : i + samples_per_microbatch] for i in range(0, len(samples), samples_per_microbatch)]
+        everyone = list(range(len(sizes)))
+        bins = [everyone[i : i + samples_per_microbatch] for i in range(0, len(sizes), samples_per_microbatch)]
     else:
-        bins = _fill(samples, max_tokens=max_tokens, share_prompts=share_prompts)
-        bins = _split_largest(samples, bins, num_replicas, share_prompts=share_prompts)
-    sizes = [num_tokens(samples, indices, share_prompts=share_prompts) for indices in bins]
-    return _deal(bins, sizes, num_replicas)
+        bins = _fill(sizes, max_tokens=max_tokens, share_prompts=share_prompts)
+        bins = _split_largest(sizes, bins, num_replicas, share_prompts=share_prompts)
+    lengths = [num_tokens(sizes, indices, share_prompts=share_prompts) for indices in bins]
+    return _deal(bins, lengths, num_replicas)
 
 
-def _by_group(samples: Sequence[Sample], indices: Iterable[int]) -> list[list[int]]:
+def _by_group(sizes: Sequence[SampleSize], indices: Iterable[int]) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
     for index in indices:
-        groups.setdefault(samples[index].group_id, []).append(index)
+        groups.setdefault(sizes[index].group_id, []).append(index)
     return list(groups.values())
 
 
-def _fill(samples: Sequence[Sample], *, max_tokens: int, share_prompts: bool) -> list[list[int]]:
+def _fill(sizes: Sequence[SampleSize], *, max_tokens: int, share_prompts: bool) -> list[list[int]]:
     """First-fit decreasing: few bins, each within the budget."""
-    everyone = range(len(samples))
+    everyone = range(len(sizes))
     # Answers that share a prompt stay together: it is computed once in every micro-batch that holds one of them.
-    units = _by_group(samples, everyone) if share_prompts else [[index] for index in everyone]
+    units = _by_group(sizes, everyone) if share_prompts else [[index] for index in everyone]
     pieces: list[list[int]] = []
     for unit in units:
         piece: list[int] = []
         for index in unit:
-            if piece and num_tokens(samples, [*piece, index], share_prompts=share_prompts) > max_tokens:
+            if piece and num_tokens(sizes, [*piece, index], share_prompts=share_prompts) > max_tokens:
                 pieces.append(piece)
                 piece = []
             piece.append(index)
         pieces.append(piece)
-    sized = [(num_tokens(samples, piece, share_prompts=share_prompts), piece) for piece in pieces]
+    sized = [(num_tokens(sizes, piece, share_prompts=share_prompts), piece) for piece in pieces]
     bins: list[list[int]] = []
     room: list[int] = []
     for size, piece in sorted(sized, key=lambda entry: -entry[0]):
@@ -127,49 +159,49 @@ def _fill(samples: Sequence[Sample], *, max_tokens: int, share_prompts: bool) ->
 
 
 def _split_largest(
-    samples: Sequence[Sample], bins: list[list[int]], num_replicas: int, *, share_prompts: bool
+    sizes: Sequence[SampleSize], bins: list[list[int]], num_replicas: int, *, share_prompts: bool
 ) -> list[list[int]]:
     """Split big bins until the replicas can have equally many, so that none idles while another works twice."""
     wanted = -(-len(bins) // num_replicas) * num_replicas
-    bins = sorted(bins, key=lambda indices: num_tokens(samples, indices, share_prompts=share_prompts))
+    bins = sorted(bins, key=lambda indices: num_tokens(sizes, indices, share_prompts=share_prompts))
     while len(bins) < wanted and any(len(indices) > 1 for indices in bins):
         largest = max(
             (indices for indices in bins if len(indices) > 1),
-            key=lambda indices: num_tokens(samples, indices, share_prompts=share_prompts),
+            key=lambda indices: num_tokens(sizes, indices, share_prompts=share_prompts),
         )
         bins.remove(largest)
-        middle = _middle(samples, largest, share_prompts=share_prompts)
+        middle = _middle(sizes, largest, share_prompts=share_prompts)
         bins += [largest[:middle], largest[middle:]]
     return bins
 
 
-def _middle(samples: Sequence[Sample], indices: list[int], *, share_prompts: bool) -> int:
+def _middle(sizes: Sequence[SampleSize], indices: list[int], *, share_prompts: bool) -> int:
     """Where to cut a bin: half of its tokens, at a group's border if it has one."""
     places = range(1, len(indices))
-    borders = [i for i in places if samples[indices[i]].group_id != samples[indices[i - 1]].group_id]
-    half = num_tokens(samples, indices, share_prompts=share_prompts) / 2
+    borders = [i for i in places if sizes[indices[i]].group_id != sizes[indices[i - 1]].group_id]
+    half = num_tokens(sizes, indices, share_prompts=share_prompts) / 2
     return min(
         borders if share_prompts and borders else places,
-        key=lambda place: abs(num_tokens(samples, indices[:place], share_prompts=share_prompts) - half),
+        key=lambda place: abs(num_tokens(sizes, indices[:place], share_prompts=share_prompts) - half),
     )
 
 
-def _deal(bins: list[list[int]], sizes: list[int], num_replicas: int) -> list[list[list[int]]]:
+def _deal(bins: list[list[int]], lengths: list[int], num_replicas: int) -> list[list[list[int]]]:
     """Largest first, each to the least loaded replica that still has room for an equal count."""
     per_replica = max(1, -(-len(bins) // num_replicas))
     replicas: list[list[list[int]]] = [[] for _ in range(num_replicas)]
     loads = [0] * num_replicas
-    for size, indices in sorted(zip(sizes, bins, strict=True), key=lambda entry: -entry[0]):
+    for length, indices in sorted(zip(lengths, bins, strict=True), key=lambda entry: -entry[0]):
         with_room = [replica for replica in range(num_replicas) if len(replicas[replica]) < per_replica]
         replica = min(with_room, key=lambda candidate: loads[candidate])
         replicas[replica].append(sorted(indices))
-        loads[replica] += size
+        loads[replica] += length
     for microbatches in replicas:
         microbatches.extend([] for _ in range(per_replica - len(microbatches)))
     return replicas
 
 
-def pack(samples: Sequence[Sample], indices: Sequence[int], *, share_prompts: bool, multiple: int = 1) -> Pack:
+def pack(samples: Sequence[Sample], *, share_prompts: bool, multiple: int = 1) -> Pack:
     """One row of tokens for these samples.
 
     Args:
@@ -177,41 +209,36 @@ def pack(samples: Sequence[Sample], indices: Sequence[int], *, share_prompts: bo
         multiple: pad the row to a multiple of this (the tensor-parallel size under sequence parallelism).
     """
     builder = _PackBuilder(samples)
-    for cluster in _clusters(_roots(samples, indices, share_prompts=share_prompts)):
+    for cluster in _clusters(_roots(builder.sizes, share_prompts=share_prompts)):
         if share_prompts:
             builder.add_branching(cluster)
         else:
             builder.add_plain(cluster)
     # A pack may not be empty: the pipeline schedule sends it through every stage all the same.
-    missing = -len(builder.token_ids) % multiple if builder.token_ids else multiple
+    missing = -builder.length % multiple if builder.length else multiple
     if missing:
         builder.add_padding(missing)
     return builder.finish()
 
 
-def pad(samples: Sequence[Sample], indices: Sequence[int], *, multiple: int = 1) -> Pack:
+def pad(samples: Sequence[Sample], *, multiple: int = 1) -> Pack:
     """The samples as rows of a rectangle, padded at the end: the unpacked layout."""
-    longest = max((len(samples[i].prompt_ids) + len(samples[i].response_ids) - 1 for i in indices), default=1)
-    width = -(-longest // multiple) * multiple
-    height = max(1, len(indices))
-    token_ids = [0] * (height * width)
-    rows: list[int] = []
-    response_ids: list[int] = []
-    for line, index in enumerate(indices):
-        sample = samples[index]
-        sequence = sample.prompt_ids + sample.response_ids[:-1]
-        token_ids[line * width : line * width + len(sequence)] = sequence
-        first = line * width + len(sample.prompt_ids) - 1
-        rows += range(first, first + len(sample.response_ids))
-        response_ids += sample.response_ids
+    lengths = [size_of(sample).input_length for sample in samples]
+    width = -(-max(lengths, default=1) // multiple) * multiple
+    height = max(1, len(samples))
+    token_ids = np.zeros((height, width), np.int64)
+    rows = []
+    for line, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+        token_ids[line, :length] = sample.token_ids[:length]
+        rows.append(line * width + np.flatnonzero(sample.trained) - 1)
     return Pack(
-        token_ids=token_ids,
-        position_ids=list(range(width)) * height,
+        token_ids=token_ids.reshape(-1),
+        position_ids=np.tile(np.arange(width), height),
         clusters=(),
         padded_shape=(height, width),
-        response_rows=rows,
-        response_ids=response_ids,
-        samples=tuple(indices),
+        rows=_joined(rows),
+        targets=_joined([sample.token_ids[sample.trained] for sample in samples]),
+        order=tuple(range(len(samples))),
     )
 
 
@@ -228,19 +255,17 @@ class _Root:
         return self.length**2 + len(self.samples) * self.longest * (self.length + self.longest)
 
 
-def _roots(samples: Sequence[Sample], indices: Sequence[int], *, share_prompts: bool) -> list[_Root]:
+def _roots(sizes: Sequence[SampleSize], *, share_prompts: bool) -> list[_Root]:
+    everyone = range(len(sizes))
     if not share_prompts:
-        return [
-            _Root(samples=[i], length=len(samples[i].prompt_ids) + len(samples[i].response_ids) - 1, longest=0)
-            for i in indices
-        ]
+        return [_Root(samples=[i], length=sizes[i].input_length, longest=0) for i in everyone]
     return [
         _Root(
             samples=group,
-            length=len(samples[group[0]].prompt_ids),
-            longest=max(len(samples[i].response_ids) for i in group) - 1,
+            length=sizes[group[0]].prompt_length,
+            longest=max(sizes[i].input_length - sizes[i].prompt_length for i in group),
         )
-        for group in _by_group(samples, indices)
+        for group in _by_group(sizes, everyone)
     ]
 
 
@@ -267,39 +292,40 @@ class _PackBuilder:
     """Lays clusters one behind the other and keeps count of places."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
-        self.all_samples = samples
-        self.token_ids: list[int] = []
-        self.position_ids: list[int] = []
+        self.samples = samples
+        self.sizes = [size_of(sample) for sample in samples]
+        self.length = 0  # tokens so far
+        self.token_ids: list[IntArray] = []
+        self.position_ids: list[LongArray] = []
         self.clusters: list[PackedCluster] = []
-        self.rows: list[int] = []
-        self.response_ids: list[int] = []
-        self.samples: list[int] = []
+        self.rows: list[LongArray] = []
+        self.order: list[int] = []
 
     def add_plain(self, roots: list[_Root]) -> None:
         """Prompt and answer as one sequence each."""
         for root in roots:
-            index = root.samples[0]
-            sample = self.all_samples[index]
-            start = self._add_tokens(sample.prompt_ids + sample.response_ids[:-1], position=0)
-            first = start + len(sample.prompt_ids) - 1
-            self._add_response(index, range(first, first + len(sample.response_ids)))
+            (index,) = root.samples
+            sample = self.samples[index]
+            start = self._add_tokens(sample.token_ids[: root.length], position=0)
+            self._add_trained(index, start + np.flatnonzero(sample.trained) - 1)
         self.clusters.append(PackedCluster(root_lengths=tuple(root.length for root in roots)))
 
     def add_branching(self, roots: list[_Root]) -> None:
         """Every prompt once, then the answers that continue them."""
         last_tokens = []
         for root in roots:
-            prompt = self.all_samples[root.samples[0]].prompt_ids
-            last_tokens.append(self._add_tokens(prompt, position=0) + len(prompt) - 1)
+            prompt = self.samples[root.samples[0]].token_ids[: root.length]
+            last_tokens.append(self._add_tokens(prompt, position=0) + root.length - 1)
         branch_lengths, parents = [], []
         for parent, root in enumerate(roots):
             for index in root.samples:
-                response = self.all_samples[index].response_ids
-                start = self._add_tokens(response[:-1], position=root.length)
+                sample, length = self.samples[index], self.sizes[index].input_length - root.length
+                start = self._add_tokens(sample.token_ids[root.length : root.length + length], position=root.length)
+                places = np.flatnonzero(sample.trained) - root.length  # in the answer
                 # The prompt's last token predicts the first token of every answer to it.
-                self._add_response(index, [last_tokens[parent], *range(start, start + len(response) - 1)])
-                if len(response) > 1:
-                    branch_lengths.append(len(response) - 1)
+                self._add_trained(index, np.where(places > 0, start + places - 1, last_tokens[parent]))
+                if length:
+                    branch_lengths.append(length)
                     parents.append(parent)
         self.clusters.append(
             PackedCluster(
@@ -311,26 +337,30 @@ class _PackBuilder:
 
     def add_padding(self, count: int) -> None:
         """Tokens at the end that belong to no sequence."""
-        self._add_tokens([0] * count, position=0)
+        self._add_tokens(np.zeros(count, np.int32), position=0)
 
     def finish(self) -> Pack:
         return Pack(
-            token_ids=self.token_ids,
-            position_ids=self.position_ids,
+            token_ids=_joined(self.token_ids),
+            position_ids=_joined(self.position_ids),
             clusters=tuple(self.clusters),
             padded_shape=None,
-            response_rows=self.rows,
-            response_ids=self.response_ids,
-            samples=tuple(self.samples),
+            rows=_joined(self.rows),
+            targets=_joined([self.samples[index].token_ids[self.samples[index].trained] for index in self.order]),
+            order=tuple(self.order),
         )
 
-    def _add_tokens(self, token_ids: Sequence[int], *, position: int) -> int:
-        start = len(self.token_ids)
-        self.token_ids += token_ids
-        self.position_ids += range(position, position + len(token_ids))
+    def _add_tokens(self, token_ids: IntArray, *, position: int) -> int:
+        start = self.length
+        self.length += len(token_ids)
+        self.token_ids.append(token_ids)
+        self.position_ids.append(np.arange(position, position + len(token_ids)))
         return start
 
-    def _add_response(self, index: int, rows: Iterable[int]) -> None:
-        self.rows += rows
-        self.response_ids += self.all_samples[index].response_ids
-        self.samples.append(index)
+    def _add_trained(self, index: int, rows: LongArray) -> None:
+        self.rows.append(rows)
+        self.order.append(index)
+
+
+def _joined(parts: Sequence[NDArray[np.integer]]) -> LongArray:
+    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64, copy=False)

@@ -1,34 +1,10 @@
-"""A metric is a sum and a count: merged across micro-batches and ranks, divided once."""
+"""Metrics as sums and counts, put together by name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A weighted mean that has not been divided yet.
-
-    `total` and `count` may be floats or 0-d tensors: tensors stay on their device until read, so
-    that collecting a metric never waits for the GPU.
-    """
-
-    total: float | Tensor
-    count: float | Tensor
-
-    def __add__(self, other: Mean) -> Mean:
-        return Mean(self.total + other.total, self.count + other.count)
-
-    @property
-    def value(self) -> float:
-        """The mean; NaN where nothing was counted."""
-        count = float(self.count)
-        return float(self.total) / count if count else float("nan")
+from xrl.types import Mean
 
 
 def merge(left: Mapping[str, Mean], right: Mapping[str, Mean]) -> dict[str, Mean]:

@@ -49,7 +49,7 @@ def attention_inputs(pack: Pack, shape: ModelShape, *, dtype: torch.dtype, devic
     has_kernels = shape.latent is None and can_run(dtype=dtype, device=device, head_dim=shape.head_dim)
     # Query heads that share a key/value head; latent attention makes keys and values for each.
     queries_per_key = shape.num_heads // shape.num_kv_heads if shape.latent is None else 1
-    positions = torch.tensor(pack.position_ids)
+    positions = torch.from_numpy(pack.position_ids)
     if pack.padded_shape is not None:
         num_rows, width = pack.padded_shape
         positions = torch.arange(width).repeat_interleave(num_rows if has_kernels else 1)

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Sequence
 
+from xrl.algorithms.sample import sample_of
 from xrl.config import RolloutConfig
 from xrl.launch.exit import RunFailed
 from xrl.rollout.pool import WorkerPool
@@ -73,13 +74,7 @@ class Canary:
         """
         answers = self.pool.ask_all(self._request(), timeout_s=self.timeout_s)
         return [
-            Sample(
-                prompt_ids=self._prompt,
-                response_ids=completion.token_ids,
-                rollout_logprobs=completion.logprobs,
-                advantage=0.0,
-                group_id=worker.number,
-            )
+            sample_of(self._prompt, completion, advantage=0.0, group_id=worker.number)
             for worker, (completion,) in answers
         ]
 

@@ -1,0 +1,42 @@
+"""An answer as a row to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from xrl.types import Completion, Sample
+
+
+def sample_of(prompt_ids: Sequence[int], completion: Completion, *, advantage: float, group_id: int) -> Sample:
+    """The prompt and its answer, of which every token is trained with the same advantage.
+
+    Raises:
+        ValueError: the answer does not have one log-prob a token.
+    """
+    length = len(completion.token_ids)
+    if len(completion.logprobs) != length:
+        raise ValueError(
+            f"an answer has {length} tokens and {len(completion.logprobs)} log-probs, the rollout engine must return "
+            f"one for each"
+        )
+    before = len(prompt_ids)
+    trained = np.zeros(before + length, np.bool_)
+    trained[before:] = True
+    rollout_logprobs = np.zeros(before + length, np.float32)
+    rollout_logprobs[before:] = completion.logprobs
+    advantages = np.zeros(before + length, np.float32)
+    advantages[before:] = advantage
+    versions = np.full(before + length, -1, np.int32)
+    parts = completion.parts or ((completion.weights_version, length),)
+    versions[before:] = np.repeat([version for version, _ in parts], [count for _, count in parts])
+    return Sample(
+        token_ids=np.array([*prompt_ids, *completion.token_ids], np.int32),
+        trained=trained,
+        rollout_logprobs=rollout_logprobs,
+        advantages=advantages,
+        versions=versions,
+        prompt_length=before,
+        group_id=group_id,
+    )
