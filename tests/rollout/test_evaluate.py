@@ -23,7 +23,7 @@ Judged = tuple[float | None, FinishReason]
 class Answers:
     """In the place of the collector: rewards by prompt, first the greedy one, then those that were sampled."""
 
-    def __init__(self, *rewards: Sequence[float | None | Judged]) -> None:
+    def __init__(self, *rewards: Sequence[float | Judged | None]) -> None:
         """
         Args:
             rewards: of each prompt, None in its first place where nobody could answer it; a reward may come with how
@@ -43,13 +43,13 @@ class Answers:
         return Collected(groups=groups, counts=RolloutCounts(), seconds=1.0, num_tokens=0)
 
     @staticmethod
-    def _rollout(asked: Prompt, found: float | None | Judged) -> Any:
+    def _rollout(asked: Prompt, found: float | Judged | None) -> Any:
         reward, reason = found if isinstance(found, tuple) else (found, "stop")
         completion: Completion = answer(4, reason=reason)
         return judged(asked, completion, reward)
 
 
-def evaluated(*rewards: Sequence[float | None | Judged], **settings: Any) -> tuple[dict[str, float], Answers]:
+def evaluated(*rewards: Sequence[float | Judged | None], **settings: Any) -> tuple[dict[str, float], Answers]:
     answers = Answers(*rewards)
     config = EvaluationConfig(**{"eval_samples_per_prompt": 2, **settings})
     return Evaluator(answers, PROMPTS, config, TRAINING).evaluate(), answers  # type: ignore[arg-type]
