@@ -14,7 +14,8 @@ from xrl.parallel.cpu import prepare_megatron_for_cpu
 
 prepare_megatron_for_cpu()
 
-from megatron.core.model_parallel_config import ModelParallelConfig  # noqa: E402
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from xrl.actor.microbatch import Microbatch  # noqa: E402
 from xrl.actor.pipeline import Pipeline  # noqa: E402
@@ -36,9 +37,11 @@ def alone() -> Iterator[None]:
 class TwoNumbers(nn.Module):
     """Gives a token its number times a weight, and its position: at the head's rows, or at every place."""
 
+    model_type = ModelType.encoder_or_decoder
+
     def __init__(self, head: ResponseRows) -> None:
         super().__init__()
-        self.config = ModelParallelConfig()
+        self.config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
         self.head = head
         self.weight = nn.Parameter(torch.tensor(1.0))
         self.modes: list[tuple[bool, bool]] = []  # of each pass: training, and with gradients
