@@ -1,18 +1,19 @@
-"""What the canary says to differences between engine and actor; whole runs with it are in tests/e2e/test_workers.py."""
+"""What the canary asks, and what it says to differences; whole runs with it are in tests/e2e/test_workers.py."""
 
 from __future__ import annotations
 
 import logging
 import math
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
+from tests.samples import answer, sample
 from xrl.config import RolloutConfig
 from xrl.rollout.canary import Canary, CanaryFailed
 from xrl.rollout.pool import WorkerPool
-from xrl.types import SamplingParams
+from xrl.types import GenerateRequest, SamplingParams
 
 
 @pytest.fixture
@@ -43,3 +44,59 @@ def test_a_difference_over_the_second_threshold_ends_the_run(canary: Canary) -> 
 def test_what_is_not_finite_ends_the_run_and_says_so(canary: Canary, difference: float) -> None:
     with pytest.raises(CanaryFailed, match="version 7 log-probs .* are not finite"):
         canary.judge([0.0, difference, 0.0])
+
+
+class Workers:
+    """Two workers, 0 and 3, each with an answer of its own."""
+
+    version = 7
+
+    def __init__(self, numbers: tuple[int, ...] = (0, 3)) -> None:
+        self.numbers = numbers
+        self.asked: list[tuple[GenerateRequest, float]] = []
+
+    def ask_all(self, request: GenerateRequest, *, timeout_s: float) -> list[Any]:
+        self.asked.append((request, timeout_s))
+        return [(SimpleNamespace(number=number), [answer(number, 11)]) for number in self.numbers]
+
+
+def asking(workers: Workers, *, max_model_len: int = 64, vocab_size: int = 100, canary_tokens: int = 16) -> Canary:
+    return Canary(
+        cast(WorkerPool, workers),
+        RolloutConfig(canary_tokens=canary_tokens, rollout_timeout_s=5.0),
+        dtype="float32",
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        sampling=SamplingParams(temperature=0.7, top_k=5, top_p=0.9, max_new_tokens=9, stop_token_ids=(2,), seed=3),
+    )
+
+
+def test_every_worker_is_asked_the_same_and_gives_one_sample_of_its_own() -> None:
+    workers = Workers()
+    prompt = [19, 38, 57, 76, 95, 14, 33, 52]
+    assert asking(workers).sample() == [
+        sample(prompt, [0, 11], advantage=0.0, group_id=0),
+        sample(prompt, [3, 11], advantage=0.0, group_id=3),
+    ]
+    # Of the whole distribution, which is what the actor scores, and never ended by a stop token.
+    sampling = SamplingParams(temperature=0.7, top_k=0, top_p=1.0, max_new_tokens=16, stop_token_ids=(), seed=3)
+    request = GenerateRequest(id="canary-7", token_ids=prompt, num_samples=1, sampling=sampling)
+    assert workers.asked == [(request, 5.0)]
+
+
+@pytest.mark.parametrize(("max_model_len", "num_prompt", "num_answer"), [(20, 8, 12), (8, 7, 1), (2, 1, 1)])
+def test_prompt_and_answer_fit_into_the_engine(max_model_len: int, num_prompt: int, num_answer: int) -> None:
+    workers = Workers()
+    asking(workers, max_model_len=max_model_len).sample()
+    ((request, _),) = workers.asked
+    assert (len(request.token_ids), request.sampling.max_new_tokens) == (num_prompt, num_answer)
+
+
+def test_the_prompt_is_of_the_model_s_own_tokens() -> None:
+    workers = Workers()
+    asking(workers, vocab_size=5).sample()
+    assert set(workers.asked[0][0].token_ids) <= set(range(5))
+
+
+def test_where_no_worker_answers_there_is_nothing_to_score() -> None:
+    assert asking(Workers(())).sample() == []

@@ -1,58 +1,48 @@
-"""Collecting, scoring and evaluating with a judge that fails."""
+"""From prompts to judged groups: order, seeds, what is carried into the next rollout, judges that fail."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
 from typing import Any
 
 import pytest
 
+from tests.rollout.scripted_workers import SPECIAL, WHY_FAILED, ScriptedWorkers, Words
+from tests.samples import answer, prompt
 from xrl.algorithms.advantages import group_advantages
 from xrl.algorithms.scoring import score_groups
-from xrl.config import EvaluationConfig
 from xrl.launch.exit import RunEnded
+from xrl.launch.progress import Progress
 from xrl.rewards.judge import InlineJudge
 from xrl.rollout.collect import Collected, Collector
-from xrl.rollout.evaluate import Evaluator
 from xrl.rollout.pool import RolloutCounts
 from xrl.trainer import refuse_useless
 from xrl.types import Completion, GenerateRequest, Prompt, SamplingParams
 
-NO_ANSWER = 99  # the first token of a prompt that no worker can answer
+NO_ANSWER = 80  # the first token of a prompt that no worker can answer
+SAMPLING = SamplingParams(temperature=0.7, top_k=5, max_new_tokens=8, stop_token_ids=(SPECIAL,), seed=1234)
 
 
-class Workers:
-    """Answers a prompt with its own tokens and the number of the sample."""
-
-    def generate(
-        self, requests: list[GenerateRequest], counts: RolloutCounts
-    ) -> Iterator[tuple[int, list[Completion] | None]]:
-        for number, request in enumerate(requests):
-            if request.token_ids[0] == NO_ANSWER:
-                counts.failed += 1
-                counts.why_failed = "rollout worker 0 (10.0.0.2:80): out of memory"
-                yield number, None
-                continue
-            counts.finished += 1
-            yield (
-                number,
-                [
-                    Completion(
-                        token_ids=[*request.token_ids, sample],
-                        logprobs=[-0.5] * (len(request.token_ids) + 1),
-                        finish_reason="stop",
-                        weights_version=0,
-                    )
-                    for sample in range(request.num_samples)
-                ],
-            )
+def echo(request: GenerateRequest) -> list[Completion] | None:
+    """The prompt's tokens and the number of the sample."""
+    if request.token_ids[0] == NO_ANSWER:
+        return None
+    return [answer(*request.token_ids, sample) for sample in range(request.num_samples)]
 
 
-class Words:
-    """A tokenizer whose tokens are their numbers."""
+def cut_off(request: GenerateRequest) -> list[Completion]:
+    """One token, and no more."""
+    return [answer(40 + sample, reason="abort") for sample in range(request.num_samples)]
 
-    def decode(self, token_ids: list[int], **_: Any) -> str:
-        return " ".join(map(str, token_ids))
+
+def nothing(_: GenerateRequest) -> list[Completion]:
+    """It was never sent."""
+    return []
+
+
+def reward(response: str, _: Prompt) -> float:
+    """An answer's number of tokens."""
+    return float(len(response.split()))
 
 
 def fails_in_a_third(response: str, prompt: Prompt) -> float:
@@ -60,24 +50,218 @@ def fails_in_a_third(response: str, prompt: Prompt) -> float:
     return 1.0 / (sample % 3 - 1) if sample % 3 == 1 else float(sample % 2)
 
 
-def collector(judge: Any, *, failed_reward: float | None = None) -> Collector:
-    return Collector(Workers(), Words(), InlineJudge(judge, failed_reward=failed_reward))  # type: ignore[arg-type]
+def collector(workers: ScriptedWorkers, judge: Any = reward, **options: Any) -> Collector:
+    return Collector(workers, Words(), InlineJudge(judge, **options))  # type: ignore[arg-type]
 
 
 def prompts(*first_tokens: int) -> list[Prompt]:
-    return [Prompt(id=n, token_ids=[t], text="?", ground_truth="1") for n, t in enumerate(first_tokens)]
+    return [prompt(token, id=number) for number, token in enumerate(first_tokens)]
 
 
-def collect(judge: Any, **options: Any) -> Collected:
-    return collector(judge, **options).collect(
-        prompts(1, 2), sampling=SamplingParams(), num_samples=6, description="training samples"
+def take(
+    collector: Collector, asked: list[Prompt], *, seed: int = 1234, num_samples: int = 2, enough: int | None = None
+) -> Collected:
+    sampling = dataclasses.replace(SAMPLING, seed=seed)
+    return collector.collect(
+        asked, sampling=sampling, num_samples=num_samples, description="training samples", enough=enough
     )
+
+
+def first_tokens(found: Collected) -> list[int]:
+    """Of the groups' prompts, which tell them apart."""
+    return [group.rollouts[0].prompt.token_ids[0] for group in found.groups]
+
+
+def test_groups_stand_in_the_order_of_their_prompts_whichever_ends_first() -> None:
+    found = take(collector(ScriptedWorkers(echo, order=lambda number: [2, 0, 3, 1])), prompts(11, 12, 13, 14))
+    assert first_tokens(found) == [11, 12, 13, 14]
+    for group, token in zip(found.groups, (11, 12, 13, 14), strict=True):
+        assert [each.completion for each in group.rollouts] == [answer(token, 0), answer(token, 1)]
+
+
+def test_each_place_of_a_rollout_draws_by_a_seed_of_its_own() -> None:
+    workers = ScriptedWorkers(echo)
+    take(collector(workers), prompts(11, 12, 11))  # a batch that crosses an epoch may hold a prompt twice
+    take(collector(workers), prompts(11), seed=1235)
+    seeds = [[request.sampling.seed for request in rollout] for rollout in workers.asked]
+    assert seeds == [[2839730841293823290, 2839730841293823291, 2839730841293823292], [5017073623762245967]]
+    assert [request.id for rollout in workers.asked for request in rollout] == ["1234-0", "1234-1", "1234-2", "1235-0"]
+    for request in workers.asked[0]:
+        assert dataclasses.replace(request.sampling, seed=1234) == SAMPLING
+        assert request.num_samples == 2
+
+
+def test_prompts_that_failed_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    found = take(collector(ScriptedWorkers(echo)), prompts(11, NO_ANSWER, 13))
+    assert first_tokens(found) == [11, 13]
+    assert found.counts == RolloutCounts(sent=3, finished=2, failed=1)
+    assert found.counts.why_failed == WHY_FAILED
+    assert "training samples: sent 3, finished 2, failed 1, retried 0" in caplog.text
+
+
+def test_tokens_of_all_answers_are_counted() -> None:
+    assert take(collector(ScriptedWorkers(echo)), prompts(11, NO_ANSWER, 13)).num_tokens == 2 * 2 * 2
+
+
+def test_an_answer_is_judged_as_text_without_special_tokens() -> None:
+    heard = []
+
+    def judge(response: str, asked: Prompt) -> float:
+        heard.append((response, asked.id))
+        return 0.25
+
+    workers = ScriptedWorkers(lambda request: [answer(21, 22, SPECIAL)] * request.num_samples)
+    (group,) = take(collector(workers, judge), prompts(11)).groups
+    assert heard == [("21 22", 0)] * 2
+    assert [(each.response, each.reward, each.judge_error) for each in group.rollouts] == [("21 22", 0.25, "")] * 2
+    assert group.rollouts[0].completion.token_ids == [21, 22, SPECIAL]
+
+
+def test_an_answer_is_judged_while_others_are_still_sampled() -> None:
+    events: list[str] = []
+
+    def answers(request: GenerateRequest) -> list[Completion] | None:
+        events.append(f"answer {request.token_ids[0]}")
+        return echo(request)
+
+    def judge(response: str, _: Prompt) -> float:
+        events.append(f"judge {response}")
+        return 0.0
+
+    workers = ScriptedWorkers(answers, order=lambda number: [1, 0])
+    take(collector(workers, judge), prompts(11, 12), num_samples=1)
+    assert events == ["answer 12", "judge 12 0", "answer 11", "judge 11 0"]
+
+
+def test_every_request_that_ends_and_every_verdict_is_progress() -> None:
+    progress = Progress()
+    Collector(ScriptedWorkers(echo), Words(), InlineJudge(reward), progress).collect(  # type: ignore[arg-type]
+        prompts(11, NO_ANSWER, 13), sampling=SAMPLING, num_samples=2, description="training samples"
+    )
+    assert progress.pieces == 3 + 4
+
+
+def test_a_rollout_ends_when_enough_groups_are_whole_and_the_others_are_carried() -> None:
+    workers = ScriptedWorkers(echo, after_cut=cut_off, order=lambda number: [2, 0, 3, 1])
+    one = collector(workers)
+    found = take(one, prompts(11, 12, 13, 14), enough=2)
+    assert first_tokens(found) == [11, 13]
+    assert (workers.num_cuts, one.num_carried) == (1, 2)
+    assert found.counts == RolloutCounts(sent=4, finished=2, unfinished=2)
+
+
+def test_without_enough_a_rollout_is_never_cut_short() -> None:
+    workers = ScriptedWorkers(echo)
+    take(collector(workers), prompts(11, 12))
+    assert workers.num_cuts == 0
+
+
+def test_carried_groups_come_first_and_go_on_from_the_tokens_they_have() -> None:
+    workers = ScriptedWorkers(echo, after_cut=cut_off)
+    one = collector(workers)
+    take(one, prompts(11, 12), enough=1)
+    workers.answers = lambda request: [answer(50, version=1)] * request.num_samples
+    found = take(one, prompts(21), seed=1235, enough=2)
+    requests = [(request.id, request.token_ids, request.num_samples) for request in workers.asked[1]]
+    assert requests == [("1235-0-0", [12, 40], 1), ("1235-0-1", [12, 41], 1), ("1235-1", [21], 2)]
+    assert [request.sampling.max_new_tokens for request in workers.asked[1]] == [7, 7, 8]
+    assert first_tokens(found) == [12, 21]
+    assert [each.completion for each in found.groups[0].rollouts] == [
+        answer(40, 50, version=1, parts=((0, 1), (1, 1))),
+        answer(41, 50, version=1, parts=((0, 1), (1, 1))),
+    ]
+    assert [each.completion.parts for each in found.groups[1].rollouts] == [(), ()]
+    assert found.num_tokens == 2 * 2 + 2 * 1
+    assert one.num_carried == 0
+
+
+def test_a_group_that_was_never_sent_is_carried_as_a_new_one() -> None:
+    workers = ScriptedWorkers(echo, after_cut=nothing)
+    one = collector(workers)
+    take(one, prompts(11, 12), enough=1)
+    assert one.num_carried == 1
+    take(one, [], seed=1235, enough=1)
+    assert [(request.id, request.token_ids, request.num_samples) for request in workers.asked[1]] == [
+        ("1235-0", [12], 2)
+    ]
+
+
+def test_whole_answers_of_a_group_in_progress_are_not_asked_for_again() -> None:
+    workers = ScriptedWorkers(echo, after_cut=lambda request: [answer(40), answer(41, reason="abort")])
+    one = collector(workers)
+    take(one, prompts(11, 12), enough=1)
+    workers.answers = lambda request: [answer(50, version=1)]
+    (group,) = take(one, [], seed=1235, enough=1).groups
+    assert [request.id for request in workers.asked[1]] == ["1235-0-1"]
+    assert [each.completion for each in group.rollouts] == [
+        answer(40),
+        answer(41, 50, version=1, parts=((0, 1), (1, 1))),
+    ]
+
+
+def test_a_group_that_is_whole_too_late_is_the_first_of_the_next_rollout_and_judged_there() -> None:
+    heard: list[str] = []
+    workers = ScriptedWorkers(echo)
+
+    def judge(response: str, _: Prompt) -> float:
+        heard.append(response)
+        return 0.0
+
+    one = collector(workers, judge)
+    take(one, prompts(11, 12), num_samples=1, enough=1)
+    assert (heard, one.num_carried) == (["11 0"], 1)
+    found = take(one, prompts(21, 22), seed=1235, num_samples=1, enough=2)
+    assert [request.token_ids for request in workers.asked[1]] == [[21], [22]]
+    assert (first_tokens(found), heard) == ([12, 21], ["11 0", "12 0", "21 0"])
+    assert one.num_carried == 1  # the last one was whole too late again
+
+
+def test_where_enough_carried_groups_are_whole_nobody_is_asked() -> None:
+    workers = ScriptedWorkers(echo)
+    one = collector(workers)
+    take(one, prompts(11, 12, 13), enough=1)
+    found = take(one, prompts(21), seed=1235, enough=2)
+    assert workers.asked[1] == []
+    assert first_tokens(found) == [12, 13]
+    assert found.counts == RolloutCounts()
+    assert one.num_carried == 1  # the new prompt, for the next rollout
+
+
+def test_an_evaluation_in_between_leaves_carried_groups_alone() -> None:
+    workers = ScriptedWorkers(echo, after_cut=cut_off)
+    one = collector(workers)
+    take(one, prompts(11, 12), enough=1)
+    assert first_tokens(take(one, prompts(31, 32), seed=7)) == [31, 32]
+    assert one.num_carried == 1
+    assert first_tokens(take(one, [], seed=1235, enough=1)) == [12]
+
+
+def test_a_carried_group_of_which_one_answer_fails_for_good_is_dropped_whole() -> None:
+    workers = ScriptedWorkers(echo, after_cut=cut_off)
+    one = collector(workers)
+    take(one, prompts(11, 12), enough=1)
+    workers.answers = lambda request: None if request.id == "1235-0-1" else echo(request)
+    found = take(one, prompts(21), seed=1235, enough=2)
+    assert first_tokens(found) == [21]
+    assert found.counts == RolloutCounts(sent=3, finished=2, failed=1)
+    assert one.num_carried == 0
+
+
+def test_a_prompt_that_failed_is_not_carried() -> None:
+    one = collector(ScriptedWorkers(echo, after_cut=cut_off))
+    found = take(one, prompts(NO_ANSWER, 12, 13), enough=1)
+    assert first_tokens(found) == [12]
+    assert one.num_carried == 1
 
 
 def score(found: Collected) -> Any:
     return score_groups(
         found.groups, lambda rewards: group_advantages(rewards, normalize=False), filter_zero_variance=True
     )
+
+
+def collect(judge: Any, **options: Any) -> Collected:
+    return take(collector(ScriptedWorkers(echo), judge, **options), prompts(11, 12), num_samples=6)
 
 
 def test_answers_on_which_the_judge_failed_move_no_mean_and_are_not_trained_on() -> None:
@@ -112,28 +296,9 @@ def test_run_ends_where_the_judge_fails_on_more_than_half_and_names_the_line() -
 
 
 def test_run_ends_where_every_prompt_failed_and_says_why_the_first_did() -> None:
-    found = collector(lambda *_: 1.0).collect(
-        prompts(NO_ANSWER, NO_ANSWER), sampling=SamplingParams(), num_samples=2, description="training samples"
-    )
+    found = take(collector(ScriptedWorkers(echo)), prompts(NO_ANSWER, NO_ANSWER))
     with pytest.raises(RunEnded) as caught:
         refuse_useless(3, found)
     assert caught.value.sentence == (
         "rollout 3: all of its prompts failed, the first with rollout worker 0 (10.0.0.2:80): out of memory"
     )
-
-
-def test_evaluation_s_rates_are_of_what_was_answered_and_judged() -> None:
-    def judge(response: str, prompt: Prompt) -> float | None:
-        return None if prompt.id == 0 and response.endswith("1") else float(prompt.id > 0)
-
-    config = EvaluationConfig(eval_samples_per_prompt=2)
-    found = Evaluator(collector(judge), prompts(1, 2, NO_ANSWER), config, SamplingParams()).evaluate()
-    assert found == {
-        "eval/greedy": 0.5,  # of two: the third prompt was not answered
-        "eval/pass@1": 0.5,
-        "eval/pass@2": 1.0,  # of one: the first prompt has one judged answer
-        "eval/prompts": 3.0,
-        "eval/greedy/prompts": 2.0,
-        "eval/pass@1/prompts": 2.0,
-        "eval/pass@2/prompts": 1.0,
-    }

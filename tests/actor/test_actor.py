@@ -1,0 +1,277 @@
+"""A tiny policy in this process: scored, updated, read out. Layouts of several ranks are tests/distributed's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.samples import sample
+from tests.tiny_models import make_checkpoint
+from xrl.parallel.cpu import prepare_megatron_for_cpu
+
+prepare_megatron_for_cpu()
+
+from xrl.actor.actor import Actor, UpdateReport  # noqa: E402
+from xrl.algorithms.aggregation import token_weights  # noqa: E402
+from xrl.algorithms.grpo import GRPO  # noqa: E402
+from xrl.config import (  # noqa: E402
+    AlgorithmConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    Settings,
+)
+from xrl.parallel.groups import ParallelGroups  # noqa: E402
+from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
+from xrl.types import Sample  # noqa: E402
+
+# Two answers to each of three prompts; log-probs are nobody's.
+SAMPLES = [
+    sample([5, 6, 7], [11, 12, 13, 2], advantage=1.0, group_id=0),
+    sample([5, 6, 7], [14, 2], advantage=-1.0, group_id=0),
+    sample([8, 9], [15], advantage=0.5, group_id=1),
+    sample([8, 9], [16, 17, 2], advantage=-0.5, group_id=1),
+    sample([10], [18, 2], advantage=0.75, group_id=2),
+    sample([10], [19, 20, 21, 22, 2], advantage=-0.75, group_id=2),
+]
+NUM_TOKENS = sum(len(each.prompt_ids) + len(each.response_ids) for each in SAMPLES)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=2, with_tokenizer=False)
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[ParallelGroups]:
+    yield initialize(ParallelConfig(), seed=1)
+    shutdown()
+
+
+@pytest.fixture
+def make_actor(checkpoint: Path, groups: ParallelGroups):
+    def make(*, optimizer: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **algorithm: Any) -> Actor:
+        settings = Settings(
+            model=ModelConfig(model=checkpoint, bf16=False),
+            data=DataConfig(data=Path("unused"), max_prompt_length=8, **(data or {})),
+            rollout=RolloutConfig(max_response_length=8, temperature=0.7),
+            optimizer=OptimizerConfig(**{"lr": 1e-3, "adam_eps": 1e-6, **(optimizer or {})}),
+            algorithm=AlgorithmConfig(**algorithm),
+        )
+        return Actor(settings, groups, num_updates=10)
+
+    return make
+
+
+def update(actor: Actor, samples: Sequence[Sample] = SAMPLES, *, fused: bool = True) -> list[UpdateReport]:
+    algorithm = GRPO(actor.settings.algorithm)
+    shares = partial(token_weights, kind=actor.settings.algorithm.loss_aggregation)
+    return actor.update(samples, algorithm.loss, shares, fused_loss=algorithm.fused_loss if fused else None)
+
+
+def tensors(actor: Actor) -> dict[str, Tensor]:
+    """The weights as they are published."""
+    return {name: tensor.clone() for each in actor.weights(version=1) for name, tensor in each.tensors.items()}
+
+
+def scored(actor: Actor, samples: Sequence[Sample] = SAMPLES, **options: Any) -> list[list[float]]:
+    """The actor's log-probs of each sample's response tokens."""
+    return [found.tolist() for found in actor.logprobs(actor.microbatches.one_each(samples), **options)]
+
+
+def by_the_actor(actor: Actor) -> list[Sample]:
+    """The samples with the actor's own log-probs, as if it had sampled them."""
+    pairs = zip(SAMPLES, scored(actor), strict=True)
+    return [dataclasses.replace(each, rollout_logprobs=logprobs) for each, logprobs in pairs]
+
+
+def test_an_update_reports_what_it_learned_from(make_actor) -> None:
+    actor = make_actor(data={"share_prompt_prefix": False})
+    (report,) = update(actor)
+    assert report.num_tokens == NUM_TOKENS
+    assert report.computed_tokens == NUM_TOKENS - len(SAMPLES)  # an answer's last token predicts nothing
+    assert report.lr == 1e-3
+    assert report.grad_norm > 0
+    assert list(report.metrics) == [
+        *("entropy", "ratio", "policy_kl", "clip_fraction", "clip_fraction_low", "clip_fraction_high"),
+        *("clip_fraction_dual", "mismatch", "mismatch_kl", "loss"),
+    ]
+    assert report.metrics["entropy"].count == sum(len(each.response_ids) for each in SAMPLES)
+    assert list(actor.seconds) == ["logprobs", "update"]
+
+
+def test_prompts_that_are_shared_are_computed_once(make_actor) -> None:
+    (report,) = update(make_actor())
+    assert report.num_tokens == NUM_TOKENS
+    assert report.computed_tokens == NUM_TOKENS - len(SAMPLES) - (3 + 2 + 1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("data", [{"share_prompt_prefix": False}, {"micro_batch_size": 2}, {}])
+def test_the_loss_and_its_gradient_do_not_depend_on_how_they_are_computed(
+    make_actor, data: dict[str, Any], fused: bool
+) -> None:
+    several = {"kl_coef": 0.05, "entropy_coef": 0.01, "old_logprobs": "rollout"}
+    (expected,) = update(make_actor(**several), fused=False)
+    (found,) = update(make_actor(data=data, **several), fused=fused)
+    assert found.metrics["loss"].value == pytest.approx(expected.metrics["loss"].value, rel=1e-5)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+
+
+def test_the_first_update_starts_from_the_actor_s_own_log_probs(make_actor) -> None:
+    (report,) = update(make_actor())
+    assert report.metrics["ratio"].value == 1.0
+    # Each token counts the same: the loss is minus their mean advantage.
+    tokens = [each.advantage for each in SAMPLES for _ in each.response_ids]
+    assert report.metrics["loss"].value == pytest.approx(-sum(tokens) / len(tokens), rel=1e-5)
+
+
+def test_later_updates_of_a_rollout_are_measured_from_before_the_first(make_actor) -> None:
+    first_part = [each for each in SAMPLES if each.group_id != 1]
+    second_part = [each for each in SAMPLES if each.group_id == 1]
+    first, second = update(make_actor(updates_per_rollout=2, optimizer={"lr": 1e-2}))
+    assert first.metrics["ratio"].value == pytest.approx(1.0, abs=1e-5)
+    other = make_actor(optimizer={"lr": 1e-2})
+    before = scored(other, second_part)
+    update(other, first_part)
+    pairs = zip(chain(*before), chain(*scored(other, second_part)), strict=True)
+    ratios = [math.exp(now - then) for then, now in pairs]
+    assert second.metrics["ratio"].value == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    assert abs(second.metrics["ratio"].value - 1.0) > 1e-3
+
+
+def test_updates_take_whole_groups_in_turn(make_actor) -> None:
+    reports = update(make_actor(updates_per_rollout=2))
+    sizes = [0, 0, 0]
+    for each in SAMPLES:
+        sizes[each.group_id] += len(each.prompt_ids) + len(each.response_ids)
+    assert [report.num_tokens for report in reports] == [sizes[0] + sizes[2], sizes[1]]
+
+
+def test_fewer_groups_than_updates_make_fewer_updates(make_actor) -> None:
+    assert len(update(make_actor(updates_per_rollout=5))) == 3
+
+
+def test_no_samples_make_no_update_and_change_no_weight(make_actor) -> None:
+    actor = make_actor(updates_per_rollout=2)
+    before = tensors(actor)
+    assert update(actor, []) == []
+    after = tensors(actor)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_with_the_engine_s_log_probs_as_denominator_the_ratio_is_to_them(make_actor) -> None:
+    actor = make_actor(old_logprobs="rollout")
+    own = by_the_actor(actor)
+    halved = [
+        dataclasses.replace(each, rollout_logprobs=[value + math.log(0.5) for value in each.rollout_logprobs])
+        for each in own
+    ]
+    (report,) = update(actor, halved)
+    assert report.metrics["ratio"].value == pytest.approx(2.0, rel=1e-5)
+
+
+def test_the_learning_rate_rises_over_the_first_updates_of_the_run(make_actor) -> None:
+    actor = make_actor(updates_per_rollout=2, optimizer={"lr": 1e-3, "lr_warmup_iters": 4})
+    rates = [report.lr for _ in range(3) for report in update(actor)]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_an_actor_that_sampled_its_samples_has_no_mismatch_with_them(make_actor) -> None:
+    actor = make_actor()
+    assert actor.mismatch(by_the_actor(actor)) == [0.0] * len(SAMPLES)
+
+
+def test_the_mismatch_of_each_sample_is_its_mean_difference(make_actor) -> None:
+    actor = make_actor()
+    first, second, *_ = by_the_actor(actor)
+    first = dataclasses.replace(first, rollout_logprobs=[value + 0.5 for value in first.rollout_logprobs])
+    second = dataclasses.replace(second, rollout_logprobs=[second.rollout_logprobs[0] - 1, second.rollout_logprobs[1]])
+    assert actor.mismatch([first, second]) == pytest.approx([0.5, 0.5], abs=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_mismatch_that_is_no_number_is_infinite(make_actor, wrong: float) -> None:
+    broken = sample([5, 6], [11, 2], logprobs=[wrong, -1.0])
+    assert make_actor().mismatch([broken])[0] == math.inf
+
+
+def test_of_no_samples_there_is_no_mismatch(make_actor) -> None:
+    assert make_actor().mismatch([]) == []
+
+
+def test_a_mismatch_is_measured_without_learning(make_actor) -> None:
+    actor = make_actor()
+    before = tensors(actor)
+    actor.mismatch(SAMPLES)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(actor).items())
+
+
+def test_the_reference_stays_what_the_run_started_from(make_actor) -> None:
+    actor = make_actor(kl_coef=0.1)
+    start = scored(actor)
+    (report,) = update(actor)
+    assert report.metrics["kl"].value == pytest.approx(0.0, abs=1e-9)
+    moved = scored(actor)
+    assert scored(actor, weights="reference") == start
+    assert moved != start
+    assert scored(actor) == moved  # its own weights are back
+    (report,) = update(actor)
+    assert report.metrics["kl"].value > 1e-6
+
+
+def test_without_a_kl_there_is_no_reference(make_actor) -> None:
+    assert make_actor().reference is None
+
+
+@pytest.mark.parametrize("clip_grad", [1.0, 0.0])
+def test_an_update_that_is_no_number_ends_the_run(make_actor, clip_grad: float) -> None:
+    actor = make_actor(optimizer={"clip_grad": clip_grad})  # without clipping megatron-core takes no norm
+    with torch.no_grad():
+        next(actor.model.parameters()).fill_(math.nan)
+    with pytest.raises(RuntimeError, match=r"the update's loss is nan and its gradient norm .*lower --lr.*saved"):
+        update(actor)
+
+
+def test_an_advantage_that_is_no_number_ends_the_run(make_actor) -> None:
+    with pytest.raises(RuntimeError, match="the update's loss is nan"):
+        update(make_actor(), [dataclasses.replace(SAMPLES[0], advantage=math.nan), *SAMPLES[1:]])
+
+
+def test_weights_come_out_under_the_names_and_with_the_bits_of_the_checkpoint(make_actor, checkpoint: Path) -> None:
+    actor = make_actor()
+    buckets = [(each.layer, each.version) for each in actor.weights(version=7)]
+    assert buckets == [("embeddings", 7), ("layers.0", 7), ("layers.1", 7), ("final", 7)]
+    expected, found = load_file(checkpoint / "model.safetensors"), tensors(actor)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_an_update_moves_the_weights_that_come_out(make_actor) -> None:
+    actor = make_actor()
+    before = tensors(actor)
+    update(actor)
+    moved = [name for name, tensor in tensors(actor).items() if not torch.equal(tensor, before[name])]
+    assert len(moved) == len(before)
+
+
+def test_an_actor_learns_from_the_same_samples_as_if_it_had_never_left_the_device(make_actor) -> None:
+    one, other = make_actor(kl_coef=0.1), make_actor(kl_coef=0.1)
+    for _ in range(2):
+        other.memory.offload()
+        other.memory.restore()
+        assert update(one)[0].metrics["loss"] == update(other)[0].metrics["loss"]
+    left, right = tensors(one), tensors(other)
+    assert all(torch.equal(left[name], right[name]) for name in left)

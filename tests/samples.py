@@ -1,0 +1,73 @@
+"""The data that flows through a step, in short: tests of the path build prompts, answers and samples here.
+
+When those types change, this is the one place where the tests do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from xrl.types import Completion, FinishReason, Group, Prompt, Rollout, Sample
+
+
+def prompt(*token_ids: int, id: int = 0, ground_truth: str = "1") -> Prompt:
+    """A prompt of these tokens; its text are their numbers."""
+    return Prompt(id=id, token_ids=list(token_ids), text=words(token_ids), ground_truth=ground_truth)
+
+
+def answer(
+    *token_ids: int,
+    reason: FinishReason = "stop",
+    version: int = 0,
+    parts: tuple[tuple[int, int], ...] = (),
+    logprobs: Sequence[float] | None = None,
+) -> Completion:
+    """An answer of these tokens; each has the log-prob of `logprobs_of` unless they are given."""
+    return Completion(
+        token_ids=list(token_ids),
+        logprobs=logprobs_of(token_ids) if logprobs is None else list(logprobs),
+        finish_reason=reason,
+        weights_version=version,
+        parts=parts,
+    )
+
+
+def judged(asked: Prompt, completion: Completion, reward: float | None, *, error: str = "") -> Rollout:
+    """An answer and what its judge said; as text it is the numbers of its tokens."""
+    return Rollout(
+        prompt=asked, completion=completion, response=words(completion.token_ids), reward=reward, judge_error=error
+    )
+
+
+def group(*rewards: float | None, asked: Prompt | None = None) -> Group:
+    """Answers to one prompt with these rewards: answer n is the tokens n and 2."""
+    one = prompt(5, 6) if asked is None else asked
+    return Group(rollouts=tuple(judged(one, answer(place, 2), reward) for place, reward in enumerate(rewards)))
+
+
+def sample(
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    *,
+    advantage: float = 1.0,
+    group_id: int = 0,
+    logprobs: Sequence[float] | None = None,
+) -> Sample:
+    """An answer to train on; each token has the log-prob of `logprobs_of` unless they are given."""
+    return Sample(
+        prompt_ids=list(prompt_ids),
+        response_ids=list(response_ids),
+        rollout_logprobs=logprobs_of(response_ids) if logprobs is None else list(logprobs),
+        advantage=advantage,
+        group_id=group_id,
+    )
+
+
+def logprobs_of(token_ids: Sequence[int]) -> list[float]:
+    """A log-prob that tells a token by its number, and is exact in fp32: token 3 has -3/16."""
+    return [-token / 16 for token in token_ids]
+
+
+def words(token_ids: Sequence[int]) -> str:
+    """Tokens as a tokenizer gives them whose words are their numbers."""
+    return " ".join(map(str, token_ids))
