@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,20 @@ def test_a_disk_too_small_for_the_final_checkpoint_is_refused(
         check(model, data, tmp_path, "--no-bf16")
 
 
+def test_a_disk_that_takes_no_writes_is_not_said_to_be_full(
+    refusal: Refusal, free: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free.free = 0
+    statvfs = os.statvfs
+    changed = {"f_flag": os.ST_RDONLY}
+    monkeypatch.setattr(disk.os, "statvfs", lambda path: SimpleNamespace(f_files=statvfs(path).f_files, **changed))
+    sentence = refusal("--no-bf16")
+    assert sentence.endswith(
+        f"--work-dir {tmp_path / 'work'} must be a folder that can be written to: Read-only file system"
+    )
+    assert not (tmp_path / "work").exists()
+
+
 def test_every_checkpoint_that_will_lie_there_is_counted(refusal: Refusal, free: SimpleNamespace) -> None:
     free.free = 0
     one = needed(refusal("--no-bf16")) - RECORD_BYTES
@@ -70,7 +85,7 @@ def test_every_checkpoint_that_will_lie_there_is_counted(refusal: Refusal, free:
 def test_files_are_counted_as_well_as_bytes(
     refusal: Refusal, free: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inodes = SimpleNamespace(f_files=10**6, f_favail=0)
+    inodes = SimpleNamespace(f_files=10**6, f_favail=0, f_flag=0)
     monkeypatch.setattr(disk.os, "statvfs", lambda path: inodes)
 
     def needed_files(*flags: str) -> int:

@@ -70,6 +70,14 @@ def free_inodes(path: Path) -> int | None:
     return found.f_favail if found.f_files else None
 
 
+def is_read_only(path: Path) -> bool:
+    """Whether the disk of a path, which need not exist, takes no writes at all."""
+    try:
+        return bool(os.statvfs(nearest_folder(path)).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
+
+
 def check_space(path: Path, num_bytes: int, *, what: str, num_files: int = 1, instead: str = "") -> None:
     """Refuse to start what cannot be written.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 
-from xrl.config import Settings
-from xrl.files.disk import check_file_size, check_space
+from xrl.config import Settings, SettingsError
+from xrl.files.disk import check_file_size, check_space, is_read_only
 from xrl.models.shape import ModelShape
 from xrl.preflight.machine import has_cuda_driver
 from xrl.weights.other_files import find_other_files
@@ -24,9 +26,13 @@ def check_disk(settings: Settings, shape: ModelShape, *, num_rows: int) -> None:
         num_rows: of the training data.
 
     Raises:
-        SettingsError: too little space, with what is needed and what is free.
+        SettingsError: too little space, with what is needed and what is free, or a disk that takes no writes.
     """
     run, folder = settings.run, settings.model.model
+    if is_read_only(run.work_dir):  # what is free there says nothing
+        raise SettingsError(
+            f"--work-dir {run.work_dir} must be a folder that can be written to: {os.strerror(errno.EROFS)}"
+        )
     num_saves = _num_saves(settings, num_rows)
     # One more than are kept: the oldest is removed when the newest is whole.
     num_folders = 1 + (num_saves if run.save_keep is None else min(num_saves, run.save_keep))
