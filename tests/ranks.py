@@ -41,7 +41,7 @@ def groups(ranks: Layout | None = None, *, rank: int = 0, control: ProcessGroup 
         pipeline=none,
         data=none,
         expert=none,
-        control=none if control is None else control,
+        control=control or none,
     )
 
 

@@ -51,6 +51,8 @@ class AnsweringWorker:
     def __init__(self, answer: Answer = answer_well, *, health: Any = HEALTHY) -> None:
         self.answer, self.health = answer, health
         self.num_asked = 0
+        self.told: list[str] = []  # paths of all other calls but those about its lease, in order
+        self.says: dict[str, Any] = {}  # to calls of these paths, in the place of its health
         self.port = 0
         self._loop = asyncio.new_event_loop()
         self._listens = threading.Event()
@@ -77,7 +79,11 @@ class AnsweringWorker:
         self.port = runner.addresses[0][1]
         self._listens.set()
 
-    async def _say_health(self, _: web.Request) -> web.StreamResponse:
+    async def _say_health(self, http: web.Request) -> web.StreamResponse:
+        if http.path != protocol.LEASE:
+            self.told.append(http.path_qs)
+        if http.path in self.says:
+            return web.json_response(self.says[http.path])
         return self.health if isinstance(self.health, web.StreamResponse) else web.json_response(self.health)
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
