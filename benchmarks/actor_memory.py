@@ -28,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from xrl.actor.actor import Actor
 from xrl.algorithms.aggregation import token_weights
 from xrl.algorithms.grpo import GRPO
+from xrl.algorithms.sample import sample_of
 from xrl.config import (
     AlgorithmConfig,
     DataConfig,
@@ -38,7 +39,7 @@ from xrl.config import (
     Settings,
 )
 from xrl.parallel.megatron import initialize, shutdown
-from xrl.types import Sample
+from xrl.types import Completion, Sample
 
 VOCAB_SIZE = 151_936
 NUM_GROUPS, NUM_SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 8, 8, 16, 64
@@ -70,10 +71,9 @@ def make_samples() -> list[Sample]:
             response = [rng.randrange(VOCAB_SIZE) for _ in range(RESPONSE_TOKENS)]
             logprobs = [-12.0 - 0.1 * rng.random() for _ in response]
             samples.append(
-                Sample(
-                    prompt_ids=prompt,
-                    response_ids=response,
-                    rollout_logprobs=logprobs,
+                sample_of(
+                    prompt,
+                    Completion(token_ids=response, logprobs=logprobs, finish_reason="stop", weights_version=0),
                     advantage=rng.gauss(0, 1),
                     group_id=group_id,
                 )

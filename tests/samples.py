@@ -5,8 +5,11 @@ When those types change, this is the one place where the tests do.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+from xrl.algorithms.sample import sample_of
 from xrl.types import Completion, FinishReason, Group, Prompt, Rollout, Sample
 
 
@@ -54,13 +57,18 @@ def sample(
     logprobs: Sequence[float] | None = None,
 ) -> Sample:
     """An answer to train on; each token has the log-prob of `logprobs_of` unless they are given."""
-    return Sample(
-        prompt_ids=list(prompt_ids),
-        response_ids=list(response_ids),
-        rollout_logprobs=logprobs_of(response_ids) if logprobs is None else list(logprobs),
-        advantage=advantage,
-        group_id=group_id,
-    )
+    return sample_of(prompt_ids, answer(*response_ids, logprobs=logprobs), advantage=advantage, group_id=group_id)
+
+
+def response_of(found: Sample) -> list[int]:
+    """What is behind the prompt."""
+    return found.token_ids[found.prompt_length :].tolist()
+
+
+def contents(found: Sample) -> dict[str, Any]:
+    """A sample as values that can be compared, with the types of its arrays."""
+    fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    return {name: (value.dtype, value.tolist()) if hasattr(value, "dtype") else value for name, value in fields.items()}
 
 
 def logprobs_of(token_ids: Sequence[int]) -> list[float]:

@@ -111,11 +111,11 @@ class Actor:
         )
 
     def update(
-        self, samples: Sequence[Sample], loss: Any, token_weights: Any, *, fused_loss: Any = None
+        self, samples: Sequence[Sample] | None, loss: Any, token_weights: Any, *, fused_loss: Any = None
     ) -> list[UpdateReport]:
-        self.log.append(f"learn from {len(samples)}")
-        self.updates.append((list(samples), loss, token_weights, fused_loss))
-        return self.reports(len(self.updates)) if samples else []
+        self.log.append("learn" if samples is None else f"learn from {len(samples)}")
+        self.updates.append((list(samples or ()), loss, token_weights, fused_loss))
+        return self.reports(len(self.updates)) if samples or samples is None else []
 
     def weights(self, *, version: int) -> Iterator[str]:
         yield from BUCKETS
@@ -126,10 +126,10 @@ class Actor:
         yield from BUCKETS
         self.log.append(f"shared weights {version} are out")
 
-    def mismatch(self, samples: Sequence[Sample]) -> list[float]:
-        self.scored.append(list(samples))
-        self.log.append(f"score {len(samples)} canaries")
-        return self.differences[: len(samples)]
+    def mismatch(self, samples: Sequence[Sample] | None) -> list[float]:
+        self.scored.append(list(samples or ()))
+        self.log.append("score canaries" if samples is None else f"score {len(samples)} canaries")
+        return self.differences[: len(samples or ())]
 
 
 class Pool:

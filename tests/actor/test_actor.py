@@ -10,12 +10,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.samples import sample
+from tests.samples import response_of, sample
 from tests.tiny_models import make_checkpoint
 from xrl.parallel.cpu import prepare_megatron_for_cpu
 
@@ -46,7 +47,7 @@ SAMPLES = [
     sample([10], [18, 2], advantage=0.75, group_id=2),
     sample([10], [19, 20, 21, 22, 2], advantage=-0.75, group_id=2),
 ]
-NUM_TOKENS = sum(len(each.prompt_ids) + len(each.response_ids) for each in SAMPLES)
+NUM_TOKENS = sum(len(each.token_ids) for each in SAMPLES)
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +89,20 @@ def tensors(actor: Actor) -> dict[str, Tensor]:
 
 def scored(actor: Actor, samples: Sequence[Sample] = SAMPLES, **options: Any) -> list[list[float]]:
     """The actor's log-probs of each sample's response tokens."""
-    return [found.tolist() for found in actor.logprobs(actor.microbatches.one_each(samples), **options)]
+    microbatches = [actor.microbatches.make([each], [0.0]) for each in samples]
+    return [found.tolist() for found in actor.logprobs(microbatches, **options)]
 
 
 def by_the_actor(actor: Actor) -> list[Sample]:
     """The samples with the actor's own log-probs, as if it had sampled them."""
     pairs = zip(SAMPLES, scored(actor), strict=True)
-    return [dataclasses.replace(each, rollout_logprobs=logprobs) for each, logprobs in pairs]
+    return [with_logprobs(each, logprobs) for each, logprobs in pairs]
+
+
+def with_logprobs(each: Sample, logprobs: Sequence[float]) -> Sample:
+    values = np.zeros(len(each.token_ids), np.float32)
+    values[each.trained] = logprobs
+    return dataclasses.replace(each, rollout_logprobs=values)
 
 
 def test_an_update_reports_what_it_learned_from(make_actor) -> None:
@@ -108,7 +116,7 @@ def test_an_update_reports_what_it_learned_from(make_actor) -> None:
         *("entropy", "ratio", "policy_kl", "clip_fraction", "clip_fraction_low", "clip_fraction_high"),
         *("clip_fraction_dual", "mismatch", "mismatch_kl", "loss"),
     ]
-    assert report.metrics["entropy"].count == sum(len(each.response_ids) for each in SAMPLES)
+    assert report.metrics["entropy"].count == sum(len(response_of(each)) for each in SAMPLES)
     assert list(actor.seconds) == ["logprobs", "update"]
 
 
@@ -134,7 +142,7 @@ def test_the_first_update_starts_from_the_actor_s_own_log_probs(make_actor) -> N
     (report,) = update(make_actor())
     assert report.metrics["ratio"].value == 1.0
     # Each token counts the same: the loss is minus their mean advantage.
-    tokens = [each.advantage for each in SAMPLES for _ in each.response_ids]
+    tokens = [float(value) for each in SAMPLES for value in each.advantages[each.trained]]
     assert report.metrics["loss"].value == pytest.approx(-sum(tokens) / len(tokens), rel=1e-5)
 
 
@@ -156,7 +164,7 @@ def test_updates_take_whole_groups_in_turn(make_actor) -> None:
     reports = update(make_actor(updates_per_rollout=2))
     sizes = [0, 0, 0]
     for each in SAMPLES:
-        sizes[each.group_id] += len(each.prompt_ids) + len(each.response_ids)
+        sizes[each.group_id] += len(each.token_ids)
     assert [report.num_tokens for report in reports] == [sizes[0] + sizes[2], sizes[1]]
 
 
@@ -175,10 +183,7 @@ def test_no_samples_make_no_update_and_change_no_weight(make_actor) -> None:
 def test_with_the_engine_s_log_probs_as_denominator_the_ratio_is_to_them(make_actor) -> None:
     actor = make_actor(old_logprobs="rollout")
     own = by_the_actor(actor)
-    halved = [
-        dataclasses.replace(each, rollout_logprobs=[value + math.log(0.5) for value in each.rollout_logprobs])
-        for each in own
-    ]
+    halved = [with_logprobs(each, each.rollout_logprobs[each.trained] + math.log(0.5)) for each in own]
     (report,) = update(actor, halved)
     assert report.metrics["ratio"].value == pytest.approx(2.0, rel=1e-5)
 
@@ -197,8 +202,8 @@ def test_an_actor_that_sampled_its_samples_has_no_mismatch_with_them(make_actor)
 def test_the_mismatch_of_each_sample_is_its_mean_difference(make_actor) -> None:
     actor = make_actor()
     first, second, *_ = by_the_actor(actor)
-    first = dataclasses.replace(first, rollout_logprobs=[value + 0.5 for value in first.rollout_logprobs])
-    second = dataclasses.replace(second, rollout_logprobs=[second.rollout_logprobs[0] - 1, second.rollout_logprobs[1]])
+    first = with_logprobs(first, first.rollout_logprobs[first.trained] + 0.5)
+    second = with_logprobs(second, second.rollout_logprobs[second.trained] - [1, 0])
     assert actor.mismatch([first, second]) == pytest.approx([0.5, 0.5], abs=1e-5)
 
 
@@ -246,8 +251,9 @@ def test_an_update_that_is_no_number_ends_the_run(make_actor, clip_grad: float) 
 
 
 def test_an_advantage_that_is_no_number_ends_the_run(make_actor) -> None:
+    first = SAMPLES[0]
     with pytest.raises(RuntimeError, match="the update's loss is nan"):
-        update(make_actor(), [dataclasses.replace(SAMPLES[0], advantage=math.nan), *SAMPLES[1:]])
+        update(make_actor(), [dataclasses.replace(first, advantages=first.advantages * math.nan), *SAMPLES[1:]])
 
 
 def test_weights_come_out_under_the_names_and_with_the_bits_of_the_checkpoint(make_actor, checkpoint: Path) -> None:

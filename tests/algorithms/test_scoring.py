@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from tests.samples import contents
 from xrl.algorithms.advantages import group_advantages
 from xrl.algorithms.scoring import score_groups
 from xrl.types import Completion, Group, Prompt, Rollout
@@ -24,6 +25,11 @@ def group(*rewards, **kwargs):
     return Group(rollouts=tuple(rollout(reward, **kwargs) for reward in rewards))
 
 
+def advantage_of(sample):
+    (value,) = set(sample.advantages[sample.trained].tolist())
+    return value
+
+
 def score(groups, *, filter_zero_variance=True):
     return score_groups(
         groups,
@@ -35,9 +41,11 @@ def score(groups, *, filter_zero_variance=True):
 def test_samples_carry_tokens_log_probs_advantage_and_the_index_of_their_group():
     scored = score([group(1.0, 0.0), group(0.0, 0.0, 1.0, 0.0, prompt_id=7)])
     assert [sample.group_id for sample in scored.samples] == [0, 0, 1, 1, 1, 1]
-    assert [sample.advantage for sample in scored.samples] == [0.5, -0.5, -0.25, -0.25, 0.75, -0.25]
+    assert [advantage_of(sample) for sample in scored.samples] == [0.5, -0.5, -0.25, -0.25, 0.75, -0.25]
     first = scored.samples[0]
-    assert (first.prompt_ids, first.response_ids, first.rollout_logprobs) == ([1, 2], [0, 1, 2], [-0.5] * 3)
+    assert (first.token_ids.tolist(), first.prompt_length) == ([1, 2, 0, 1, 2], 2)
+    assert first.trained.tolist() == [False] * 2 + [True] * 3
+    assert first.rollout_logprobs.tolist() == [0.0] * 2 + [-0.5] * 3
     assert scored.advantages == [[0.5, -0.5], [-0.25, -0.25, 0.75, -0.25]]
 
 
@@ -52,7 +60,7 @@ def test_groups_of_equal_rewards_are_left_out_and_counted():
 
 def test_groups_of_equal_rewards_are_kept_without_the_filter_but_counted():
     scored = score([group(1.0, 1.0)], filter_zero_variance=False)
-    assert [sample.advantage for sample in scored.samples] == [0.0, 0.0]
+    assert [advantage_of(sample) for sample in scored.samples] == [0.0, 0.0]
     assert scored.metrics["groups/zero_variance"] == 0
     assert scored.metrics["groups/flat"] == 1
 
@@ -100,7 +108,7 @@ def test_answers_that_nobody_could_judge_are_in_no_mean():
     judged = [rollout(reward) for reward in (1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0)]
     groups = [Group(rollouts=(*judged[:4], *failed[:2])), Group(rollouts=(*failed[2:], *judged[4:]))]
     scored, without = score(groups), score([Group(rollouts=tuple(judged[:4])), Group(rollouts=tuple(judged[4:]))])
-    assert scored.samples == without.samples
+    assert list(map(contents, scored.samples)) == list(map(contents, without.samples))
     counts = {"samples/failed": 4.0, "samples/unjudged": 4.0, "samples/judge_failed": 4.0}
     assert scored.metrics == {**without.metrics, **counts}
     assert [row.count(None) for row in scored.advantages] == [2, 2]
@@ -120,5 +128,5 @@ def test_no_groups_give_no_samples_and_no_numbers():
 
 
 def test_an_engine_that_returns_too_few_log_probs_is_named():
-    with pytest.raises(ValueError, match="prompt 5 has 3 tokens and 2 log-probs"):
+    with pytest.raises(ValueError, match="prompt 5: an answer has 3 tokens and 2 log-probs"):
         score([group(1.0, 0.0, prompt_id=5, num_logprobs=2)])

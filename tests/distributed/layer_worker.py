@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tests.samples import sample
 from xrl.parallel.cpu import prepare_megatron_for_cpu
 
 prepare_megatron_for_cpu()
@@ -25,7 +26,6 @@ from xrl.models.packed import attention_inputs  # noqa: E402
 from xrl.models.shape import ModelShape  # noqa: E402
 from xrl.parallel.groups import ParallelGroups  # noqa: E402
 from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
-from xrl.types import Sample  # noqa: E402
 
 QWEN3 = ModelShape(
     architecture="Qwen3ForCausalLM",
@@ -59,20 +59,15 @@ def make_packs() -> dict[str, Pack]:
         return [numbers.randrange(98) for _ in range(count)]
 
     samples = [
-        Sample(
-            prompt_ids=tokens(5 + group),
-            response_ids=tokens(3 + 4 * number),
-            rollout_logprobs=[0.0] * (3 + 4 * number),
-            advantage=0.0,
-            group_id=group,
+        sample(
+            tokens(5 + group), tokens(3 + 4 * number), logprobs=[0.0] * (3 + 4 * number), advantage=0.0, group_id=group
         )
         for group in range(3)
         for number in range(3)
     ]
-    everyone = range(len(samples))
     return {
-        "packed": pack(samples, everyone, share_prompts=True, multiple=64),
-        "padded": pad(samples, everyone, multiple=4),
+        "packed": pack(samples, share_prompts=True, multiple=64),
+        "padded": pad(samples, multiple=4),
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tests.samples import sample
 from xrl.parallel.cpu import prepare_megatron_for_cpu
 
 prepare_megatron_for_cpu()
@@ -15,9 +16,9 @@ prepare_megatron_for_cpu()
 from xrl.actor.actor import Actor  # noqa: E402
 from xrl.actor.microbatch import Microbatch  # noqa: E402
 from xrl.config import DataConfig, ModelConfig, ParallelConfig, RolloutConfig, Settings  # noqa: E402
+from xrl.data.packing import size_of  # noqa: E402
 from xrl.parallel.groups import ParallelGroups  # noqa: E402
 from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
-from xrl.types import Sample  # noqa: E402
 
 
 def build_actor(model: Path, parallel: ParallelConfig, groups: ParallelGroups) -> Actor:
@@ -35,14 +36,15 @@ def whole_logits(actor: Actor, sequences: list[list[int]]) -> dict[int, torch.Te
     groups = actor.groups
     samples = [
         # The last token is never fed to the model; a token more makes it see the whole sequence.
-        Sample(
-            prompt_ids=ids[:1], response_ids=[*ids[1:], 0], rollout_logprobs=[0.0] * len(ids), advantage=0.0, group_id=i
-        )
+        sample(ids[:1], [*ids[1:], 0], logprobs=[0.0] * len(ids), advantage=0.0, group_id=i)
         for i, ids in enumerate(sequences)
     ]
     everyone = dataclasses.replace(actor.microbatches.data, micro_batch_size=1)
     maker = dataclasses.replace(actor.microbatches, data=everyone)
-    microbatches = maker.make(samples, [0.0] * len(samples))
+    plan = maker.plan([size_of(each) for each in samples], range(len(samples)))
+    microbatches = [
+        maker.make([samples[index] for index in indices], [0.0] * len(indices)) for indices in plan[groups.data_rank]
+    ]
 
     def gather(logits: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
         parts = [torch.empty_like(logits) for _ in range(groups.layout.tensor_size)]

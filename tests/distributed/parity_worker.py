@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from tests.samples import sample
 from xrl.actor.actor import Actor
 from xrl.algorithms.aggregation import token_weights
 from xrl.algorithms.grpo import GRPO
@@ -49,28 +50,24 @@ def make_samples(vocab_size: int) -> list[Sample]:
         prompt = [rng.randrange(vocab_size) for _ in range(rng.randint(3, 12))]
         for _ in range(4):
             response = [rng.randrange(vocab_size) for _ in range(rng.choice((1, 5, 9, 16)))]
-            samples.append(
-                Sample(
-                    prompt_ids=prompt,
-                    response_ids=response,
-                    rollout_logprobs=[-4.5 - 0.3 * rng.random() for _ in response],
-                    advantage=rng.gauss(0, 1),
-                    group_id=group_id,
-                )
-            )
+            logprobs = [-4.5 - 0.3 * rng.random() for _ in response]
+            samples.append(sample(prompt, response, logprobs=logprobs, advantage=rng.gauss(0, 1), group_id=group_id))
     return samples
 
 
 def data_config(packing: str, num_microbatches: int, num_replicas: int, samples: list[Sample]) -> DataConfig:
     """Settings that give every replica `num_microbatches` micro-batches of these samples."""
-    from xrl.data.packing import plan_microbatches
+    from xrl.data.packing import plan_microbatches, size_of
 
     data = DataConfig(data=Path("unused"), share_prompt_prefix=packing == "shared")
     if packing == "padded":
         return dataclasses.replace(data, micro_batch_size=len(samples) // (num_microbatches * num_replicas))
     for budget in range(4000, 20, -4):
         plan = plan_microbatches(
-            samples, num_replicas=num_replicas, max_tokens=budget, share_prompts=packing == "shared"
+            [size_of(each) for each in samples],
+            num_replicas=num_replicas,
+            max_tokens=budget,
+            share_prompts=packing == "shared",
         )
         if len(plan[0]) == num_microbatches:
             return dataclasses.replace(data, max_tokens_per_microbatch=budget)

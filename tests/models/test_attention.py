@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.samples import sample as make_sample
 from xrl.parallel.cpu import prepare_megatron_for_cpu
 
 prepare_megatron_for_cpu()
@@ -40,11 +41,9 @@ class _Config:
 def make_samples(lengths: list[tuple[int, list[int]]]) -> list[Sample]:
     """(prompt length, response lengths) for each group; every token id is unique within its sequence's group."""
     return [
-        Sample(
-            prompt_ids=[100 * group + place for place in range(prompt)],
-            response_ids=[10_000 + 1000 * group + 100 * number + place for place in range(response)],
-            rollout_logprobs=[0.0] * response,
-            advantage=0.0,
+        make_sample(
+            [100 * group + place for place in range(prompt)],
+            [10_000 + 1000 * group + 100 * number + place for place in range(response)],
             group_id=group,
         )
         for group, (prompt, responses) in enumerate(lengths)
@@ -67,7 +66,7 @@ def test_packed_attention_equals_separate_sequences(
     lengths: list[tuple[int, list[int]]], share: bool, multiple: int
 ) -> None:
     samples = make_samples(lengths)
-    packed = pack(samples, range(len(samples)), share_prompts=share, multiple=multiple)
+    packed = pack(samples, share_prompts=share, multiple=multiple)
     generator = torch.Generator().manual_seed(0)
     inputs = attention_inputs(packed, SHAPE, dtype=torch.float32, device=torch.device("cpu"))
     total = len(packed.token_ids)
@@ -85,7 +84,7 @@ def test_packed_attention_equals_separate_sequences(
     expected = torch.zeros_like(out)
     rows_seen: set[int] = set()
     loss = torch.zeros(())
-    for rows, positions in sequences(packed.token_ids, packed.position_ids, samples, share):
+    for rows, positions in sequences(packed.token_ids.tolist(), packed.position_ids.tolist(), samples, share):
         whole = attend(query[rows], key[rows], value[rows], positions)
         new = [place for place, row in enumerate(rows) if row not in rows_seen]
         rows_seen.update(rows)
@@ -104,7 +103,7 @@ def sequences(
     found = []
     used: set[int] = set()
     for sample in samples:
-        wanted = sample.prompt_ids + sample.response_ids[:-1]
+        wanted = sample.token_ids[:-1].tolist()
         if share:
             rows = [
                 next(

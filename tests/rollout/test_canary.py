@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.samples import answer, sample
+from tests.samples import answer, contents, sample
 from xrl.config import RolloutConfig
 from xrl.rollout.canary import Canary, CanaryFailed
 from xrl.rollout.pool import WorkerPool
@@ -74,9 +74,9 @@ def asking(workers: Workers, *, max_model_len: int = 64, vocab_size: int = 100, 
 def test_every_worker_is_asked_the_same_and_gives_one_sample_of_its_own() -> None:
     workers = Workers()
     prompt = [19, 38, 57, 76, 95, 14, 33, 52]
-    assert asking(workers).sample() == [
-        sample(prompt, [0, 11], advantage=0.0, group_id=0),
-        sample(prompt, [3, 11], advantage=0.0, group_id=3),
+    assert [contents(each) for each in asking(workers).sample()] == [
+        contents(sample(prompt, [0, 11], advantage=0.0, group_id=0)),
+        contents(sample(prompt, [3, 11], advantage=0.0, group_id=3)),
     ]
     # Of the whole distribution, which is what the actor scores, and never ended by a stop token.
     sampling = SamplingParams(temperature=0.7, top_k=0, top_p=1.0, max_new_tokens=16, stop_token_ids=(), seed=3)

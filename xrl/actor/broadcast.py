@@ -25,6 +25,7 @@ _ARRAYS = {
     "advantages": np.float32,
     "versions": np.int32,
 }
+_TAG = 0
 _SIZES = [field.name for field in dataclasses.fields(SampleSize)]
 
 
@@ -73,10 +74,8 @@ def send_samples(
 def _send(samples: Sequence[Sample], ranks: Sequence[int], group: ProcessGroup) -> None:
     for name, dtype in _ARRAYS.items():
         parts: list[NDArray[Any]] = [getattr(sample, name) for sample in samples]
-        array = np.concatenate(parts).astype(dtype, copy=False)
-        sending = [dist.isend(_bytes(array), group_dst=rank, group=group) for rank in ranks]
-        for work in sending:
-            assert work is not None
+        array: NDArray[Any] = np.concatenate(parts).astype(dtype, copy=False)
+        for work in [group.send([_bytes(array)], rank, _TAG) for rank in ranks]:
             work.wait()  # Unbounded: the group has a time-out.
 
 
@@ -88,7 +87,7 @@ def _received(sizes: Sequence[SampleSize], own: Sequence[int], group: ProcessGro
     parts = {}
     for name, dtype in _ARRAYS.items():
         array: NDArray[Any] = np.empty(sum(lengths), dtype)
-        dist.recv(_bytes(array), group_src=0, group=group)
+        group.recv([_bytes(array)], 0, _TAG).wait()  # Unbounded: the group has a time-out.
         parts[name] = np.split(array, borders)
     return {
         index: Sample(

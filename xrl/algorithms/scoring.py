@@ -49,10 +49,7 @@ def score_groups(
                 continue
         for index, advantage in zip(usable, advantages_of(rewards), strict=True):
             row[index] = advantage
-            rollout = group.rollouts[index]
-            samples.append(
-                sample_of(rollout.prompt.token_ids, rollout.completion, advantage=advantage, group_id=group_id)
-            )
+            samples.append(_sample(group.rollouts[index], advantage, group_id))
     metrics = {
         **answer_metrics([rollout for group in groups for rollout in group.rollouts]),
         "groups/total": float(len(groups)),
@@ -96,6 +93,13 @@ def answer_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "samples/unjudged": float(sum(is_answered(rollout) and not is_usable(rollout) for rollout in rollouts)),
         "samples/judge_failed": float(sum(bool(rollout.judge_error) for rollout in rollouts)),
     }
+
+
+def _sample(rollout: Rollout, advantage: float, group_id: int) -> Sample:
+    try:
+        return sample_of(rollout.prompt.token_ids, rollout.completion, advantage=advantage, group_id=group_id)
+    except ValueError as error:
+        raise ValueError(f"prompt {rollout.prompt.id}: {error}") from error
 
 
 def _mean(values: Sequence[float]) -> float:
