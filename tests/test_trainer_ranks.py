@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ prepare_megatron_for_cpu()
 from tests.trainer_parts import Run, flat, not_written  # noqa: E402
 from xrl.launch.exit import RunEnded  # noqa: E402
 from xrl.rollout.process import WorkerGone  # noqa: E402
+
+# How long one side dawdles where the other must wait for it. Too short a time hides a mistake, and makes none.
+TOO_EARLY_S = 0.05
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -156,16 +160,30 @@ def test_a_short_run_that_learned_nothing_fails_on_every_rank_or_on_none(tmp_pat
 
 
 def test_nobody_takes_a_device_before_the_other_side_has_left_it(tmp_path: Path) -> None:
-    """One log of both ranks, in the order in which things happened."""
+    """One log of both ranks, in the order in which things happened; each side gives the other time to go too early."""
     together: list[str] = []
+    actor_took, engines_slept = threading.Event(), threading.Event()
 
     def play(rank: int, control: ProcessGroup) -> None:
         run = Run(tmp_path, control=control, rank=rank, num_ranks=2, rollout={"colocate": True})
-        run.actor.memory.offload = lambda: together.append("actor leaves")
-        run.actor.memory.restore = lambda: together.append("actor takes")
-        if rank == 0:
-            run.pool.sleep = lambda: together.append("engines sleep")  # type: ignore[method-assign]
-            run.pool.wake = lambda: together.append("engines wake")  # type: ignore[method-assign]
+
+        def leave() -> None:
+            if rank == 1:
+                engines_slept.wait(TOO_EARLY_S)
+            together.append("actor leaves")
+
+        def take() -> None:
+            together.append("actor takes")
+            actor_took.set()
+
+        def sleep() -> None:
+            actor_took.wait(TOO_EARLY_S)
+            together.append("engines sleep")
+            engines_slept.set()
+
+        run.actor.memory.offload, run.actor.memory.restore = leave, take
+        run.pool.sleep = sleep  # type: ignore[method-assign]
+        run.pool.wake = lambda: together.append("engines wake")  # type: ignore[method-assign]
         run.trainer(leads=rank == 0).train()
 
     on_ranks(2, play)

@@ -34,9 +34,10 @@ from xrl.config import (  # noqa: E402
     RolloutConfig,
     Settings,
 )
+from xrl.metrics.mean import Mean  # noqa: E402
 from xrl.parallel.groups import ParallelGroups  # noqa: E402
 from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
-from xrl.types import Sample  # noqa: E402
+from xrl.types import LossInputs, LossOutput, Sample  # noqa: E402
 
 # Two answers to each of three prompts; log-probs are nobody's.
 SAMPLES = [
@@ -242,12 +243,32 @@ def test_without_a_kl_there_is_no_reference(make_actor) -> None:
 
 
 @pytest.mark.parametrize("clip_grad", [1.0, 0.0])
-def test_an_update_that_is_no_number_ends_the_run(make_actor, clip_grad: float) -> None:
-    actor = make_actor(optimizer={"clip_grad": clip_grad})  # without clipping megatron-core takes no norm
+def test_an_update_of_weights_that_are_no_numbers_ends_the_run(make_actor, clip_grad: float) -> None:
+    actor = make_actor(optimizer={"clip_grad": clip_grad})
     with torch.no_grad():
         next(actor.model.parameters()).fill_(math.nan)
     with pytest.raises(RuntimeError, match=r"the update's loss is nan and its gradient norm .*lower --lr.*saved"):
         update(actor)
+
+
+def told_as_nan(inputs: LossInputs) -> LossOutput:
+    """A loss that is no number, of which nothing reaches a weight."""
+    return LossOutput(loss=0 * inputs.logprobs.sum(), metrics={"loss": Mean(math.nan, 1.0)})
+
+
+def with_a_gradient_of_nan(inputs: LossInputs) -> LossOutput:
+    """0, whose gradient is infinity times 0."""
+    loss = (0 * inputs.logprobs).sqrt().sum()
+    return LossOutput(loss=loss, metrics={"loss": Mean(loss.detach(), 1.0)})
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [(told_as_nan, "loss is nan and its gradient norm 0.0"), (with_a_gradient_of_nan, "loss is -?0.0 and its .* nan")],
+)
+def test_a_loss_or_a_gradient_that_is_no_number_is_enough(make_actor, loss: Any, words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        make_actor().update(SAMPLES, loss, partial(token_weights, kind="token-mean"))
 
 
 def test_an_advantage_that_is_no_number_ends_the_run(make_actor) -> None:

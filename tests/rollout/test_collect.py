@@ -216,15 +216,16 @@ def test_a_group_that_is_whole_too_late_is_the_first_of_the_next_rollout_and_jud
     assert one.num_carried == 1  # the last one was whole too late again
 
 
-def test_where_enough_carried_groups_are_whole_nobody_is_asked() -> None:
+def test_where_enough_carried_groups_are_whole_nobody_is_asked_and_the_rest_waits() -> None:
     workers = ScriptedWorkers(echo)
     one = collector(workers)
-    take(one, prompts(11, 12, 13), enough=1)
+    take(one, prompts(11, 12, 13, 14), enough=1)
     found = take(one, prompts(21), seed=1235, enough=2)
     assert workers.asked[1] == []
     assert first_tokens(found) == [12, 13]
     assert found.counts == RolloutCounts()
-    assert one.num_carried == 1  # the new prompt, for the next rollout
+    assert one.num_carried == 2  # the last whole one, and the new prompt
+    assert first_tokens(take(one, [], seed=1236, enough=2)) == [14, 21]
 
 
 def test_an_evaluation_in_between_leaves_carried_groups_alone() -> None:

@@ -289,6 +289,29 @@ def test_where_no_worker_is_ready_weights_are_asked_for_once_and_the_requests_go
     assert (num_calls, counts) == (1, RolloutCounts(sent=3, finished=3))
 
 
+def test_weights_that_are_asked_for_are_not_asked_for_again_while_other_requests_end(make_fleet: MakeFleet) -> None:
+    held = Held()
+    fleet = make_fleet(1, held, rollout_max_batch_size=2)
+    num_calls = 0
+
+    def recover() -> None:
+        nonlocal num_calls
+        num_calls += 1
+        fleet.ready_ones.add(0)
+
+    fleet.recover = recover
+    dispatch, _, _ = fleet.begin(ask(0), ask(1), ask(2))
+    fleet.ready_ones.clear()
+    for name in ("r0", "r1"):  # each wakes the one that waits
+        held.let_go(name)
+        fleet.settle()
+    assert [dispatch.next_result()[0] for _ in range(2)] == [0, 1]
+    fleet.settle()
+    held.let_go("r2")
+    assert dispatch.next_result() == (2, [answer(2, 2)])
+    assert num_calls == 1
+
+
 def test_weights_are_asked_for_again_each_time_that_the_last_worker_is_lost(make_fleet: MakeFleet) -> None:
     async def answers(_: int, request: GenerateRequest) -> list[Completion]:
         if not fleet.workers[0].is_alive:
