@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.kernels.test_decode_attention import make_batch
 from xrl.kernels.decode_attention import PagedContext
-from xrl.kernels.decode_layers import DecodeLayer, RopeTables, decode_layers, reference_decode_layers
+from xrl.kernels.decode_layers import DecodeLayer, LayerStack, RopeTables, decode_layers, reference_decode_layers
 from xrl.kernels.matmul import has_matmul
 from xrl.kernels.packed_linear import PackedLinear, PackedSwiGLU
 
@@ -145,3 +145,78 @@ def test_rows_that_no_group_has_are_refused() -> None:
     context = dataclasses.replace(context, group_starts=torch.tensor([0, 1]).int())
     with pytest.raises(ValueError, match="group_starts must go from 0 to 2"):
         decode_layers(torch.randn(2, HIDDEN), layers, context, rope, slots=slots, eps=EPS)
+
+
+def run_stack(stack: LayerStack, num_rows: int = 2) -> Tensor:
+    _, context, rope, slots = small_batch(num_rows)
+    x = torch.randn(num_rows, HIDDEN, generator=torch.Generator().manual_seed(1))
+    return decode_layers(x, stack, context, rope, slots=slots, eps=EPS)
+
+
+def kernel_layers() -> list[DecodeLayer]:
+    layers, _, _, _ = small_batch()
+    return [dataclasses.replace(layer, attention_out=PackedLinear(torch.eye(HIDDEN, 64))) for layer in layers]
+
+
+@needs_kernel
+def test_a_stack_reads_where_its_tensors_are_now() -> None:
+    layers = kernel_layers()
+    stack = LayerStack(layers)
+    with torch.no_grad():
+        before = run_stack(stack)
+        layers[1].mlp_norm.data = layers[1].mlp_norm * 2  # elsewhere
+        moved = run_stack(stack)
+        assert not torch.equal(moved, before)
+        assert torch.equal(moved, run_stack(LayerStack(layers)))
+
+
+@pytest.mark.parametrize("lacking", ["nothing", "the module"])
+def test_a_stack_that_was_checked_refuses_what_no_longer_fits(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lacking == "the module":
+        monkeypatch.setattr("xrl.kernels.decode_layers.native_module", lambda: None)
+    layers = kernel_layers()
+    stack = LayerStack(layers)
+    keys, norm = layers[1].keys, layers[0].q_norm
+    assert norm is not None
+    with torch.no_grad():
+        run_stack(stack)
+
+        elsewhere, keys.data = keys.data, keys.data[1:]
+        with pytest.raises(ValueError, match="layer 1: keys must be"):
+            run_stack(stack)
+        keys.data = elsewhere
+
+        keys.resize_(keys.shape[0] - 1, *keys.shape[1:])  # where it was
+        with pytest.raises(ValueError, match="layer 1: keys must be"):
+            run_stack(stack)
+        keys.resize_(elsewhere.shape)
+
+        elsewhere, norm.data = norm.data, norm.data.double()
+        with pytest.raises(ValueError, match="layer 0: q_norm must be"):
+            run_stack(stack)
+        norm.data = elsewhere
+
+        run_stack(stack)
+    norm.requires_grad_()
+    with pytest.raises(ValueError, match="q_norm must need no gradient"):
+        run_stack(stack)
+
+
+@needs_kernel
+def test_a_stack_sees_that_memory_was_given_back() -> None:
+    layers = kernel_layers()
+    stack = LayerStack(layers)
+    with torch.no_grad():
+        run_stack(stack)
+        layers[1].values.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="has no memory"):
+            run_stack(stack)
+
+
+def test_a_stack_is_checked_for_each_kind_of_input() -> None:
+    layers, context, rope, slots = small_batch()
+    stack = LayerStack(layers)
+    with torch.no_grad():
+        run_stack(stack)
+        with pytest.raises(ValueError, match="must be torch.float64"):
+            decode_layers(torch.randn(2, HIDDEN).double(), stack, context, rope, slots=slots, eps=EPS)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,16 @@ def test_unknown_and_misshapen_tensors_are_refused_by_name(make_engine: MakeEngi
         engine.load_layer(WeightBucket(version=1, layer="layers.0", tensors={"model.layers.0.extra": torch.ones(1)}))
     with pytest.raises(EngineError, match=r"model\.norm\.weight must be of size \[64\], got \[3\]"):
         engine.load_layer(WeightBucket(version=1, layer="final", tensors={"model.norm.weight": torch.ones(3)}))
+
+
+def test_answered_requests_hold_no_weights(make_engine: MakeEngine) -> None:
+    engine = make_engine(make_model())
+    weight = weakref.ref(engine._weights.layers[1].qkv)  # type: ignore[attr-defined]
+    assert weight() is not None
+    generate(engine, [5, 6, 7])
+    for bucket in buckets(make_model(seed=1), version=1):  # at once, before an idle engine gives everything back
+        engine.load_layer(bucket)
+    assert weight() is None
 
 
 def test_sleep_frees_the_cache_and_wake_resumes(make_engine: MakeEngine) -> None:

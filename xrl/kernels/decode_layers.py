@@ -55,9 +55,46 @@ class RopeTables:
     sin: Tensor
 
 
+class LayerStack:
+    """The layers of a decoder, which remember what they were checked for, so that a step does not ask each one again.
+
+    Their tensors may be written to between steps. Where one has moved, or has more or fewer elements, all are checked
+    anew; turned in place (`transpose_`) they must not be.
+
+    Args:
+        layers: at least one
+
+    Raises:
+        ValueError: no layer.
+        TypeError: something else than a layer.
+    """
+
+    def __init__(self, layers: Sequence[DecodeLayer]) -> None:
+        if not isinstance(layers, Sequence) or not all(isinstance(layer, DecodeLayer) for layer in layers):
+            raise TypeError("layers must be a sequence of DecodeLayer")
+        if not layers:
+            raise ValueError("at least one layer is needed")
+        self.layers = tuple(layers)
+        self._checked: _Checked | None = None
+
+    def addresses(self, x: Tensor, sizes: _Sizes) -> Sequence[tuple[int, ...]] | None:
+        """Where the tensors of each layer begin, as the kernel takes them; None where the kernel takes no such layers.
+
+        Raises:
+            ValueError, TypeError: as `decode_layers`.
+        """
+        checked = self._checked
+        # A tensor may have come to need a gradient since, which only matters where one is recorded.
+        if checked is None or torch.is_grad_enabled() or not checked.holds(x, sizes):
+            _check_layers(self.layers, x, sizes)
+            addresses = [_addresses(layer) for layer in self.layers] if _are_native(self.layers) else None
+            checked = self._checked = _Checked.of(self.layers, x, sizes, addresses)
+        return checked.addresses
+
+
 def decode_layers(
     x: Tensor,
-    layers: Sequence[DecodeLayer],
+    layers: Sequence[DecodeLayer] | LayerStack,
     context: PagedContext,
     rope: RopeTables,
     *,
@@ -68,7 +105,7 @@ def decode_layers(
 
     Args:
         x: [N, H] the tokens' embeddings; may be overwritten
-        layers: at least one, all of the same sizes
+        layers: at least one, all of the same sizes; a stack where they take many steps
         slots: [N] int32 cache slot of each token, block * block_size + offset; -1 stores nothing
         eps: of every norm
 
@@ -80,27 +117,23 @@ def decode_layers(
             position, a slot or a context that leads out of its table.
         TypeError: an argument is of another kind.
     """
-    _check(x, layers, context, rope, slots, eps)
-    first = layers[0]
-    num_blocks, num_kv_heads, block_size, head_dim = first.keys.shape
-    if not _is_native(x, layers, rope):
+    check_instance("context", context, PagedContext)
+    check_instance("rope", rope, RopeTables)
+    stack = layers if isinstance(layers, LayerStack) else LayerStack(layers)
+    sizes = _check_step(x, stack.layers[0], context, rope, slots, eps)
+    addresses = stack.addresses(x, sizes)
+    num_blocks, num_kv_heads, block_size, head_dim = sizes.cache
+    module = native_module()
+    if module is None or addresses is None or not all(map(_is_dense, (x, rope.cos, rope.sin))):
         # Before the first operation stores anything.
         context.check_values(num_blocks, block_size)
         check_range("positions", rope.positions, 0, len(rope.cos))
         check_range("slots", slots, -1, num_blocks * block_size)
-        return reference_decode_layers(x, layers, context, rope, slots=slots, eps=eps)
-    native_module().decode_layers(  # type: ignore[union-attr]
+        return reference_decode_layers(x, stack.layers, context, rope, slots=slots, eps=eps)
+    module.decode_layers(
         address(x),
-        [_addresses(layer) for layer in layers],
-        (
-            first.down.out_features,
-            first.down.in_features,
-            first.attention_out.in_features // head_dim,
-            num_kv_heads,
-            head_dim,
-            block_size,
-            eps,
-        ),
+        addresses,
+        (sizes.hidden, sizes.ffn, sizes.queries // head_dim, num_kv_heads, head_dim, block_size, eps),
         (len(x), address(rope.positions), address(slots), address(rope.cos), address(rope.sin), len(rope.cos)),
         context.addresses(),
         num_blocks,
@@ -131,54 +164,104 @@ def reference_decode_layers(
     return x
 
 
-def _is_native(x: Tensor, layers: Sequence[DecodeLayer], rope: RopeTables) -> bool:
-    """Whether the kernel takes such layers."""
-    if native_module() is None or not x.is_cpu:
-        return False
-    tensors: list[Tensor | None] = [x, rope.cos, rope.sin]
+@dataclass(frozen=True)
+class _Sizes:
+    """Of the layers of a stack, as its first layer says them."""
+
+    hidden: int
+    ffn: int
+    queries: int  # columns
+    cache: torch.Size  # [num_blocks, num_kv_heads, block_size, D] of keys and of values
+
+    @property
+    def products(self) -> list[tuple[int, int]]:
+        """From and to so many columns, in the order in which they are computed."""
+        mixed = self.queries + 2 * self.cache[1] * self.cache[3]
+        return [(self.hidden, mixed), (self.queries, self.hidden), (self.hidden, self.ffn), (self.ffn, self.hidden)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checked:
+    """What a stack was found to be, and for what."""
+
+    sizes: _Sizes
+    dtype: torch.dtype  # of x
+    device: torch.device
+    tensors: list[Tensor]  # all that the layers have
+    places: list[int]  # of each
+    unpacked: list[Tensor]  # those of them that are checked: packed weights come from where they were packed
+    lengths: list[int]  # of each of these
+    addresses: Sequence[tuple[int, ...]] | None
+
+    @staticmethod
+    def of(
+        layers: Sequence[DecodeLayer], x: Tensor, sizes: _Sizes, addresses: Sequence[tuple[int, ...]] | None
+    ) -> _Checked:
+        tensors = [tensor for layer in layers for tensor in _tensors(layer) if tensor is not None]
+        unpacked = [tensor for layer in layers for tensor in _checked_tensors(layer).values() if tensor is not None]
+        return _Checked(
+            sizes=sizes,
+            dtype=x.dtype,
+            device=x.device,
+            tensors=tensors,
+            places=list(map(Tensor.data_ptr, tensors)),
+            unpacked=unpacked,
+            lengths=list(map(Tensor.numel, unpacked)),
+            addresses=addresses,
+        )
+
+    def holds(self, x: Tensor, sizes: _Sizes) -> bool:
+        """Whether it is still so, and for such an x."""
+        return (
+            (self.dtype, self.device, self.sizes) == (x.dtype, x.device, sizes)
+            and list(map(Tensor.data_ptr, self.tensors)) == self.places
+            and list(map(Tensor.numel, self.unpacked)) == self.lengths
+        )
+
+
+def _tensors(layer: DecodeLayer) -> tuple[Tensor | None, ...]:
+    """In the order of DecodeLayer in csrc/cpu/decode_layers.h; of a product that is not packed by us none."""
+    return (
+        layer.input_norm,
+        layer.qkv.own,
+        layer.qkv.bias,
+        layer.q_norm,
+        layer.k_norm,
+        layer.attention_out.own,
+        layer.mlp_norm,
+        layer.gate_up.own,
+        layer.down.own,
+        layer.keys,
+        layer.values,
+    )
+
+
+def _addresses(layer: DecodeLayer) -> tuple[int, ...]:
+    return tuple(map(address, _tensors(layer)))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()
+
+
+def _are_native(layers: Sequence[DecodeLayer]) -> bool:
+    """Whether the kernel takes such layers, which fit each other."""
     for layer in layers:
         packed = (layer.qkv.own, layer.attention_out.own, layer.gate_up.own, layer.down.own)
         if any(weight is None for weight in packed):
             return False
         if layer.attention_out.bias is not None or layer.down.bias is not None:
             return False
-        tensors += [layer.input_norm, layer.qkv.bias, layer.q_norm, layer.k_norm, layer.mlp_norm]
-        tensors += [layer.keys, layer.values]
-    for tensor in tensors:
-        if tensor is not None and not (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        if not all(_is_dense(tensor) for tensor in _tensors(layer) if tensor is not None):
             return False
     keys, values, queries = layers[0].keys, layers[0].values, layers[0].attention_out.in_features
     return fits_native(keys, values, repeats=queries // keys.shape[3] // keys.shape[1])
 
 
-def _addresses(layer: DecodeLayer) -> tuple[int, ...]:
-    packed = (layer.qkv.own, layer.attention_out.own, layer.gate_up.own, layer.down.own)
-    qkv, attention_out, gate_up, down = (weight.data_ptr() for weight in packed if weight is not None)
-    return (
-        address(layer.input_norm),
-        qkv,
-        address(layer.qkv.bias),
-        address(layer.q_norm),
-        address(layer.k_norm),
-        attention_out,
-        address(layer.mlp_norm),
-        gate_up,
-        down,
-        address(layer.keys),
-        address(layer.values),
-    )
-
-
-def _check(
-    x: Tensor, layers: Sequence[DecodeLayer], context: PagedContext, rope: RopeTables, slots: Tensor, eps: float
-) -> None:
-    check_instance("context", context, PagedContext)
-    check_instance("rope", rope, RopeTables)
-    if not isinstance(layers, Sequence) or not all(isinstance(layer, DecodeLayer) for layer in layers):
-        raise TypeError("layers must be a sequence of DecodeLayer")
-    if not layers:
-        raise ValueError("at least one layer is needed")
-    first = layers[0]
+def _check_step(
+    x: Tensor, first: DecodeLayer, context: PagedContext, rope: RopeTables, slots: Tensor, eps: float
+) -> _Sizes:
+    """Check all but the layers, of whose sizes the first one's are taken."""
     check_instance("down", first.down, PackedLinear)
     check_instance("attention_out", first.attention_out, PackedLinear)
     hidden, ffn = first.down.out_features, first.down.in_features
@@ -199,52 +282,38 @@ def _check(
     check_tensor("sin", rope.sin, rope.cos.shape, like=x, dtype=torch.float32)
     check_number("eps", eps, lowest=0.0)
     check_no_gradient("decode_layers", x=x, cos=rope.cos, sin=rope.sin)
-    products = [(hidden, queries + 2 * cache[1] * cache[3]), (queries, hidden), (hidden, ffn), (ffn, hidden)]
-    is_recorded = torch.is_grad_enabled()
+    return _Sizes(hidden, ffn, queries, cache)
+
+
+def _check_layers(layers: Sequence[DecodeLayer], x: Tensor, sizes: _Sizes) -> None:
+    products = sizes.products
     for number, layer in enumerate(layers):
         linears = (layer.qkv, layer.attention_out, layer.gate_up, layer.down)
         if tuple(map(type, linears)) != (PackedLinear, PackedLinear, PackedSwiGLU, PackedLinear):
             raise TypeError(f"layer {number}: gate_up must be a PackedSwiGLU, the other products a PackedLinear")
         if [(linear.in_features, linear.out_features) for linear in linears] != products:
             raise ValueError(f"layer {number}: products from and to {products} are needed, in their order")
-        # Two dozen layers at each token: what fits is seen at a glance, and only the rest asked what is wrong with it.
-        if is_recorded or not _fits(layer, x, cache, (hidden,), cache[3:]):
-            _check_layer(number, layer, x, cache, hidden)
-
-
-def _fits(layer: DecodeLayer, x: Tensor, cache: torch.Size, hidden: tuple[int, ...], head: tuple[int, ...]) -> bool:
-    """Whether a layer's tensors are of these shapes and of the kind of x."""
-    dtype, is_cpu = x.dtype, x.is_cpu
-    tensors = [layer.keys, layer.values, layer.input_norm, layer.mlp_norm]
-    try:
-        if not (layer.keys.shape == layer.values.shape == cache):
-            return False
-        if not (layer.input_norm.shape == layer.mlp_norm.shape == hidden):
-            return False
-        for norm in (layer.q_norm, layer.k_norm):
-            if norm is not None:
-                if norm.shape != head:
-                    return False
-                tensors.append(norm)
-        for tensor in tensors:
-            if tensor.dtype is not dtype or tensor.is_cpu is not is_cpu:
-                return False
-            if tensor.layout is not torch.strided or tensor.is_neg():
-                return False
-    except AttributeError:  # no tensor
-        return False
-    return True
+        _check_layer(number, layer, x, sizes.cache, sizes.hidden)
 
 
 def _check_layer(number: int, layer: DecodeLayer, x: Tensor, cache: torch.Size, hidden: int) -> None:
-    sizes = {"keys": cache, "values": cache, "input_norm": (hidden,), "mlp_norm": (hidden,)}
-    heads = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
+    shapes = {"keys": cache, "values": cache, "input_norm": (hidden,), "mlp_norm": (hidden,)}
+    tensors = _checked_tensors(layer)
     try:
-        for name, size in sizes.items():
-            check_tensor(name, getattr(layer, name), size, like=x)
-        for name, norm in heads.items():
-            if norm is not None:
-                check_tensor(name, norm, cache[3:], like=x)
+        for name, tensor in tensors.items():
+            if name in shapes or tensor is not None:
+                check_tensor(name, tensor, shapes.get(name, cache[3:]), like=x)
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {number}: {error}") from None
-    check_no_gradient("decode_layers", **{name: getattr(layer, name) for name in sizes}, **heads)
+    check_no_gradient("decode_layers", **tensors)
+
+
+def _checked_tensors(layer: DecodeLayer) -> dict[str, Tensor | None]:
+    return {
+        "keys": layer.keys,
+        "values": layer.values,
+        "input_norm": layer.input_norm,
+        "mlp_norm": layer.mlp_norm,
+        "q_norm": layer.q_norm,
+        "k_norm": layer.k_norm,
+    }

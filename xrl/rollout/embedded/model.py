@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xrl.kernels.decode_attention import PagedContext, decode_attention
-from xrl.kernels.decode_layers import DecodeLayer, RopeTables, decode_layers
+from xrl.kernels.decode_layers import DecodeLayer, LayerStack, RopeTables, decode_layers
 from xrl.kernels.prefill_attention import prefill_attention
 from xrl.kernels.rms_norm import rms_norm
 from xrl.kernels.rope_cache import rope_cache
@@ -51,16 +51,24 @@ class Decoder:
         last = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
         return hidden[last]
 
-    def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, context: PagedContext, cache: KVCache) -> Tensor:
+    def decode(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        context: PagedContext,
+        cache: KVCache,
+        layers: LayerStack | None = None,
+    ) -> Tensor:
         """Run one new token a row.
 
         Args:
             tokens, positions, slots: [N] int32; padding rows have slot -1
+            layers: `dense_layers` with this cache
 
         Returns:
             [N, H] final hidden states
         """
-        layers = self._dense_layers(cache)
         if layers is not None:
             x = F.embedding(tokens, self.weights.embedding)
             rope = RopeTables(positions=positions, cos=self.cos, sin=self.sin)
@@ -78,8 +86,10 @@ class Decoder:
         assert self.weights.head is not None
         return self.weights.head(hidden).float()
 
-    def _dense_layers(self, cache: KVCache) -> list[DecodeLayer] | None:
-        """The layers with their part of the cache; None where there are experts."""
+    def dense_layers(self, cache: KVCache, known: LayerStack | None) -> LayerStack | None:
+        """The layers with their part of the cache: `known` where it is still that. None where there are experts."""
+        if known is not None and self._are_current(known, cache):
+            return known
         layers = []
         for index in range(self.shape.num_layers):
             weights = self.weights.layers[index]
@@ -99,7 +109,17 @@ class Decoder:
                     values=cache.values[index],
                 )
             )
-        return layers
+        return LayerStack(layers)
+
+    def _are_current(self, known: LayerStack, cache: KVCache) -> bool:
+        """Whether no layer has other weights or another cache by now: both come a whole layer at a time."""
+        for index, layer in enumerate(known.layers):
+            weights = self.weights.layers[index]
+            if layer.input_norm is not weights.input_norm or layer.qkv is not weights.qkv:
+                return False
+            if layer.keys is not cache.keys[index] or layer.values is not cache.values[index]:
+                return False
+        return True
 
     def _forward(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache, attend: Callable[[Tensor, int], Tensor]

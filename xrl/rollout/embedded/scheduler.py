@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xrl.kernels.decode_layers import LayerStack
 from xrl.kernels.packed_linear import padded_rows
 from xrl.rollout.embedded.batch import DecodeBatch, Job, Row, SamplingArrays
 from xrl.rollout.embedded.cache import BLOCK_SIZE, KVCache
@@ -30,6 +31,8 @@ class Scheduler:
         self._waiting: deque[Job] = deque()  # with samples that have not joined yet
         self._running: list[Row] = []  # rows of one job are neighbours: jobs join first come, first served
         self._batch: DecodeBatch | None = None  # of self._running; None when that has changed
+        # Of the cache and the weights, while there are rows: between them both may go, and must not be held here.
+        self._layers: LayerStack | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -125,7 +128,9 @@ class Scheduler:
         if self._batch is None:
             self._batch = DecodeBatch(self._running, self.device)
         batch = self._batch
-        hidden = self.decoder.decode(*batch.prepare(self.cache), cache=self.cache)
+        step = batch.prepare(self.cache)  # which may have made the cache grow
+        self._layers = self.decoder.dense_layers(self.cache, self._layers)
+        hidden = self.decoder.decode(*step, cache=self.cache, layers=self._layers)
         drawn = self._sample(hidden, batch.sampling, batch.uniforms())
         batch.advance()
         remaining = self._extend(batch.rows, drawn, weights_version, done)
@@ -182,6 +187,8 @@ class Scheduler:
     def _set_running(self, rows: list[Row]) -> None:
         self._running = rows
         self._batch = None
+        if not rows:
+            self._layers = None
 
 
 def _num_blocks(num_tokens: int) -> int:
