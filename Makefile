@@ -35,17 +35,17 @@ demo: setup ## train a tiny model with GRPO and show what it learned (LAYOUT=sin
 
 test: setup test-fast test-slow ## every test that needs no GPU and no other host, the fast ones first
 
-# Two tests at a time, a thread each; those of whole runs, which measure how soon a run ends, one by one.
+# Two tests at a time, a thread each; those that measure how soon a whole run ends, one by one.
 PYTEST := $(BIN)/python -m pytest -q
-PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist=worksteal
-SLOW_IN_PARALLEL := tests/distributed tests/kernels
+ALONE := OMP_NUM_THREADS=1 $(PYTEST)
+PARALLEL := $(ALONE) -n 2 --dist=worksteal
 
 test-fast: setup
 	$(PARALLEL) -m "not slow and not gpu and not cluster and not fuzz"
 
 test-slow: setup
-	$(PARALLEL) -m "slow and not gpu and not cluster and not fuzz" $(SLOW_IN_PARALLEL)
-	$(PYTEST) -m "slow and not gpu and not cluster and not fuzz" $(addprefix --ignore=,$(SLOW_IN_PARALLEL))
+	$(PARALLEL) -m "slow and not alone and not gpu and not cluster and not fuzz"
+	$(ALONE) -m "slow and alone and not gpu and not cluster and not fuzz"
 
 test-cluster: setup ## hosts with odd names and little shared memory; as root, hosts are namespaces
 	$(PYTEST) -m cluster

@@ -19,6 +19,7 @@ from xrl.launch.children import module_command
 from xrl.launch.exit import EXIT_BAD_SETTINGS, EXIT_ERROR, has_announced, prepare_agents_file
 from xrl.launch.memory import set_large_pages
 from xrl.launch.signals import STOP_SIGNALS, ignores_hang_up
+from xrl.launch.start import without_collections
 from xrl.launch.temporary import own_folder
 from xrl.launch.terminal import say
 from xrl.launch.threads import set_thread_waiting
@@ -35,9 +36,10 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
     """
     _prepare_process(num_ranks)
     # torch reads the environment, and is slow to import: only when ranks are started.
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    with without_collections():
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import parse_args, run
 
     with contextlib.ExitStack() as stack:
         try:

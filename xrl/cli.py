@@ -19,7 +19,7 @@ from xrl.launch.children import module_command
 from xrl.launch.exit import EXIT_BAD_SETTINGS, run_main
 from xrl.launch.memory import restart_with_large_pages
 from xrl.launch.signals import Stopped, raise_on_signals
-from xrl.launch.start import prepare_process
+from xrl.launch.start import prepare_process, without_collections
 from xrl.launch.terminal import say
 from xrl.launch.threads import set_thread_waiting
 from xrl.launch.variables import drop_rank_variables
@@ -109,7 +109,8 @@ def gsm8k(arguments: list[str]) -> None:
 
 def convert(arguments: list[str]) -> None:
     """Convert a checkpoint, or compare two."""
-    from xrl.convert import run
+    with without_collections():
+        from xrl.convert import run
 
     parser = SentenceParser(
         prog="xrl convert",

@@ -23,7 +23,7 @@ from xrl.config import Settings
 from xrl.config.parse import parse_settings
 from xrl.launch.address import meet_at_loopback
 from xrl.launch.exit import agents_file, announce_errors, run_main
-from xrl.launch.start import prepare_process
+from xrl.launch.start import prepare_process, without_collections
 from xrl.launch.variables import rank_number
 from xrl.preflight import preflight
 
@@ -52,20 +52,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(settings: Settings) -> None:
     """Build this rank's part of the run, then train."""
     # Imported here: `--help` and bad settings are answered without waiting for torch.
-    from xrl.parallel.cpu import prepare_megatron_for_cpu
+    with without_collections():
+        from xrl.parallel.cpu import prepare_megatron_for_cpu
 
-    prepare_megatron_for_cpu()
-    import torch
+        prepare_megatron_for_cpu()
+        import torch
 
-    from xrl.actor.actor import Actor
-    from xrl.algorithms import create_algorithm
-    from xrl.assembly import build_lead, share_rollout_count
-    from xrl.kernels.threads import use_threads
-    from xrl.launch.progress import Progress
-    from xrl.metrics.console import setup_logging
-    from xrl.metrics.ending import Ending
-    from xrl.parallel.megatron import initialize, shutdown
-    from xrl.trainer import Trainer
+        from xrl.actor.actor import Actor
+        from xrl.algorithms import create_algorithm
+        from xrl.assembly import build_lead, share_rollout_count
+        from xrl.kernels.threads import use_threads
+        from xrl.launch.progress import Progress
+        from xrl.metrics.console import setup_logging
+        from xrl.metrics.ending import Ending
+        from xrl.parallel.megatron import initialize, shutdown
+        from xrl.trainer import Trainer
 
     setup_logging(rank=rank_number(os.environ, "RANK", 0))
     ending, progress = Ending(), Progress()

@@ -14,7 +14,7 @@ from tests.launch.processes import Run, started
 from tests.small_runs import run_flags, write_rows
 from tests.tiny_models import make_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.distributed]
 
 TWO_RANKS = ("--nproc-per-node", "2", "--tensor-model-parallel-size", "2")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from xrl.launch.start import without_collections
 
 PROGRAM = (
     "import warnings; from xrl.launch.start import prepare_process; prepare_process()\n"
@@ -39,3 +42,18 @@ def test_interrupt_stops_a_command_that_a_shell_started_in_the_background() -> N
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     assert "KeyboardInterrupt" in found.stderr and found.stdout == ""
+
+
+def test_collections_pause_and_come_back_whatever_happens() -> None:
+    assert gc.isenabled()
+    with pytest.raises(ImportError), without_collections():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with without_collections():
+            pass
+        assert not gc.isenabled(), "somebody else's choice"
+    finally:
+        gc.enable()

@@ -20,7 +20,10 @@ FOR_EVER_S = 600.0
 
 
 def note(what: str) -> None:
-    (FOLDER / f"{what}-{RANK}").write_text(str(os.getpid()))
+    """At once: whoever sees the file can read it."""
+    unfinished = FOLDER / f"{what}-{RANK}.unfinished"
+    unfinished.write_text(str(os.getpid()))
+    unfinished.rename(FOLDER / f"{what}-{RANK}")
 
 
 def clean_up() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tests.rollout.engines import push
 from tests.rollout.pools import ENGINE, ROOT, VOCAB_SIZE, MakePool, bucket
+from tests.rollout.warm_workers import WarmStarts
 from xrl.config import RolloutConfig
 from xrl.rollout import create_engine
 from xrl.rollout.engine import Engine
@@ -40,8 +42,13 @@ def make_engine(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
 
 @pytest.fixture
 def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePool]:
-    """Starts pools of the scripted engine, with weights unless update=False; all are closed afterwards."""
+    """Starts pools of the scripted engine, with weights unless update=False; all are closed afterwards.
+
+    Their workers are forks of a process that has imported what they import.
+    """
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    if sys.platform == "linux":
+        monkeypatch.setattr("xrl.rollout.process.subprocess", WarmStarts)
     pools: list[WorkerPool] = []
 
     def make(num_workers: int = 1, *, engine: str = ENGINE, update: bool = True, **settings: object) -> WorkerPool:

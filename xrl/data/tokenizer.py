@@ -10,6 +10,7 @@ from xrl.config import SettingsError
 from xrl.config.files import read_whole
 from xrl.config.json_file import MOST_BYTES, read_json_object
 from xrl.config.printable import shortened
+from xrl.launch.start import without_collections
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -48,7 +49,8 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
 
 
 def _load_agreeing(model_dir: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    with without_collections():
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     tokenizer = _load(AutoTokenizer, model_dir)
     whole = model_dir / "tokenizer.json"

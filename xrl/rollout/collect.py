@@ -10,15 +10,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from xrl.launch.progress import Progress
 from xrl.rewards import JudgePool, Verdict
 from xrl.rollout.partial import GroupInProgress
 from xrl.rollout.pool import RolloutCounts, WorkerPool
 from xrl.types import Completion, GenerateRequest, Group, Prompt, Rollout, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("xrl")
 

@@ -21,13 +21,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-import torch
-from aiohttp import web
+from xrl.launch.start import prepare_process, without_collections
+
+with without_collections():
+    import torch
+    from aiohttp import web
 
 from xrl.config import SettingsError
 from xrl.config.rollout import SAMPLES_PER_PLACE
 from xrl.launch.exit import EXIT_BAD_SETTINGS
-from xrl.launch.start import prepare_process
 from xrl.launch.terminal import say
 from xrl.rollout import create_engine
 from xrl.rollout.access import shared_key, take_key_from
