@@ -17,6 +17,22 @@ def test_missing_tokenizer_is_refused(refusal: Refusal, model: Path) -> None:
     assert f"--model {model} has no tokenizer" in refusal()
 
 
+def test_two_tokens_of_one_id_are_named(refusal: Refusal, model: Path, tmp_path: Path) -> None:
+    file = model / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    first, second, *_ = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"][second] = tokenizer["model"]["vocab"][first]
+    file.write_text(json.dumps(tokenizer))
+    same = f"tokens '{first}' and '{second}' have the same id {tokenizer['model']['vocab'][first]}"
+    assert same in refusal()
+    folder = tmp_path / "older"
+    folder.mkdir()
+    (folder / "vocab.json").write_text('{"a": 0, "b": 1, "c": 1}')
+    (folder / "merges.txt").write_text("")
+    with pytest.raises(SettingsError, match="tokens 'b' and 'c' have the same id 1"):
+        check_tokenizer(folder, vocab_size=2)
+
+
 def test_token_beyond_the_vocabulary_is_named(refusal: Refusal, model: Path) -> None:
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     added = [*tokenizer["added_tokens"], {"id": 98, "content": "<|extra|>"}]

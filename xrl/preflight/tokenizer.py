@@ -50,7 +50,9 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
         for name in (_PARTS[0], "added_tokens.json"):
             file = folder / name
             if file.is_file():
-                _check_ids(file, read_json_object(file).items(), vocab_size)
+                vocabulary = read_json_object(file)
+                _check_unlike(file, vocabulary)
+                _check_ids(file, vocabulary.items(), vocab_size)
     else:
         raise SettingsError(f"--model {folder} has no tokenizer: {_WHOLE} (or {' and '.join(_PARTS)}) is needed")
 
@@ -96,6 +98,7 @@ def _ids(file: Path, tokenizer: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
+        _check_unlike(file, vocabulary)
         yield from vocabulary.items()
     elif isinstance(vocabulary, list):  # unigram: [token, score], the id is the place
         for token_id, entry in enumerate(vocabulary):
@@ -105,6 +108,17 @@ def _ids(file: Path, tokenizer: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
         raise SettingsError(f"{file}: added_tokens must be a list, found {shown(added)}")
     for token in added or ():
         yield (token.get("content"), token.get("id")) if isinstance(token, dict) else (token, None)
+
+
+def _check_unlike(file: Path, vocabulary: Mapping[str, Any]) -> None:
+    """Two tokens of one id: which one it stands for, tokenizers decide by chance at each start."""
+    first: dict[Any, str] = {}
+    for content, token_id in vocabulary.items():
+        if type(token_id) is int and first.setdefault(token_id, content) != content:
+            raise SettingsError(
+                f"{file}: tokens {shown(first[token_id])} and {shown(content)} have the same id {token_id}: each "
+                f"token needs one of its own"
+            )
 
 
 def _check_ids(file: Path, ids: Iterable[tuple[Any, Any]], vocab_size: int) -> None:
