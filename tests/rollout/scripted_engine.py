@@ -52,9 +52,12 @@ class ScriptedEngine:
         return future
 
     def _answers(self, request: GenerateRequest, reason: FinishReason) -> list[Completion]:
+        token_ids = list(request.token_ids)
+        if reason == "abort":  # not whole yet
+            token_ids.pop()
         completion = Completion(
-            token_ids=list(request.token_ids),
-            logprobs=[-self.total] * len(request.token_ids),
+            token_ids=token_ids,
+            logprobs=[-self.total] * len(token_ids),
             finish_reason=reason,
             weights_version=self.weights_version,
         )

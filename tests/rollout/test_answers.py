@@ -66,6 +66,19 @@ def test_an_answer_that_was_cut_off_may_be_empty() -> None:
     assert checked(found)[0].token_ids == []
 
 
+@pytest.mark.parametrize(("ids", "reason"), [([5, 7], "stop"), ([1, 2, 3, 4], "length"), ([5, 6], "abort")])
+def test_an_answer_that_was_whole_when_it_was_cut_off_is_whole(ids: list[int], reason: str) -> None:
+    found = answer()
+    found[0]["output_ids"] = ids
+    pairs = [[-1.0, token] for token in ids]
+    found[0]["meta_info"] |= {
+        "finish_reason": {"type": "abort"},
+        "completion_tokens": len(ids),
+        "output_token_logprobs": pairs,
+    }
+    assert checked(found)[0].finish_reason == reason
+
+
 def test_an_answer_may_end_at_its_longest() -> None:
     found = answer()
     found[1]["output_ids"] = [1, 2, 3, 4]

@@ -111,7 +111,15 @@ def test_a_worker_gets_no_more_requests_at_once_than_it_takes_and_the_user_hears
     fleet.most_requests[0] = fleet.most_requests[1] = 1
     fleet.begin(ask(0), ask(1, tokens=20), ask(2))
     assert held.waiting == ["r0", "r1"]
-    assert fleet.told == [("bound", 0)]
+    assert fleet.told == [("bound", 0), ("bound", 1)]
+
+
+def test_a_full_worker_with_the_fewest_tokens_to_come_holds_nobody_up(make_fleet: MakeFleet) -> None:
+    held = Held()
+    fleet = make_fleet(2, held, rollout_max_batch_size=2)
+    fleet.begin(ask(0, tokens=1000), ask(1), ask(2), ask(3))
+    # Worker 1 has its two, of 10 tokens each; worker 0 has room.
+    assert fleet.asked == [(0, "r0"), (1, "r1"), (1, "r2"), (0, "r3")]
 
 
 def test_what_fails_is_asked_of_another_worker_under_another_name(make_fleet: MakeFleet) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from xrl.rollout.access import new_key
 from xrl.rollout.pool import RolloutCounts, WorkerGone
 from xrl.rollout.process import WorkerProcess
 from xrl.rollout.publish import Publisher
+from xrl.types import Completion
 
 
 def test_every_prompt_is_answered_once_by_some_worker(make_pool: MakePool) -> None:
@@ -287,15 +289,26 @@ def test_workers_and_what_asks_them_import_no_transformers_and_no_megatron() -> 
     assert found.stdout == "set()\n"
 
 
-def test_worker_gets_no_more_requests_at_once_than_it_takes(make_pool: MakePool) -> None:
+def test_worker_gets_no_more_requests_at_once_than_it_takes(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pool = make_pool(1)
     pool.workers[0].max_requests = 3
-    at_once = []
-    for _ in pool.generate([request(place) for place in range(40)], counts := RolloutCounts()):
-        assert pool._dispatch is not None
-        at_once.append(pool._dispatch._loads[0].requests)
+    completions, at_once, most = pool.completions, 0, 0
+
+    async def counted(*arguments: Any, **options: Any) -> list[Completion]:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        try:
+            return await completions(*arguments, **options)
+        finally:
+            at_once -= 1
+
+    monkeypatch.setattr(pool, "completions", counted)
+    _, counts = generate(pool, [request(place) for place in range(40)])
     assert counts == RolloutCounts(sent=40, finished=40)
-    assert max(at_once) == 3
+    assert most == 3
 
 
 def test_few_open_files_hold_requests_back_and_lose_none(tmp_path: Path) -> None:
@@ -305,6 +318,7 @@ import logging, pathlib
 from tests.rollout.pools import *
 from xrl.config import RolloutConfig
 from xrl.rollout.publish import Publisher
+from xrl.types import Completion
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 folder = pathlib.Path({str(tmp_path)!r})
 settings = dict(model_dir=folder, dtype="float32", num_threads=1, max_model_len=64, vocab_size=9999, log_dir=folder)

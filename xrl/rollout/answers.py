@@ -251,6 +251,11 @@ def _finish_reason(meta: dict[str, Any], ids: list[int], request: GenerateReques
         raise _Wrong(f"{where}.type is 'stop', but {last}, no stop token of the request")
     if reason == "length" and len(ids) != longest:
         raise _Wrong(f"{where}.type is 'length', but output_ids holds {len(ids)} of {longest} tokens")
+    if reason == "abort" and ids:  # it may have been whole when it was told to end: nothing goes on after it
+        if ids[-1] in stops:
+            return "stop"
+        if len(ids) == longest:
+            return "length"
     return reason  # type: ignore[return-value]
 
 

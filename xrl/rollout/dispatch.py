@@ -212,8 +212,9 @@ class Dispatch:
                     continue
                 alive = ready or self.pool.alive
                 candidates = [worker for worker in alive if worker.number != avoid] or alive
-                worker = min(candidates, key=lambda candidate: self._load(candidate).tokens)
-                if self._has_room(worker, request):
+                by_load = sorted(candidates, key=lambda candidate: self._load(candidate).tokens)
+                worker = next((worker for worker in by_load if self._has_room(worker, request)), None)
+                if worker is not None:
                     load = self._load(worker)
                     load.requests += 1
                     load.sequences += request.num_samples
