@@ -50,6 +50,11 @@ def child_of(parent: subprocess.Popen[str]) -> int:
     return int(parent.stdout.readline())
 
 
+def has_ended(pid: int) -> bool:
+    process = read_process(pid)
+    return process is None or process.state == "Z"
+
+
 def test_this_process_is_what_the_system_says() -> None:
     me = read_process(os.getpid())
     assert me is not None
@@ -72,9 +77,12 @@ def test_children_of_children_are_below_and_a_circle_has_an_end() -> None:
 def test_all_that_is_below_is_killed(parent: subprocess.Popen[str]) -> None:
     child = child_of(parent)
     assert alive_below(parent.pid) == [child]
-    assert kill_all(lambda: [pid for pid in alive_below(os.getpid()) if pid in (parent.pid, child)], limit_s=60)
+    family = {parent.pid, child}
+    assert family <= set(alive_below(os.getpid()))
+    # Its parent dead, a child that is still on its way out is no longer below.
+    assert kill_all(lambda: [pid for pid in family if not has_ended(pid)], limit_s=60)
     assert parent.wait(60) == -9
-    assert read_process(child) is None or read_process(child).state == "Z"  # type: ignore[union-attr]
+    assert has_ended(child)
 
 
 def test_orphans_are_found_by_their_session_and_by_their_environment(parent: subprocess.Popen[str]) -> None:
