@@ -94,9 +94,18 @@ def test_death_of_every_rollout_worker_ends_everything_and_is_named(model: Path,
         assert "Traceback" not in run.stderr
 
 
-def test_death_of_the_command_itself_leaves_no_orphan(model: Path, tmp_path: Path) -> None:
+def test_death_of_the_command_itself_leaves_nothing_and_rank_0_says_where_things_are(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     with training(model, tmp_path, "-m", "xrl.cli", "train", *TWO_RANKS) as run:
+        assert list(temporary.glob("xrl-*"))
         assert run.end(run.process.pid, signal.SIGKILL) == -signal.SIGKILL
+        (line,) = own_lines(run)
+        assert line.startswith("xrl: stopped by SIGTERM ") and says_what_is_left(line, tmp_path)
+        assert list(temporary.glob("xrl-*")) == []
 
 
 def test_death_of_a_rank_of_plain_torchrun_ends_everything(model: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from xrl.launch import temporary
-from xrl.launch.temporary import LOCK_FILE, own_folder
+from xrl.launch.temporary import LOCK_FILE, own_folder, remove_abandoned
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,18 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one(parent: Path) -> 
         other.wait(30)
         with own_folder() as own:
             assert list(parent.iterdir()) == [own]
+
+
+def test_others_remove_a_folder_only_when_its_process_is_gone(parent: Path) -> None:
+    with own_folder() as folder:
+        remove_abandoned(folder)
+        assert (folder / LOCK_FILE).is_file()
+    folder.mkdir()
+    (folder / LOCK_FILE).touch()
+    (folder / "file").touch()
+    remove_abandoned(folder)
+    assert not folder.exists()
+    remove_abandoned(folder)  # another process was first
 
 
 def test_nothing_else_is_removed(parent: Path) -> None:

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from xrl.config.errors import SettingsError
 from xrl.launch.signals import GRACE_S, Stopped, end_after, ignore_signals, raise_on_signals, stop_with_parent
+from xrl.launch.temporary import remove_abandoned
 from xrl.launch.terminal import one_line, printable, quoted
 
 EXIT_ERROR = 1
@@ -52,7 +53,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     """Run a process's main function and exit: 0, 2 for bad settings, 128 + n for signal n, 1 for any other error."""
     raise_on_signals()
     if is_rank_of_torchrun():
-        stop_with_parent()
+        stop_with_parent(first=_tidy_up_after_agent)
     try:
         with announce_errors():
             main()
@@ -160,6 +161,13 @@ def agents_file() -> Path | None:
     run_dir = _run_dir()
     file = run_dir.parents[1] / _AGENTS_FILE if run_dir is not None else None
     return file if file is not None and file.exists() else None
+
+
+def _tidy_up_after_agent() -> None:
+    """`xrl train` above this rank was killed: what it would have removed."""
+    file = agents_file()
+    if file is not None:
+        remove_abandoned(file.parent)
 
 
 def _outlived_echo(error: BaseException) -> BaseException:

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -63,9 +64,14 @@ def end_after(seconds: float, code: int) -> None:
     timer.start()
 
 
-def stop_with_parent() -> None:
-    """When the parent is gone, killed say, send this process SIGTERM: nobody else would end it."""
-    threading.Thread(target=_watch_parent, args=(os.getppid(),), name="parent-watchdog", daemon=True).start()
+def stop_with_parent(first: Callable[[], None] = lambda: None) -> None:
+    """When the parent is gone, killed say, send this process SIGTERM: nobody else would end it.
+
+    Args:
+        first: is called before, in another thread.
+    """
+    watch = threading.Thread(target=_watch_parent, args=(os.getppid(), first), name="parent-watchdog", daemon=True)
+    watch.start()
 
 
 def _raise_stopped(number: int, frame: FrameType | None) -> NoReturn:
@@ -80,7 +86,8 @@ def _end_after_signal(read_end: int) -> None:
     os._exit(128 + number)
 
 
-def _watch_parent(parent_pid: int) -> None:
+def _watch_parent(parent_pid: int, first: Callable[[], None]) -> None:
     while os.getppid() == parent_pid:
         time.sleep(PARENT_POLL_S)
+    first()
     os.kill(os.getpid(), signal.SIGTERM)

@@ -30,14 +30,18 @@ def own_folder() -> Iterator[Path]:
             yield folder
 
 
+def remove_abandoned(folder: Path) -> None:
+    """Remove a folder of `own_folder` if its process is gone. Another one may be at it as well."""
+    with contextlib.suppress(OSError), (folder / LOCK_FILE).open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+
+
 def _remove_leftovers(parent: Path) -> None:
     """Remove our folders whose process was killed; nothing here is worth an error."""
     with contextlib.suppress(OSError):
         for folder in parent.glob(f"{PREFIX}*"):
             with contextlib.suppress(OSError):
                 found = (folder / LOCK_FILE).lstat()
-                if found.st_uid != os.getuid() or time.time() - found.st_mtime < YOUNG_S:
-                    continue
-                with (folder / LOCK_FILE).open("r+") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder)
+                if found.st_uid == os.getuid() and time.time() - found.st_mtime >= YOUNG_S:
+                    remove_abandoned(folder)
