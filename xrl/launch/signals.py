@@ -19,6 +19,7 @@ from typing import NoReturn
 # this long before torchrun tells the others, which may take it once more: the whole run ends within 15 seconds.
 GRACE_S = 6.0
 PARENT_POLL_S = 1.0
+FIRST_S = 1.0
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -68,7 +69,7 @@ def stop_with_parent(first: Callable[[], None] = lambda: None) -> None:
     """When the parent is gone, killed say, send this process SIGTERM: nobody else would end it.
 
     Args:
-        first: is called before, in another thread.
+        first: is called before, in another thread; it gets FIRST_S.
     """
     watch = threading.Thread(target=_watch_parent, args=(os.getppid(), first), name="parent-watchdog", daemon=True)
     watch.start()
@@ -89,5 +90,8 @@ def _end_after_signal(read_end: int) -> None:
 def _watch_parent(parent_pid: int, first: Callable[[], None]) -> None:
     while os.getppid() == parent_pid:
         time.sleep(PARENT_POLL_S)
-    first()
+    # Whatever becomes of it, on a disk that is gone, say, nothing may keep this process.
+    before = threading.Thread(target=first, name="before-the-end", daemon=True)
+    before.start()
+    before.join(FIRST_S)
     os.kill(os.getpid(), signal.SIGTERM)
