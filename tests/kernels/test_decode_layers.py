@@ -213,10 +213,10 @@ def test_a_stack_sees_that_memory_was_given_back() -> None:
             run_stack(stack)
 
 
-def test_a_stack_is_checked_for_each_kind_of_input() -> None:
+def test_a_step_looks_itself_whether_its_input_is_of_the_stack_s_kind() -> None:
     layers, context, rope, slots = small_batch()
     stack = LayerStack(layers)
     with torch.no_grad():
         run_stack(stack)
-        with pytest.raises(ValueError, match="must be torch.float64"):
+        with pytest.raises(ValueError, match="^keys must be torch.float64"):
             decode_layers(torch.randn(2, HIDDEN).double(), stack, context, rope, slots=slots, eps=EPS)

@@ -111,9 +111,12 @@ class MicrobatchMaker:
             response_ids=torch.from_numpy(packed.targets).to(device),
             rollout_logprobs=of_trained([sample.rollout_logprobs for sample in ordered]),
             advantages=of_trained([sample.advantages for sample in ordered]),
-            weights=of_trained(
-                [np.full(len(samples[index].trained), weights[index], np.float32) for index in packed.order]
-            ),
+            weights=torch.from_numpy(
+                np.repeat(
+                    np.array([weights[index] for index in packed.order], np.float32),
+                    [np.count_nonzero(sample.trained) for sample in ordered],
+                )
+            ).to(device),
             num_tokens=height * width,
         )
 

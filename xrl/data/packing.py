@@ -7,8 +7,8 @@ can pad a cluster to a rectangle at little cost. A cluster holds *roots* (sequen
     roots    [prompt 0][prompt 1]...                 or  [prompt 0 + answer 0][prompt 0 + answer 1]...
     branches [answer 0 of 0][answer 1 of 0][answer 0 of 1]...
 
-What stands behind the token before the last trained one predicts nothing that is trained on, so it is left out of the
-model's input. Only trained tokens have a row: for what the model was given, no logits are computed.
+The model's input ends in front of the last trained token: from there on nothing is predicted that is trained on. Only
+trained tokens have a row: for what the model was given, no logits are computed.
 
 Pure arithmetic on numbers and arrays; tensors are made where they are used.
 """

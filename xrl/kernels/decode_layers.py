@@ -85,10 +85,10 @@ class LayerStack:
         """
         checked = self._checked
         # A tensor may have come to need a gradient since, which only matters where one is recorded.
-        if checked is None or torch.is_grad_enabled() or not checked.holds(x, sizes):
+        if checked is None or torch.is_grad_enabled() or not checked.holds(sizes):
             _check_layers(self.layers, x, sizes)
             addresses = [_addresses(layer) for layer in self.layers] if _are_native(self.layers) else None
-            checked = self._checked = _Checked.of(self.layers, x, sizes, addresses)
+            checked = self._checked = _Checked.of(self.layers, sizes, addresses)
         return checked.addresses
 
 
@@ -185,8 +185,6 @@ class _Checked:
     """What a stack was found to be, and for what."""
 
     sizes: _Sizes
-    dtype: torch.dtype  # of x
-    device: torch.device
     tensors: list[Tensor]  # all that the layers have
     places: list[int]  # of each
     unpacked: list[Tensor]  # those of them that are checked: packed weights come from where they were packed
@@ -194,15 +192,11 @@ class _Checked:
     addresses: Sequence[tuple[int, ...]] | None
 
     @staticmethod
-    def of(
-        layers: Sequence[DecodeLayer], x: Tensor, sizes: _Sizes, addresses: Sequence[tuple[int, ...]] | None
-    ) -> _Checked:
+    def of(layers: Sequence[DecodeLayer], sizes: _Sizes, addresses: Sequence[tuple[int, ...]] | None) -> _Checked:
         tensors = [tensor for layer in layers for tensor in _tensors(layer) if tensor is not None]
         unpacked = [tensor for layer in layers for tensor in _checked_tensors(layer).values() if tensor is not None]
         return _Checked(
             sizes=sizes,
-            dtype=x.dtype,
-            device=x.device,
             tensors=tensors,
             places=list(map(Tensor.data_ptr, tensors)),
             unpacked=unpacked,
@@ -210,10 +204,10 @@ class _Checked:
             addresses=addresses,
         )
 
-    def holds(self, x: Tensor, sizes: _Sizes) -> bool:
-        """Whether it is still so, and for such an x."""
+    def holds(self, sizes: _Sizes) -> bool:
+        """Whether it is still so, and for such sizes; that x is of the layers' kind, every step looks at itself."""
         return (
-            (self.dtype, self.device, self.sizes) == (x.dtype, x.device, sizes)
+            self.sizes == sizes
             and list(map(Tensor.data_ptr, self.tensors)) == self.places
             and list(map(Tensor.numel, self.unpacked)) == self.lengths
         )
