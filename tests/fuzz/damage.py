@@ -69,7 +69,9 @@ def damaged_value(rng: random.Random, value: Any) -> Any:
         case 2 if isinstance(node, list):
             node.insert(key, rng.choice([node[key], rng.choice(ODD_VALUES)]))
         case 3 if type(node[key]) in (int, float):
-            node[key] = rng.choice([node[key] + 1, -node[key], node[key] * 2, str(node[key]), float(node[key])])
+            number = node[key]
+            as_float = float(number) if abs(number) < 1e308 else float("inf")  # what stands there may be 10**400
+            node[key] = rng.choice([number + 1, -number, number * 2, str(number), as_float])
         case _:
             node[key] = rng.choice(ODD_VALUES)
     return value
