@@ -1,24 +1,32 @@
-"""Puts rank 0's part of a run together: run folder, prompts, judge, rollout workers."""
+"""Puts a run together: rank 0's run folder, prompts, judge and rollout workers, and every rank's trainer."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from xrl.actor.actor import Actor
+from xrl.algorithms import Algorithm
 from xrl.config import Settings, SettingsError
 from xrl.config.parse import dump_settings
 from xrl.config.paths import absolute_paths
 from xrl.data.prompts import PromptDataset, rollouts_of
 from xrl.data.tokenizer import load_tokenizer, stop_token_ids
+from xrl.experience.collect import Collector
+from xrl.experience.evaluate import Evaluator
+from xrl.experience.experience import Experience, SampledRollouts
+from xrl.experience.turns import DeviceTurns, TurnTakingLearner, TurnTakingPublisher
 from xrl.files.disk import NotWritten
 from xrl.files.whole import write_whole
+from xrl.hooks import Checkpointing, Ending, Evaluation, Keeper
 from xrl.launch.progress import Progress
-from xrl.metrics.ending import Ending
+from xrl.metrics.ending import Ending as HowItEnds
 from xrl.metrics.environment import write_environment
 from xrl.metrics.journal import Journal
 from xrl.metrics.learning import LearningWatch
@@ -27,17 +35,19 @@ from xrl.metrics.report import start_lines
 from xrl.metrics.run_folder import RunFolder
 from xrl.models.build import train_dtype
 from xrl.models.shape import read_model_shape
+from xrl.parallel.control import Control
 from xrl.parallel.groups import ParallelGroups
+from xrl.reporter import Listeners, Reporter
 from xrl.rewards import create_judge
 from xrl.rollout.canary import Canary
-from xrl.rollout.collect import Collector
-from xrl.rollout.evaluate import Evaluator
 from xrl.rollout.mismatch import MismatchBounds
 from xrl.rollout.pool import WorkerPool
-from xrl.rollout.publish import Publisher
-from xrl.trainer import Lead
+from xrl.rollout.publish import WeightStream
+from xrl.rollout.publisher import CheckedPublisher, PersistentPublisher, Publisher, WeightPublisher
+from xrl.trainer import Learns, Trainer
 from xrl.types import SamplingParams
 from xrl.weights.checkpoints import Checkpoints
+from xrl.weights.source import WeightSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,11 +55,28 @@ if TYPE_CHECKING:
 logger = logging.getLogger("xrl")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lead:
+    """What only rank 0 has: prompts, rollout workers behind a collector, and the run's files."""
+
+    prompts: PromptDataset
+    sampling: SamplingParams
+    pool: WorkerPool
+    collector: Collector
+    stream: WeightStream
+    canary: Canary | None
+    mismatch: MismatchBounds
+    evaluator: Evaluator | None
+    journal: Journal
+    checkpoints: Checkpoints
+    watch: LearningWatch
+
+
 def build_lead(
     settings: Settings,
     groups: ParallelGroups,
     stack: contextlib.ExitStack,
-    ending: Ending | None = None,
+    ending: HowItEnds | None = None,
     progress: Progress | None = None,
 ) -> Lead:
     """Everything only rank 0 has; `stack` stops it again, whatever happens.
@@ -115,19 +142,106 @@ def build_lead(
     )
     journal.say(f"sampling parameters: {sampling}")
     collector = Collector(pool, tokenizer, judge, progress)
-    publisher = Publisher(pool, device=groups.device)
-    stack.callback(publisher.close)
+    stream = WeightStream(pool, device=groups.device)
+    stack.callback(stream.close)
     return Lead(
         prompts=prompts,
         sampling=sampling,
+        pool=pool,
         collector=collector,
-        publisher=publisher,
+        stream=stream,
         canary=_canary(settings, pool, sampling),
         mismatch=MismatchBounds(settings.rollout, dtype=_coarser_dtype(settings)),
         evaluator=None if held_out is None else Evaluator(collector, held_out.all(), settings.evaluation, sampling),
         journal=journal,
         checkpoints=Checkpoints(folder, settings.run, source=settings.model.model, dtype=train_dtype(settings.model)),
         watch=_watch(settings, folder, has_stop_tokens=bool(stop_ids)),
+    )
+
+
+def build_trainer(
+    settings: Settings,
+    groups: ParallelGroups,
+    actor: Actor,
+    algorithm: Algorithm,
+    lead: Lead | None,
+    *,
+    num_steps: int,
+    progress: Progress | None = None,
+) -> Trainer:
+    """The loop, of the parts that the settings ask for.
+
+    Args:
+        lead: on rank 0, None on the others.
+        progress: is told what this rank is at.
+    """
+    progress = progress or Progress()
+    control = Control.of(groups)
+    turns = DeviceTurns(lead.pool if lead else None, actor.memory, control) if settings.rollout.colocate else None
+    learner: Learns = actor if turns is None else TurnTakingLearner(actor, turns)
+    keeper = Keeper(journal=lead.journal, checkpoints=lead.checkpoints, watch=lead.watch) if lead else None
+    interval = settings.evaluation.eval_interval
+    return Trainer(
+        Experience(_source(settings, algorithm, lead) if lead else None, control),
+        learner,
+        algorithm,
+        _publisher(settings, groups, actor, lead, control, turns, progress),
+        Reporter(_listeners(settings, actor, lead) if lead else None, groups.control),
+        num_steps=num_steps,
+        hooks=[
+            Checkpointing(actor, keeper, control, progress),
+            Evaluation(lead.evaluator if lead else None, lead.journal if lead else None, control, interval=interval),
+            Ending(keeper, control),
+        ],
+        progress=progress,
+    )
+
+
+def _source(settings: Settings, algorithm: Algorithm, lead: Lead) -> SampledRollouts:
+    return SampledRollouts(
+        lead.prompts,
+        lead.collector,
+        algorithm.score,
+        lead.sampling,
+        num_samples=settings.data.samples_per_prompt,
+        num_in_flight=settings.prompts_in_flight,
+        enough=settings.data.rollout_batch_size if settings.rollout.partial_rollout else None,
+    )
+
+
+def _publisher(
+    settings: Settings,
+    groups: ParallelGroups,
+    actor: Actor,
+    lead: Lead | None,
+    control: Control,
+    turns: DeviceTurns | None,
+    progress: Progress,
+) -> Publisher:
+    """Publishes, hands devices over, checks, and does so again where all workers were lost."""
+    source = WeightSource(
+        actor,
+        groups,
+        transport=settings.rollout.chosen_transport,
+        timeout_s=60.0 * settings.parallel.distributed_timeout_minutes,
+    )
+    publisher: Publisher = WeightPublisher(source, lead.stream if lead else None, progress)
+    if turns is not None:
+        publisher = TurnTakingPublisher(publisher, turns)
+    if settings.rollout.canary_tokens:
+        publisher = CheckedPublisher(publisher, actor, lead.canary if lead else None)
+    return PersistentPublisher(
+        publisher, lead.pool if lead else None, control, max_repeats=settings.rollout.rollout_max_restarts
+    )
+
+
+def _listeners(settings: Settings, actor: Actor, lead: Lead) -> Listeners:
+    return Listeners(
+        journal=lead.journal,
+        watch=lead.watch,
+        mismatch=lead.mismatch,
+        takes_norm=settings.optimizer.clip_grad > 0,
+        sees_every_change=actor.dtype == torch.float32,
     )
 
 

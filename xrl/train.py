@@ -60,13 +60,12 @@ def train(settings: Settings) -> None:
 
         from xrl.actor.actor import Actor
         from xrl.algorithms import create_algorithm
-        from xrl.assembly import build_lead, share_rollout_count
+        from xrl.assembly import build_lead, build_trainer, share_rollout_count
         from xrl.kernels.threads import use_threads
         from xrl.launch.progress import Progress
         from xrl.metrics.console import setup_logging
         from xrl.metrics.ending import Ending
         from xrl.parallel.megatron import initialize, shutdown
-        from xrl.trainer import Trainer
 
     setup_logging(rank=rank_number(os.environ, "RANK", 0))
     ending, progress = Ending(), Progress()
@@ -80,13 +79,13 @@ def train(settings: Settings) -> None:
         ending.expect(num_rollouts)
         num_updates = num_rollouts * settings.algorithm.updates_per_rollout
         actor = Actor(settings, groups, num_updates=num_updates, progress=progress)
-        trainer = Trainer(
+        trainer = build_trainer(
             settings,
             groups,
             actor,
             create_algorithm(settings.algorithm),
             lead,
-            num_rollouts=num_rollouts,
+            num_steps=num_rollouts,
             progress=progress,
         )
         if groups.device.type == "cpu":

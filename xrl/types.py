@@ -69,6 +69,11 @@ class Completion:
     weights_version: int  # version of the weights that sampled it (its end, where several did)
     parts: tuple[tuple[int, int], ...] = ()  # (weights version, tokens) of each part, where several versions sampled it
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it ended by itself or at its longest."""
+        return self.finish_reason in ("stop", "length")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
@@ -161,3 +166,14 @@ class LossOutput:
 
     loss: Tensor  # [] already divided by the batch-wide denominator
     metrics: Mapping[str, Mean]  # sums and counts; merged across ranks, divided once
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateReport:
+    """What one optimizer update did; the same on every rank."""
+
+    metrics: Mapping[str, Mean]
+    grad_norm: float
+    lr: float
+    num_tokens: int  # prompt and response tokens of the update's samples, each sample's prompt counted
+    computed_tokens: int  # tokens that went through the model, all replicas together

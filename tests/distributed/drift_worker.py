@@ -16,13 +16,12 @@ prepare_megatron_for_cpu()
 
 from xrl.actor.actor import Actor  # noqa: E402
 from xrl.algorithms import create_algorithm  # noqa: E402
-from xrl.assembly import build_lead, share_rollout_count  # noqa: E402
+from xrl.assembly import build_lead, build_trainer, share_rollout_count  # noqa: E402
 from xrl.config import Settings  # noqa: E402
 from xrl.config.parse import parse_settings  # noqa: E402
 from xrl.metrics.sinks import read_rows  # noqa: E402
 from xrl.parallel.groups import ParallelGroups  # noqa: E402
 from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
-from xrl.trainer import Trainer  # noqa: E402
 
 
 def run(settings: Settings, groups: ParallelGroups) -> list[float]:
@@ -31,7 +30,8 @@ def run(settings: Settings, groups: ParallelGroups) -> list[float]:
         lead = build_lead(settings, groups, stack) if groups.rank == 0 else None
         num_rollouts = share_rollout_count(lead, groups)
         actor = Actor(settings, groups, num_updates=num_rollouts)
-        Trainer(settings, groups, actor, create_algorithm(settings.algorithm), lead, num_rollouts=num_rollouts).train()
+        algorithm = create_algorithm(settings.algorithm)
+        build_trainer(settings, groups, actor, algorithm, lead, num_steps=num_rollouts).train()
         if lead is None:
             return []
         return [row["mismatch"] for row in read_rows(lead.journal.folder.metrics) if "mismatch" in row]

@@ -15,10 +15,9 @@ prepare_megatron_for_cpu()
 from tests.distributed.logits_worker import whole_logits  # noqa: E402
 from xrl.actor.actor import Actor  # noqa: E402
 from xrl.algorithms import create_algorithm  # noqa: E402
-from xrl.assembly import build_lead, share_rollout_count  # noqa: E402
+from xrl.assembly import build_lead, build_trainer, share_rollout_count  # noqa: E402
 from xrl.config.parse import parse_settings  # noqa: E402
 from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
-from xrl.trainer import Trainer  # noqa: E402
 
 
 def main() -> None:
@@ -32,7 +31,8 @@ def main() -> None:
         lead = build_lead(settings, groups, stack) if groups.rank == 0 else None
         num_rollouts = share_rollout_count(lead, groups)
         actor = Actor(settings, groups, num_updates=num_rollouts)
-        Trainer(settings, groups, actor, create_algorithm(settings.algorithm), lead, num_rollouts=num_rollouts).train()
+        algorithm = create_algorithm(settings.algorithm)
+        build_trainer(settings, groups, actor, algorithm, lead, num_steps=num_rollouts).train()
     logits = whole_logits(actor, torch.load(arguments.sequences))
     if groups.reports_losses and groups.data_rank == 0:
         torch.save(logits, arguments.out)

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 
+from tests.experience.askings import finished
 from tests.rollout.scripted_workers import SPECIAL, WHY_FAILED, ScriptedWorkers, Words
 from tests.samples import answer, prompt
 from xrl.algorithms.advantages import group_advantages
 from xrl.algorithms.scoring import score_groups
+from xrl.experience.asking import Need
+from xrl.experience.collect import Collected, Collector
+from xrl.experience.experience import refuse_useless
 from xrl.launch.exit import RunEnded
 from xrl.launch.progress import Progress
 from xrl.rewards.judge import InlineJudge
-from xrl.rollout.collect import Collected, Collector
-from xrl.rollout.pool import RolloutCounts
-from xrl.trainer import refuse_useless
+from xrl.rollout.dispatch import RolloutCounts
 from xrl.types import Completion, GenerateRequest, Prompt, SamplingParams
 
 NO_ANSWER = 80  # the first token of a prompt that no worker can answer
@@ -62,8 +64,10 @@ def take(
     collector: Collector, asked: list[Prompt], *, seed: int = 1234, num_samples: int = 2, enough: int | None = None
 ) -> Collected:
     sampling = dataclasses.replace(SAMPLING, seed=seed)
-    return collector.collect(
-        asked, sampling=sampling, num_samples=num_samples, description="training samples", enough=enough
+    return finished(
+        collector.collect(
+            asked, sampling=sampling, num_samples=num_samples, description="training samples", enough=enough
+        )
     )
 
 
@@ -135,9 +139,9 @@ def test_an_answer_is_judged_while_others_are_still_sampled() -> None:
 
 def test_every_request_that_ends_and_every_verdict_is_progress() -> None:
     progress = Progress()
-    Collector(ScriptedWorkers(echo), Words(), InlineJudge(reward), progress).collect(  # type: ignore[arg-type]
-        prompts(11, NO_ANSWER, 13), sampling=SAMPLING, num_samples=2, description="training samples"
-    )
+    one = Collector(ScriptedWorkers(echo), Words(), InlineJudge(reward), progress)  # type: ignore[arg-type]
+    asked = prompts(11, NO_ANSWER, 13)
+    finished(one.collect(asked, sampling=SAMPLING, num_samples=2, description="training samples"))
     assert progress.pieces == 3 + 4
 
 
@@ -253,6 +257,15 @@ def test_a_prompt_that_failed_is_not_carried() -> None:
     found = take(one, prompts(NO_ANSWER, 12, 13), enough=1)
     assert first_tokens(found) == [12]
     assert one.num_carried == 1
+
+
+def test_where_no_worker_is_ready_weights_are_asked_for_and_the_rollout_goes_on() -> None:
+    workers = ScriptedWorkers(echo)
+    workers.num_lost = lambda request: 2 if request.token_ids == [12] else 0
+    asking = collector(workers).collect(prompts(11, 12), sampling=SAMPLING, num_samples=2, description="samples")
+    assert [next(asking), next(asking)] == [Need.WEIGHTS] * 2
+    assert first_tokens(finished(asking)) == [11, 12]
+    assert len(workers.asked) == 1
 
 
 def score(found: Collected) -> Any:
