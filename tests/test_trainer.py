@@ -146,7 +146,7 @@ def test_one_row_says_everything_of_a_rollout_and_its_update(make_run: MakeRun) 
         judged(asked, answer(4, 2), None, error="KeyError: 'x'"),
         judged(asked, answer(4, 5, reason="length"), 0.0),
     ]
-    run.collector.groups = lambda _: [Group(rollouts=tuple(answers))]
+    run.collector.groups = lambda _: [Group(episodes=tuple(answers))]
     run.collector.counts = RolloutCounts(sent=9, finished=5, failed=1, retried=2, stale=3, unfinished=4)
     run.pool.num_lost, run.pool.num_restarted = 2, 1
     run.train()

@@ -41,7 +41,7 @@ class Answers:
         for each, found in zip(prompts, self.rewards, strict=False):
             chosen = found[:1] if is_greedy else found[1 : 1 + call["num_samples"]]
             if chosen:
-                groups.append(Group(rollouts=tuple(self._rollout(each, one) for one in chosen)))
+                groups.append(Group(episodes=tuple(self._rollout(each, one) for one in chosen)))
         yield from ()
         return Collected(groups=groups, counts=RolloutCounts(), seconds=1.0, num_tokens=0)
 

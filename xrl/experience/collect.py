@@ -17,10 +17,10 @@ from tqdm import tqdm
 from xrl.experience.asking import Asking, Need
 from xrl.experience.partial import GroupInProgress
 from xrl.launch.progress import Progress
-from xrl.rewards import JudgePool, Verdict
+from xrl.rewards import JudgePool
 from xrl.rollout.dispatch import NoneReady, RolloutCounts
 from xrl.rollout.pool import WorkerPool
-from xrl.types import Completion, GenerateRequest, Group, Prompt, Rollout, SamplingParams
+from xrl.types import Completion, Episode, GenerateRequest, Group, Prompt, SamplingParams, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,7 +138,7 @@ class Collector:
             groups=groups,
             counts=counts,
             seconds=time.perf_counter() - start,
-            num_tokens=sum(len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts),
+            num_tokens=sum(episode.num_tokens for group in groups for episode in group.episodes),
         )
 
     def _answers(
@@ -200,7 +200,7 @@ class Collector:
     def _judged(self, place: _Place) -> Group:
         """Wait for the verdicts on a place's answers."""
         prompt, judging = place.group.prompt, place.judging or []
-        return Group(rollouts=tuple(_rollout(prompt, each) for each in self.progress.through(judging)))
+        return Group(episodes=tuple(_episode(prompt, each) for each in self.progress.through(judging)))
 
 
 def _num_judged(places: Sequence[_Place]) -> int:
@@ -215,15 +215,9 @@ def _named(place: int, sampling: SamplingParams, num_samples: int) -> tuple[Samp
     return dataclasses.replace(sampling, seed=seed), num_samples, f"{sampling.seed}-{place}"
 
 
-def _rollout(prompt: Prompt, judging: _Judging) -> Rollout:
-    result = judging.verdict.result()  # Unbounded: a judge has a time-out for each answer, and fails it then.
-    return Rollout(
-        prompt=prompt,
-        completion=judging.completion,
-        response=judging.response,
-        reward=result.reward,
-        judge_error=result.error,
-    )
+def _episode(prompt: Prompt, judging: _Judging) -> Episode:
+    verdict = judging.verdict.result()  # Unbounded: a judge has a time-out for each answer, and fails it then.
+    return Episode.of_answer(prompt, judging.completion, judging.response, verdict)
 
 
 def _log_counts(description: str, counts: RolloutCounts) -> None:

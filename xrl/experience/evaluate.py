@@ -53,7 +53,7 @@ class Evaluator:
             self.prompts, sampling=sampling, num_samples=num_samples, description=description
         )
         rows = [_rewards_of(group) for group in collected.groups]
-        num_unjudged = sum(len(group.rollouts) for group in collected.groups) - sum(map(len, rows))
+        num_unjudged = sum(len(group.episodes) for group in collected.groups) - sum(map(len, rows))
         if num_unjudged or len(rows) < len(self.prompts):
             logger.warning(
                 "%s: %d of %d prompts failed, and %d answers were cut off or nobody could judge them; "
@@ -68,9 +68,9 @@ class Evaluator:
 
 def _rewards_of(group: Group) -> list[float]:
     return [
-        rollout.reward
-        for rollout in group.rollouts
-        if rollout.reward is not None and rollout.completion.finish_reason in ("stop", "length")
+        episode.verdict.reward
+        for episode in group.episodes
+        if episode.verdict.reward is not None and episode.status in ("done", "length", "max_turns")
     ]
 
 

@@ -148,28 +148,29 @@ def refuse_useless(step: int, collected: Collected) -> None:
     """
     if not collected.groups:
         raise RunEnded(f"rollout {step}: all of its prompts failed, the first with {collected.counts.why_failed}")
-    rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
-    errors = [rollout.judge_error for rollout in rollouts if rollout.judge_error]
-    num_unjudged = sum(rollout.reward is None for rollout in rollouts)
-    if len(errors) == len(rollouts) or 2 * num_unjudged > len(rollouts):
+    verdicts = [episode.verdict for group in collected.groups for episode in group.episodes]
+    errors = [verdict.error for verdict in verdicts if verdict.failed]
+    num_unjudged = sum(verdict.reward is None for verdict in verdicts)
+    if len(errors) == len(verdicts) or 2 * num_unjudged > len(verdicts):
         raise RunEnded(
-            f"rollout {step}: the judge failed on {len(errors):,} of {len(rollouts):,} answers, first with {errors[0]}"
+            f"rollout {step}: the judge failed on {len(errors):,} of {len(verdicts):,} answers, first with {errors[0]}"
         )
 
 
 def _metrics_of(collected: Collected) -> dict[str, float]:
     counts = collected.counts
-    rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
+    episodes = [episode for group in collected.groups for episode in group.episodes]
+    turns = [turn for episode in episodes for turn in episode.turns]
     return {
         "prompts/failed": float(counts.failed),
         "prompts/retried": float(counts.retried),
         "prompts/unfinished": float(counts.unfinished),
         "prompts/stale": float(counts.stale),
-        "samples/total": float(len(rollouts)),
+        "samples/total": float(len(episodes)),
         # Without text, but for white space.
-        "samples/empty": float(sum(not rollout.response.strip() for rollout in rollouts)),
+        "samples/empty": float(sum(not episode.response.strip() for episode in episodes)),
         # Sampled by more than one version of the weights.
-        "samples/continued": float(sum(len(rollout.completion.parts) > 1 for rollout in rollouts)),
+        "samples/continued": float(sum(len(turn.completion.parts) > 1 for turn in turns)),
         "response_tokens": float(collected.num_tokens),
         "tokens_per_s/rollout": collected.num_tokens / collected.seconds,
         "seconds/rollout": collected.seconds,
