@@ -1,4 +1,4 @@
-"""Puts a run together: rank 0's run folder, prompts, judge and rollout workers, and every rank's trainer."""
+"""Puts the parts of a run together, as its settings ask for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from xrl.data.tokenizer import load_tokenizer, stop_token_ids
 from xrl.experience.collect import Collector
 from xrl.experience.evaluate import Evaluator
 from xrl.experience.experience import Experience, SampledRollouts
-from xrl.experience.turns import DeviceTurns, TurnTakingLearner, TurnTakingPublisher
+from xrl.experience.turns import DeviceTurns, TurnTakingPublisher
 from xrl.files.disk import NotWritten
 from xrl.files.whole import write_whole
 from xrl.hooks import Checkpointing, Ending, Evaluation, Keeper
@@ -38,13 +38,13 @@ from xrl.models.shape import read_model_shape
 from xrl.parallel.control import Control
 from xrl.parallel.groups import ParallelGroups
 from xrl.reporter import Listeners, Reporter
-from xrl.rewards import create_judge
+from xrl.rewards import InlineJudge, Judge, create_judge
 from xrl.rollout.canary import Canary
 from xrl.rollout.mismatch import MismatchBounds
 from xrl.rollout.pool import WorkerPool
 from xrl.rollout.publish import WeightStream
 from xrl.rollout.publisher import CheckedPublisher, PersistentPublisher, Publisher, WeightPublisher
-from xrl.trainer import Learns, Trainer
+from xrl.trainer import Hook
 from xrl.types import SamplingParams
 from xrl.weights.checkpoints import Checkpoints
 from xrl.weights.source import WeightSource
@@ -78,12 +78,15 @@ def build_lead(
     stack: contextlib.ExitStack,
     ending: HowItEnds | None = None,
     progress: Progress | None = None,
+    *,
+    judge: Judge | None = None,
 ) -> Lead:
     """Everything only rank 0 has; `stack` stops it again, whatever happens.
 
     Args:
         ending: is told of the run's folder.
         progress: advances with what the engines answer and the judge says.
+        judge: a function of this process; default: the judge of the settings, behind its bounds.
     """
     # Before anything is started: it is here that a tokenizer, a chat template or too long prompts are refused.
     tokenizer = load_tokenizer(settings.model.model)
@@ -114,8 +117,8 @@ def build_lead(
     pool.claim()
     if settings.rollout.colocate:
         pool.wait_until_ready()  # an engine needs the device for its start, and gives it up then
-    judge = create_judge(settings.rewards, log_dir=folder.logs)
-    stack.callback(judge.close)
+    judges = create_judge(settings.rewards, log_dir=folder.logs) if judge is None else InlineJudge(judge)
+    stack.callback(judges.close)
     journal = Journal(
         folder,
         tensorboard=settings.run.tensorboard,
@@ -141,7 +144,7 @@ def build_lead(
         seed=settings.run.seed,
     )
     journal.say(f"sampling parameters: {sampling}")
-    collector = Collector(pool, tokenizer, judge, progress)
+    collector = Collector(pool, tokenizer, judges, progress)
     stream = WeightStream(pool, device=groups.device)
     stack.callback(stream.close)
     return Lead(
@@ -159,62 +162,34 @@ def build_lead(
     )
 
 
-def build_trainer(
-    settings: Settings,
-    groups: ParallelGroups,
-    actor: Actor,
-    algorithm: Algorithm,
-    lead: Lead | None,
-    *,
-    num_steps: int,
-    progress: Progress | None = None,
-) -> Trainer:
-    """The loop, of the parts that the settings ask for.
-
-    Args:
-        lead: on rank 0, None on the others.
-        progress: is told what this rank is at.
-    """
-    progress = progress or Progress()
-    control = Control.of(groups)
-    turns = DeviceTurns(lead.pool if lead else None, actor.memory, control) if settings.rollout.colocate else None
-    learner: Learns = actor if turns is None else TurnTakingLearner(actor, turns)
-    keeper = Keeper(journal=lead.journal, checkpoints=lead.checkpoints, watch=lead.watch) if lead else None
-    interval = settings.evaluation.eval_interval
-    return Trainer(
-        Experience(_source(settings, algorithm, lead) if lead else None, control),
-        learner,
-        algorithm,
-        _publisher(settings, groups, actor, lead, control, turns, progress),
-        Reporter(_listeners(settings, actor, lead) if lead else None, groups.control),
-        num_steps=num_steps,
-        hooks=[
-            Checkpointing(actor, keeper, control, progress),
-            Evaluation(lead.evaluator if lead else None, lead.journal if lead else None, control, interval=interval),
-            Ending(keeper, control),
-        ],
-        progress=progress,
-    )
+def build_experience(settings: Settings, groups: ParallelGroups, algorithm: Algorithm, lead: Lead | None) -> Experience:
+    """Rollouts of the settings' prompts."""
+    source = None
+    if lead:
+        source = SampledRollouts(
+            lead.prompts,
+            lead.collector,
+            algorithm.score,
+            lead.sampling,
+            num_samples=settings.data.samples_per_prompt,
+            num_in_flight=settings.prompts_in_flight,
+            enough=settings.data.rollout_batch_size if settings.rollout.partial_rollout else None,
+        )
+    return Experience(source, Control.of(groups))
 
 
-def _source(settings: Settings, algorithm: Algorithm, lead: Lead) -> SampledRollouts:
-    return SampledRollouts(
-        lead.prompts,
-        lead.collector,
-        algorithm.score,
-        lead.sampling,
-        num_samples=settings.data.samples_per_prompt,
-        num_in_flight=settings.prompts_in_flight,
-        enough=settings.data.rollout_batch_size if settings.rollout.partial_rollout else None,
-    )
+def build_turns(settings: Settings, groups: ParallelGroups, actor: Actor, lead: Lead | None) -> DeviceTurns | None:
+    """Where actor and engines share devices."""
+    if not settings.rollout.colocate:
+        return None
+    return DeviceTurns(lead.pool if lead else None, actor.memory, Control.of(groups))
 
 
-def _publisher(
+def build_publisher(
     settings: Settings,
     groups: ParallelGroups,
     actor: Actor,
     lead: Lead | None,
-    control: Control,
     turns: DeviceTurns | None,
     progress: Progress,
 ) -> Publisher:
@@ -231,18 +206,39 @@ def _publisher(
     if settings.rollout.canary_tokens:
         publisher = CheckedPublisher(publisher, actor, lead.canary if lead else None)
     return PersistentPublisher(
-        publisher, lead.pool if lead else None, control, max_repeats=settings.rollout.rollout_max_restarts
+        publisher,
+        lead.pool if lead else None,
+        Control.of(groups),
+        max_repeats=settings.rollout.rollout_max_restarts,
     )
 
 
-def _listeners(settings: Settings, actor: Actor, lead: Lead) -> Listeners:
-    return Listeners(
-        journal=lead.journal,
-        watch=lead.watch,
-        mismatch=lead.mismatch,
-        takes_norm=settings.optimizer.clip_grad > 0,
-        sees_every_change=actor.dtype == torch.float32,
-    )
+def build_reporter(settings: Settings, groups: ParallelGroups, actor: Actor, lead: Lead | None) -> Reporter:
+    """What is told of each step."""
+    listeners = None
+    if lead:
+        listeners = Listeners(
+            journal=lead.journal,
+            watch=lead.watch,
+            mismatch=lead.mismatch,
+            takes_norm=settings.optimizer.clip_grad > 0,
+            sees_every_change=actor.dtype == torch.float32,
+        )
+    return Reporter(listeners, groups.control)
+
+
+def build_hooks(
+    settings: Settings, groups: ParallelGroups, actor: Actor, lead: Lead | None, progress: Progress
+) -> list[Hook]:
+    """Checkpoints, evaluation, and the end of a run that learns nothing."""
+    control = Control.of(groups)
+    keeper = Keeper(journal=lead.journal, checkpoints=lead.checkpoints, watch=lead.watch) if lead else None
+    evaluator, journal = (lead.evaluator, lead.journal) if lead else (None, None)
+    return [
+        Checkpointing(actor, keeper, control, progress),
+        Evaluation(evaluator, journal, control, interval=settings.evaluation.eval_interval),
+        Ending(keeper, control),
+    ]
 
 
 def start_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder) -> WorkerPool:

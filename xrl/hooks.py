@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,10 +54,19 @@ class Evaluation:
         if is_within and not (self._interval and step % self._interval == 0):
             return
         trainer.progress.enter(f"evaluation after rollout {step}")
+        rates = self.rates(lambda: trainer.publish(version=trainer.version))
+        if self._journal and rates:
+            self._journal.evaluation(step, rates)
+
+    def rates(self, publish: Callable[[], object]) -> Mapping[str, float]:
+        """Pass rates; on rank 0, empty on the others and without held-out prompts. Collective.
+
+        Args:
+            publish: gives the weights to the workers once more, where they need them.
+        """
         while (found := self._asked.go_on(self._begin)) is Need.WEIGHTS:
-            trainer.publish(version=trainer.version)
-        if self._journal and self._evaluator and not isinstance(found, Need):
-            self._journal.evaluation(step, found)
+            publish()
+        return {} if isinstance(found, Need) else found
 
     def _begin(self) -> Asking[Mapping[str, float]]:
         if self._evaluator is None:

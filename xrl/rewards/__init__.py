@@ -18,6 +18,7 @@ from xrl.types import Verdict
 
 __all__ = [
     "JUDGES",
+    "InlineJudge",
     "Judge",
     "JudgePool",
     "TruthChecker",
