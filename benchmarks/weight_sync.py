@@ -130,7 +130,7 @@ def lead(
     from xrl.config import RolloutConfig
     from xrl.metrics.memory import PeakMemory, pss_bytes
     from xrl.rollout.pool import WorkerPool
-    from xrl.rollout.publish import Publisher
+    from xrl.rollout.publish import WeightStream
 
     other = other_rank()
 
@@ -149,7 +149,7 @@ def lead(
         )
         with pool:
             pool.wait_until_ready()
-            publisher = Publisher(pool)
+            publisher = WeightStream(pool)
             memcpy = Memcpy()
             before = memory(None)
             seconds: list[float] = []

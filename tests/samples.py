@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xrl.algorithms.sample import sample_of
-from xrl.types import Completion, FinishReason, Group, Prompt, Rollout, Sample
+from xrl.types import Completion, Episode, FinishReason, Group, Prompt, Sample, Verdict
 
 
 def prompt(*token_ids: int, id: int = 0, ground_truth: str = "1") -> Prompt:
@@ -35,17 +35,27 @@ def answer(
     )
 
 
-def judged(asked: Prompt, completion: Completion, reward: float | None, *, error: str = "") -> Rollout:
-    """An answer and what its judge said; as text it is the numbers of its tokens."""
-    return Rollout(
-        prompt=asked, completion=completion, response=words(completion.token_ids), reward=reward, judge_error=error
-    )
+def judged(asked: Prompt, completion: Completion, reward: float | None, *, error: str = "") -> Episode:
+    """An answer and what its judge said; as text it is the numbers of its tokens.
+
+    Args:
+        error: "kind: detail" of a judge that failed.
+    """
+    failure, _, detail = error.partition(": ")
+    verdict = Verdict(reward=reward, failure=failure, detail=detail)
+    return Episode.of_answer(asked, completion, words(completion.token_ids), verdict)
 
 
 def group(*rewards: float | None, asked: Prompt | None = None) -> Group:
     """Answers to one prompt with these rewards: answer n is the tokens n and 2."""
     one = prompt(5, 6) if asked is None else asked
-    return Group(rollouts=tuple(judged(one, answer(place, 2), reward) for place, reward in enumerate(rewards)))
+    return Group(episodes=tuple(judged(one, answer(place, 2), reward) for place, reward in enumerate(rewards)))
+
+
+def completion_of(episode: Episode) -> Completion:
+    """Of an episode's only turn."""
+    (turn,) = episode.turns
+    return turn.completion
 
 
 def sample(

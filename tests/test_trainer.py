@@ -19,7 +19,7 @@ prepare_megatron_for_cpu()
 from tests.trainer_parts import SAMPLING, Run, flat, published, report, saved  # noqa: E402
 from xrl.launch.exit import RunEnded, RunFailed  # noqa: E402
 from xrl.launch.progress import Progress  # noqa: E402
-from xrl.rollout.pool import RolloutCounts  # noqa: E402
+from xrl.rollout.dispatch import RolloutCounts  # noqa: E402
 from xrl.rollout.process import WorkerGone  # noqa: E402
 from xrl.types import Group  # noqa: E402
 
@@ -51,8 +51,7 @@ def step(index: int, *, canary: bool = False) -> list[str]:
 
 
 def test_a_run_takes_learns_publishes_and_reports_and_evaluates_and_saves_in_between(make_run: MakeRun) -> None:
-    evaluation = {"eval_data": Path("unused"), "eval_interval": 2}
-    run = make_run(rollout={"canary_tokens": 4}, evaluation=evaluation)
+    run = make_run(has_canary=True, eval_interval=2)
     run.rates = {"eval/pass@1": 0.5}
     run.checkpoints.due = {1, 3, 4}
     run.train(4)
@@ -74,7 +73,7 @@ def test_a_run_takes_learns_publishes_and_reports_and_evaluates_and_saves_in_bet
 def test_held_out_prompts_are_asked_before_and_after_training_and_at_each_interval(
     make_run: MakeRun, interval: int | None, num_rollouts: int, expected: list[int]
 ) -> None:
-    run = make_run(evaluation={"eval_data": Path("unused"), "eval_interval": interval})
+    run = make_run(eval_interval=interval)
     run.rates = {"eval/pass@1": 0.5}
     run.train(num_rollouts)
     assert list(run.journal.evaluations) == expected
@@ -121,24 +120,20 @@ def test_each_rollout_asks_for_a_batch_of_prompts_with_a_seed_of_its_own(make_ru
 def test_partial_rollouts_fill_up_what_is_carried_and_end_with_a_batch(
     make_run: MakeRun, num_carried: int, num_prompts: int
 ) -> None:
-    run = make_run(rollout={"partial_rollout": True, "oversampling": 1.5})
+    run = make_run(num_in_flight=3, enough=2)
     run.collector.num_carried = num_carried
     run.train()
     ((prompts, call),) = run.collector.calls
     assert (len(prompts), call["enough"]) == (num_prompts, 2)
 
 
-@pytest.mark.parametrize(("kind", "shares"), [("token-mean", [0.25, 0.25]), ("sequence-mean", [0.5, 1 / 6])])
-def test_the_actor_learns_what_the_algorithm_makes_of_the_answers(
-    make_run: MakeRun, kind: str, shares: list[float]
-) -> None:
-    run = make_run(algorithm={"loss_aggregation": kind})
+def test_the_actor_learns_what_the_algorithm_makes_of_the_answers(make_run: MakeRun) -> None:
+    run = make_run()
     run.train()
-    ((samples, loss, token_weights, fused_loss),) = run.actor.updates
+    ((samples, algorithm),) = run.actor.updates
     scored = run.algorithm.score(run.collector.groups(1))
     assert list(map(contents, samples)) == list(map(contents, scored.samples)) and len(samples) == 4
-    assert (loss, fused_loss) == (run.algorithm.loss, run.settings.algorithm)
-    assert token_weights([1, 3]) == shares
+    assert algorithm is run.algorithm
     assert run.journal.rollouts == [(1, run.collector.groups(1), scored.advantages, 4, scored.metrics)]
 
 
@@ -151,7 +146,7 @@ def test_one_row_says_everything_of_a_rollout_and_its_update(make_run: MakeRun) 
         judged(asked, answer(4, 2), None, error="KeyError: 'x'"),
         judged(asked, answer(4, 5, reason="length"), 0.0),
     ]
-    run.collector.groups = lambda _: [Group(rollouts=tuple(answers))]
+    run.collector.groups = lambda _: [Group(episodes=tuple(answers))]
     run.collector.counts = RolloutCounts(sent=9, finished=5, failed=1, retried=2, stale=3, unfinished=4)
     run.pool.num_lost, run.pool.num_restarted = 2, 1
     run.train()
@@ -255,7 +250,7 @@ def test_a_rollout_without_answers_ends_the_run_before_anything_is_learned(make_
 
 
 def test_after_each_update_the_actor_scores_what_the_engines_sample(make_run: MakeRun) -> None:
-    run = make_run(rollout={"canary_tokens": 4})
+    run = make_run(has_canary=True)
     run.canary.samples = [sample([1], [3]), sample([1], [4])]
     run.actor.differences = [0.25, 0.75]
     run.train()
@@ -272,7 +267,7 @@ def test_without_a_canary_nothing_is_said_of_it(make_run: MakeRun) -> None:
 
 
 def test_a_canary_that_nobody_answered_is_not_judged(make_run: MakeRun) -> None:
-    run = make_run(rollout={"canary_tokens": 4})
+    run = make_run(has_canary=True)
     run.canary.samples = []
     run.train()
     assert run.canary.judged == [] and "canary" not in run.journal.rows[1]
@@ -281,9 +276,9 @@ def test_a_canary_that_nobody_answered_is_not_judged(make_run: MakeRun) -> None:
 def test_weights_whose_workers_were_all_lost_are_published_anew(
     make_run: MakeRun, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = make_run(rollout={"rollout_max_restarts": 2})
-    run.publisher.is_lost = lambda number: number <= 2
-    run.pool.num_ready = lambda: int(run.publisher.num_calls > 2)
+    run = make_run(max_repeats=2)
+    run.stream.is_lost = lambda number: number <= 2
+    run.pool.num_ready = lambda: int(run.stream.num_calls > 2)
     run.train()
     lost = ["publish 0: lost", "weights 0 are out"]  # other ranks take part in every bucket
     assert run.log[:7] == [*lost, *lost, *published(0), "take 1"]
@@ -291,15 +286,15 @@ def test_weights_whose_workers_were_all_lost_are_published_anew(
 
 
 def test_workers_that_are_lost_after_the_update_get_it_anew(make_run: MakeRun) -> None:
-    run = make_run(rollout={"canary_tokens": 4})
-    run.pool.num_ready = lambda: int(run.publisher.num_calls != 1)
+    run = make_run(has_canary=True)
+    run.pool.num_ready = lambda: int(run.stream.num_calls != 1)
     run.train()
     assert run.log[:11] == [*published(0), *CANARY, *published(0), *CANARY, "take 1"]
 
 
 @pytest.mark.parametrize("num_restarts", [0, 2])
 def test_weights_are_published_as_often_as_a_worker_is_started_again(make_run: MakeRun, num_restarts: int) -> None:
-    run = make_run(rollout={"rollout_max_restarts": num_restarts})
+    run = make_run(max_repeats=num_restarts)
     run.pool.num_ready = lambda: 0
     with pytest.raises(WorkerGone, match="no rollout worker is left"):
         run.train()
@@ -308,19 +303,13 @@ def test_weights_are_published_as_often_as_a_worker_is_started_again(make_run: M
 
 def test_a_rollout_whose_workers_are_lost_has_its_weights_published_once_more(make_run: MakeRun) -> None:
     run = make_run()
-
-    def lose_them_in_the_second() -> None:
-        if len(run.collector.calls) == 2:
-            assert run.pool.recover is not None
-            run.pool.recover()
-
-    run.collector.meanwhile = lose_them_in_the_second
+    run.collector.num_lost = lambda number: int(number == 2)
     run.train(2)
     assert run.log[:-3] == [*published(0), *step(1), "take 2", *published(1), *step(2)[1:]]
 
 
 def test_actor_and_engines_on_the_same_devices_take_turns(make_run: MakeRun) -> None:
-    run = make_run(rollout={"colocate": True})
+    run = make_run(colocate=True)
     run.train()
     actor_gives = ["actor leaves the device", "engines sleep"]
     engines_give = ["engines sleep", "actor takes the device"]
@@ -340,29 +329,7 @@ def test_on_devices_of_their_own_nobody_leaves(make_run: MakeRun) -> None:
     assert "seconds/turns" not in run.journal.rows[1]
 
 
-@pytest.mark.parametrize(
-    ("transport", "has_native", "local_world_size", "shares"),
-    [
-        ("shared_memory", True, None, True),
-        ("auto", True, "1", True),
-        ("shared_memory", False, None, False),
-        ("broadcast", True, None, False),
-        ("shared_memory", True, "2", False),  # ranks of other hosts cannot write there
-    ],
-)
-def test_ranks_of_one_host_write_weights_into_shared_memory_themselves(
-    make_run: MakeRun,
-    monkeypatch: pytest.MonkeyPatch,
-    transport: str,
-    has_native: bool,
-    local_world_size: str | None,
-    shares: bool,
-) -> None:
-    monkeypatch.setattr("xrl.trainer.native_module", lambda: object() if has_native else None)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if local_world_size:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
-    run = make_run(rollout={"weight_transport": transport})
+def test_workers_of_this_host_read_weights_where_the_ranks_write_them(make_run: MakeRun) -> None:
+    run = make_run()
     run.train()
-    assert run.actor.memories == ([run.publisher.memory] * 2 if shares else [])
-    assert run.log.count("weights 1 are out") == (1 if shares else 2)  # a checkpoint is read from the weights
+    assert run.actor.memories == [run.stream.memory] * 2

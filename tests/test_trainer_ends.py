@@ -110,21 +110,21 @@ def test_a_run_of_three_rollouts_that_taught_nothing_has_failed(
 
 
 @pytest.mark.parametrize(
-    ("changes", "update", "dtype", "clip_grad", "learns"),
+    ("changes", "update", "dtype", "takes_norm", "learns"),
     [
-        (True, {}, torch.float32, 1.0, True),
-        (False, {}, torch.float32, 1.0, False),  # the same bits as before
-        (False, {}, torch.bfloat16, 1.0, True),  # its main weights may have changed
-        (True, {"grad_norm": 0.0}, torch.float32, 1.0, False),
-        (True, {"grad_norm": 0.0}, torch.float32, 0.0, True),  # no norm is taken
-        (True, {"lr": 0.0}, torch.float32, 1.0, False),
+        (True, {}, torch.float32, True, True),
+        (False, {}, torch.float32, True, False),  # the same bits as before
+        (False, {}, torch.bfloat16, True, True),  # its main weights may have changed
+        (True, {"grad_norm": 0.0}, torch.float32, True, False),
+        (True, {"grad_norm": 0.0}, torch.float32, False, True),  # no norm is taken
+        (True, {"lr": 0.0}, torch.float32, True, False),
     ],
 )
 def test_whether_a_run_learned_is_told_by_its_updates_and_the_bits_of_its_weights(
-    make_run: MakeRun, changes: bool, update: dict[str, float], dtype: torch.dtype, clip_grad: float, learns: bool
+    make_run: MakeRun, changes: bool, update: dict[str, float], dtype: torch.dtype, takes_norm: bool, learns: bool
 ) -> None:
-    run = make_run(optimizer={"clip_grad": clip_grad})
-    run.publisher.checksums = lambda version: (f"checksum {version if changes else 0}",)
+    run = make_run(takes_norm=takes_norm)
+    run.stream.checksums = lambda version: (f"checksum {version if changes else 0}",)
     run.actor.reports, run.actor.dtype = lambda _: [report(**update)], dtype
     if learns:
         run.train(3)

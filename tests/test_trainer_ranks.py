@@ -72,18 +72,13 @@ def test_every_rank_learns_from_the_lead_s_samples_and_gives_its_part_of_the_wei
         "weights 2 are out",  # into hf-final
     ]
     for mine, theirs in zip(lead.run.actor.updates, other.run.actor.updates, strict=True):
-        assert len(mine[0]) == 4 and theirs[0] == [] and mine[2]([1, 3]) == theirs[2]([1, 3])
+        assert len(mine[0]) == 4 and theirs[0] == []
     assert list(lead.run.journal.rows) == [1, 2]
 
 
 def test_weights_are_given_once_more_in_the_middle_of_a_rollout(tmp_path: Path) -> None:
     def prepare(run: Run) -> None:
-        def lose_all() -> None:
-            assert run.pool.recover is not None
-            for _ in range(2):
-                run.pool.recover()
-
-        run.collector.meanwhile = lose_all
+        run.collector.num_lost = lambda number: 2
 
     lead, other = train(tmp_path, prepare=prepare)
     assert (lead.error, other.error) == (None, None)
@@ -93,8 +88,8 @@ def test_weights_are_given_once_more_in_the_middle_of_a_rollout(tmp_path: Path) 
 
 def test_weights_that_reached_nobody_are_given_again_by_every_rank(tmp_path: Path) -> None:
     def prepare(run: Run) -> None:
-        run.publisher.is_lost = lambda number: number == 1
-        run.pool.num_ready = lambda: int(run.publisher.num_calls > 1)
+        run.stream.is_lost = lambda number: number == 1
+        run.pool.num_ready = lambda: int(run.stream.num_calls > 1)
 
     lead, other = train(tmp_path, prepare=prepare)
     assert (lead.error, other.error) == (None, None)
@@ -105,14 +100,14 @@ def test_where_no_worker_is_left_every_rank_ends_and_the_lead_says_why(tmp_path:
     def prepare(run: Run) -> None:
         run.pool.num_ready = lambda: 0
 
-    lead, other = train(tmp_path, prepare=prepare, rollout={"rollout_max_restarts": 1})
+    lead, other = train(tmp_path, prepare=prepare, max_repeats=1)
     assert isinstance(lead.error, WorkerGone)
     assert isinstance(other.error, RunEnded) and other.error.sentence == ""
     assert other.run.log == ["weights 0 are out"] * 2
 
 
 def test_every_rank_scores_the_canary(tmp_path: Path) -> None:
-    lead, other = train(tmp_path, rollout={"canary_tokens": 4})
+    lead, other = train(tmp_path, has_canary=True)
     assert lead.run.actor.scored == [lead.run.canary.samples] * 2
     assert other.run.log.count("score canaries") == 2
 
@@ -165,7 +160,7 @@ def test_nobody_takes_a_device_before_the_other_side_has_left_it(tmp_path: Path)
     actor_took, engines_slept = threading.Event(), threading.Event()
 
     def play(rank: int, control: ProcessGroup) -> None:
-        run = Run(tmp_path, control=control, rank=rank, num_ranks=2, rollout={"colocate": True})
+        run = Run(tmp_path, control=control, rank=rank, num_ranks=2, colocate=True)
 
         def leave() -> None:
             if rank == 1:

@@ -17,48 +17,30 @@ from torch.distributed import ProcessGroup
 from tests.metrics.learning_records import WORDS
 from tests.ranks import groups, layout
 from tests.samples import group, prompt, sample
-from xrl.actor.actor import UpdateReport
+from xrl.algorithms import Algorithm
 from xrl.algorithms.grpo import GRPO
-from xrl.config import (
-    AlgorithmConfig,
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    Settings,
-)
+from xrl.config import AlgorithmConfig
+from xrl.experience.asking import Asking, Need
+from xrl.experience.collect import Collected
+from xrl.experience.experience import Experience, SampledRollouts
+from xrl.experience.turns import DeviceTurns, TurnTakingLearner, TurnTakingPublisher
 from xrl.files.disk import NotWritten
+from xrl.hooks import Checkpointing, Ending, Evaluation
 from xrl.launch.progress import Progress
 from xrl.metrics.learning import LearningWatch
 from xrl.metrics.mean import Mean
 from xrl.metrics.run_folder import RunFolder
-from xrl.rollout.collect import Collected
-from xrl.rollout.pool import RolloutCounts
+from xrl.parallel.control import Control
+from xrl.reporter import Reporter
+from xrl.rollout.dispatch import RolloutCounts
 from xrl.rollout.process import WorkerGone
 from xrl.rollout.publish import NoneUpdated, PublishReport
-from xrl.trainer import Lead, Trainer
-from xrl.types import Group, Prompt, Sample, SamplingParams
+from xrl.rollout.publisher import CheckedPublisher, PersistentPublisher, Publisher, WeightPublisher
+from xrl.trainer import Trainer
+from xrl.types import Group, Prompt, Sample, SamplingParams, UpdateReport
 
 BUCKETS = ("embeddings", "layers.0", "final")
 SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=8, stop_token_ids=(2,), seed=1000)
-# What a run is told beside the defaults. Weights go by `weights`, whether or not the compiled kernels are there.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "data": {"rollout_batch_size": 2, "samples_per_prompt": 2},
-    "rollout": {"weight_transport": "broadcast", "canary_tokens": 0},
-}
-
-
-def settings(**sections: dict[str, Any]) -> Settings:
-    """Settings of a run; sections are by their names, `rollout={"colocate": True}` say."""
-    fields = {name: {**DEFAULTS.get(name, {}), **sections.get(name, {})} for name in (*DEFAULTS, *sections)}
-    kinds = {"algorithm": AlgorithmConfig, "evaluation": EvaluationConfig, "optimizer": OptimizerConfig}
-    return Settings(
-        model=ModelConfig(model=Path("unused")),
-        data=DataConfig(data=Path("unused"), **fields.pop("data")),
-        rollout=RolloutConfig(**fields.pop("rollout")),
-        **{name: kinds[name](**values) for name, values in fields.items()},  # type: ignore[arg-type]
-    )
 
 
 def report(
@@ -100,31 +82,29 @@ class Actor:
     def __init__(self, log: list[str]) -> None:
         self.log = log
         self.reports: Callable[[int], list[UpdateReport]] = lambda number: [report()]  # of the n-th rollout, from 1
-        self.updates: list[tuple[list[Sample], Any, Any, Any]] = []
+        self.updates: list[tuple[list[Sample], Algorithm]] = []
         self.differences: list[float] = [0.5]
         self.scored: list[list[Sample]] = []
-        self.memories: list[Any] = []  # that shared weights were to be written to
+        self.memories: list[Any] = []  # that were handed to the source of the weights
         self.seconds = {"logprobs": 0.5, "update": 1.5}
         self.dtype = torch.float32
         self.memory = SimpleNamespace(
             offload=lambda: log.append("actor leaves the device"), restore=lambda: log.append("actor takes the device")
         )
 
-    def update(
-        self, samples: Sequence[Sample] | None, loss: Any, token_weights: Any, *, fused_loss: Any = None
-    ) -> list[UpdateReport]:
+    def learn(self, samples: Sequence[Sample] | None, algorithm: Algorithm) -> list[UpdateReport]:
         self.log.append("learn" if samples is None else f"learn from {len(samples)}")
-        self.updates.append((list(samples or ()), loss, token_weights, fused_loss))
+        self.updates.append((list(samples or ()), algorithm))
         return self.reports(len(self.updates)) if samples or samples is None else []
 
     def weights(self, *, version: int) -> Iterator[str]:
         yield from BUCKETS
         self.log.append(f"weights {version} are out")
 
-    def shared_weights(self, memory: Any, *, version: int) -> Iterator[str]:
+    def stream(self, memory: Any, *, version: int) -> Iterator[str]:
+        """In the place of the weights' source, too."""
         self.memories.append(memory)
-        yield from BUCKETS
-        self.log.append(f"shared weights {version} are out")
+        return self.weights(version=version)
 
     def mismatch(self, samples: Sequence[Sample] | None) -> list[float]:
         self.scored.append(list(samples or ()))
@@ -139,7 +119,6 @@ class Pool:
         self.log = log
         self.num_ready: Callable[[], int] = lambda: 1
         self.num_lost, self.num_restarted = 0, 0
-        self.recover: Callable[[], None] | None = None
 
     def ready(self) -> list[int]:
         return list(range(self.num_ready()))
@@ -163,16 +142,17 @@ class Collector:
         self.num_carried = 0
         self.groups: Callable[[int], list[Group]] = lambda number: [group(1.0, 0.0), group(0.0, 1.0)]
         self.counts = RolloutCounts(sent=2, finished=2)
-        self.meanwhile: Callable[[], None] = lambda: None
+        self.num_lost: Callable[[int], int] = lambda number: 0  # times that no worker is ready, within the n-th
 
-    def collect(self, prompts: Sequence[Prompt], **call: Any) -> Collected:
+    def collect(self, prompts: Sequence[Prompt], **call: Any) -> Asking[Collected]:
         self.calls.append((list(prompts), call))
         self.log.append(f"take {len(self.calls)}")
-        self.meanwhile()
+        for _ in range(self.num_lost(len(self.calls))):
+            yield Need.WEIGHTS
         return Collected(groups=self.groups(len(self.calls)), counts=self.counts, seconds=4.0, num_tokens=8)
 
 
-class Publisher:
+class Stream:
     """Weights to the workers."""
 
     def __init__(self, log: list[str]) -> None:
@@ -286,7 +266,7 @@ class Checkpoints:
 
 
 class Run:
-    """A run of one rank, or the lead's side of one of several: its parts, and the log that they write."""
+    """A run of one rank, or one rank's side of a run of several: its parts, and the log that they write."""
 
     def __init__(
         self,
@@ -296,25 +276,36 @@ class Run:
         rank: int = 0,
         num_ranks: int = 1,
         stops: bool = True,
-        **sections: dict[str, Any],
+        colocate: bool = False,
+        has_canary: bool = False,
+        max_repeats: int = 3,
+        eval_interval: int | None = None,
+        num_in_flight: int = 2,
+        enough: int | None = None,
+        takes_norm: bool = True,
     ) -> None:
         """
         Args:
             folder: of the run; only its name is used.
             control: the group of all ranks.
             stops: whether a run that learns nothing ends.
-            sections: as `settings` takes them.
+            colocate: actor and engines take turns.
+            max_repeats: of a publication that reached nobody.
+            num_in_flight, enough: as in `SampledRollouts`.
+            takes_norm: as in `Listeners`.
         """
         self.log: list[str] = []
-        self.settings = settings(**sections)
         self.groups = groups(layout(data=num_ranks), rank=rank, control=control)
+        self.colocate, self.has_canary, self.max_repeats = colocate, has_canary, max_repeats
+        self.eval_interval, self.num_in_flight, self.enough = eval_interval, num_in_flight, enough
+        self.takes_norm = takes_norm
         self.actor = Actor(self.log)
-        self.algorithm = GRPO(self.settings.algorithm)
+        self.algorithm = GRPO(AlgorithmConfig())
         self.progress = Progress()
         self.collector = Collector(self.log)
         self.pool = self.collector.pool
         self.prompts = SimpleNamespace(epoch=2, next_batch=lambda count: [prompt(5, id=n) for n in range(count)])
-        self.publisher = Publisher(self.log)
+        self.stream = Stream(self.log)
         self.canary = Canary(self.log)
         self.judge_mismatch: Callable[[float], None] = lambda value: None
         self.rates: dict[str, float] | None = None  # None: the run has no evaluator
@@ -322,41 +313,75 @@ class Run:
         self.checkpoints = Checkpoints(self.log)
         self.learning = LearningWatch(WORDS, stops=stops)
 
-    def trainer(self, num_rollouts: int = 1, *, leads: bool = True) -> Trainer:
+    def trainer(self, num_steps: int = 1, *, leads: bool = True) -> Trainer:
+        """What xrl.assembly puts together, of these parts."""
+        control = Control.of(self.groups)
+        actor: Any = self.actor
+        turns = DeviceTurns(self.pool if leads else None, self.actor.memory, control) if self.colocate else None
+        keeper: Any = (
+            SimpleNamespace(journal=self.journal, checkpoints=self.checkpoints, watch=self.learning) if leads else None
+        )
         return Trainer(
-            self.settings,
-            self.groups,
-            self.actor,  # type: ignore[arg-type]
+            Experience(self._source() if leads else None, control),
+            actor if turns is None else TurnTakingLearner(actor, turns),
             self.algorithm,
-            self._lead() if leads else None,
-            num_rollouts=num_rollouts,
+            self._publisher(control, turns, leads=leads),
+            Reporter(self._listeners() if leads else None, self.groups.control),
+            num_steps=num_steps,
+            hooks=[
+                Checkpointing(actor, keeper, control, self.progress),
+                Evaluation(
+                    self if leads and self.rates is not None else None,
+                    self.journal if leads else None,  # type: ignore[arg-type]
+                    control,
+                    interval=self.eval_interval,
+                ),
+                Ending(keeper, control),
+            ],
             progress=self.progress,
         )
 
-    def train(self, num_rollouts: int = 1) -> Trainer:
-        trainer = self.trainer(num_rollouts)
+    def train(self, num_steps: int = 1) -> Trainer:
+        trainer = self.trainer(num_steps)
         trainer.train()
         return trainer
 
-    def _lead(self) -> Lead:
-        parts: dict[str, Any] = {
-            "prompts": self.prompts,
-            "sampling": SAMPLING,
-            "collector": self.collector,
-            "publisher": self.publisher,
-            "canary": self.canary if self.settings.rollout.canary_tokens else None,
-            "mismatch": SimpleNamespace(judge=self._judge_mismatch),
-            "evaluator": None if self.rates is None else SimpleNamespace(evaluate=self._evaluate),
-            "journal": self.journal,
-            "checkpoints": self.checkpoints,
-            "watch": self.learning,
-        }
-        return Lead(**parts)
+    def evaluate(self) -> Asking[dict[str, float]]:
+        """In the place of the evaluator."""
+        self.log.append("evaluate")
+        return self.rates or {}
+        yield Need.WEIGHTS
+
+    def _source(self) -> SampledRollouts:
+        return SampledRollouts(
+            self.prompts,
+            self.collector,
+            self.algorithm.score,
+            SAMPLING,
+            num_samples=2,
+            num_in_flight=self.num_in_flight,
+            enough=self.enough,
+        )
+
+    def _publisher(self, control: Control, turns: DeviceTurns | None, *, leads: bool) -> Publisher:
+        source: Any = self.actor
+        stream: Any = self.stream if leads else None
+        publisher: Publisher = WeightPublisher(source, stream, self.progress)
+        if turns is not None:
+            publisher = TurnTakingPublisher(publisher, turns)
+        if self.has_canary:
+            publisher = CheckedPublisher(publisher, self.actor, self.canary if leads else None)
+        return PersistentPublisher(publisher, self.pool if leads else None, control, max_repeats=self.max_repeats)
+
+    def _listeners(self) -> Any:
+        return SimpleNamespace(
+            journal=self.journal,
+            watch=self.learning,
+            mismatch=SimpleNamespace(judge=self._judge_mismatch),
+            takes_norm=self.takes_norm,
+            sees_every_change=self.actor.dtype == torch.float32,
+        )
 
     def _judge_mismatch(self, value: float, *, rollout: int) -> None:
         self.log.append(f"judge mismatch {value} of {rollout}")
         self.judge_mismatch(value)
-
-    def _evaluate(self) -> dict[str, float] | None:
-        self.log.append("evaluate")
-        return self.rates

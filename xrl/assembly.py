@@ -1,24 +1,32 @@
-"""Puts rank 0's part of a run together: run folder, prompts, judge, rollout workers."""
+"""Puts the parts of a run together, as its settings ask for them."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from xrl.actor.actor import Actor
+from xrl.algorithms import Algorithm
 from xrl.config import Settings, SettingsError
 from xrl.config.parse import dump_settings
 from xrl.config.paths import absolute_paths
 from xrl.data.prompts import PromptDataset, rollouts_of
 from xrl.data.tokenizer import load_tokenizer, stop_token_ids
+from xrl.experience.collect import Collector
+from xrl.experience.evaluate import Evaluator
+from xrl.experience.experience import Experience, SampledRollouts
+from xrl.experience.turns import DeviceTurns, TurnTakingPublisher
 from xrl.files.disk import NotWritten
 from xrl.files.whole import write_whole
+from xrl.hooks import Checkpointing, Ending, Evaluation, Keeper
 from xrl.launch.progress import Progress
-from xrl.metrics.ending import Ending
+from xrl.metrics.ending import Ending as HowItEnds
 from xrl.metrics.environment import write_environment
 from xrl.metrics.journal import Journal
 from xrl.metrics.learning import LearningWatch
@@ -27,17 +35,19 @@ from xrl.metrics.report import start_lines
 from xrl.metrics.run_folder import RunFolder
 from xrl.models.build import train_dtype
 from xrl.models.shape import read_model_shape
+from xrl.parallel.control import Control
 from xrl.parallel.groups import ParallelGroups
-from xrl.rewards import create_judge
+from xrl.reporter import Listeners, Reporter
+from xrl.rewards import InlineJudge, Judge, create_judge
 from xrl.rollout.canary import Canary
-from xrl.rollout.collect import Collector
-from xrl.rollout.evaluate import Evaluator
 from xrl.rollout.mismatch import MismatchBounds
 from xrl.rollout.pool import WorkerPool
-from xrl.rollout.publish import Publisher
-from xrl.trainer import Lead
+from xrl.rollout.publish import WeightStream
+from xrl.rollout.publisher import CheckedPublisher, PersistentPublisher, Publisher, WeightPublisher
+from xrl.trainer import Hook
 from xrl.types import SamplingParams
 from xrl.weights.checkpoints import Checkpoints
+from xrl.weights.source import WeightSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,18 +55,38 @@ if TYPE_CHECKING:
 logger = logging.getLogger("xrl")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lead:
+    """What only rank 0 has: prompts, rollout workers behind a collector, and the run's files."""
+
+    prompts: PromptDataset
+    sampling: SamplingParams
+    pool: WorkerPool
+    collector: Collector
+    stream: WeightStream
+    canary: Canary | None
+    mismatch: MismatchBounds
+    evaluator: Evaluator | None
+    journal: Journal
+    checkpoints: Checkpoints
+    watch: LearningWatch
+
+
 def build_lead(
     settings: Settings,
     groups: ParallelGroups,
     stack: contextlib.ExitStack,
-    ending: Ending | None = None,
+    ending: HowItEnds | None = None,
     progress: Progress | None = None,
+    *,
+    judge: Judge | None = None,
 ) -> Lead:
     """Everything only rank 0 has; `stack` stops it again, whatever happens.
 
     Args:
         ending: is told of the run's folder.
         progress: advances with what the engines answer and the judge says.
+        judge: a function of this process; default: the judge of the settings, behind its bounds.
     """
     # Before anything is started: it is here that a tokenizer, a chat template or too long prompts are refused.
     tokenizer = load_tokenizer(settings.model.model)
@@ -87,8 +117,8 @@ def build_lead(
     pool.claim()
     if settings.rollout.colocate:
         pool.wait_until_ready()  # an engine needs the device for its start, and gives it up then
-    judge = create_judge(settings.rewards, log_dir=folder.logs)
-    stack.callback(judge.close)
+    judges = create_judge(settings.rewards, log_dir=folder.logs) if judge is None else InlineJudge(judge)
+    stack.callback(judges.close)
     journal = Journal(
         folder,
         tensorboard=settings.run.tensorboard,
@@ -114,14 +144,15 @@ def build_lead(
         seed=settings.run.seed,
     )
     journal.say(f"sampling parameters: {sampling}")
-    collector = Collector(pool, tokenizer, judge, progress)
-    publisher = Publisher(pool, device=groups.device)
-    stack.callback(publisher.close)
+    collector = Collector(pool, tokenizer, judges, progress)
+    stream = WeightStream(pool, device=groups.device)
+    stack.callback(stream.close)
     return Lead(
         prompts=prompts,
         sampling=sampling,
+        pool=pool,
         collector=collector,
-        publisher=publisher,
+        stream=stream,
         canary=_canary(settings, pool, sampling),
         mismatch=MismatchBounds(settings.rollout, dtype=_coarser_dtype(settings)),
         evaluator=None if held_out is None else Evaluator(collector, held_out.all(), settings.evaluation, sampling),
@@ -129,6 +160,85 @@ def build_lead(
         checkpoints=Checkpoints(folder, settings.run, source=settings.model.model, dtype=train_dtype(settings.model)),
         watch=_watch(settings, folder, has_stop_tokens=bool(stop_ids)),
     )
+
+
+def build_experience(settings: Settings, groups: ParallelGroups, algorithm: Algorithm, lead: Lead | None) -> Experience:
+    """Rollouts of the settings' prompts."""
+    source = None
+    if lead:
+        source = SampledRollouts(
+            lead.prompts,
+            lead.collector,
+            algorithm.score,
+            lead.sampling,
+            num_samples=settings.data.samples_per_prompt,
+            num_in_flight=settings.prompts_in_flight,
+            enough=settings.data.rollout_batch_size if settings.rollout.partial_rollout else None,
+        )
+    return Experience(source, Control.of(groups))
+
+
+def build_turns(settings: Settings, groups: ParallelGroups, actor: Actor, lead: Lead | None) -> DeviceTurns | None:
+    """Where actor and engines share devices."""
+    if not settings.rollout.colocate:
+        return None
+    return DeviceTurns(lead.pool if lead else None, actor.memory, Control.of(groups))
+
+
+def build_publisher(
+    settings: Settings,
+    groups: ParallelGroups,
+    actor: Actor,
+    lead: Lead | None,
+    turns: DeviceTurns | None,
+    progress: Progress,
+) -> Publisher:
+    """Publishes, hands devices over, checks, and does so again where all workers were lost."""
+    source = WeightSource(
+        actor,
+        groups,
+        transport=settings.rollout.chosen_transport,
+        timeout_s=60.0 * settings.parallel.distributed_timeout_minutes,
+    )
+    publisher: Publisher = WeightPublisher(source, lead.stream if lead else None, progress)
+    if turns is not None:
+        publisher = TurnTakingPublisher(publisher, turns)
+    if settings.rollout.canary_tokens:
+        publisher = CheckedPublisher(publisher, actor, lead.canary if lead else None)
+    return PersistentPublisher(
+        publisher,
+        lead.pool if lead else None,
+        Control.of(groups),
+        max_repeats=settings.rollout.rollout_max_restarts,
+    )
+
+
+def build_reporter(settings: Settings, groups: ParallelGroups, actor: Actor, lead: Lead | None) -> Reporter:
+    """What is told of each step."""
+    listeners = None
+    if lead:
+        listeners = Listeners(
+            journal=lead.journal,
+            watch=lead.watch,
+            mismatch=lead.mismatch,
+            takes_norm=settings.optimizer.clip_grad > 0,
+            sees_every_change=actor.dtype == torch.float32,
+        )
+    return Reporter(listeners, groups.control)
+
+
+def build_hooks(
+    settings: Settings, groups: ParallelGroups, actor: Actor, lead: Lead | None, progress: Progress
+) -> list[Hook]:
+    """Checkpoints, evaluation, and the end of a run that learns nothing."""
+    control = Control.of(groups)
+    keeper = Keeper(journal=lead.journal, checkpoints=lead.checkpoints, watch=lead.watch) if lead else None
+    evaluator, journal = (lead.evaluator, lead.journal) if lead else (None, None)
+    return [
+        Checkpointing(actor, keeper, control, progress),
+        Evaluation(evaluator, journal, control, interval=settings.evaluation.eval_interval),
+        Ending(keeper, control),
+    ]
 
 
 def start_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder) -> WorkerPool:

@@ -12,8 +12,6 @@ if __name__ == "__main__":  # `python -m` put the current folder first: before a
 
     leave_current_folder()
 
-import contextlib
-import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -28,10 +26,7 @@ from xrl.launch.variables import rank_number
 from xrl.preflight import preflight
 
 if TYPE_CHECKING:
-    from xrl.launch.progress import Progress
-    from xrl.metrics.ending import Ending
-    from xrl.parallel.groups import ParallelGroups
-    from xrl.parallel.watch import Watch
+    pass
 
 # Beyond the longest wait of rank 0 that its settings bound: what it does itself meanwhile.
 LEAD_GRACE_S = 600.0
@@ -53,66 +48,14 @@ def train(settings: Settings) -> None:
     """Build this rank's part of the run, then train."""
     # Imported here: `--help` and bad settings are answered without waiting for torch.
     with without_collections():
-        from xrl.parallel.cpu import prepare_megatron_for_cpu
-
-        prepare_megatron_for_cpu()
-        import torch
-
-        from xrl.actor.actor import Actor
-        from xrl.algorithms import create_algorithm
-        from xrl.assembly import build_lead, share_rollout_count
-        from xrl.kernels.threads import use_threads
-        from xrl.launch.progress import Progress
         from xrl.metrics.console import setup_logging
         from xrl.metrics.ending import Ending
-        from xrl.parallel.megatron import initialize, shutdown
-        from xrl.trainer import Trainer
+        from xrl.session import Session
 
     setup_logging(rank=rank_number(os.environ, "RANK", 0))
-    ending, progress = Ending(), Progress()
-    with contextlib.ExitStack() as stack, announce_errors(ending.words_about):
-        groups = initialize(settings.parallel, seed=settings.run.seed)
-        stack.callback(shutdown)
-        if groups.layout.world_size > 1:
-            stack.callback(watch_ranks(settings, groups, progress, ending).close)
-        lead = build_lead(settings, groups, stack, ending, progress) if groups.rank == 0 else None
-        num_rollouts = share_rollout_count(lead, groups)
-        ending.expect(num_rollouts)
-        num_updates = num_rollouts * settings.algorithm.updates_per_rollout
-        actor = Actor(settings, groups, num_updates=num_updates, progress=progress)
-        trainer = Trainer(
-            settings,
-            groups,
-            actor,
-            create_algorithm(settings.algorithm),
-            lead,
-            num_rollouts=num_rollouts,
-            progress=progress,
-        )
-        if groups.device.type == "cpu":
-            use_threads(torch.get_num_threads(), num_parameters=actor.num_parameters)
-        gc.collect()
-        gc.freeze()  # modules and models stay: collections need not go through them again, many times a step
-        trainer.train()
-
-
-def watch_ranks(settings: Settings, groups: ParallelGroups, progress: Progress, ending: Ending) -> Watch:
-    """From here on a rank that is stopped or hangs ends the run, and is named."""
-    from xrl.launch.exit import RunEnded, end_process
-    from xrl.parallel.watch import Watch, connect_to_store
-
-    def end(sentence: str) -> None:
-        error = RunEnded(sentence)
-        end_process(error, ending.words_about(error))
-
-    return Watch(
-        lambda: connect_to_store(os.environ),
-        progress,
-        rank=groups.rank,
-        world_size=groups.layout.world_size,
-        lead_limit_s=settings.longest_wait_s + LEAD_GRACE_S,
-        end=end,
-    )
+    ending = Ending()
+    with Session(settings, ending=ending) as session, announce_errors(ending.words_about):
+        session.trainer().train()
 
 
 if __name__ == "__main__":

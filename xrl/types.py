@@ -1,6 +1,6 @@
 """The data that flows through one GRPO step. No torch import at run time.
 
-    Prompt -> Completion -> Rollout -> Group -> Sample -> Microbatch -> LossOutput
+    Prompt -> Completion -> Turn -> Episode -> Group -> Sample -> Microbatch -> LossOutput
     weights: WeightBucket, one decoder layer at a time, from the actor to the rollout engines
 
 Shapes: L tokens of one answer, T tokens of one sample or micro-batch, R trained tokens (the rows that
@@ -69,23 +69,88 @@ class Completion:
     weights_version: int  # version of the weights that sampled it (its end, where several did)
     parts: tuple[tuple[int, int], ...] = ()  # (weights version, tokens) of each part, where several versions sampled it
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it ended by itself or at its longest."""
+        return self.finish_reason in ("stop", "length")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """A completion and what its judge said."""
+class Turn:
+    """One call of the model within an episode."""
+
+    completion: Completion
+    text: str  # the completion as text, special tokens removed
+    parent: int | None = None  # index of the turn whose tokens it continues; None: it follows the prompt
+    context_ids: Sequence[int] = ()  # [C] given since its parent's end: template, user, tool output; never trained on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a judge says of an episode: a reward, or why there is none."""
+
+    reward: float | None  # None: nobody could say, so it is in no mean and is not trained on
+    failure: str = ""  # kind of failure: the exception's name, "time-out", "process died", ...; empty: judged
+    detail: str = ""  # what happened
+    place: str = ""  # in the judge's own file: "my_reward.py, line 12, in reward"
+
+    @property
+    def failed(self) -> bool:
+        """Whether the judge gave no reward of its own."""
+        return bool(self.failure)
+
+    @property
+    def error(self) -> str:
+        """One line: the kind, what happened and where; empty where it was judged."""
+        place = f" ({self.place})" if self.place else ""
+        return f"{self.failure}: {self.detail}{place}" if self.failure else ""
+
+
+EpisodeStatus = Literal["done", "length", "max_turns", "timeout", "env_died", "aborted"]
+_STATUS_OF: Mapping[FinishReason, EpisodeStatus] = {
+    "stop": "done",
+    "length": "length",
+    "abort": "aborted",
+    "error": "aborted",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """What became of a prompt: an answer is an episode of one turn."""
 
     prompt: Prompt
-    completion: Completion
-    response: str  # the completion as text, special tokens removed
-    reward: float | None  # None: nobody could say, so it is in no mean and is not trained on
-    judge_error: str = ""  # why the judge gave no reward of its own; empty where it did
+    turns: tuple[Turn, ...]  # at least one, parents before their children
+    verdict: Verdict
+    status: EpisodeStatus
+
+    @classmethod
+    def of_answer(cls, prompt: Prompt, completion: Completion, text: str, verdict: Verdict) -> Episode:
+        """One turn."""
+        turn = Turn(completion=completion, text=text)
+        return cls(prompt=prompt, turns=(turn,), verdict=verdict, status=_STATUS_OF[completion.finish_reason])
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether it came to its end, be it the longest that is allowed, and the model said anything."""
+        return self.status in ("done", "length", "max_turns") and self.num_tokens > 0
+
+    @property
+    def response(self) -> str:
+        """The last turn as text: what judges of an answer see."""
+        return self.turns[-1].text
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model sampled, in all turns."""
+        return sum(len(turn.completion.token_ids) for turn in self.turns)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """All answers to one prompt: what group-relative advantages compare."""
+    """All episodes of one prompt: what group-relative advantages compare."""
 
-    rollouts: tuple[Rollout, ...]  # [G]
+    episodes: tuple[Episode, ...]  # [G]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -161,3 +226,14 @@ class LossOutput:
 
     loss: Tensor  # [] already divided by the batch-wide denominator
     metrics: Mapping[str, Mean]  # sums and counts; merged across ranks, divided once
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateReport:
+    """What one optimizer update did; the same on every rank."""
+
+    metrics: Mapping[str, Mean]
+    grad_norm: float
+    lr: float
+    num_tokens: int  # prompt and response tokens of the update's samples, each sample's prompt counted
+    computed_tokens: int  # tokens that went through the model, all replicas together

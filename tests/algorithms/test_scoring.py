@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from tests.samples import contents
+from tests.samples import contents, judged
 from xrl.algorithms.advantages import group_advantages
 from xrl.algorithms.scoring import score_groups
-from xrl.types import Completion, Group, Prompt, Rollout
+from xrl.types import Completion, Group, Prompt
 
 
 def rollout(reward, *, length=3, finish_reason="stop", prompt_id=0, judge_error="", num_logprobs=None):
@@ -18,11 +18,11 @@ def rollout(reward, *, length=3, finish_reason="stop", prompt_id=0, judge_error=
     completion = Completion(
         token_ids=list(range(length)), logprobs=logprobs, finish_reason=finish_reason, weights_version=0
     )
-    return Rollout(prompt=prompt, completion=completion, response="2", reward=reward, judge_error=judge_error)
+    return judged(prompt, completion, reward, error=judge_error)
 
 
 def group(*rewards, **kwargs):
-    return Group(rollouts=tuple(rollout(reward, **kwargs) for reward in rewards))
+    return Group(episodes=tuple(rollout(reward, **kwargs) for reward in rewards))
 
 
 def advantage_of(sample):
@@ -76,7 +76,7 @@ def test_groups_of_equal_rewards_are_kept_without_the_filter_but_counted():
     ],
 )
 def test_a_failed_answer_is_left_out_and_does_not_move_its_siblings(failed):
-    mixed = Group(rollouts=(rollout(1.0), failed, rollout(0.0)))
+    mixed = Group(episodes=(rollout(1.0), failed, rollout(0.0)))
     scored = score([mixed])
     assert scored.advantages == [[0.5, None, -0.5]]
     assert len(scored.samples) == 2
@@ -85,14 +85,14 @@ def test_a_failed_answer_is_left_out_and_does_not_move_its_siblings(failed):
 
 
 def test_a_group_left_with_one_answer_is_left_out_whole():
-    scored = score([Group(rollouts=(rollout(1.0), rollout(0.0, finish_reason="error")))])
+    scored = score([Group(episodes=(rollout(1.0), rollout(0.0, finish_reason="error")))])
     assert scored.samples == []
     assert scored.metrics["groups/too_small"] == 1
 
 
 def test_metrics_describe_all_answers_also_of_groups_left_out():
     long = rollout(0.0, length=9, finish_reason="length", judge_error="time-out: no reward within 10 s")
-    scored = score([group(1.0, 1.0), Group(rollouts=(rollout(1.0, length=1), long))])
+    scored = score([group(1.0, 1.0), Group(episodes=(rollout(1.0, length=1), long))])
     metrics = scored.metrics
     assert metrics["reward/mean"] == 0.75
     assert metrics["reward/std"] == pytest.approx(math.sqrt(3) / 4)
@@ -106,8 +106,8 @@ def test_metrics_describe_all_answers_also_of_groups_left_out():
 def test_answers_that_nobody_could_judge_are_in_no_mean():
     failed = [rollout(None, length=50, judge_error="KeyError: 'x'") for _ in range(4)]
     judged = [rollout(reward) for reward in (1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0)]
-    groups = [Group(rollouts=(*judged[:4], *failed[:2])), Group(rollouts=(*failed[2:], *judged[4:]))]
-    scored, without = score(groups), score([Group(rollouts=tuple(judged[:4])), Group(rollouts=tuple(judged[4:]))])
+    groups = [Group(episodes=(*judged[:4], *failed[:2])), Group(episodes=(*failed[2:], *judged[4:]))]
+    scored, without = score(groups), score([Group(episodes=tuple(judged[:4])), Group(episodes=tuple(judged[4:]))])
     assert list(map(contents, scored.samples)) == list(map(contents, without.samples))
     counts = {"samples/failed": 4.0, "samples/unjudged": 4.0, "samples/judge_failed": 4.0}
     assert scored.metrics == {**without.metrics, **counts}
@@ -115,7 +115,7 @@ def test_answers_that_nobody_could_judge_are_in_no_mean():
 
 
 def test_a_failed_judge_s_zero_is_trained_on_where_it_is_asked_for():
-    scored = score([Group(rollouts=(rollout(1.0), rollout(0.0, judge_error="ValueError: no")))])
+    scored = score([Group(episodes=(rollout(1.0), rollout(0.0, judge_error="ValueError: no")))])
     assert scored.advantages == [[0.5, -0.5]]
     assert (scored.metrics["samples/judge_failed"], scored.metrics["samples/unjudged"]) == (1, 0)
 

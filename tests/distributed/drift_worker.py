@@ -6,7 +6,6 @@ Rank 0 writes the mean |rollout - actor log-prob| of every rollout to --out, by 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from pathlib import Path
 
@@ -14,27 +13,21 @@ from xrl.parallel.cpu import prepare_megatron_for_cpu
 
 prepare_megatron_for_cpu()
 
-from xrl.actor.actor import Actor  # noqa: E402
-from xrl.algorithms import create_algorithm  # noqa: E402
-from xrl.assembly import build_lead, share_rollout_count  # noqa: E402
 from xrl.config import Settings  # noqa: E402
 from xrl.config.parse import parse_settings  # noqa: E402
 from xrl.metrics.sinks import read_rows  # noqa: E402
 from xrl.parallel.groups import ParallelGroups  # noqa: E402
 from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
-from xrl.trainer import Trainer  # noqa: E402
+from xrl.session import Session  # noqa: E402
 
 
 def run(settings: Settings, groups: ParallelGroups) -> list[float]:
     """The mismatch of each rollout; on rank 0, empty on the others."""
-    with contextlib.ExitStack() as stack:
-        lead = build_lead(settings, groups, stack) if groups.rank == 0 else None
-        num_rollouts = share_rollout_count(lead, groups)
-        actor = Actor(settings, groups, num_updates=num_rollouts)
-        Trainer(settings, groups, actor, create_algorithm(settings.algorithm), lead, num_rollouts=num_rollouts).train()
-        if lead is None:
+    with Session(settings, groups=groups) as session:
+        session.trainer().train()
+        if session.folder is None:
             return []
-        return [row["mismatch"] for row in read_rows(lead.journal.folder.metrics) if "mismatch" in row]
+        return [row["mismatch"] for row in read_rows(session.folder.metrics) if "mismatch" in row]
 
 
 def main() -> None:

@@ -24,8 +24,7 @@ prepare_megatron_for_cpu()
 
 import transformers  # noqa: E402
 
-import xrl.assembly  # noqa: E402
-import xrl.trainer  # noqa: E402, F401
+import xrl.session  # noqa: E402, F401
 
 # Modules that transformers imports when they are asked for.
 _ = transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast

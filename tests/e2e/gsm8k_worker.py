@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from pathlib import Path
 
 import torch
@@ -13,12 +12,8 @@ from xrl.parallel.cpu import prepare_megatron_for_cpu
 prepare_megatron_for_cpu()
 
 from tests.distributed.logits_worker import whole_logits  # noqa: E402
-from xrl.actor.actor import Actor  # noqa: E402
-from xrl.algorithms import create_algorithm  # noqa: E402
-from xrl.assembly import build_lead, share_rollout_count  # noqa: E402
 from xrl.config.parse import parse_settings  # noqa: E402
-from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
-from xrl.trainer import Trainer  # noqa: E402
+from xrl.session import Session  # noqa: E402
 
 
 def main() -> None:
@@ -27,16 +22,11 @@ def main() -> None:
     parser.add_argument("--sequences", type=Path)
     arguments, flags = parser.parse_known_args()
     settings = parse_settings(flags)
-    groups = initialize(settings.parallel, seed=settings.run.seed)
-    with contextlib.ExitStack() as stack:
-        lead = build_lead(settings, groups, stack) if groups.rank == 0 else None
-        num_rollouts = share_rollout_count(lead, groups)
-        actor = Actor(settings, groups, num_updates=num_rollouts)
-        Trainer(settings, groups, actor, create_algorithm(settings.algorithm), lead, num_rollouts=num_rollouts).train()
-    logits = whole_logits(actor, torch.load(arguments.sequences))
-    if groups.reports_losses and groups.data_rank == 0:
-        torch.save(logits, arguments.out)
-    shutdown()
+    with Session(settings) as session:
+        session.trainer().train()
+        logits = whole_logits(session.actor, torch.load(arguments.sequences))
+        if session.groups.reports_losses and session.groups.data_rank == 0:
+            torch.save(logits, arguments.out)
 
 
 if __name__ == "__main__":

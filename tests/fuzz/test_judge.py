@@ -14,12 +14,12 @@ import pytest
 
 from tests.fuzz.conftest import Fuzz
 from xrl.rewards.framing import Asker, BadMessage
-from xrl.rewards.judge import MAX_REWARD, Verdict
+from xrl.rewards.judge import MAX_REWARD
 from xrl.rewards.limits import JudgeLimits
 from xrl.rewards.messages import decode_verdict
 from xrl.rewards.process import JudgeSetup
 from xrl.rewards.processes import ProcessJudges
-from xrl.types import Prompt
+from xrl.types import Prompt, Verdict
 
 ODD_JUDGES = Path(__file__).parents[1] / "rewards" / "odd_judges.py"
 PATIENCE_S = 60.0

@@ -8,15 +8,16 @@ import math
 import pytest
 
 from xrl.metrics.trajectory import read_trajectory, write_trajectory
-from xrl.types import Completion, Group, Prompt, Rollout
+from xrl.types import Completion, Episode, Group, Prompt, Verdict
 
 
 def group(*rewards, response="2\n#### 2", finish_reason="stop", judge_error=""):
     prompt = Prompt(id=11, token_ids=[1, 2, 3], text="1+1?", ground_truth="2", data_source="openai/gsm8k")
     completion = Completion(token_ids=[5, 6], logprobs=[-0.1, -0.2], finish_reason=finish_reason, weights_version=4)
+    failure, _, detail = judge_error.partition(": ")
     return Group(
-        rollouts=tuple(
-            Rollout(prompt=prompt, completion=completion, response=response, reward=reward, judge_error=judge_error)
+        episodes=tuple(
+            Episode.of_answer(prompt, completion, response, Verdict(reward=reward, failure=failure, detail=detail))
             for reward in rewards
         )
     )

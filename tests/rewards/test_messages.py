@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from xrl.rewards.framing import BadMessage
-from xrl.rewards.judge import MAX_DETAIL_CHARS, MAX_REWARD, Verdict, failed_verdict
+from xrl.rewards.judge import MAX_DETAIL_CHARS, MAX_REWARD, failed_verdict
 from xrl.rewards.messages import (
     End,
     Start,
@@ -24,7 +24,7 @@ from xrl.rewards.messages import (
     encode_start,
     encode_verdict,
 )
-from xrl.types import Prompt
+from xrl.types import Prompt, Verdict
 
 VERDICT: dict[str, Any] = {"number": 7, "reward": 0.5, "failure": "", "detail": "", "place": ""}
 

@@ -14,11 +14,10 @@ import pytest
 
 from xrl.config import SettingsError
 from xrl.rewards.descendants import read_process
-from xrl.rewards.judge import Verdict
 from xrl.rewards.limits import JudgeLimits
 from xrl.rewards.process import JudgeSetup
 from xrl.rewards.processes import ProcessJudges
-from xrl.types import Prompt
+from xrl.types import Prompt, Verdict
 
 ODD_JUDGES = Path(__file__).with_name("odd_judges.py")
 PROMPT = Prompt(id=0, token_ids=[1, 2], text="?", ground_truth="72", extra={"level": 3})
@@ -157,7 +156,7 @@ def test_killed_trainer_takes_its_hung_judges_along(tmp_path: Path) -> None:
     script = f"""
 from xrl.rewards.process import JudgeSetup
 from xrl.rewards.processes import ProcessJudges
-from xrl.types import Prompt
+from xrl.types import Prompt, Verdict
 setup = JudgeSetup(reference={str(ODD_JUDGES) + ":starts_another"!r})
 pool = ProcessJudges(setup, timeout_s=3600.0, num_workers=1)
 pool.submit({str(tmp_path / "pids")!r}, Prompt(id=0, token_ids=[], text="", ground_truth="")).result()

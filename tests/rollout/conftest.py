@@ -17,7 +17,7 @@ from xrl.config import RolloutConfig
 from xrl.rollout import create_engine
 from xrl.rollout.engine import Engine
 from xrl.rollout.pool import WorkerPool
-from xrl.rollout.publish import Publisher
+from xrl.rollout.publish import WeightStream
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
         )
         pools.append(pool)
         if update:
-            Publisher(pool).publish([bucket("layers.0", 1.0)], version=0)
+            WeightStream(pool).publish([bucket("layers.0", 1.0)], version=0)
         return pool
 
     yield make

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from tests.samples import answer
 from xrl.config import RolloutConfig
-from xrl.rollout.dispatch import Dispatch, RolloutCounts
+from xrl.rollout.dispatch import Dispatch, NoneReady, RolloutCounts
 from xrl.rollout.process import WorkerGone
 from xrl.types import Completion, GenerateRequest, SamplingParams
 
@@ -60,7 +60,7 @@ class Fleet:
         self.ready_ones = set(range(num_workers))
         self.lives: dict[int, int] = dict.fromkeys(range(num_workers), 0)
         self.most_requests: dict[int, int] = defaultdict(lambda: 1000)
-        self.recover: Callable[[], None] | None = None
+        self.recover: Callable[[], None] | None = None  # what is done about it where no worker is ready
         self.is_well = True  # by its own word, when asked for its health
         self.stops_when_one_is_lost = False
         self.asked: list[tuple[int, str]] = []  # (worker, request), in order
@@ -89,7 +89,7 @@ class Fleet:
     def begin(self, *requests: GenerateRequest) -> tuple[Dispatch, RolloutCounts, Future[None]]:
         """A rollout whose requests have all come as far as they come by themselves."""
         counts = RolloutCounts()
-        dispatch = Dispatch(self, counts)  # type: ignore[arg-type]
+        dispatch = Dispatch(self, counts, may_update=self.recover is not None)  # type: ignore[arg-type]
         running = self.start(dispatch.run(requests))
         self.settle()
         return dispatch, counts, running
@@ -97,7 +97,14 @@ class Fleet:
     def generate(self, *requests: GenerateRequest) -> tuple[dict[int, list[Completion] | None], RolloutCounts]:
         """What becomes of each request, by its place."""
         dispatch, counts, _ = self.begin(*requests)
-        return dict(dispatch.next_result() for _ in requests), counts
+        return dict(self.next_result(dispatch) for _ in requests), counts
+
+    def next_result(self, dispatch: Dispatch) -> tuple[int, list[Completion] | None]:
+        """What comes next, after as many updates as that takes."""
+        while isinstance(result := dispatch.next_result(), NoneReady):
+            assert self.recover is not None
+            self.recover()
+        return result
 
     def settle(self) -> None:
         """Until every task in the loop waits for somebody outside."""
@@ -125,9 +132,8 @@ class Fleet:
             raise WorkerGone("no rollout worker is left")
         return self.ready()
 
-    @property
-    def can_recover(self) -> bool:
-        return self.recover is not None
+    def is_any_left(self) -> bool:
+        return True
 
     def life(self, worker: Worker) -> int:
         return self.lives[worker.number]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tests.samples import words
-from xrl.rollout.pool import RolloutCounts
+from xrl.rollout.dispatch import NoneReady, RolloutCounts
 from xrl.types import Completion, GenerateRequest
 
 # What becomes of a request: its answers, none of them as it was cut off, or None as it was given up.
@@ -29,15 +29,19 @@ class ScriptedWorkers:
         self.answers, self.after_cut, self.order = answers, after_cut or answers, order
         self.asked: list[list[GenerateRequest]] = []  # of each rollout
         self.num_cuts = 0
+        # How often all workers are lost before the answer to a request.
+        self.num_lost: Callable[[GenerateRequest], int] = lambda request: 0
         self._is_cut = False
 
     def generate(
-        self, requests: Sequence[GenerateRequest], counts: RolloutCounts
-    ) -> Iterator[tuple[int, list[Completion] | None]]:
+        self, requests: Sequence[GenerateRequest], counts: RolloutCounts, *, may_update: bool = False
+    ) -> Iterator[tuple[int, list[Completion] | None] | NoneReady]:
         self.asked.append(list(requests))
         self._is_cut = False
         counts.sent += len(requests)
         for place in self.order(len(requests)):
+            for _ in range(self.num_lost(requests[place])):
+                yield NoneReady()
             found = (self.after_cut if self._is_cut else self.answers)(requests[place])
             if found is None:
                 counts.failed += 1

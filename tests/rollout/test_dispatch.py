@@ -84,7 +84,7 @@ def test_a_worker_gets_a_quarter_more_sequences_than_it_decodes_at_once(make_fle
     dispatch, _, _ = fleet.begin(*(ask(place) for place in range(7)))
     assert held.waiting == ["r0", "r1", "r2", "r3", "r4"]
     held.let_go("r2")
-    assert dispatch.next_result() == (2, [answer(2, 2)])
+    assert fleet.next_result(dispatch) == (2, [answer(2, 2)])
     fleet.settle()
     assert held.waiting == ["r0", "r1", "r3", "r4", "r5"]
 
@@ -253,7 +253,7 @@ def test_a_rollout_cut_short_comes_back_as_it_is(make_fleet: MakeFleet) -> None:
 
     fleet.on_abort = end
     fleet.start(dispatch.cut_short())
-    results = dict(dispatch.next_result() for _ in range(4))
+    results = dict(fleet.next_result(dispatch) for _ in range(4))
     assert results == {0: [answer(0, 2)], 1: [answer(4, reason="abort")], 2: [], 3: []}
     assert counts == RolloutCounts(sent=4, finished=1, unfinished=3)
     assert fleet.aborts[:2] == [(0, {"abort_all": True}), (1, {"abort_all": True})]
@@ -275,7 +275,7 @@ def test_what_was_on_its_way_to_a_worker_is_aborted_again(
     fleet.on_abort = end_at_the_third
     cut = fleet.start(dispatch.cut_short())
     fleet.start(dispatch.cut_short()).result()  # once is enough
-    assert dispatch.next_result() == (0, [answer(4, reason="abort")])
+    assert fleet.next_result(dispatch) == (0, [answer(4, reason="abort")])
     cut.result()
     assert len(fleet.aborts) >= 3
     assert counts == RolloutCounts(sent=1, unfinished=1)
@@ -313,10 +313,10 @@ def test_weights_that_are_asked_for_are_not_asked_for_again_while_other_requests
     for name in ("r0", "r1"):  # each wakes the one that waits
         held.let_go(name)
         fleet.settle()
-    assert [dispatch.next_result()[0] for _ in range(2)] == [0, 1]
+    assert [fleet.next_result(dispatch)[0] for _ in range(2)] == [0, 1]
     fleet.settle()
     held.let_go("r2")
-    assert dispatch.next_result() == (2, [answer(2, 2)])
+    assert fleet.next_result(dispatch) == (2, [answer(2, 2)])
     assert num_calls == 1
 
 
@@ -373,7 +373,7 @@ def test_a_lost_worker_ends_the_rollout_where_that_is_asked_for_and_with_it_what
     fleet.workers[0].is_alive, fleet.stops_when_one_is_lost = False, True
     dispatch, _, running = fleet.begin(ask(0), ask(1))
     with pytest.raises(WorkerGone, match=r"worker 0 is lost \(it ended\), and --on-lost-worker is stop"):
-        dispatch.next_result()
+        fleet.next_result(dispatch)
     running.result()
     fleet.settle()
     assert held.cancelled == ["r1"]

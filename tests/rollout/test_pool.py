@@ -23,7 +23,7 @@ from xrl.rollout import protocol
 from xrl.rollout.access import new_key
 from xrl.rollout.pool import RolloutCounts, WorkerGone
 from xrl.rollout.process import WorkerProcess
-from xrl.rollout.publish import Publisher
+from xrl.rollout.publish import WeightStream
 from xrl.types import Completion
 
 
@@ -69,7 +69,7 @@ def test_request_that_ran_into_the_time_out_may_still_be_ending_in_the_engine(ma
     log = pool.workers[0].log.read_text()
     assert "already in flight" not in log  # neither try stood in the other's way
     # The next weights wait for it.
-    Publisher(pool).publish([bucket("layers.0", 1.0, version=1)], version=1)
+    WeightStream(pool).publish([bucket("layers.0", 1.0, version=1)], version=1)
 
 
 def test_prompts_of_a_worker_that_dies_go_to_the_other_one(make_pool: MakePool) -> None:
@@ -139,7 +139,7 @@ def test_refused_requests_do_not_count_as_running(make_pool: MakePool) -> None:
 
 def test_every_update_takes_effect_on_every_worker(make_pool: MakePool) -> None:
     pool = make_pool(2)
-    publisher = Publisher(pool)
+    publisher = WeightStream(pool)
     for version in (1, 2, 3):
         report = publisher.publish(
             iter([bucket("layers.0", 1.0, version=version), bucket("final", float(version), size=5, version=version)]),
@@ -157,12 +157,12 @@ def test_every_update_takes_effect_on_every_worker(make_pool: MakePool) -> None:
 def test_refused_layer_is_named_with_the_worker(make_pool: MakePool) -> None:
     pool = make_pool(1)
     with pytest.raises(RuntimeError, match=r"weights version 1, bad: rollout worker 0 \(.*wrong shape"):
-        Publisher(pool).publish([bucket("bad", 1.0)], version=1)
+        WeightStream(pool).publish([bucket("bad", 1.0)], version=1)
 
 
 def test_memory_for_weights_is_used_again(make_pool: MakePool) -> None:
     pool = make_pool(1)
-    publisher = Publisher(pool)
+    publisher = WeightStream(pool)
     sizes = set()
     for version in range(1, 20):
         publisher.publish([bucket(f"layers.{i}", 1.0, size=50_000) for i in range(3)], version=version)
@@ -174,7 +174,7 @@ def test_worker_that_died_during_an_update_is_left_out(make_pool: MakePool) -> N
     pool = make_pool(2)
     pool.workers[1]._process.kill()
     pool.workers[1]._process.wait()
-    Publisher(pool).publish([bucket("layers.0", 2.0)], version=1)
+    WeightStream(pool).publish([bucket("layers.0", 2.0)], version=1)
     results, _ = generate(pool, [request(place) for place in range(4)])
     assert all(results.values())
 
@@ -193,7 +193,7 @@ def test_a_process_that_takes_long_to_end_holds_nobody_up(make_pool: MakePool, m
     results, _ = generate(pool, [request(place) for place in range(4)])
     assert all(results.values()) and [worker.number for worker in pool.reachable()] == [1]
     may_end.set()
-    Publisher(pool).publish([bucket("layers.0", 1.0)], version=1)
+    WeightStream(pool).publish([bucket("layers.0", 1.0)], version=1)
     assert pool.num_restarted == 1
 
 
@@ -282,7 +282,7 @@ time.sleep(60)
 def test_workers_and_what_asks_them_import_no_transformers_and_no_megatron() -> None:
     """Each rank of a run imports what asks them; rank 0 alone needs a tokenizer."""
     code = (
-        "import sys, xrl.rollout.worker, xrl.rollout.embedded.engine, xrl.rollout.collect, xrl.rollout.evaluate; "
+        "import sys, xrl.rollout.worker, xrl.rollout.embedded.engine, xrl.experience.collect, xrl.experience.evaluate; "
         "print({m.split('.')[0] for m in sys.modules} & {'transformers', 'megatron', 'datasets'})"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -317,13 +317,13 @@ def test_few_open_files_hold_requests_back_and_lose_none(tmp_path: Path) -> None
 import logging, pathlib
 from tests.rollout.pools import *
 from xrl.config import RolloutConfig
-from xrl.rollout.publish import Publisher
+from xrl.rollout.publish import WeightStream
 from xrl.types import Completion
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 folder = pathlib.Path({str(tmp_path)!r})
 settings = dict(model_dir=folder, dtype="float32", num_threads=1, max_model_len=64, vocab_size=9999, log_dir=folder)
 with WorkerPool(RolloutConfig(engine=ENGINE), devices=["cpu"] * 2, **settings) as pool:
-    Publisher(pool).publish([bucket("layers.0", 1.0)], version=0)
+    WeightStream(pool).publish([bucket("layers.0", 1.0)], version=0)
     for _ in range(2):
         results, counts = generate(pool, [request(place, num_samples=1) for place in range(1500)])
         print(len(results), counts.finished, counts.failed, counts.retried)

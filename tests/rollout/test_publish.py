@@ -22,7 +22,7 @@ from xrl.rollout import protocol
 from xrl.rollout.access import new_key
 from xrl.rollout.pool import WorkerGone, WorkerPool
 from xrl.rollout.process import WorkerHandle, WorkerProcess
-from xrl.rollout.publish import CorruptedWeights, NoneUpdated, Publisher
+from xrl.rollout.publish import CorruptedWeights, NoneUpdated, WeightStream
 from xrl.types import WeightBucket
 from xrl.weights.transport import broadcast, shared_memory
 
@@ -101,7 +101,7 @@ def check_answers(pool: WorkerPool, version: int) -> None:
 
 def test_flipped_bit_is_noticed_and_the_layer_sent_again(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
     pool = make_pool(1, weight_transport="broadcast", update=False)
-    publisher = Publisher(pool)
+    publisher = WeightStream(pool)
     publisher._sender = FaultyNetwork("layers.2", times=1)
     report = publisher.publish(layers(1), version=1)
     assert (report.num_resent, report.num_layers) == (1, 4)
@@ -112,7 +112,7 @@ def test_flipped_bit_is_noticed_and_the_layer_sent_again(make_pool: MakePool, ca
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_bytes_that_arrive_changed_twice_end_the_run_and_are_not_loaded(make_pool: MakePool, transport: str) -> None:
     pool = make_pool(1, weight_transport=transport, update=False)
-    publisher = Publisher(pool)
+    publisher = WeightStream(pool)
     publisher._sender = FaultyMemory() if transport == "shared_memory" else FaultyNetwork("layers.2", times=2)
     with pytest.raises(CorruptedWeights, match="version 1, layers.2: rollout worker 0 got other bytes .* 2 times"):
         publisher.publish(layers(1), version=1)
@@ -125,7 +125,7 @@ def test_worker_killed_in_an_update_is_left_out_and_taken_back_by_the_next(
     make_pool: MakePool, transport: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pool = make_pool(2, weight_transport=transport, weight_sync_timeout_s=20.0, update=False)
-    publisher = Publisher(pool)
+    publisher = WeightStream(pool)
     report = publisher.publish(interrupt(layers(1), pool, signal.SIGKILL), version=1)
     assert report.num_workers == 1
     assert pool.num_lost == 1
@@ -143,7 +143,7 @@ def test_stuck_worker_is_named_with_its_layer(
     make_pool: MakePool, transport: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pool = make_pool(2, weight_transport=transport, update=False)
-    publisher = Publisher(pool, timeout_s=2.0)
+    publisher = WeightStream(pool, timeout_s=2.0)
     publisher.publish(layers(1), version=1)
     publisher.publish(interrupt(layers(2), pool, signal.SIGSTOP), version=2)
     assert "rollout worker 0 is lost (weights version 2, layers." in caplog.text
@@ -154,7 +154,7 @@ def test_worker_that_dies_with_two_layers_under_way_is_named_with_the_one_it_was
     make_pool: MakePool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = make_pool(2, weight_transport="shared_memory", update=False)
-    publisher = Publisher(pool)
+    publisher = WeightStream(pool)
     post = pool.post
     fails_after_s = {"layers.2": 1.0, "layers.3": 0.0}  # the later one's call fails first
 
@@ -174,7 +174,7 @@ def test_a_connection_that_breaks_costs_its_worker_alone(
     make_pool: MakePool, transport: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pool = make_pool(2, weight_transport=transport, update=False)
-    publisher = Publisher(pool, timeout_s=5.0)
+    publisher = WeightStream(pool, timeout_s=5.0)
     publisher.publish(layers(1), version=1)
     pool.workers[0].restart()  # behind the pool's back
     pool.workers[0].wait_until_listening(60)
@@ -188,7 +188,7 @@ def test_a_connection_that_breaks_costs_its_worker_alone(
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_the_only_worker_killed_in_an_update_takes_it_anew(make_pool: MakePool, transport: str) -> None:
     pool = make_pool(1, weight_transport=transport, weight_sync_timeout_s=20.0, update=False)
-    publisher = Publisher(pool)
+    publisher = WeightStream(pool)
     publisher.publish(layers(1), version=1)
     buckets = interrupt(layers(2), pool, signal.SIGKILL)
     with pytest.raises(NoneUpdated, match="weights version 2"):
@@ -202,7 +202,7 @@ def test_the_only_worker_killed_in_an_update_takes_it_anew(make_pool: MakePool, 
 
 def test_the_only_worker_that_cannot_be_started_again_is_the_end(make_pool: MakePool) -> None:
     pool = make_pool(1, rollout_max_restarts=0, update=False)
-    publisher = Publisher(pool)
+    publisher = WeightStream(pool)
     with pytest.raises(NoneUpdated):
         publisher.publish(interrupt(layers(1), pool, signal.SIGKILL), version=1)
     with pytest.raises(WorkerGone, match=r"no rollout worker is left \(rollout worker 0 .*: weights version 1, layers"):
@@ -221,7 +221,7 @@ def test_a_worker_that_answers_an_update_wrongly_is_lost_and_named(
         return odd if (worker.number, called) == (0, path) else answer
 
     monkeypatch.setattr(pool, "post", lying_post)
-    assert Publisher(pool).publish(layers(1), version=1).num_workers == 1
+    assert WeightStream(pool).publish(layers(1), version=1).num_workers == 1
     assert "rollout worker 0 is lost (weights version 1" in caplog.text
     assert [worker.number for worker in pool.ready()] == [1]
 
@@ -237,12 +237,12 @@ def test_a_worker_that_was_started_again_before_the_update_was_over_does_not_hav
 def test_a_lost_worker_stops_the_run_where_that_is_asked_for(make_pool: MakePool) -> None:
     pool = make_pool(2, on_lost_worker="stop", update=False)
     with pytest.raises(WorkerGone, match=r"worker 0 is lost \(weights version 1, layers\.\d.*on-lost-worker is stop"):
-        Publisher(pool).publish(interrupt(layers(1), pool, signal.SIGKILL), version=1)
+        WeightStream(pool).publish(interrupt(layers(1), pool, signal.SIGKILL), version=1)
 
 
 def test_worker_is_started_again_only_so_often(make_pool: MakePool) -> None:
     pool = make_pool(2, rollout_max_restarts=1, update=False)
-    publisher = Publisher(pool)
+    publisher = WeightStream(pool)
     for version in (1, 2):
         wait_until_back(pool, 0)
         publisher.publish(layers(version), version=version)
@@ -257,7 +257,7 @@ def test_stale_worker_is_found_by_the_version_and_asked_no_more(
     make_pool: MakePool, caplog: pytest.LogCaptureFixture
 ) -> None:
     pool = make_pool(2, update=False, rollout_max_batch_size=4)
-    publisher = Publisher(pool)
+    publisher = WeightStream(pool)
     publisher.publish(layers(5), version=5)
     # The worker has other weights than this trainer believes.
     call(pool, 1, protocol.FINISH_UPDATE, {"version": 4})
@@ -275,7 +275,7 @@ def test_weights_of_another_run_are_not_taken_for_ours_under_the_same_version(
     make_pool: MakePool, caplog: pytest.LogCaptureFixture
 ) -> None:
     pool = make_pool(2, update=False, rollout_max_batch_size=4)
-    Publisher(pool).publish(layers(5), version=5)
+    WeightStream(pool).publish(layers(5), version=5)
     call(pool, 1, protocol.LEASE, method="DELETE")
     call(pool, 1, protocol.FINISH_UPDATE, {"version": 5}, run_id="another")
     call(pool, 1, protocol.LEASE, method="DELETE", run_id="another")
@@ -311,7 +311,7 @@ def test_workers_of_other_hosts_are_used_taken_back_and_left_running(
         urls = ",".join(f"127.0.0.3:{port}" for port in ports)
         shared = {"rollout_worker_urls": urls, "rollout_worker_key_file": key_file, "update": False}
         pool = make_pool(0, **shared)
-        publisher = Publisher(pool, timeout_s=20.0)
+        publisher = WeightStream(pool, timeout_s=20.0)
         assert publisher.transport == "broadcast"
         publisher.publish(layers(1), version=1)
         check_answers(pool, 1)
@@ -328,7 +328,7 @@ def test_workers_of_other_hosts_are_used_taken_back_and_left_running(
         pool.close()
         assert started[0].is_alive and started[2].is_alive
         another = make_pool(0, **shared)  # one run after the other
-        Publisher(another, timeout_s=20.0).publish(layers(4), version=4)
+        WeightStream(another, timeout_s=20.0).publish(layers(4), version=4)
         check_answers(another, 4)
     finally:
         for worker in started:
@@ -339,6 +339,6 @@ def test_workers_of_other_hosts_are_used_taken_back_and_left_running(
 def test_bf16_arrives_bit_by_bit(make_pool: MakePool) -> None:
     pool = make_pool(1, weight_transport="broadcast", update=False)
     tensors = {"w": torch.arange(-3, 4).bfloat16(), "b": torch.tensor(0.5), "none": torch.empty(0, 3)}
-    Publisher(pool).publish([WeightBucket(version=0, layer="layers.0", tensors=tensors)], version=0)
+    WeightStream(pool).publish([WeightBucket(version=0, layer="layers.0", tensors=tensors)], version=0)
     results, _ = generate(pool, [request(0)])
     assert results[0] is not None and results[0][0].logprobs[0] == -0.5

@@ -16,7 +16,7 @@ from tests.rollout.served import served
 from xrl.config import RolloutConfig
 from xrl.rollout import protocol
 from xrl.rollout.pool import WorkerPool
-from xrl.rollout.publish import CorruptedWeights, Publisher, PublishReport
+from xrl.rollout.publish import CorruptedWeights, PublishReport, WeightStream
 from xrl.types import WeightBucket
 from xrl.weights.checksum import layer_checksum
 from xrl.weights.shared_export import ProvenBucket
@@ -60,8 +60,8 @@ def pool(engine: Loading, tmp_path: Path) -> Iterator[WorkerPool]:
 
 
 @pytest.fixture
-def publisher(pool: WorkerPool) -> Iterator[Publisher]:
-    publisher = Publisher(pool)
+def publisher(pool: WorkerPool) -> Iterator[WeightStream]:
+    publisher = WeightStream(pool)
     yield publisher
     publisher.close()
 
@@ -85,7 +85,7 @@ def layers(version: int, *, value: float = 1.0) -> list[WeightBucket]:
 
 
 def test_a_worker_is_told_of_each_layer_in_order_and_then_that_it_has_them_all(
-    publisher: Publisher, pool: WorkerPool, engine: Loading, told: list[tuple[str, Any]]
+    publisher: WeightStream, pool: WorkerPool, engine: Loading, told: list[tuple[str, Any]]
 ) -> None:
     publisher.publish(layers(4), version=4)
     assert [path for path, _ in told] == [protocol.CONNECT, *[protocol.LOAD_LAYER] * 3, protocol.FINISH_UPDATE]
@@ -96,7 +96,7 @@ def test_a_worker_is_told_of_each_layer_in_order_and_then_that_it_has_them_all(
     assert [answer.weights_version for answer in results[0] or []] == [4, 4]
 
 
-def test_an_update_is_reported_with_what_went_out_and_what_it_was(publisher: Publisher) -> None:
+def test_an_update_is_reported_with_what_went_out_and_what_it_was(publisher: WeightStream) -> None:
     one = [
         WeightBucket(version=1, layer="layers.0", tensors={"w": torch.ones(3), "b": torch.zeros(2, dtype=torch.int8)}),
         WeightBucket(version=1, layer="final", tensors={"w": torch.ones(5, dtype=torch.bfloat16)}),
@@ -113,14 +113,14 @@ def test_an_update_is_reported_with_what_went_out_and_what_it_was(publisher: Pub
     )
 
 
-def test_checksums_are_equal_where_no_weight_has_changed(publisher: Publisher) -> None:
+def test_checksums_are_equal_where_no_weight_has_changed(publisher: WeightStream) -> None:
     first, same = (publisher.publish(layers(version), version=version).checksums for version in (1, 2))
     assert first == same and len(first) == 3
     changed = publisher.publish([*layers(3)[:2], bucket("final", 1.5, version=3)], version=3).checksums
     assert changed[:2] == first[:2] and changed[2] != first[2]
 
 
-def test_a_worker_is_connected_once_for_all_updates(publisher: Publisher, told: list[tuple[str, Any]]) -> None:
+def test_a_worker_is_connected_once_for_all_updates(publisher: WeightStream, told: list[tuple[str, Any]]) -> None:
     for version in (1, 2, 3):
         publisher.publish(layers(version), version=version)
     assert [path for path, _ in told].count(protocol.CONNECT) == 1
@@ -128,7 +128,7 @@ def test_a_worker_is_connected_once_for_all_updates(publisher: Publisher, told: 
 
 
 def test_a_worker_that_was_lost_is_connected_anew(
-    publisher: Publisher, pool: WorkerPool, told: list[tuple[str, Any]]
+    publisher: WeightStream, pool: WorkerPool, told: list[tuple[str, Any]]
 ) -> None:
     publisher.publish(layers(1), version=1)
     pool.lose(pool.workers[0], "it hung")
@@ -138,7 +138,7 @@ def test_a_worker_that_was_lost_is_connected_anew(
     assert [worker.number for worker in pool.ready()] == [0]
 
 
-def test_a_layer_is_asked_for_when_the_one_before_has_arrived(publisher: Publisher, engine: Loading) -> None:
+def test_a_layer_is_asked_for_when_the_one_before_has_arrived(publisher: WeightStream, engine: Loading) -> None:
     arrived: list[int] = []
 
     def one_by_one() -> Iterator[WeightBucket]:
@@ -151,7 +151,9 @@ def test_a_layer_is_asked_for_when_the_one_before_has_arrived(publisher: Publish
     assert arrived == [0, 1, 2, 3]
 
 
-def test_an_error_of_the_actor_s_ends_the_update_and_not_the_next_one(publisher: Publisher, pool: WorkerPool) -> None:
+def test_an_error_of_the_actor_s_ends_the_update_and_not_the_next_one(
+    publisher: WeightStream, pool: WorkerPool
+) -> None:
     def breaks() -> Iterator[WeightBucket]:
         yield layers(1)[0]
         raise RuntimeError("a rank is gone")
@@ -164,7 +166,7 @@ def test_an_error_of_the_actor_s_ends_the_update_and_not_the_next_one(publisher:
 
 
 def test_a_checksum_that_came_with_a_layer_is_the_one_that_counts(
-    publisher: Publisher, told: list[tuple[str, Any]]
+    publisher: WeightStream, told: list[tuple[str, Any]]
 ) -> None:
     fields = {field.name: getattr(layers(1)[0], field.name) for field in dataclasses.fields(WeightBucket)}
     with pytest.raises(CorruptedWeights, match="weights version 1, embeddings: .* 2 times in a row"):

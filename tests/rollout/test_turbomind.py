@@ -29,7 +29,7 @@ from xrl.models.shape import read_model_shape
 from xrl.rollout import create_engine
 from xrl.rollout.engine import EngineError
 from xrl.rollout.pool import RolloutCounts, WorkerPool
-from xrl.rollout.publish import Publisher
+from xrl.rollout.publish import WeightStream
 from xrl.rollout.turbomind_driver import SUPPORTED_VERSIONS, check_experts, check_version
 from xrl.rollout.turbomind_tensors import check_part, expected_parts, supported_shape
 from xrl.types import Completion
@@ -205,7 +205,7 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
 @pytest.mark.slow
 def test_a_worker_of_another_environment_takes_updates_and_answers(make_pool: MakePool) -> None:
     pool = make_pool()
-    publisher = Publisher(pool)
+    publisher = WeightStream(pool)
     for version in (1, 2):
         model = tiny_model(version)
         publisher.publish(buckets(model, version), version=version)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -21,6 +21,8 @@ from xrl.actor.optimizer import build_optimizer, build_schedule, wrap_data_paral
 from xrl.actor.pipeline import Pipeline
 from xrl.actor.scorer import TokenScorer
 from xrl.actor.split import split_groups
+from xrl.algorithms import Algorithm
+from xrl.algorithms.aggregation import token_weights
 from xrl.config import AlgorithmConfig, Settings
 from xrl.launch.progress import Progress
 from xrl.metrics.mean import merge
@@ -28,27 +30,14 @@ from xrl.models.build import build_model, train_dtype, transformer_config, uses_
 from xrl.models.head import ResponseRows
 from xrl.models.shape import read_model_shape
 from xrl.parallel.groups import ParallelGroups
-from xrl.types import LossInputs, LossOutput, Mean, Sample, SampleSize, WeightBucket
+from xrl.types import LossInputs, LossOutput, Mean, Sample, SampleSize, UpdateReport, WeightBucket
 from xrl.weights.export import WeightExporter
 from xrl.weights.load import load_weights
-from xrl.weights.shared_export import SharedExporter
 from xrl.weights.slices import named_weights
-from xrl.weights.transport.shared_memory import Sender
 
 Loss = Callable[[LossInputs], LossOutput]
 TokenWeights = Callable[[Sequence[int]], Sequence[float]]
 WhichWeights = Literal["actor", "reference"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateReport:
-    """What one optimizer update did; the same on every rank."""
-
-    metrics: Mapping[str, Mean]
-    grad_norm: float
-    lr: float
-    num_tokens: int  # prompt and response tokens of the update's samples, each sample's prompt counted
-    computed_tokens: int  # tokens that went through the model, all replicas together
 
 
 class Actor:
@@ -68,9 +57,6 @@ class Actor:
         self.model = build_model(self.shape, config, groups, transformer_engine=transformer_engine)
         load_weights(self.model, self.shape, groups, settings.model.model)
         self.exporter = WeightExporter(self.shape, groups)
-        self.shared_exporter = SharedExporter(
-            self.shape, groups, timeout_s=60.0 * settings.parallel.distributed_timeout_minutes
-        )
         # The frozen starting point, for the KL; no second model, only a second set of weights.
         self.reference = (
             {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
@@ -111,6 +97,15 @@ class Actor:
     def num_parameters(self) -> int:
         """Of this rank's share."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def learn(self, samples: Sequence[Sample] | None, algorithm: Algorithm) -> list[UpdateReport]:
+        """Learn from one rollout as the algorithm says. Collective.
+
+        Args:
+            samples: the whole rollout on rank 0, None on the others.
+        """
+        shares = partial(token_weights, kind=self.settings.algorithm.loss_aggregation)
+        return self.update(samples, algorithm.loss, shares, fused_loss=algorithm.fused_loss)
 
     def update(
         self,
@@ -186,11 +181,11 @@ class Actor:
 
     def weights(self, *, version: int) -> Iterator[WeightBucket]:
         """The current weights as Hugging Face tensors, layer by layer, on rank 0. Collective: run it to its end."""
-        return self.exporter.stream(named_weights(self.model), version=version)
+        return self.exporter.stream(self.named_weights(), version=version)
 
-    def shared_weights(self, memory: Sender | None, *, version: int) -> Iterator[WeightBucket]:
-        """As `weights`, but every rank writes its share into `memory`, which rank 0 passes. Ranks of one host only."""
-        return self.shared_exporter.stream([named_weights(self.model)], memory, version=version)
+    def named_weights(self) -> Mapping[str, Tensor]:
+        """This rank's share, by the names of the GPTModel's parameters."""
+        return named_weights(self.model)
 
     def _microbatches_of(
         self,

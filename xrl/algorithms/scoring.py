@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 
 from xrl.algorithms.advantages import has_zero_variance
-from xrl.algorithms.sample import sample_of
+from xrl.algorithms.sample import samples_of
 from xrl.algorithms.scored import Scored
 from xrl.metrics.pass_rate import passes
-from xrl.types import Group, Rollout, Sample
+from xrl.types import Episode, Group, Sample
 
 
 def score_groups(
@@ -35,10 +35,10 @@ def score_groups(
     advantages: list[list[float | None]] = []
     num_flat = num_filtered = num_too_small = 0
     for group_id, group in enumerate(groups):
-        row: list[float | None] = [None] * len(group.rollouts)
+        row: list[float | None] = [None] * len(group.episodes)
         advantages.append(row)
-        usable = [index for index, rollout in enumerate(group.rollouts) if is_usable(rollout)]
-        rewards = [reward_of(group.rollouts[index]) for index in usable]
+        usable = [index for index, episode in enumerate(group.episodes) if is_usable(episode)]
+        rewards = [reward_of(group.episodes[index]) for index in usable]
         if len(rewards) < 2:
             num_too_small += 1
             continue
@@ -49,9 +49,9 @@ def score_groups(
                 continue
         for index, advantage in zip(usable, advantages_of(rewards), strict=True):
             row[index] = advantage
-            samples.append(_sample(group.rollouts[index], advantage, group_id))
+            samples += _samples(group.episodes[index], advantage, group_id)
     metrics = {
-        **answer_metrics([rollout for group in groups for rollout in group.rollouts]),
+        **answer_metrics([episode for group in groups for episode in group.episodes]),
         "groups/total": float(len(groups)),
         "groups/flat": float(num_flat),
         "groups/zero_variance": float(num_filtered),
@@ -61,26 +61,21 @@ def score_groups(
     return Scored(samples=samples, advantages=advantages, metrics=metrics)
 
 
-def is_usable(rollout: Rollout) -> bool:
+def is_usable(episode: Episode) -> bool:
     """Whether there is an answer, finished or cut at the length limit, with a reward that is a number."""
-    return is_answered(rollout) and math.isfinite(reward_of(rollout))
+    return episode.is_answered and math.isfinite(reward_of(episode))
 
 
-def is_answered(rollout: Rollout) -> bool:
-    """Whether there is an answer, finished or cut at the length limit."""
-    return rollout.completion.finish_reason in ("stop", "length") and bool(rollout.completion.token_ids)
-
-
-def reward_of(rollout: Rollout) -> float:
+def reward_of(episode: Episode) -> float:
     """The reward; NaN where nobody could say."""
-    return math.nan if rollout.reward is None else rollout.reward
+    return math.nan if episode.verdict.reward is None else episode.verdict.reward
 
 
-def answer_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def answer_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     """Rewards and lengths of the answers that did not fail, and how many did; NaN means where none is left."""
-    usable = [rollout for rollout in rollouts if is_usable(rollout)]
-    rewards = [reward_of(rollout) for rollout in usable]
-    lengths = [float(len(rollout.completion.token_ids)) for rollout in usable]
+    usable = [episode for episode in episodes if is_usable(episode)]
+    rewards = [reward_of(episode) for episode in usable]
+    lengths = [float(episode.num_tokens) for episode in usable]
     return {
         "reward/mean": _mean(rewards),
         "reward/std": _std(rewards),
@@ -88,18 +83,18 @@ def answer_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "response_length/mean": _mean(lengths),
         "response_length/max": max(lengths, default=math.nan),
         "response_length/min": min(lengths, default=math.nan),
-        "truncated_fraction": _mean([float(rollout.completion.finish_reason == "length") for rollout in usable]),
-        "samples/failed": float(len(rollouts) - len(usable)),
-        "samples/unjudged": float(sum(is_answered(rollout) and not is_usable(rollout) for rollout in rollouts)),
-        "samples/judge_failed": float(sum(bool(rollout.judge_error) for rollout in rollouts)),
+        "truncated_fraction": _mean([float(episode.status == "length") for episode in usable]),
+        "samples/failed": float(len(episodes) - len(usable)),
+        "samples/unjudged": float(sum(episode.is_answered and not is_usable(episode) for episode in episodes)),
+        "samples/judge_failed": float(sum(episode.verdict.failed for episode in episodes)),
     }
 
 
-def _sample(rollout: Rollout, advantage: float, group_id: int) -> Sample:
+def _samples(episode: Episode, advantage: float, group_id: int) -> list[Sample]:
     try:
-        return sample_of(rollout.prompt.token_ids, rollout.completion, advantage=advantage, group_id=group_id)
+        return samples_of(episode, advantage=advantage, group_id=group_id)
     except ValueError as error:
-        raise ValueError(f"prompt {rollout.prompt.id}: {error}") from error
+        raise ValueError(f"prompt {episode.prompt.id}: {error}") from error
 
 
 def _mean(values: Sequence[float]) -> float:

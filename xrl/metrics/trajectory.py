@@ -10,7 +10,7 @@ from typing import Any
 
 from xrl.config.printable import printable_json
 from xrl.files.whole import write_whole
-from xrl.types import FinishReason, Group, Rollout
+from xrl.types import Episode, FinishReason, Group
 
 STATUS: Mapping[FinishReason, str] = {"stop": "completed", "length": "completed", "abort": "aborted", "error": "failed"}
 
@@ -55,14 +55,14 @@ def read_trajectory(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _summary(groups: Sequence[Group], rollout_id: int, task_name: str, metrics: Mapping[str, float]) -> dict[str, Any]:
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    episodes = [episode for group in groups for episode in group.episodes]
     return {
         "rollout_id": rollout_id,
         "task_name": task_name,
         "num_groups": len(groups),
-        "num_samples": len(rollouts),
-        "num_tokens": sum(len(rollout.completion.token_ids) for rollout in rollouts),
-        "weights_versions": sorted({rollout.completion.weights_version for rollout in rollouts}),
+        "num_samples": len(episodes),
+        "num_tokens": sum(episode.num_tokens for episode in episodes),
+        "weights_versions": sorted({turn.completion.weights_version for episode in episodes for turn in episode.turns}),
         **{name: _finite(value) for name, value in metrics.items()},
     }
 
@@ -71,30 +71,30 @@ def _samples(
     groups: Sequence[Group], rollout_id: int, task_name: str, advantages: Sequence[Sequence[float | None]] | None
 ) -> Iterator[dict[str, Any]]:
     for group_id, group in enumerate(groups):
-        for index, rollout in enumerate(group.rollouts):
+        for index, episode in enumerate(group.episodes):
             yield {
                 "rollout_id": rollout_id,
                 "group_id": group_id,
                 "task_name": task_name,
-                **_answer(rollout),
+                **_answer(episode),
                 "advantage": None if advantages is None else advantages[group_id][index],
             }
 
 
-def _answer(rollout: Rollout) -> dict[str, Any]:
-    prompt, completion = rollout.prompt, rollout.completion
+def _answer(episode: Episode) -> dict[str, Any]:
+    prompt, completion, verdict = episode.prompt, episode.turns[-1].completion, episode.verdict
     return {
         "prompt_id": prompt.id,
         "data_source": prompt.data_source,
         "status": STATUS[completion.finish_reason],
         "finish_reason": completion.finish_reason,
-        "error_msg": f"the judge failed: {rollout.judge_error}" if rollout.judge_error else "",
+        "error_msg": f"the judge failed: {verdict.error}" if verdict.failed else "",
         "prompt": prompt.text,
         "label": prompt.ground_truth,
-        "response": rollout.response,
-        "reward": _finite(rollout.reward),
+        "response": episode.response,
+        "reward": _finite(verdict.reward),
         "prompt_len": len(prompt.token_ids),
-        "response_len": len(completion.token_ids),
+        "response_len": episode.num_tokens,
         "weights_version": completion.weights_version,
     }
 

@@ -8,15 +8,17 @@ from pathlib import Path
 
 from xrl.config import RewardConfig, SettingsError
 from xrl.config.names import hint
-from xrl.rewards.judge import ANSWERS, TRUTHS, InlineJudge, Judge, JudgePool, Verdict
+from xrl.rewards.judge import ANSWERS, TRUTHS, InlineJudge, Judge, JudgePool
 from xrl.rewards.limits import JudgeLimits
 from xrl.rewards.load import check_reference, load_judge, load_truth_check
 from xrl.rewards.process import JudgeSetup
 from xrl.rewards.processes import ProcessJudges
 from xrl.rewards.truths import InlineTruthChecker, ProcessTruthChecker, TruthChecker
+from xrl.types import Verdict
 
 __all__ = [
     "JUDGES",
+    "InlineJudge",
     "Judge",
     "JudgePool",
     "TruthChecker",

@@ -11,12 +11,11 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import SupportsFloat
 
 from xrl.launch.terminal import one_line
 from xrl.rewards.blame import place_of, place_raised, shown, words_of
-from xrl.types import Prompt
+from xrl.types import Prompt, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -35,27 +34,6 @@ MAX_DETAIL_CHARS = 300
 MAX_KINDS = 32
 # In place of further kinds of failure.
 OTHER_KIND = "other failures"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """A reward, or why there is none."""
-
-    reward: float | None  # None where nobody could say; of a failed judge 0 under --judge-failed zero
-    failure: str = ""  # kind of failure: the exception's name, "time-out", "process died", ...; empty: judged
-    detail: str = ""  # what happened
-    place: str = ""  # in the judge's own file: "my_reward.py, line 12, in reward"
-
-    @property
-    def failed(self) -> bool:
-        """Whether the judge gave no reward of its own."""
-        return bool(self.failure)
-
-    @property
-    def error(self) -> str:
-        """One line: the kind, what happened and where; empty where it was judged."""
-        place = f" ({self.place})" if self.place else ""
-        return f"{self.failure}: {self.detail}{place}" if self.failure else ""
 
 
 def failed_verdict(failure: str, detail: str, place: str = "") -> Verdict:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from xrl.rewards.framing import MAX_QUESTION_BYTES, BadMessage
-from xrl.rewards.judge import MAX_REWARD, Verdict, clean, failed_verdict
+from xrl.rewards.judge import MAX_REWARD, clean, failed_verdict
 from xrl.rewards.values import NotCarried, from_json, to_json
-from xrl.types import Prompt
+from xrl.types import Prompt, Verdict
 
 # Of the sentence that says why a judge did not start.
 MAX_ERROR_CHARS = 2000

@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 
 from xrl.config import SettingsError
 from xrl.rewards.framing import BadMessage
-from xrl.rewards.judge import JudgePool, Verdict, failed_verdict
+from xrl.rewards.judge import JudgePool, failed_verdict
 from xrl.rewards.limits import withheld_variable
 from xrl.rewards.messages import decode_verdict, encode_prompt, encode_question
 from xrl.rewards.process import END_LIMIT_S, JudgeProcess, JudgeSetup
-from xrl.types import Prompt
+from xrl.types import Prompt, Verdict
 
 # A judge whose processes fail to start this often in a row is not tried again by that worker.
 MAX_FAILED_STARTS = 3

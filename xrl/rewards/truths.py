@@ -9,13 +9,13 @@ from concurrent.futures import Future
 
 from xrl.config import SettingsError
 from xrl.rewards.blame import words_of
-from xrl.rewards.judge import TruthCheck, Verdict
+from xrl.rewards.judge import TruthCheck
 from xrl.rewards.messages import encode_prompt
 from xrl.rewards.number import read_number
 from xrl.rewards.process import JudgeSetup
 from xrl.rewards.processes import ProcessJudges
 from xrl.rewards.values import NotCarried
-from xrl.types import Prompt
+from xrl.types import Prompt, Verdict
 
 logger = logging.getLogger("xrl")
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from xrl.config import SettingsError
 from xrl.launch.streams import prepare_streams
 from xrl.rewards import framing
-from xrl.rewards.judge import ANSWERS, Judge, Verdict, ask
+from xrl.rewards.judge import ANSWERS, Judge, ask
 from xrl.rewards.keeper import keep
 from xrl.rewards.limits import JudgeLimits
 from xrl.rewards.load import load_with_check
 from xrl.rewards.messages import Start, decode_question, encode_start, encode_verdict
-from xrl.types import Prompt
+from xrl.types import Prompt, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,11 @@ import logging
 import queue
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xrl.launch.exit import RunFailed
 from xrl.rollout import protocol
 from xrl.rollout.answers import StaleAnswer, WorkerFault, WorkerRefused, name_of
-from xrl.rollout.partial import is_whole
 from xrl.rollout.process import WorkerGone, WorkerHandle
 from xrl.types import Completion, GenerateRequest
 
@@ -45,8 +44,14 @@ class RolloutCounts:
     why_failed: str = field(default="", compare=False)  # the last try of the first request that was given up
 
 
-class _NoneReady:
-    """In the place of a result: no worker can be asked, and one may be again with the weights of an update."""
+class NoneReady:
+    """In the place of a result: no worker can be asked, and one may be again with the weights of an update.
+
+    Whoever gets it publishes the current weights once more, and asks for the next result: then the requests go on.
+    """
+
+
+_Result = tuple[int, list[Completion] | None] | NoneReady | BaseException
 
 
 @dataclass
@@ -61,35 +66,40 @@ class _Load:
 class Dispatch:
     """One rollout. `run` in the pool's thread, `next_result` in the caller's."""
 
-    def __init__(self, pool: WorkerPool, counts: RolloutCounts) -> None:
+    def __init__(self, pool: WorkerPool, counts: RolloutCounts, *, may_update: bool = False) -> None:
+        """
+        Args:
+            may_update: whether whoever takes the results can publish the weights once more, and so understands a
+                `NoneReady`. Otherwise the loss of the last ready worker is the end.
+        """
         self.pool = pool
+        self.may_update = may_update
         self.config = pool.config
         self.counts = counts
-        self._results: queue.Queue[Any] = queue.Queue()
+        self._results: queue.Queue[_Result] = queue.Queue()
         self._loads: dict[int, _Load] = {}
         self._changed = asyncio.Condition()
         self._turn = asyncio.Lock()  # of the request that is next: thousands would all wake up for each that ends
         self._is_cut_short = self._has_ended = self._is_waiting = False
+        self._has_said_so = False  # the last result was that no worker is ready
 
-    def next_result(self) -> tuple[int, list[Completion] | None]:
+    def next_result(self) -> tuple[int, list[Completion] | None] | NoneReady:
         """Wait for the next request to finish: its place, and its completions or None.
-
-        Where no worker is ready, the pool's `recover` is called, and the requests go on.
 
         Raises:
             WorkerGone: no worker is left.
             RunFailed: the thread that asks the workers hangs, or has ended without an answer.
         """
-        while isinstance(result := self._next(), _NoneReady):
-            assert self.pool.recover is not None
-            self.pool.recover()
+        if self._has_said_so:
+            self._has_said_so = False
             self.pool.wait_for(self._go_on(), timeout_s=0.0, doing="going on with the rollout")
+        result = self._next()
+        self._has_said_so = isinstance(result, NoneReady)
         if isinstance(result, BaseException):
             raise result
-        found: tuple[int, list[Completion] | None] = result
-        return found
+        return result
 
-    def _next(self) -> Any:
+    def _next(self) -> _Result:
         """What comes next. That something comes is bounded by the requests' own time-outs, in the pool's thread.
 
         How soon is not: each of thousands may wait for its turn. So it is the thread that is looked after.
@@ -146,7 +156,7 @@ class Dispatch:
             this_try = dataclasses.replace(request, id=f"{request.id}.{attempt}") if attempt else request
             try:
                 completions = await self._ask(worker, this_try)
-                if all(map(is_whole, completions)):
+                if all(completion.is_whole for completion in completions):
                     self.counts.finished += 1
                 elif self._is_cut_short:
                     self.counts.unfinished += 1
@@ -204,11 +214,11 @@ class Dispatch:
         async with self._turn, self._changed:
             while not self._is_cut_short:
                 ready = self.pool.ready()
-                if not ready and self.pool.can_recover:
+                if not ready and self.may_update and self.pool.is_any_left():
                     if not self._is_waiting:
                         self._is_waiting = True
-                        self._results.put(_NoneReady())
-                    await self._changed.wait()  # Unbounded: `recover` has time-outs; it ends the run, or this.
+                        self._results.put(NoneReady())
+                    await self._changed.wait()  # Unbounded: an update has time-outs; it ends the run, or this.
                     continue
                 alive = ready or self.pool.alive
                 candidates = [worker for worker in alive if worker.number != avoid] or alive

@@ -16,7 +16,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +47,7 @@ from xrl.rollout.answers import (
     whose_weights,
 )
 from xrl.rollout.claims import trainers_key
-from xrl.rollout.dispatch import Dispatch, RolloutCounts
+from xrl.rollout.dispatch import Dispatch, NoneReady, RolloutCounts
 from xrl.rollout.lease import KEEP_ALIVE_S
 from xrl.rollout.process import RemoteWorker, WorkerGone, WorkerHandle, WorkerProcess
 from xrl.types import Completion, GenerateRequest
@@ -160,9 +160,6 @@ class WorkerPool:
         self._connections_per_worker: int | None = None
         self._has_said_bound = False
         self._dispatch: Dispatch | None = None  # of the last call of `generate`
-        # Publishes the current weights once more, in the thread that calls `generate`: for when no worker is ready, and
-        # one that is started again, or has other weights, could be. Without it, the loss of the last one is the end.
-        self.recover: Callable[[], None] | None = None
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -247,11 +244,10 @@ class WorkerPool:
             self._notice_ends()
             return [worker for worker in self.workers if self._is_ready(worker)]
 
-    @property
-    def can_recover(self) -> bool:
-        """Whether `recover` may make a worker ready: one that is not lost."""
+    def is_any_left(self) -> bool:
+        """Whether an update may make a worker ready: one that is not lost."""
         with self._lock:
-            return self.recover is not None and any(not standing.lost for standing in self._standings.values())
+            return any(not standing.lost for standing in self._standings.values())
 
     def reachable(self) -> list[WorkerHandle]:
         """Workers that listen, whatever weights they have; waits for one to start where there is none.
@@ -387,21 +383,27 @@ class WorkerPool:
             worker.terminate()
 
     def generate(
-        self, requests: Sequence[GenerateRequest], counts: RolloutCounts
-    ) -> Iterator[tuple[int, list[Completion] | None]]:
+        self, requests: Sequence[GenerateRequest], counts: RolloutCounts, *, may_update: bool = False
+    ) -> Iterator[tuple[int, list[Completion] | None] | NoneReady]:
         """Yield each request's place and completions as they finish; None for one whose tries are spent.
 
         Requests still running when the iterator is closed are aborted.
+
+        Args:
+            may_update: as in `Dispatch`.
 
         Raises:
             WorkerGone: the last worker died.
         """
         self.wait_until_ready()
-        dispatch = self._dispatch = Dispatch(self, counts)
+        dispatch = self._dispatch = Dispatch(self, counts, may_update=may_update)
         running = self.start(dispatch.run(requests))
         try:
-            for _ in requests:
-                yield dispatch.next_result()
+            num_left = len(requests)
+            while num_left:
+                result = dispatch.next_result()
+                num_left -= not isinstance(result, NoneReady)
+                yield result
         finally:
             running.cancel()
 

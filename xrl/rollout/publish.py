@@ -69,7 +69,7 @@ class _Parcel:
     manifest: Manifest
 
 
-class Publisher:
+class WeightStream:
     """Streams weight buckets to the pool's workers. Memory beside the model: two buckets."""
 
     def __init__(

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from tests.samples import answer, prompt
-from xrl.rollout.partial import GroupInProgress, is_whole, joined
+from xrl.experience.partial import GroupInProgress, joined
 from xrl.types import GenerateRequest, SamplingParams
 
 SAMPLING = SamplingParams(temperature=0.7, top_k=5, top_p=0.9, max_new_tokens=8, stop_token_ids=(2,), seed=1000)
@@ -123,7 +123,7 @@ def test_an_answer_of_one_piece_names_no_parts() -> None:
 
 @pytest.mark.parametrize(("reason", "expected"), [("stop", True), ("length", True), ("abort", False), ("error", False)])
 def test_an_answer_is_whole_that_ended_by_itself_or_at_its_longest(reason, expected: bool) -> None:
-    assert is_whole(answer(4, reason=reason)) is expected
+    assert answer(4, reason=reason).is_whole is expected
     assert started(answer(5, 2), answer(4, reason=reason)).is_whole is expected
 
 

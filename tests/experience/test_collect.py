@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 
+from tests.experience.askings import finished
 from tests.rollout.scripted_workers import SPECIAL, WHY_FAILED, ScriptedWorkers, Words
-from tests.samples import answer, prompt
+from tests.samples import answer, completion_of, prompt
 from xrl.algorithms.advantages import group_advantages
 from xrl.algorithms.scoring import score_groups
+from xrl.experience.asking import Need
+from xrl.experience.collect import Collected, Collector
+from xrl.experience.experience import refuse_useless
 from xrl.launch.exit import RunEnded
 from xrl.launch.progress import Progress
 from xrl.rewards.judge import InlineJudge
-from xrl.rollout.collect import Collected, Collector
-from xrl.rollout.pool import RolloutCounts
-from xrl.trainer import refuse_useless
-from xrl.types import Completion, GenerateRequest, Prompt, SamplingParams
+from xrl.rollout.dispatch import RolloutCounts
+from xrl.types import Completion, GenerateRequest, Prompt, SamplingParams, Verdict
 
 NO_ANSWER = 80  # the first token of a prompt that no worker can answer
 SAMPLING = SamplingParams(temperature=0.7, top_k=5, max_new_tokens=8, stop_token_ids=(SPECIAL,), seed=1234)
@@ -62,21 +64,23 @@ def take(
     collector: Collector, asked: list[Prompt], *, seed: int = 1234, num_samples: int = 2, enough: int | None = None
 ) -> Collected:
     sampling = dataclasses.replace(SAMPLING, seed=seed)
-    return collector.collect(
-        asked, sampling=sampling, num_samples=num_samples, description="training samples", enough=enough
+    return finished(
+        collector.collect(
+            asked, sampling=sampling, num_samples=num_samples, description="training samples", enough=enough
+        )
     )
 
 
 def first_tokens(found: Collected) -> list[int]:
     """Of the groups' prompts, which tell them apart."""
-    return [group.rollouts[0].prompt.token_ids[0] for group in found.groups]
+    return [group.episodes[0].prompt.token_ids[0] for group in found.groups]
 
 
 def test_groups_stand_in_the_order_of_their_prompts_whichever_ends_first() -> None:
     found = take(collector(ScriptedWorkers(echo, order=lambda number: [2, 0, 3, 1])), prompts(11, 12, 13, 14))
     assert first_tokens(found) == [11, 12, 13, 14]
     for group, token in zip(found.groups, (11, 12, 13, 14), strict=True):
-        assert [each.completion for each in group.rollouts] == [answer(token, 0), answer(token, 1)]
+        assert [completion_of(each) for each in group.episodes] == [answer(token, 0), answer(token, 1)]
 
 
 def test_each_place_of_a_rollout_draws_by_a_seed_of_its_own() -> None:
@@ -113,8 +117,8 @@ def test_an_answer_is_judged_as_text_without_special_tokens() -> None:
     workers = ScriptedWorkers(lambda request: [answer(21, 22, SPECIAL)] * request.num_samples)
     (group,) = take(collector(workers, judge), prompts(11)).groups
     assert heard == [("21 22", 0)] * 2
-    assert [(each.response, each.reward, each.judge_error) for each in group.rollouts] == [("21 22", 0.25, "")] * 2
-    assert group.rollouts[0].completion.token_ids == [21, 22, SPECIAL]
+    assert [(each.response, each.verdict) for each in group.episodes] == [("21 22", Verdict(reward=0.25))] * 2
+    assert completion_of(group.episodes[0]).token_ids == [21, 22, SPECIAL]
 
 
 def test_an_answer_is_judged_while_others_are_still_sampled() -> None:
@@ -135,9 +139,9 @@ def test_an_answer_is_judged_while_others_are_still_sampled() -> None:
 
 def test_every_request_that_ends_and_every_verdict_is_progress() -> None:
     progress = Progress()
-    Collector(ScriptedWorkers(echo), Words(), InlineJudge(reward), progress).collect(  # type: ignore[arg-type]
-        prompts(11, NO_ANSWER, 13), sampling=SAMPLING, num_samples=2, description="training samples"
-    )
+    one = Collector(ScriptedWorkers(echo), Words(), InlineJudge(reward), progress)  # type: ignore[arg-type]
+    asked = prompts(11, NO_ANSWER, 13)
+    finished(one.collect(asked, sampling=SAMPLING, num_samples=2, description="training samples"))
     assert progress.pieces == 3 + 4
 
 
@@ -166,11 +170,11 @@ def test_carried_groups_come_first_and_go_on_from_the_tokens_they_have() -> None
     assert requests == [("1235-0-0", [12, 40], 1), ("1235-0-1", [12, 41], 1), ("1235-1", [21], 2)]
     assert [request.sampling.max_new_tokens for request in workers.asked[1]] == [7, 7, 8]
     assert first_tokens(found) == [12, 21]
-    assert [each.completion for each in found.groups[0].rollouts] == [
+    assert [completion_of(each) for each in found.groups[0].episodes] == [
         answer(40, 50, version=1, parts=((0, 1), (1, 1))),
         answer(41, 50, version=1, parts=((0, 1), (1, 1))),
     ]
-    assert [each.completion.parts for each in found.groups[1].rollouts] == [(), ()]
+    assert [completion_of(each).parts for each in found.groups[1].episodes] == [(), ()]
     assert found.num_tokens == 2 * 2 + 2 * 1
     assert one.num_carried == 0
 
@@ -193,7 +197,7 @@ def test_whole_answers_of_a_group_in_progress_are_not_asked_for_again() -> None:
     workers.answers = lambda request: [answer(50, version=1)]
     (group,) = take(one, [], seed=1235, enough=1).groups
     assert [request.id for request in workers.asked[1]] == ["1235-0-1"]
-    assert [each.completion for each in group.rollouts] == [
+    assert [completion_of(each) for each in group.episodes] == [
         answer(40),
         answer(41, 50, version=1, parts=((0, 1), (1, 1))),
     ]
@@ -255,6 +259,15 @@ def test_a_prompt_that_failed_is_not_carried() -> None:
     assert one.num_carried == 1
 
 
+def test_where_no_worker_is_ready_weights_are_asked_for_and_the_rollout_goes_on() -> None:
+    workers = ScriptedWorkers(echo)
+    workers.num_lost = lambda request: 2 if request.token_ids == [12] else 0
+    asking = collector(workers).collect(prompts(11, 12), sampling=SAMPLING, num_samples=2, description="samples")
+    assert [next(asking), next(asking)] == [Need.WEIGHTS] * 2
+    assert first_tokens(finished(asking)) == [11, 12]
+    assert len(workers.asked) == 1
+
+
 def score(found: Collected) -> Any:
     return score_groups(
         found.groups, lambda rewards: group_advantages(rewards, normalize=False), filter_zero_variance=True
@@ -269,7 +282,7 @@ def test_answers_on_which_the_judge_failed_move_no_mean_and_are_not_trained_on()
     found = collect(fails_in_a_third)
     refuse_useless(1, found)
     # Of samples 0..5 the judge fails on 1 and 4; the others get 0, 0, 1, 1.
-    assert [rollout.reward for rollout in found.groups[0].rollouts] == [0.0, None, 0.0, 1.0, None, 1.0]
+    assert [episode.verdict.reward for episode in found.groups[0].episodes] == [0.0, None, 0.0, 1.0, None, 1.0]
     scored = score(found)
     assert scored.advantages == [[-0.5, None, -0.5, 0.5, None, 0.5]] * 2
     assert (scored.metrics["reward/mean"], scored.metrics["pass_fraction"]) == (0.5, 0.5)

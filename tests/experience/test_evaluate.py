@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from tests.experience.askings import finished
 from tests.samples import answer, judged, prompt
 from xrl.config import EvaluationConfig
-from xrl.rollout.collect import Collected
-from xrl.rollout.evaluate import Evaluator
-from xrl.rollout.pool import RolloutCounts
+from xrl.experience.asking import Asking
+from xrl.experience.collect import Collected
+from xrl.experience.evaluate import Evaluator
+from xrl.rollout.dispatch import RolloutCounts
 from xrl.types import Completion, FinishReason, Group, Prompt, SamplingParams
 
 TRAINING = SamplingParams(temperature=0.6, top_k=20, top_p=0.9, max_new_tokens=32, stop_token_ids=(2, 3), seed=1234)
@@ -32,14 +34,15 @@ class Answers:
         self.rewards = rewards
         self.calls: list[dict[str, Any]] = []
 
-    def collect(self, prompts: Sequence[Prompt], **call: Any) -> Collected:
+    def collect(self, prompts: Sequence[Prompt], **call: Any) -> Asking[Collected]:
         self.calls.append({"ids": [each.id for each in prompts], **call})
         is_greedy = call["num_samples"] == 1 and call["sampling"].temperature == 0
         groups = []
         for each, found in zip(prompts, self.rewards, strict=False):
             chosen = found[:1] if is_greedy else found[1 : 1 + call["num_samples"]]
             if chosen:
-                groups.append(Group(rollouts=tuple(self._rollout(each, one) for one in chosen)))
+                groups.append(Group(episodes=tuple(self._rollout(each, one) for one in chosen)))
+        yield from ()
         return Collected(groups=groups, counts=RolloutCounts(), seconds=1.0, num_tokens=0)
 
     @staticmethod
@@ -52,7 +55,7 @@ class Answers:
 def evaluated(*rewards: Sequence[float | Judged | None], **settings: Any) -> tuple[dict[str, float], Answers]:
     answers = Answers(*rewards)
     config = EvaluationConfig(**{"eval_samples_per_prompt": 2, **settings})
-    return Evaluator(answers, PROMPTS, config, TRAINING).evaluate(), answers  # type: ignore[arg-type]
+    return finished(Evaluator(answers, PROMPTS, config, TRAINING).evaluate()), answers  # type: ignore[arg-type]
 
 
 def test_greedy_answers_are_asked_for_first_then_those_that_are_sampled() -> None:
@@ -82,7 +85,7 @@ def test_every_evaluation_asks_the_same_prompts_with_the_same_seeds() -> None:
         EvaluationConfig(eval_max_prompts=1, eval_samples_per_prompt=1),
         TRAINING,
     )
-    first, second = evaluator.evaluate(), evaluator.evaluate()
+    first, second = finished(evaluator.evaluate()), finished(evaluator.evaluate())
     assert first == second
     assert answers.calls[:2] == answers.calls[2:]
     assert answers.calls[0]["ids"] == [0]

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Sequence
 
 from xrl.config import EvaluationConfig
+from xrl.experience.asking import Asking
+from xrl.experience.collect import Collector
 from xrl.metrics.pass_rate import pass_rates
-from xrl.rollout.collect import Collector
 from xrl.types import Group, Prompt, SamplingParams
 
 logger = logging.getLogger("xrl")
@@ -30,14 +31,14 @@ class Evaluator:
         self.greedy = _with_temperature(sampling, 0.0)
         self.sampled = _with_temperature(sampling, config.eval_temperature)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> Asking[dict[str, float]]:
         """`eval/greedy`, `eval/pass@1` and `eval/pass@k`: shares of prompts answered right, in [0, 1].
 
         A prompt that no worker could answer, and an answer that nobody could judge, are not wrong: they are left out.
         `eval/prompts` counts all prompts, `eval/greedy/prompts` and so on those that the rate is of.
         """
-        greedy = self._rewards(self.greedy, 1, "greedy evaluation")
-        sampled = self._rewards(self.sampled, self.num_samples, "sampled evaluation")
+        greedy = yield from self._rewards(self.greedy, 1, "greedy evaluation")
+        sampled = yield from self._rewards(self.sampled, self.num_samples, "sampled evaluation")
         rates = {"eval/greedy": pass_rates(greedy, [1])["pass@1"]}
         counts = {"eval/greedy/prompts": _num_with(greedy, 1)}
         ks = sorted({1, self.num_samples})
@@ -46,13 +47,13 @@ class Evaluator:
             counts[f"eval/{name}/prompts"] = _num_with(sampled, k)
         return {**rates, "eval/prompts": float(len(self.prompts)), **counts}
 
-    def _rewards(self, sampling: SamplingParams, num_samples: int, description: str) -> list[list[float]]:
+    def _rewards(self, sampling: SamplingParams, num_samples: int, description: str) -> Asking[list[list[float]]]:
         """[prompts][samples] of what was answered and judged."""
-        collected = self.collector.collect(
+        collected = yield from self.collector.collect(
             self.prompts, sampling=sampling, num_samples=num_samples, description=description
         )
         rows = [_rewards_of(group) for group in collected.groups]
-        num_unjudged = sum(len(group.rollouts) for group in collected.groups) - sum(map(len, rows))
+        num_unjudged = sum(len(group.episodes) for group in collected.groups) - sum(map(len, rows))
         if num_unjudged or len(rows) < len(self.prompts):
             logger.warning(
                 "%s: %d of %d prompts failed, and %d answers were cut off or nobody could judge them; "
@@ -67,9 +68,9 @@ class Evaluator:
 
 def _rewards_of(group: Group) -> list[float]:
     return [
-        rollout.reward
-        for rollout in group.rollouts
-        if rollout.reward is not None and rollout.completion.finish_reason in ("stop", "length")
+        episode.verdict.reward
+        for episode in group.episodes
+        if episode.verdict.reward is not None and episode.status in ("done", "length", "max_turns")
     ]
 
 

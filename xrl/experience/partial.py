@@ -21,7 +21,7 @@ class GroupInProgress:
 
     @property
     def is_whole(self) -> bool:
-        return bool(self.answers) and all(map(is_whole, self.answers))
+        return bool(self.answers) and all(answer.is_whole for answer in self.answers)
 
     def requests(self, sampling: SamplingParams, num_samples: int, name: str) -> list[GenerateRequest]:
         """What is to be asked: the prompt for all samples, or each cut-off answer for the rest of it."""
@@ -41,7 +41,7 @@ class GroupInProgress:
                 ),
             )
             for index, answer in enumerate(self.answers)
-            if not is_whole(answer)
+            if not answer.is_whole
         ]
 
     def take(self, places: Sequence[int], completions: Sequence[Completion]) -> None:
@@ -56,12 +56,7 @@ class GroupInProgress:
         """The samples that each of `requests` is for."""
         if not self.answers:
             return [list(range(num_samples))]
-        return [[index] for index, answer in enumerate(self.answers) if not is_whole(answer)]
-
-
-def is_whole(completion: Completion) -> bool:
-    """Whether the answer ended by itself or at its longest."""
-    return completion.finish_reason in ("stop", "length")
+        return [[index] for index, answer in enumerate(self.answers) if not answer.is_whole]
 
 
 def joined(first: Completion, second: Completion) -> Completion:

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from xrl.experience.asking import Asking, Need
+from xrl.experience.partial import GroupInProgress
 from xrl.launch.progress import Progress
-from xrl.rewards import JudgePool, Verdict
-from xrl.rollout.partial import GroupInProgress
-from xrl.rollout.pool import RolloutCounts, WorkerPool
-from xrl.types import Completion, GenerateRequest, Group, Prompt, Rollout, SamplingParams
+from xrl.rewards import JudgePool
+from xrl.rollout.dispatch import NoneReady, RolloutCounts
+from xrl.rollout.pool import WorkerPool
+from xrl.types import Completion, Episode, GenerateRequest, Group, Prompt, SamplingParams, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +41,39 @@ class Collected:
     counts: RolloutCounts
     seconds: float
     num_tokens: int  # response tokens
+
+
+@dataclass(kw_only=True, eq=False)
+class _Place:
+    """One prompt of a rollout, and what has become of it."""
+
+    group: GroupInProgress
+    has_failed: bool = False  # one of its requests did, for good
+    judging: list[_Judging] | None = None  # its answers, once they are all there
+
+    def requests(self, number: int, sampling: SamplingParams, num_samples: int) -> list[_Request]:
+        """What is still to be asked; `number` is the place's in the rollout."""
+        requests = self.group.requests(*_named(number, sampling, num_samples))
+        samples = self.group.places(num_samples)
+        return [_Request(place=self, samples=each, request=one) for each, one in zip(samples, requests, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Request:
+    """What the workers are asked, and for which of a place's samples."""
+
+    place: _Place
+    samples: list[int]
+    request: GenerateRequest
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Judging:
+    """An answer that is being judged."""
+
+    completion: Completion
+    response: str
+    verdict: Future[Verdict]
 
 
 class Collector:
@@ -74,7 +109,7 @@ class Collector:
         num_samples: int,
         description: str,
         enough: int | None = None,
-    ) -> Collected:
+    ) -> Asking[Collected]:
         """Draw `num_samples` answers to every prompt and judge them.
 
         A prompt whose request failed for good is left out and counted.
@@ -87,46 +122,50 @@ class Collector:
         """
         start = time.perf_counter()
         counts = RolloutCounts()
-        groups = [*(self._take_carried() if enough is not None else []), *(GroupInProgress(prompt=p) for p in prompts)]
-        asked: list[tuple[int, list[int]]] = []  # of each request: its group, and the samples it is for
-        requests: list[GenerateRequest] = []
-        for place, group in enumerate(groups):
-            asked += [(place, samples) for samples in group.places(num_samples)]
-            requests += group.requests(*_named(place, sampling, num_samples))
-        whole = [place for place, group in enumerate(groups) if group.is_whole][:enough]
-        judged = {place: self._judge_all(groups[place]) for place in whole}
-        if len(judged) == enough:
-            requests = []
-        failed: set[int] = set()
-        with self._progress(len(requests), description) as advance:
-            for number, completions in self.pool.generate(requests, counts):
-                self.progress.advance()
-                place, samples = asked[number]
-                group = groups[place]
-                if completions:
-                    group.take(samples, completions)
-                if completions is None:
-                    failed.add(place)
-                if group.is_whole and place not in judged and len(judged) != enough:
-                    judged[place] = self._judge_all(group)
-                    if len(judged) == enough:
-                        self.pool.cut_short()
-                advance(counts)
+        carried = self._take_carried() if enough is not None else []
+        places = [_Place(group=group) for group in (*carried, *(GroupInProgress(prompt=each) for each in prompts))]
+        asked = [each for number, place in enumerate(places) for each in place.requests(number, sampling, num_samples)]
+        for place in [place for place in places if place.group.is_whole][:enough]:
+            self._judge_all(place)
+        if _num_judged(places) == enough:
+            asked = []
+        yield from self._answers(places, asked, counts, description, enough)
         if enough is not None:
-            self._carried = [group for place, group in enumerate(groups) if place not in failed and place not in judged]
-        found = [
-            Group(
-                rollouts=tuple(_rollout(groups[place].prompt, *parts) for parts in self.progress.through(judged[place]))
-            )
-            for place in sorted(judged)
-        ]
+            self._carried = [place.group for place in places if place.judging is None and not place.has_failed]
+        groups = [self._judged(place) for place in places if place.judging is not None]
         _log_counts(description, counts)
         return Collected(
-            groups=found,
+            groups=groups,
             counts=counts,
             seconds=time.perf_counter() - start,
-            num_tokens=sum(len(r.completion.token_ids) for group in found for r in group.rollouts),
+            num_tokens=sum(episode.num_tokens for group in groups for episode in group.episodes),
         )
+
+    def _answers(
+        self,
+        places: Sequence[_Place],
+        asked: Sequence[_Request],
+        counts: RolloutCounts,
+        description: str,
+        enough: int | None,
+    ) -> Asking[None]:
+        """Give every place its answers as they come, and judge those that are whole, until there are `enough`."""
+        with self._progress(len(asked), description) as advance:
+            for found in self.pool.generate([each.request for each in asked], counts, may_update=True):
+                if isinstance(found, NoneReady):
+                    yield Need.WEIGHTS
+                    continue
+                self.progress.advance()
+                number, completions = found
+                place = asked[number].place
+                if completions:
+                    place.group.take(asked[number].samples, completions)
+                place.has_failed |= completions is None
+                if place.group.is_whole and place.judging is None and _num_judged(places) != enough:
+                    self._judge_all(place)
+                    if _num_judged(places) == enough:
+                        self.pool.cut_short()
+                advance(counts)
 
     @contextlib.contextmanager
     def _progress(self, total: int, description: str) -> Iterator[Callable[[RolloutCounts], None]]:
@@ -151,12 +190,22 @@ class Collector:
         carried, self._carried = self._carried, []
         return carried
 
-    def _judge_all(self, group: GroupInProgress) -> list[tuple[Completion, str, Future[Verdict]]]:
-        return [self._judge(group.prompt, completion) for completion in group.answers]
+    def _judge_all(self, place: _Place) -> None:
+        place.judging = [self._judge(place.group.prompt, completion) for completion in place.group.answers]
 
-    def _judge(self, prompt: Prompt, completion: Completion) -> tuple[Completion, str, Future[Verdict]]:
+    def _judge(self, prompt: Prompt, completion: Completion) -> _Judging:
         response = str(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
-        return completion, response, self.judge.submit(response, prompt)
+        return _Judging(completion=completion, response=response, verdict=self.judge.submit(response, prompt))
+
+    def _judged(self, place: _Place) -> Group:
+        """Wait for the verdicts on a place's answers."""
+        prompt, judging = place.group.prompt, place.judging or []
+        return Group(episodes=tuple(_episode(prompt, each) for each in self.progress.through(judging)))
+
+
+def _num_judged(places: Sequence[_Place]) -> int:
+    """Places whose answers are judged, or are being."""
+    return sum(place.judging is not None for place in places)
 
 
 def _named(place: int, sampling: SamplingParams, num_samples: int) -> tuple[SamplingParams, int, str]:
@@ -166,15 +215,9 @@ def _named(place: int, sampling: SamplingParams, num_samples: int) -> tuple[Samp
     return dataclasses.replace(sampling, seed=seed), num_samples, f"{sampling.seed}-{place}"
 
 
-def _rollout(prompt: Prompt, completion: Completion, response: str, verdict: Future[Verdict]) -> Rollout:
-    result = verdict.result()  # Unbounded: a judge has a time-out for each answer, and fails it then.
-    return Rollout(
-        prompt=prompt,
-        completion=completion,
-        response=response,
-        reward=result.reward,
-        judge_error=result.error,
-    )
+def _episode(prompt: Prompt, judging: _Judging) -> Episode:
+    verdict = judging.verdict.result()  # Unbounded: a judge has a time-out for each answer, and fails it then.
+    return Episode.of_answer(prompt, judging.completion, judging.response, verdict)
 
 
 def _log_counts(description: str, counts: RolloutCounts) -> None:

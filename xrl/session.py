@@ -1,0 +1,204 @@
+"""A run's parts in one place: what `xrl train` trains with, and what a loop of one's own does."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from xrl.parallel.cpu import prepare_megatron_for_cpu
+
+prepare_megatron_for_cpu()
+
+import torch  # noqa: E402
+
+from xrl.actor.actor import Actor  # noqa: E402
+from xrl.algorithms import Algorithm, create_algorithm  # noqa: E402
+from xrl.assembly import (  # noqa: E402
+    Lead,
+    build_experience,
+    build_hooks,
+    build_lead,
+    build_publisher,
+    build_reporter,
+    build_turns,
+    share_rollout_count,
+)
+from xrl.config import Settings  # noqa: E402
+from xrl.experience.asking import Need  # noqa: E402
+from xrl.experience.experience import Batch, Experience  # noqa: E402
+from xrl.experience.turns import DeviceTurns, TurnTakingLearner  # noqa: E402
+from xrl.hooks import Evaluation  # noqa: E402
+from xrl.kernels.threads import use_threads  # noqa: E402
+from xrl.launch.exit import RunEnded, announce_errors, end_process  # noqa: E402
+from xrl.launch.progress import Progress  # noqa: E402
+from xrl.metrics.ending import Ending  # noqa: E402
+from xrl.metrics.run_folder import RunFolder  # noqa: E402
+from xrl.parallel.control import Control  # noqa: E402
+from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
+from xrl.parallel.watch import Watch, connect_to_store  # noqa: E402
+from xrl.rollout.pool import WorkerPool  # noqa: E402
+from xrl.rollout.publisher import Published, Publisher  # noqa: E402
+from xrl.trainer import Hook, Trainer  # noqa: E402
+
+if TYPE_CHECKING:
+    from xrl.parallel.groups import ParallelGroups
+    from xrl.rewards import Judge
+
+# Beyond the longest wait of rank 0 that its settings bound: what it does itself meanwhile.
+LEAD_GRACE_S = 600.0
+
+
+class Session:
+    """This rank's parts of a run, built from settings on entry and ended on the way out. Every rank makes one.
+
+    with xrl.Session(settings, judge=my_judge) as run:
+        run.publish(version=0)
+        for step in range(1, run.num_steps + 1):
+            run.actor.learn(run.take(step).samples, run.algorithm)
+            run.publish(version=step)
+    """
+
+    groups: ParallelGroups
+    """Where this rank stands, and the process groups it talks through."""
+    actor: Actor
+    """The model that is trained, this rank's share of it."""
+    fleet: WorkerPool | None
+    """The rollout workers; None on ranks other than 0."""
+    experience: Experience
+    """Batches of judged and scored answers."""
+    publisher: Publisher
+    """Gives the actor's weights to the workers."""
+    num_steps: int
+    """Rollouts that the settings ask for."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        judge: Judge | None = None,
+        algorithm: Algorithm | None = None,
+        ending: Ending | None = None,
+        groups: ParallelGroups | None = None,
+    ) -> None:
+        """
+        Args:
+            judge: `(response, prompt) -> reward`, asked in rank 0's own process; default: the one that --judge names,
+                behind its bounds.
+            algorithm: default: the one that --algorithm names.
+            ending: is told how far the run comes, and announces errors: for a process that ends with the run.
+            groups: made before by `xrl.parallel.megatron.initialize`, and left as they are; default: made here.
+        """
+        self.settings = settings
+        self.algorithm = algorithm or create_algorithm(settings.algorithm)
+        self.progress = Progress()
+        self._judge, self._ending, self._given_groups = judge, ending or Ending(), groups
+        self._announces = ending is not None
+        self._stack = contextlib.ExitStack()
+        self._lead: Lead | None = None
+        self._turns: DeviceTurns | None = None
+        self._version = 0  # of the weights that the workers have
+
+    def __enter__(self) -> Session:
+        announced = announce_errors(self._ending.words_about) if self._announces else contextlib.nullcontext()
+        with contextlib.ExitStack() as stack, announced:
+            self._build(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    @property
+    def folder(self) -> RunFolder | None:
+        """Where the run writes; None on ranks other than 0."""
+        return self._lead.journal.folder if self._lead else None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which samples, judges and writes."""
+        return self._lead is not None
+
+    def take(self, step: int) -> Batch:
+        """The batch of a step; the weights are published once more where the workers need it. Collective."""
+        while isinstance(batch := self.experience.take(step), Need):
+            self._publish_again()
+        return batch
+
+    def publish(self, *, version: int) -> Published:
+        """Give the weights to every worker; what is sampled from then on carries `version`. Collective."""
+        self._version = version
+        return self.publisher.publish(version=version)
+
+    def trainer(self, *, hooks: Sequence[Hook] = (), kind: type[Trainer] = Trainer) -> Trainer:
+        """The loop of `xrl train`.
+
+        Args:
+            hooks: called after those of `xrl train` (checkpoints, evaluation), as `Trainer` says.
+            kind: `Trainer`, or a subclass with a step of its own.
+        """
+        learner = self.actor if self._turns is None else TurnTakingLearner(self.actor, self._turns)
+        return kind(
+            self.experience,
+            learner,
+            self.algorithm,
+            self.publisher,
+            build_reporter(self.settings, self.groups, self.actor, self._lead),
+            num_steps=self.num_steps,
+            hooks=[*build_hooks(self.settings, self.groups, self.actor, self._lead, self.progress), *hooks],
+            progress=self.progress,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Pass rates on the held-out prompts of --eval-data; on rank 0, empty on the others. Collective."""
+        evaluation = Evaluation(self._lead.evaluator if self._lead else None, None, Control.of(self.groups))
+        return dict(evaluation.rates(self._publish_again))
+
+    def _build(self, stack: contextlib.ExitStack) -> None:
+        settings, lead = self.settings, None
+        if self._given_groups is None:
+            self.groups = initialize(settings.parallel, seed=settings.run.seed)
+            stack.callback(shutdown)
+        else:
+            self.groups = self._given_groups
+        if self.groups.layout.world_size > 1:
+            stack.callback(self._watch_ranks().close)
+        if self.groups.rank == 0:
+            lead = build_lead(settings, self.groups, stack, self._ending, self.progress, judge=self._judge)
+        self._lead = lead
+        self.fleet = lead.pool if lead else None
+        self.num_steps = share_rollout_count(lead, self.groups)
+        self._ending.expect(self.num_steps)
+        num_updates = self.num_steps * settings.algorithm.updates_per_rollout
+        self.actor = Actor(settings, self.groups, num_updates=num_updates, progress=self.progress)
+        self.experience = build_experience(settings, self.groups, self.algorithm, lead)
+        self._turns = build_turns(settings, self.groups, self.actor, lead)
+        self.publisher = build_publisher(settings, self.groups, self.actor, lead, self._turns, self.progress)
+        if self.groups.device.type == "cpu":
+            use_threads(torch.get_num_threads(), num_parameters=self.actor.num_parameters)
+        gc.collect()
+        gc.freeze()  # modules and models stay: collections need not go through them again, many times a step
+
+    def _publish_again(self) -> None:
+        self.publisher.publish(version=self._version)
+
+    def _watch_ranks(self) -> Watch:
+        """From here on a rank that is stopped or hangs ends the run, and is named."""
+
+        def end(sentence: str) -> None:
+            error = RunEnded(sentence)
+            end_process(error, self._ending.words_about(error))
+
+        return Watch(
+            lambda: connect_to_store(os.environ),
+            self.progress,
+            rank=self.groups.rank,
+            world_size=self.groups.layout.world_size,
+            lead_limit_s=self.settings.longest_wait_s + LEAD_GRACE_S,
+            end=end,
+        )
