@@ -29,9 +29,13 @@ class GRPO:
         """Fill in advantages; leave out what cannot be learned from, and count it."""
         return score_groups(
             groups,
-            lambda rewards: group_advantages(rewards, normalize=self.config.normalize_advantages),
+            self.advantages,
             filter_zero_variance=self.config.filter_zero_variance,
         )
+
+    def advantages(self, rewards: Sequence[float]) -> list[float]:
+        """[G] rewards of the answers to one prompt, G >= 2 -> [G] advantages. For a subclass to replace."""
+        return group_advantages(rewards, normalize=self.config.normalize_advantages)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """One micro-batch's share of the loss.
