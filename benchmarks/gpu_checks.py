@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from xrl.config import AlgorithmConfig
-from xrl.kernels.backend import BackendName
-from xrl.kernels.grpo_loss import grpo_token_loss, reference_grpo_token_loss
-from xrl.kernels.linear_grpo import linear_grpo_loss, reference_linear_grpo_loss
-from xrl.kernels.linear_logprob import linear_logprob, reference_linear_logprob
-from xrl.kernels.logprob import reference_logprob, vocab_parallel_logprob
+from xrl.kernels.head.backend import BackendName
+from xrl.kernels.head.grpo_loss import grpo_token_loss, reference_grpo_token_loss
+from xrl.kernels.head.linear_grpo import linear_grpo_loss, reference_linear_grpo_loss
+from xrl.kernels.head.linear_logprob import linear_logprob, reference_linear_logprob
+from xrl.kernels.head.logprob import reference_logprob, vocab_parallel_logprob
 
 # The case file is the tests', so that every backend is held to one.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.kernels.logprob_cases import Case, cases
+from tests.kernels.head.logprob_cases import Case, cases
 
 DEVICE = torch.device("cuda")
 NUM_ROWS, VOCAB_SIZE = 16_384, 151_936  # more than 2^31 logits

@@ -30,11 +30,11 @@ from torch import Tensor
 
 from xrl.config import AlgorithmConfig
 from xrl.kernels import grpo_loss as loss_module
-from xrl.kernels.backend import BackendName, SinglePassBackend, choose_backend, why_not
-from xrl.kernels.grpo_loss import grpo_token_loss
-from xrl.kernels.linear_grpo import linear_grpo_loss
-from xrl.kernels.linear_logprob import linear_logprob
-from xrl.kernels.logprob import vocab_parallel_logprob
+from xrl.kernels.head.backend import BackendName, SinglePassBackend, choose_backend, why_not
+from xrl.kernels.head.grpo_loss import grpo_token_loss
+from xrl.kernels.head.linear_grpo import linear_grpo_loss
+from xrl.kernels.head.linear_logprob import linear_logprob
+from xrl.kernels.head.logprob import vocab_parallel_logprob
 
 NUM_SEQUENCES, LENGTH = 16, NUM_ROWS // 16
 HIDDEN_SIZE = 4096

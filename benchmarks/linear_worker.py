@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from xrl.config import AlgorithmConfig
-from xrl.kernels.linear_grpo import linear_grpo_loss
-from xrl.kernels.linear_logprob import linear_logprob
+from xrl.kernels.head.linear_grpo import linear_grpo_loss
+from xrl.kernels.head.linear_logprob import linear_logprob
 
 Contestant = Callable[[Tensor, Tensor, Tensor], Tensor]
 

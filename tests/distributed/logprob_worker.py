@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from xrl.config import AlgorithmConfig
-from xrl.kernels.backend import BackendName
-from xrl.kernels.grpo_loss import grpo_token_loss, reference_grpo_token_loss
-from xrl.kernels.linear_grpo import linear_grpo_loss, reference_linear_grpo_loss
-from xrl.kernels.linear_logprob import linear_logprob, reference_linear_logprob
-from xrl.kernels.logprob import reference_logprob, vocab_parallel_logprob
+from xrl.kernels.head.backend import BackendName
+from xrl.kernels.head.grpo_loss import grpo_token_loss, reference_grpo_token_loss
+from xrl.kernels.head.linear_grpo import linear_grpo_loss, reference_linear_grpo_loss
+from xrl.kernels.head.linear_logprob import linear_logprob, reference_linear_logprob
+from xrl.kernels.head.logprob import reference_logprob, vocab_parallel_logprob
 
 ROWS = 33
 CONFIG = AlgorithmConfig(kl_coef=0.1, entropy_coef=0.02, dual_clip=3.0)

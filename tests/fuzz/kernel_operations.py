@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 
 from xrl.config import AlgorithmConfig
-from xrl.kernels import layer_ops, rms_norm, rope_cache, sample_tokens
-from xrl.kernels.decode_attention import PagedContext, decode_attention, decode_attention_reference
-from xrl.kernels.decode_layers import DecodeLayer, RopeTables, decode_layers, reference_decode_layers
-from xrl.kernels.gated_mlp import gated_mlp, reference_gated_mlp
-from xrl.kernels.grpo_loss import grpo_token_loss, reference_grpo_token_loss
-from xrl.kernels.linear import linear
-from xrl.kernels.linear_grpo import linear_grpo_loss, reference_linear_grpo_loss
-from xrl.kernels.linear_logprob import linear_logprob, reference_linear_logprob
-from xrl.kernels.logprob import reference_logprob, vocab_parallel_logprob
+from xrl.kernels.decode import rms_norm, rope_cache, sample_tokens
+from xrl.kernels.decode.decode_attention import PagedContext, decode_attention, decode_attention_reference
+from xrl.kernels.decode.decode_layers import DecodeLayer, RopeTables, decode_layers, reference_decode_layers
+from xrl.kernels.decode.packed_linear import PackedLinear, PackedSwiGLU
+from xrl.kernels.decode.prefill_attention import prefill_attention, prefill_attention_reference
+from xrl.kernels.head.grpo_loss import grpo_token_loss, reference_grpo_token_loss
+from xrl.kernels.head.linear_grpo import linear_grpo_loss, reference_linear_grpo_loss
+from xrl.kernels.head.linear_logprob import linear_logprob, reference_linear_logprob
+from xrl.kernels.head.logprob import reference_logprob, vocab_parallel_logprob
+from xrl.kernels.layers import layer_ops
+from xrl.kernels.layers.gated_mlp import gated_mlp, reference_gated_mlp
+from xrl.kernels.layers.linear import linear
+from xrl.kernels.layers.self_attention import HeadRules, PackedSequences, reference_self_attention, self_attention
+from xrl.kernels.layers.train_layer import LayerParameters, LayerRules, reference_train_layer, train_layer
 from xrl.kernels.matmul import matmul, matmul_into
-from xrl.kernels.packed_linear import PackedLinear, PackedSwiGLU
-from xrl.kernels.prefill_attention import prefill_attention, prefill_attention_reference
-from xrl.kernels.self_attention import HeadRules, PackedSequences, reference_self_attention, self_attention
-from xrl.kernels.train_layer import LayerParameters, LayerRules, reference_train_layer, train_layer
 
 Arguments = dict[str, Any]
 FLOATS = (torch.float32, torch.float64)  # numbers a row may be either

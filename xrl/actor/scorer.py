@@ -10,11 +10,11 @@ from torch.distributed import ProcessGroup
 
 from xrl.actor.microbatch import Microbatch
 from xrl.config import AlgorithmConfig, Settings
-from xrl.kernels.backend import BackendName
-from xrl.kernels.grpo_loss import GrpoLossOutput, grpo_token_loss
-from xrl.kernels.linear_grpo import linear_grpo_loss
-from xrl.kernels.linear_logprob import linear_logprob
-from xrl.kernels.logprob import LogprobOutput, vocab_parallel_logprob
+from xrl.kernels.head.backend import BackendName
+from xrl.kernels.head.grpo_loss import GrpoLossOutput, grpo_token_loss
+from xrl.kernels.head.linear_grpo import linear_grpo_loss
+from xrl.kernels.head.linear_logprob import linear_logprob
+from xrl.kernels.head.logprob import LogprobOutput, vocab_parallel_logprob
 from xrl.models.head import ResponseRows
 from xrl.parallel.groups import ParallelGroups
 
