@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from xrl.config import AlgorithmConfig
-from xrl.kernels import grpo_loss as loss_module
+from xrl.kernels.head import grpo_loss as loss_module
 from xrl.kernels.head.backend import BackendName, SinglePassBackend, choose_backend, why_not
 from xrl.kernels.head.grpo_loss import grpo_token_loss
 from xrl.kernels.head.linear_grpo import linear_grpo_loss
