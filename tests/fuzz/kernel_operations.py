@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xrl.config import AlgorithmConfig
+from tests.kernels.head.loss_calls import call_loss
+from xrl.algorithms.loss_settings import TokenLossSettings
 from xrl.kernels.decode import rms_norm, rope_cache, sample_tokens
 from xrl.kernels.decode.decode_attention import PagedContext, decode_attention, decode_attention_reference
 from xrl.kernels.decode.decode_layers import DecodeLayer, RopeTables, decode_layers, reference_decode_layers
@@ -263,46 +264,46 @@ def _with_layer_rules(compute: Callable[..., object]) -> Callable[..., object]:
 
 # --- log-probs and losses
 
-CONFIG = AlgorithmConfig(kl_coef=0.1)
+SETTINGS = TokenLossSettings(kl_coef=0.1)
 
 
 def _token_rows() -> Arguments:
     return {
         "token_ids": torch.tensor([1, 49, 0]),
         "advantages": normal(3),
-        "weights": torch.ones(3),
+        "shares": torch.ones(3),
         "old_logprobs": -normal(3).abs(),
         "reference_logprobs": -normal(3).abs(),
         "temperature": 0.9,
     }
 
 
-ROW_SHAPES = {"token_ids": "b", "advantages": "b", "weights": "b", "old_logprobs": "b", "reference_logprobs": "b"}
+ROW_SHAPES = {"token_ids": "b", "advantages": "b", "shares": "b", "old_logprobs": "b", "reference_logprobs": "b"}
 ROW_DTYPES = {
     "token_ids": IDS,
     "advantages": FLOATS,
     "old_logprobs": FLOATS,
     "reference_logprobs": FLOATS,
     # Made floating point.
-    "weights": (*FLOATS, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool),
+    "shares": (*FLOATS, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool),
 }
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _loss(**arguments: Any) -> object:
-    return grpo_token_loss(**arguments, config=CONFIG, in_place=False).token_loss
+    return call_loss(grpo_token_loss, **arguments, settings=SETTINGS, in_place=False).token_loss
 
 
 def _plain_loss(**arguments: Any) -> object:
-    return reference_grpo_token_loss(**arguments, config=CONFIG)
+    return call_loss(reference_grpo_token_loss, **arguments, settings=SETTINGS)
 
 
 def _linear_loss(**arguments: Any) -> object:
-    return linear_grpo_loss(**arguments, config=CONFIG).loss
+    return call_loss(linear_grpo_loss, **arguments, settings=SETTINGS).loss
 
 
 def _plain_linear_loss(**arguments: Any) -> object:
-    return reference_linear_grpo_loss(**arguments, config=CONFIG)
+    return call_loss(reference_linear_grpo_loss, **arguments, settings=SETTINGS)
 
 
 OPERATIONS: Mapping[str, Operation] = MappingProxyType(
@@ -527,7 +528,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             shapes={"logits": "bl", **ROW_SHAPES},
             dtypes={"logits": LOGIT_DTYPES, **ROW_DTYPES},
             indices=("token_ids",),
-            may_be_none=("weights", "old_logprobs"),
+            may_be_none=("shares", "old_logprobs"),
             differentiable=("logits",),
         ),
         "linear_logprob": Operation(
@@ -557,7 +558,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             shapes={"hidden": "lb", "weight": "lb", "rows": "b", **ROW_SHAPES},
             dtypes={"rows": IDS, **ROW_DTYPES},
             indices=("token_ids", "rows"),
-            may_be_none=("weights", "old_logprobs"),
+            may_be_none=("shares", "old_logprobs"),
             differentiable=("hidden", "weight"),
         ),
     }

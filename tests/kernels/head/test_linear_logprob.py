@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xrl.kernels.head.backend import BackendName
 from xrl.kernels.head.linear_logprob import linear_logprob, reference_linear_logprob
+from xrl.kernels.shards import VocabShard
 
 BACKENDS: tuple[BackendName, ...] = ("reference", "native")
 T, R, H, V = 40, 77, 32, 1003
@@ -90,7 +91,7 @@ def test_padding_of_the_vocabulary_does_not_count() -> None:
     inputs = make_inputs()
     plain, *gradients = run(inputs)
     padded = inputs | {"weight": torch.cat([inputs["weight"], torch.full((9, H), 50.0)])}
-    out, hidden, weight = run(padded, num_columns=V)
+    out, hidden, weight = run(padded, shard=VocabShard(num_columns=V))
     torch.testing.assert_close(out.logprob, plain.logprob)
     assert_gradients_equal((hidden, weight[:V]), (gradients[0].double(), gradients[1].double()), 1e-6)
     assert (weight[V:] == 0).all()
@@ -165,7 +166,9 @@ def test_compiled_graph_has_no_break_and_gives_the_same() -> None:
     inputs = make_inputs()
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        out = linear_logprob(hidden * 2, weight, inputs["token_ids"], rows=inputs["rows"], vocab_start=0)
+        out = linear_logprob(
+            hidden * 2, weight, inputs["token_ids"], rows=inputs["rows"], shard=VocabShard(vocab_start=0)
+        )
         return out.logprob.sum()
 
     gradients = []
@@ -191,7 +194,7 @@ def test_compiled_graph_has_no_break_and_gives_the_same() -> None:
         ({"rows": torch.zeros(2, dtype=torch.int64, device="meta")}, "rows are on meta, hidden on cpu"),
         ({"temperature": -1.0}, "temperature must be finite and > 0, got -1.0"),
         ({"temperature": math.inf}, "temperature must be finite and > 0"),
-        ({"num_columns": 6}, r"num_columns must be in \[0, 5\]"),
+        ({"shard": VocabShard(num_columns=6)}, r"num_columns must be in \[0, 5\]"),
         ({"sequence_parallel": True}, "sequence_parallel needs the group"),
         ({"chunk_bytes": 0}, "chunk_bytes must be >= 1, got 0"),
         ({"backend": "cutlass"}, "backend 'cutlass' is unknown"),

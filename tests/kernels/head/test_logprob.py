@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.kernels.head.logprob_cases import Case, cases
 from xrl.kernels.head.backend import BackendName, why_not
 from xrl.kernels.head.logprob import reference_logprob, vocab_parallel_logprob
+from xrl.kernels.shards import VocabShard
 
 CASES = {case.name: case for case in cases()}
 BACKENDS: tuple[BackendName, ...] = ("reference", "native")
@@ -33,7 +34,7 @@ def run(case: Case, backend: BackendName, grads: tuple[Tensor, Tensor]) -> tuple
         whole,
         case.token_ids,
         temperature=case.temperature,
-        num_columns=case.num_columns,
+        shard=VocabShard(num_columns=case.num_columns),
         entropy_grad=True,
         backend=backend,
     )
@@ -166,7 +167,7 @@ def test_compiled_graph_has_no_break_and_gives_the_same() -> None:
     logits, ids = torch.randn(4, 33), torch.tensor([0, 32, 5, 6])
 
     def loss(x: Tensor) -> Tensor:
-        return vocab_parallel_logprob(x * 2, ids, vocab_start=0).logprob.sum()
+        return vocab_parallel_logprob(x * 2, ids, shard=VocabShard(vocab_start=0)).logprob.sum()
 
     plain, compiled = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     loss(plain).backward()
@@ -186,8 +187,8 @@ def test_compiled_graph_has_no_break_and_gives_the_same() -> None:
         ({"token_ids": torch.zeros(2, dtype=torch.int64, device="meta")}, "token_ids are on meta, logits on cpu"),
         ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
         ({"temperature": math.nan}, "temperature must be finite and > 0"),
-        ({"num_columns": 6}, r"num_columns must be in \[0, 5\]"),
-        ({"vocab_start": -1}, "vocab_start must be >= 0"),
+        ({"shard": VocabShard(num_columns=6)}, r"num_columns must be in \[0, 5\]"),
+        ({"shard": VocabShard(vocab_start=-1)}, "vocab_start must be >= 0"),
         ({"backend": "cutlass"}, "backend 'cutlass' is unknown, known are: auto, reference, native, triton"),
         ({"backend": "triton"}, "backend 'triton' cannot run on cpu"),
     ],

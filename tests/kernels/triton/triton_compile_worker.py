@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,13 +21,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from xrl.algorithms.loss_settings import TokenLossSettings
+from xrl.kernels.head.token_inputs import TokenInputs
+from xrl.kernels.shards import ShardColumns, Softmax
 from xrl.kernels.triton import grpo_rows, logprob
 
 # What a kernel's arguments are that the launchers hand over as they come.
 TYPES = {"inverse_temperature": "fp32", "token_ids": "*i64"}
 INTEGERS = ("num_rows", "num_columns", "width", "stride", "out_stride", "phase", "out_phase", "vocab_start")
 ROWS = ("maximum", "log_sum", "entropy", "grad_logprob", "grad_entropy")
-GRPO_POINTERS = ("logprob", "entropy", "old", "rollout", "reference", "advantages", "weights", "out")
+GRPO_POINTERS = ("logprob", "entropy", "old", "rollout", "reference", "advantages", "shares", "out")
 
 
 def kernels() -> Iterator[tuple[str, object, dict[str, str], dict[str, object], int]]:
@@ -95,23 +99,31 @@ def count_variants() -> None:
     triton.runtime.driver.set_active(driver)
     for kernel in launched:
         kernel.run = warm_up(kernel.run)
-    params = {"clip_low": 0.2, "kl_type": 3, "entropy_coef": 0.0, "importance": 1, "importance_from_current": False}
     widths = (1, 2, 16, 17, 1000, 1024, 4097)
     for num_rows, width, temperature in itertools.product((1, 2, 16, 77), widths, (0.1, 0.7, 1.0, 2.0)):
         for offset, gap in ((0, 0), (1, 0), (0, 3), (8, 16)):
             storage = torch.zeros(offset + num_rows * (width + gap), dtype=torch.bfloat16)
             logits = storage[offset:].as_strided((num_rows, width), (width + gap, 1))
             ids = torch.zeros(num_rows + 1, dtype=torch.int64)[offset % 2 :][:num_rows]
-            shard = {"inverse_temperature": 1 / temperature, "vocab_start": gap, "num_columns": width - offset % 2}
-            logprob.statistics(logits, ids, **shard)
+            columns = ShardColumns(
+                group=None, vocab_start=gap, num_columns=width - offset % 2, inverse_temperature=1 / temperature
+            )
+            logprob.statistics(logits, ids, columns)
             rows = {name: torch.zeros(num_rows + 1)[offset % 2 :][:num_rows] for name in ROWS}
-            logprob.gradient(logits, ids, logits, **shard, **rows)
+            softmax = Softmax(**{name: rows.pop(name) for name in ROWS[:3]})
+            logprob.gradient(logits, ids, logits, columns=columns, softmax=softmax, **rows)
             # Out of place at another alignment: the second variant.
-            logprob.gradient(logits, ids, torch.zeros(num_rows, width + 1).bfloat16()[:, 1:], **shard, **rows)
-        tokens = {name: torch.zeros(num_rows) for name in GRPO_POINTERS if name != "out"}
-        numbers = {"clip_high": temperature, "dual_clip": width, "kl_coef": temperature, "importance_bound": width}
-        numbers = {name: float(number) for name, number in numbers.items()}
-        grpo_rows.grpo_rows(**tokens, params=SimpleNamespace(**params, **numbers))
+            apart = torch.zeros(num_rows, width + 1).bfloat16()[:, 1:]
+            logprob.gradient(logits, ids, apart, columns=columns, softmax=softmax, **rows)
+        logprobs, entropy, *inputs = (torch.zeros(num_rows) for _ in range(2 + len(fields(TokenInputs))))
+        settings = TokenLossSettings(
+            clip_high=float(temperature),
+            dual_clip=1.0 + width,
+            kl_coef=float(temperature),
+            importance_correction="truncate",
+            importance_bound=1.0 + width,
+        )
+        grpo_rows.grpo_rows(logprobs, entropy, tokens=TokenInputs.of(inputs), settings=settings)
     for name, kernel in zip(("statistics", "gradient", "grpo_rows"), launched, strict=True):
         print(name, len(kernel.device_caches[0][0]))
 

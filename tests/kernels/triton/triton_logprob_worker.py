@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from xrl.kernels.shards import ShardColumns, Softmax
 from xrl.kernels.triton.backend import gradient, statistics
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_interpreter.py"
@@ -34,12 +35,13 @@ class Case:
     groups_per_step: int = SMALL_STEP
 
     @property
-    def shard(self) -> dict:
-        return {
-            "inverse_temperature": 1.0 / self.temperature,
-            "vocab_start": self.vocab_start,
-            "num_columns": self.logits.shape[1] if self.num_columns is None else self.num_columns,
-        }
+    def columns(self) -> ShardColumns:
+        return ShardColumns(
+            group=None,
+            vocab_start=self.vocab_start,
+            num_columns=self.logits.shape[1] if self.num_columns is None else self.num_columns,
+            inverse_temperature=1.0 / self.temperature,
+        )
 
 
 def random_case(
@@ -69,7 +71,7 @@ def random_case(
 
 
 def expected_statistics(case: Case) -> Tensor:
-    scale, start, columns = case.shard.values()
+    scale, start, columns = case.columns.inverse_temperature, case.vocab_start, case.columns.num_columns
     x = case.logits[:, :columns].double()
     result = torch.zeros(4, x.shape[0], dtype=torch.float64)
     for row, token in enumerate(case.token_ids.tolist()):
@@ -88,7 +90,7 @@ def expected_statistics(case: Case) -> Tensor:
 
 
 def run_statistics(case: Case) -> Tensor:
-    return statistics(case.logits, case.token_ids, **case.shard, groups_per_step=case.groups_per_step)
+    return statistics(case.logits, case.token_ids, case.columns, groups_per_step=case.groups_per_step)
 
 
 def check_statistics(case: Case) -> Tensor:
@@ -127,7 +129,7 @@ def slopes_of(case: Case, *, entropy: bool, seed: int = 1) -> Slopes:
 
 
 def expected_gradient(case: Case, slopes: Slopes) -> Tensor:
-    scale, start, columns = case.shard.values()
+    scale, start, columns = case.columns.inverse_temperature, case.vocab_start, case.columns.num_columns
     result = torch.zeros(case.logits.shape, dtype=torch.float64)
     for row, token in enumerate(case.token_ids.tolist()):
         by_logprob = slopes.grad_logprob[row].double()
@@ -144,14 +146,23 @@ def expected_gradient(case: Case, slopes: Slopes) -> Tensor:
 
 
 def run_gradient(case: Case, slopes: Slopes, out: Tensor) -> Tensor:
-    gradient(case.logits, case.token_ids, out, **case.shard, **vars(slopes), groups_per_step=case.groups_per_step)
+    gradient(
+        case.logits,
+        case.token_ids,
+        out,
+        columns=case.columns,
+        softmax=Softmax(maximum=slopes.maximum, log_sum=slopes.log_sum, entropy=slopes.entropy),
+        grad_logprob=slopes.grad_logprob,
+        grad_entropy=slopes.grad_entropy,
+        groups_per_step=case.groups_per_step,
+    )
     return out
 
 
 def check_gradient(case: Case, slopes: Slopes) -> Tensor:
     expected = expected_gradient(case, slopes)
     found = run_gradient(case, slopes, torch.full_like(case.logits, math.nan))
-    columns = case.shard["num_columns"]
+    columns = case.columns.num_columns
     assert torch.equal(found[:, columns:], torch.zeros_like(found[:, columns:]))
     # The interpreter cuts bf16 off where a device rounds to nearest, at 2 ** -9.
     rtol = 1e-5 if found.dtype == torch.float32 else 2**-7
@@ -159,7 +170,7 @@ def check_gradient(case: Case, slopes: Slopes) -> Tensor:
     slack = 1e-6 * slopes.grad_logprob.abs()
     if slopes.grad_entropy is not None:
         slack = slack + 1e-6 * slopes.grad_entropy.abs()
-    slack = slack.double()[:, None] * case.shard["inverse_temperature"]
+    slack = slack.double()[:, None] * case.columns.inverse_temperature
     wrong = ((found.double() - expected).abs() > rtol * expected.abs() + slack) | found.isnan()
     assert not wrong.any(), (wrong.nonzero()[:5], found[wrong][:5], expected[wrong][:5])
     return found

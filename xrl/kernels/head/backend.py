@@ -21,7 +21,9 @@ from xrl.kernels.native import native_module
 from xrl.kernels.threads import num_threads
 
 if TYPE_CHECKING:
-    from xrl.kernels.head.grpo_rows import GrpoRowParams
+    from xrl.algorithms.loss_settings import TokenLossSettings
+    from xrl.kernels.head.token_inputs import TokenInputs
+    from xrl.kernels.shards import ShardColumns, Softmax
 
 BackendName = Literal["auto", "reference", "native", "triton"]
 
@@ -32,13 +34,12 @@ FAST_DTYPES = (torch.float32, torch.bfloat16)
 class Backend(Protocol):
     """The primitives. Logits are [R, V], fp32 or bf16, with adjacent columns; everything else is fp32."""
 
-    def statistics(
-        self, logits: Tensor, token_ids: Tensor, *, inverse_temperature: float, vocab_start: int, num_columns: int
-    ) -> Tensor:
+    def statistics(self, logits: Tensor, token_ids: Tensor, columns: ShardColumns) -> Tensor:
         """[4, R]: what this shard adds to each row's softmax, with s = (logit - maximum) * inverse_temperature.
 
         maximum of the logits (-inf where there is none), sum of exp(s), sum of exp(s) * s, and s of the chosen token
-        (0 where another shard holds it). Columns from `num_columns` on are padding.
+        (0 where another shard holds it). Columns from
+        `num_columns` on are padding.
         """
         ...
 
@@ -48,12 +49,8 @@ class Backend(Protocol):
         token_ids: Tensor,
         out: Tensor,
         *,
-        inverse_temperature: float,
-        vocab_start: int,
-        num_columns: int,
-        maximum: Tensor,
-        log_sum: Tensor,
-        entropy: Tensor,
+        columns: ShardColumns,
+        softmax: Softmax,
         grad_logprob: Tensor,
         grad_entropy: Tensor | None,
     ) -> None:
@@ -66,18 +63,9 @@ class Backend(Protocol):
         ...
 
     def grpo_rows(
-        self,
-        *,
-        logprob: Tensor,
-        entropy: Tensor,
-        old: Tensor | None,
-        rollout: Tensor | None,
-        reference: Tensor | None,
-        advantages: Tensor,
-        weights: Tensor,
-        params: GrpoRowParams,
+        self, logprob: Tensor, entropy: Tensor, *, tokens: TokenInputs, settings: TokenLossSettings
     ) -> Tensor:
-        """[10, R]: the GRPO loss of each token and its gradient, in the order of `grpo_rows.ROW_OUTPUTS`."""
+        """[ROW_OUTPUTS, R]: the GRPO loss of each token and its gradient, see `grpo_rows.ROW_OUTPUTS`."""
         ...
 
 
@@ -91,19 +79,13 @@ class SinglePassBackend(Backend, Protocol):
         token_ids: Tensor,
         gradient: Tensor | None,
         *,
-        inverse_temperature: float,
-        vocab_start: int,
-        num_columns: int,
-        old: Tensor | None,
-        rollout: Tensor | None,
-        reference: Tensor | None,
-        advantages: Tensor,
-        weights: Tensor,
-        params: GrpoRowParams,
+        columns: ShardColumns,
+        tokens: TokenInputs,
+        settings: TokenLossSettings,
         factor: float,
     ) -> Tensor | None:
-        """[12, R]: log-prob, entropy, then `grpo_rows`; all 0 in masked rows, which are not read. None, with nothing
-        done, where these rows or this device do not allow it.
+        """[SINGLE_PASS_OUTPUTS, R]: log-prob, entropy, then `grpo_rows`; all 0 in masked rows, which are not read.
+        None, with nothing done, where these rows or this device do not allow it.
 
         The gradient of the logits, times `factor`, goes to `gradient` [R, V], which may be the logits; None: nowhere.
         A token that is not in this shard has log-prob NaN.

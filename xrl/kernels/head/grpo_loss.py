@@ -12,22 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup, distributed_c10d
 
+from xrl.algorithms.loss_settings import TokenLossSettings
 from xrl.algorithms.token_terms import token_terms
-from xrl.config import AlgorithmConfig
-from xrl.kernels.arguments import check_instance, check_no_gradient
 from xrl.kernels.head.backend import Backend, BackendName, SinglePassBackend, choose_backend
-from xrl.kernels.head.grpo_rows import ROW_OUTPUTS, GrpoRowParams
+from xrl.kernels.head.grpo_rows import ROW_OUTPUTS, as_numbers, from_numbers
 from xrl.kernels.head.logprob import adjacent, check_found, check_logits, reference_logprob
-from xrl.kernels.shards import Softmax, combine, find_shard
+from xrl.kernels.head.token_inputs import TokenInputs, check_token_inputs
+from xrl.kernels.shards import ShardColumns, TokenSoftmax, VocabShard, combine, find_columns, named_group
 
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoLossOutput:
     """All [R], fp32; only `token_loss` carries a gradient. Masked rows hold 0."""
 
-    token_loss: Tensor  # weight * loss of the token
+    token_loss: Tensor  # share * loss of the token
     logprob: Tensor
     entropy: Tensor
     ratio: Tensor  # current / old probability
@@ -40,7 +39,7 @@ class GrpoLossOutput:
 
     @classmethod
     def of(cls, token_loss: Tensor, logprob: Tensor, entropy: Tensor, outputs: Tensor) -> GrpoLossOutput:
-        """From the rows of `Backend.grpo_rows`, [10, R]."""
+        """From what `Backend.grpo_rows` gives, [ROW_OUTPUTS, R]."""
         named = dict(zip(ROW_OUTPUTS, outputs.unbind(), strict=True))
         flags = ("clipped_low", "clipped_high", "clipped_dual", "importance_bounded")
         return cls(
@@ -57,24 +56,18 @@ class GrpoLossOutput:
 def grpo_token_loss(
     logits: Tensor,
     token_ids: Tensor,
+    tokens: TokenInputs,
+    settings: TokenLossSettings,
     *,
-    advantages: Tensor,
-    config: AlgorithmConfig,
-    weights: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    rollout_logprobs: Tensor | None = None,
-    reference_logprobs: Tensor | None = None,
     temperature: float = 1.0,
-    group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    num_columns: int | None = None,
+    shard: VocabShard | None = None,
     in_place: bool = True,
     upstream: float | None = None,
     backend: BackendName = "auto",
 ) -> GrpoLossOutput:
     """The loss of `xrl.algorithms.token_terms` for each token, and its gradient, in one go.
 
-        token_loss_r = weight_r * (i_r * clipped_r + kl_coef * kl_r - entropy_coef * entropy_r)
+        token_loss_r = share_r * (i_r * clipped_r + kl_coef * kl_r - entropy_coef * entropy_r)
 
     A token's loss depends on its own row alone, so the gradient is known as soon as the row's softmax is: it is formed
     in the forward pass. The backward pass only multiplies rows by the gradient that arrives, unless it was told.
@@ -82,14 +75,10 @@ def grpo_token_loss(
     Args:
         logits: [R, V] floating point. Afterwards they HOLD THEIR GRADIENT, if they need one and `in_place` is set:
             fine where nothing else reads them, a matrix product's output say.
-        token_ids: [R] int64 or int32; of a masked row anything.
-        advantages: [R] fp32.
-        config: clip bounds, KL, entropy and importance settings; the rest of it does not matter here.
-        weights: [R] fp32 or bool; 0 masks the row. Left out: ones.
-        old_logprobs: [R] denominator of the ratio; left out: the current ones, so that the ratio is 1.
-        rollout_logprobs: [R] from the engine, for importance weights; left out: they are 1.
-        reference_logprobs: [R] of the frozen model, for the KL.
-        temperature, group, vocab_start, num_columns, backend: as in `vocab_parallel_logprob`.
+        token_ids: [R] int64 or int32; ignored where the share is 0.
+        tokens: advantages, shares of the loss and the other models' log-probs, each [R].
+        settings: clip bounds, KL, entropy and importance weights.
+        temperature, shard, backend: as in `vocab_parallel_logprob`.
         in_place: let the gradient take the logits' memory; otherwise, and inside `torch.compile`, it gets its own.
         upstream: the gradient that the backward pass will bring to every token's loss. Told in advance, it costs
             nothing; left out, the gradient is multiplied by what arrives, in a pass over it (on the CPU only where that
@@ -101,37 +90,26 @@ def grpo_token_loss(
             settings need and that are missing; on the CPU an id of an unmasked row that no shard holds.
     """
     check_logits(logits, token_ids, temperature)
-    rows = check_token_rows(
-        config,
-        num_rows=logits.shape[0],
-        device=logits.device,
-        advantages=advantages,
-        weights=weights,
-        old_logprobs=old_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        reference_logprobs=reference_logprobs,
-    )
-    vocab_start, num_columns = find_shard(
-        logits.shape[1], logits.device, group=group, vocab_start=vocab_start, num_columns=num_columns
-    )
-    shard = {"inverse_temperature": 1.0 / temperature, "vocab_start": vocab_start, "num_columns": num_columns}
-    params = GrpoRowParams.of(config, with_reference=reference_logprobs is not None)
+    tokens = check_token_inputs(tokens, settings, num_rows=logits.shape[0], device=logits.device)
+    columns = find_columns(shard, width=logits.shape[1], device=logits.device, temperature=temperature)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad  # inside a function gradients are off
     if torch.compiler.is_compiling():
         token_loss, logprob, entropy, outputs, _ = torch.ops.xrl.grpo_token_loss(
             logits,
             token_ids,
-            **rows,
-            params=params.as_numbers(),
-            **shard,
-            group_name=None if group is None else group.group_name,
-            upstream=upstream,
-            backend=backend,
-            needs_grad=needs_grad,
+            tokens.tensors(),
+            as_numbers(settings),
+            columns.inverse_temperature,
+            columns.vocab_start,
+            columns.num_columns,
+            columns.group_name,
+            upstream,
+            backend,
+            needs_grad,
         )
     else:
         token_loss, logprob, entropy, outputs = _GrpoTokenLoss.apply(
-            logits, token_ids, rows, params, shard, group, in_place, upstream, backend, needs_grad
+            logits, token_ids, tokens, settings, columns, in_place, upstream, backend, needs_grad
         )
     return GrpoLossOutput.of(token_loss, logprob, entropy, outputs)
 
@@ -139,42 +117,38 @@ def grpo_token_loss(
 def reference_grpo_token_loss(
     logits: Tensor,
     token_ids: Tensor,
+    tokens: TokenInputs,
+    settings: TokenLossSettings,
     *,
-    advantages: Tensor,
-    config: AlgorithmConfig,
-    weights: Tensor,
-    old_logprobs: Tensor | None = None,
-    rollout_logprobs: Tensor | None = None,
-    reference_logprobs: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
     """The specification of `grpo_token_loss` on one rank, in plain PyTorch: [R] token losses; every id must be real."""
     out = reference_logprob(logits, token_ids, temperature=temperature)
-    old = out.logprob.detach() if old_logprobs is None else old_logprobs
+    old = out.logprob.detach() if tokens.old_logprobs is None else tokens.old_logprobs
+    shares = torch.ones_like(tokens.advantages) if tokens.shares is None else tokens.shares
     terms = token_terms(
         logprobs=out.logprob,
         entropy=out.entropy,
         old_logprobs=old,
-        rollout_logprobs=old if rollout_logprobs is None else rollout_logprobs,
-        reference_logprobs=reference_logprobs,
-        advantages=advantages,
-        config=config,
+        rollout_logprobs=old if tokens.rollout_logprobs is None else tokens.rollout_logprobs,
+        reference_logprobs=tokens.reference_logprobs,
+        advantages=tokens.advantages,
+        settings=settings,
     )
-    return torch.where(weights == 0, 0.0, weights * terms.loss)
+    return torch.where(shares == 0, 0.0, shares * terms.loss)
 
 
 class _GrpoTokenLoss(torch.autograd.Function):
-    """(token_loss, logprob, entropy, rows of `Backend.grpo_rows`)"""
+    """(token_loss, logprob, entropy, `Backend.grpo_rows`)"""
 
     @staticmethod
     def forward(
         ctx: Any,
         logits: Tensor,
         token_ids: Tensor,
-        rows: dict[str, Tensor | None],
-        params: GrpoRowParams,
-        shard: dict[str, Any],
-        group: ProcessGroup | None,
+        tokens: TokenInputs,
+        settings: TokenLossSettings,
+        columns: ShardColumns,
         in_place: bool,
         upstream: float | None,
         backend: BackendName,
@@ -188,7 +162,14 @@ class _GrpoTokenLoss(torch.autograd.Function):
             gradient = compact if overwrite else _like(compact)
         factor = 1.0 if upstream is None else upstream
         logprob, entropy, outputs = _compute(
-            compact, token_ids, gradient, rows, params, shard, group=group, factor=factor, backend=backend
+            compact,
+            token_ids,
+            gradient,
+            columns=columns,
+            tokens=tokens,
+            settings=settings,
+            factor=factor,
+            backend=backend,
         )
         if gradient is not None:
             # Not save_for_backward: that would object to logits which were overwritten.
@@ -205,19 +186,15 @@ class _GrpoTokenLoss(torch.autograd.Function):
             raise RuntimeError("the gradient of grpo_token_loss can be taken once: it stood in the logits' memory")
         ctx.gradient = None
         _scale(gradient, grads[0], ctx.upstream)
-        return gradient, *(None,) * 9
+        return gradient, *(None,) * 8
 
 
 @torch.library.custom_op("xrl::grpo_token_loss", mutates_args=())
 def _loss_op(
     logits: Tensor,
     token_ids: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    old_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    reference_logprobs: Tensor | None,
-    params: Sequence[float],
+    tokens: Sequence[Tensor | None],
+    settings: Sequence[float],
     inverse_temperature: float,
     vocab_start: int,
     num_columns: int,
@@ -232,22 +209,18 @@ def _loss_op(
     """
     compact = adjacent(logits)
     gradient = _like(compact) if needs_grad else None
-    rows = {
-        "advantages": advantages,
-        "weights": weights,
-        "old_logprobs": old_logprobs,
-        "rollout_logprobs": rollout_logprobs,
-        "reference_logprobs": reference_logprobs,
-    }
-    shard = {"inverse_temperature": inverse_temperature, "vocab_start": vocab_start, "num_columns": num_columns}
     logprob, entropy, outputs = _compute(
         compact,
         token_ids,
         gradient,
-        rows,
-        GrpoRowParams.from_numbers(params),
-        shard,
-        group=None if group_name is None else distributed_c10d._resolve_process_group(group_name),  # type: ignore[attr-defined, arg-type]
+        columns=ShardColumns(
+            group=named_group(group_name),
+            vocab_start=vocab_start,
+            num_columns=num_columns,
+            inverse_temperature=inverse_temperature,
+        ),
+        tokens=TokenInputs.of(tokens),
+        settings=from_numbers(settings),
         factor=1.0 if upstream is None else upstream,
         backend=backend,  # type: ignore[arg-type]
     )
@@ -281,13 +254,14 @@ def _(gradient: Tensor, *_: Any) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[4])
-    ctx.upstream = inputs[12]
+    ctx.no_tokens = [None] * len(inputs[2])
+    ctx.upstream = inputs[8]
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     (gradient,) = ctx.saved_tensors
-    return torch.ops.xrl.scaled_gradient(gradient, grad.contiguous(), ctx.upstream), *(None,) * 14
+    return torch.ops.xrl.scaled_gradient(gradient, grad.contiguous(), ctx.upstream), None, ctx.no_tokens, *(None,) * 8
 
 
 _loss_op.register_autograd(_backward, setup_context=_save)
@@ -310,66 +284,42 @@ def _compute(
     logits: Tensor,
     token_ids: Tensor,
     gradient: Tensor | None,
-    rows: dict[str, Tensor | None],
-    params: GrpoRowParams,
-    shard: dict[str, Any],
     *,
-    group: ProcessGroup | None,
+    columns: ShardColumns,
+    tokens: TokenInputs,
+    settings: TokenLossSettings,
     factor: float,
     backend: BackendName,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `row_outputs` gives; the gradient times `factor` goes to `gradient`, which may be the logits."""
     chosen = choose_backend(backend, device=logits.device, dtype=logits.dtype)
-    if group is None and isinstance(chosen, SinglePassBackend):
-        single = _single_pass(chosen, logits, token_ids, gradient, rows, params, shard, factor)
+    if columns.group is None and isinstance(chosen, SinglePassBackend):
+        _check_ids_before(token_ids, columns, tokens)
+        single = chosen.grpo_single_pass(
+            logits, token_ids, gradient, columns=columns, tokens=tokens, settings=settings, factor=factor
+        )
         if single is not None:
             return single[0], single[1], single[2:]
-    softmax = combine(chosen.statistics(logits, token_ids, **shard), token_ids, group=group, **shard)
-    logprob, entropy, outputs = row_outputs(chosen, softmax, token_ids, rows, params)
+    softmax = combine(chosen.statistics(logits, token_ids, columns), token_ids, columns)
+    logprob, entropy, outputs = row_outputs(chosen, softmax, token_ids, tokens, settings)
     if gradient is not None:
         chosen.gradient(
             logits,
             token_ids,
             gradient,
-            **shard,
-            maximum=softmax.maximum,
-            log_sum=softmax.log_sum,
-            entropy=softmax.entropy,
+            columns=columns,
+            softmax=softmax,
             grad_logprob=outputs[1] * factor,
-            grad_entropy=outputs[2] * factor if params.entropy_coef else None,
+            grad_entropy=outputs[2] * factor if settings.entropy_coef else None,
         )
     return logprob, entropy, outputs
 
 
-def _single_pass(
-    backend: SinglePassBackend,
-    logits: Tensor,
-    token_ids: Tensor,
-    gradient: Tensor | None,
-    rows: dict[str, Tensor | None],
-    params: GrpoRowParams,
-    shard: dict[str, Any],
-    factor: float,
-) -> Tensor | None:
-    """`SinglePassBackend.grpo_single_pass`, where this rank holds the whole vocabulary."""
-    advantages, weights = rows["advantages"], rows["weights"]
-    assert advantages is not None and weights is not None
-    if logits.device.type == "cpu":  # before anything is overwritten
-        column = token_ids.long() - shard["vocab_start"]
-        check_found((column >= 0) & (column < shard["num_columns"]) | (weights == 0), token_ids)
-    return backend.grpo_single_pass(
-        logits,
-        token_ids,
-        gradient,
-        **shard,
-        old=rows["old_logprobs"],
-        rollout=rows["rollout_logprobs"],
-        reference=rows["reference_logprobs"],
-        advantages=advantages,
-        weights=weights,
-        params=params,
-        factor=factor,
-    )
+def _check_ids_before(token_ids: Tensor, columns: ShardColumns, tokens: TokenInputs) -> None:
+    """Refuse ids that no shard holds before anything is overwritten; on the CPU only."""
+    if token_ids.device.type == "cpu":
+        column = token_ids.long() - columns.vocab_start
+        check_found((column >= 0) & (column < columns.num_columns) | (tokens.shares == 0), token_ids)
 
 
 def require_upstream(arrived: Tensor, expected: float) -> None:
@@ -385,63 +335,17 @@ def require_upstream(arrived: Tensor, expected: float) -> None:
         raise RuntimeError(message)
 
 
-def check_token_rows(
-    config: AlgorithmConfig, *, num_rows: int, device: torch.device, **rows: Tensor | None
-) -> dict[str, Tensor | None]:
-    """The arguments that are one number a token, by name; weights of 1 where none were given.
-
-    Raises:
-        ValueError: naming the tensor, its shape and what was expected; or one that the settings need is missing, or
-            one wants a gradient, which there is none of.
-        TypeError: what should be a tensor is none.
-    """
-    check_instance("config", config, AlgorithmConfig)
-    for name, tensor in rows.items():
-        if tensor is not None or name == "advantages":
-            check_instance(name, tensor, Tensor)
-    advantages, weights = rows["advantages"], rows["weights"]
-    assert advantages is not None
-    if weights is not None and (weights.shape != (num_rows,) or weights.is_complex()):
-        raise ValueError(f"weights must be fp32 [R] = [{num_rows}], got {weights.dtype} {list(weights.shape)}")
-    check_no_gradient("the loss", **rows)
-    rows["weights"] = torch.ones_like(advantages) if weights is None else weights.to(advantages.dtype)
-    for name, tensor in rows.items():
-        if tensor is None:
-            continue
-        if tensor.shape != (num_rows,) or tensor.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name} must be fp32 [R] = [{num_rows}], got {tensor.dtype} {list(tensor.shape)}")
-        if tensor.device != device:
-            raise ValueError(f"{name} are on {tensor.device}, not on {device}: they must be on one device")
-    if config.kl_coef and rows["reference_logprobs"] is None:
-        raise ValueError(f"kl_coef is {config.kl_coef:g}, which needs reference_logprobs, got None")
-    if config.importance_correction != "off" and rows["rollout_logprobs"] is None:
-        raise ValueError(
-            f"importance_correction is {config.importance_correction}, which needs rollout_logprobs, got None"
-        )
-    return rows
-
-
 def row_outputs(
-    backend: Backend, softmax: Softmax, token_ids: Tensor, rows: dict[str, Tensor | None], params: GrpoRowParams
+    backend: Backend, softmax: TokenSoftmax, token_ids: Tensor, tokens: TokenInputs, settings: TokenLossSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-prob [R], entropy [R], `Backend.grpo_rows` [10, R]), 0 where masked.
+    """(log-prob [R], entropy [R], `Backend.grpo_rows` [ROW_OUTPUTS, R]), 0 where masked.
 
     Raises:
         ValueError: no shard holds the token of an unmasked row (seen on the CPU only).
     """
-    advantages, weights = rows["advantages"], rows["weights"]
-    assert advantages is not None and weights is not None
-    masked = weights == 0
+    assert tokens.shares is not None
+    masked = tokens.shares == 0
     check_found(softmax.found | masked, token_ids)
     logprob, entropy = softmax.logprob.masked_fill(masked, 0.0), softmax.entropy.masked_fill(masked, 0.0)
-    outputs = backend.grpo_rows(
-        logprob=logprob,
-        entropy=entropy,
-        old=rows["old_logprobs"],
-        rollout=rows["rollout_logprobs"],
-        reference=rows["reference_logprobs"],
-        advantages=advantages,
-        weights=weights,
-        params=params,
-    )
+    outputs = backend.grpo_rows(logprob, entropy, tokens=tokens, settings=settings)
     return logprob, entropy, outputs.masked_fill(masked, 0.0)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from xrl.config import AlgorithmConfig
+from xrl.algorithms.loss_settings import TokenLossSettings
 
+# Kinds by their number in the kernels: see csrc/grpo_row.h.
 KL_TYPES = ("none", "k1", "k2", "k3")
 IMPORTANCE_KINDS = ("off", "truncate", "mask")
 
-# The rows of `Backend.grpo_rows`' result. The first three are multiplied by the token's weight.
+# The rows of `Backend.grpo_rows`' result. The first three are multiplied by the token's share.
 ROW_OUTPUTS = (
     "token_loss",
     "grad_logprob",
@@ -24,63 +23,62 @@ ROW_OUTPUTS = (
     "clipped_dual",
     "importance_bounded",
 )
+# Of `SinglePassBackend.grpo_single_pass`.
+SINGLE_PASS_OUTPUTS = ("logprob", "entropy", *ROW_OUTPUTS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GrpoRowParams:
-    """The settings of `xrl.algorithms.token_terms` that a kernel needs, as numbers."""
+def as_numbers(settings: TokenLossSettings) -> list[float]:
+    """What an op of a compiled graph can be given; `from_numbers` undoes it."""
+    return [
+        float(settings.clip_low),
+        float(settings.clip_high),
+        float(settings.dual_clip or 0.0),
+        float(settings.kl_coef),
+        float(KL_TYPES.index(settings.kl_type)),
+        float(settings.entropy_coef),
+        float(IMPORTANCE_KINDS.index(settings.importance_correction)),
+        float(settings.importance_bound),
+        float(settings.importance_from_current),
+    ]
 
-    clip_low: float
-    clip_high: float
-    dual_clip: float  # 0: off
-    kl_type: int  # place in KL_TYPES
-    kl_coef: float
-    entropy_coef: float
-    importance: int  # place in IMPORTANCE_KINDS
-    importance_bound: float
-    importance_from_current: bool  # the weight's numerator is the current log-prob, not the old one
 
-    @classmethod
-    def of(cls, config: AlgorithmConfig, *, with_reference: bool) -> GrpoRowParams:
-        """The numbers of some settings; without reference log-probs there is no KL."""
-        return cls(
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip or 0.0,
-            kl_type=KL_TYPES.index(config.kl_type) if with_reference else 0,
-            kl_coef=config.kl_coef,
-            entropy_coef=config.entropy_coef,
-            importance=IMPORTANCE_KINDS.index(config.importance_correction),
-            importance_bound=config.importance_bound,
-            importance_from_current=config.old_logprobs == "rollout",
-        )
+def from_numbers(numbers: Sequence[float]) -> TokenLossSettings:
+    """From what `as_numbers` gives."""
+    clip_low, clip_high, dual_clip, kl_coef, kl_type, entropy_coef, importance, bound, from_current = numbers
+    return TokenLossSettings(
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip or None,
+        kl_coef=kl_coef,
+        kl_type=KL_TYPES[int(kl_type)],  # type: ignore[arg-type]
+        entropy_coef=entropy_coef,
+        importance_correction=IMPORTANCE_KINDS[int(importance)],  # type: ignore[arg-type]
+        importance_bound=bound,
+        importance_from_current=bool(from_current),
+    )
 
-    def as_numbers(self) -> list[float]:
-        """The fields in their order: what an op of a compiled graph can be given."""
-        return [float(value) for value in dataclasses.astuple(self)]
 
-    @classmethod
-    def from_numbers(cls, values: Sequence[float]) -> GrpoRowParams:
-        """From what `as_numbers` gives."""
-        kinds = {"float": float, "int": int, "bool": bool}
-        fields = zip(dataclasses.fields(cls), values, strict=True)
-        return cls(**{field.name: kinds[str(field.type)](value) for field, value in fields})
+def bounds(settings: TokenLossSettings) -> tuple[float, float, float, float]:
+    """Lowest and highest ratio, lowest and highest importance weight: worked out once, in full precision.
 
-    def bounds(self) -> tuple[float, float, float, float]:
-        """Lowest and highest ratio, lowest and highest importance weight: worked out once, in full precision.
+    Rounded to fp32 these are what PyTorch compares with; 1 - clip_low in fp32 may be its neighbour.
+    """
+    return (
+        1.0 - settings.clip_low,
+        1.0 + settings.clip_high,
+        1.0 / settings.importance_bound,
+        settings.importance_bound,
+    )
 
-        Rounded to fp32 these are what PyTorch compares with; 1 - clip_low in fp32 may be its neighbour.
-        """
-        return 1.0 - self.clip_low, 1.0 + self.clip_high, 1.0 / self.importance_bound, self.importance_bound
 
-    def as_tuple(self) -> tuple[float | int | bool, ...]:
-        """As the compiled kernels take them: see csrc/grpo_params.h."""
-        return (
-            *self.bounds(),
-            self.dual_clip,
-            self.kl_type,
-            self.kl_coef,
-            self.entropy_coef,
-            self.importance,
-            self.importance_from_current,
-        )
+def native_settings(settings: TokenLossSettings, *, with_reference: bool) -> tuple[float | int | bool, ...]:
+    """As the compiled kernels take them: see csrc/grpo_params.h. Without reference log-probs there is no KL."""
+    return (
+        *bounds(settings),
+        settings.dual_clip or 0.0,
+        KL_TYPES.index(settings.kl_type) if with_reference else 0,
+        settings.kl_coef,
+        settings.entropy_coef,
+        IMPORTANCE_KINDS.index(settings.importance_correction),
+        settings.importance_from_current,
+    )

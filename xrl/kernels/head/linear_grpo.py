@@ -13,18 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup, distributed_c10d
 
-from xrl.config import AlgorithmConfig
+from xrl.algorithms.loss_settings import TokenLossSettings
 from xrl.kernels.head.backend import Backend, BackendName, choose_backend
 from xrl.kernels.head.grpo_loss import (
     GrpoLossOutput,
-    check_token_rows,
     reference_grpo_token_loss,
     require_upstream,
     row_outputs,
 )
-from xrl.kernels.head.grpo_rows import ROW_OUTPUTS, GrpoRowParams
+from xrl.kernels.head.grpo_rows import ROW_OUTPUTS, SINGLE_PASS_OUTPUTS, as_numbers, from_numbers
 from xrl.kernels.head.linear_logprob import check_arguments
 from xrl.kernels.head.output_head import (
     HeadGradients,
@@ -36,9 +34,8 @@ from xrl.kernels.head.output_head import (
     rows_in_chunk,
     wide_dtype,
 )
-from xrl.kernels.shards import Softmax, start_combining
-
-TokenRows = dict[str, Tensor | None]
+from xrl.kernels.head.token_inputs import TokenInputs, check_token_inputs
+from xrl.kernels.shards import ShardColumns, Softmax, TokenSoftmax, VocabShard, named_group, start_combining
 
 # Below this share of rows without a gradient, leaving them out costs more than it saves.
 _WORTH_LEAVING_OUT = 1 / 16
@@ -56,19 +53,13 @@ def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
     token_ids: Tensor,
+    tokens: TokenInputs,
+    settings: TokenLossSettings,
     *,
-    advantages: Tensor,
-    config: AlgorithmConfig,
-    weights: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    rollout_logprobs: Tensor | None = None,
-    reference_logprobs: Tensor | None = None,
     rows: Tensor | None = None,
     temperature: float = 1.0,
-    group: ProcessGroup | None = None,
+    shard: VocabShard | None = None,
     sequence_parallel: bool = False,
-    vocab_start: int | None = None,
-    num_columns: int | None = None,
     upstream: float | None = None,
     chunk_bytes: int | None = None,
     backend: BackendName = "auto",
@@ -84,10 +75,10 @@ def linear_grpo_loss(
     Inside `torch.compile` gradients always wait in buffers of their own.
 
     Args:
-        hidden, weight, token_ids, rows, sequence_parallel, chunk_bytes: as in `linear_logprob`. Of masked rows,
-            token_ids may hold anything.
-        advantages, config, weights, old_logprobs, rollout_logprobs, reference_logprobs: as in `grpo_token_loss`, [R].
-        temperature, group, vocab_start, num_columns, backend: as in `vocab_parallel_logprob`.
+        hidden, weight, token_ids, rows, sequence_parallel, chunk_bytes: as in `linear_logprob`. Ids are ignored
+            where the share is 0.
+        tokens, settings: as in `grpo_token_loss`.
+        temperature, shard, backend: as in `vocab_parallel_logprob`.
         upstream: the gradient that the backward pass will bring to the loss. With it the weight's gradient goes
             straight into Megatron's `main_grad`, if there is one, in the FORWARD pass, and `weight.grad` stays None:
             a forward pass whose backward pass never comes then leaves its gradient there. Without `main_grad`, or with
@@ -98,71 +89,62 @@ def linear_grpo_loss(
         ValueError: as `linear_logprob` and `grpo_token_loss` do.
         RuntimeError: in the backward pass, if something other than `upstream` arrives.
     """
-    chosen_rows, vocab_start, num_columns = check_arguments(
+    chosen_rows, columns = check_arguments(
         hidden,
         weight,
         token_ids,
         rows=rows,
         temperature=temperature,
-        group=group,
+        shard=shard,
         sequence_parallel=sequence_parallel,
-        vocab_start=vocab_start,
-        num_columns=num_columns,
         chunk_bytes=chunk_bytes,
     )
-    token_rows = check_token_rows(
-        config,
-        num_rows=len(chosen_rows),
-        device=hidden.device,
-        advantages=advantages,
-        weights=weights,
-        old_logprobs=old_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        reference_logprobs=reference_logprobs,
-    )
-    shard = {"inverse_temperature": 1.0 / temperature, "vocab_start": vocab_start, "num_columns": num_columns}
-    params = GrpoRowParams.of(config, with_reference=reference_logprobs is not None)
-    # While a chunk's statistics travel, the next one is made.
-    num_alive = 1 if group is None else 2
+    tokens = check_token_inputs(tokens, settings, num_rows=len(chosen_rows), device=hidden.device)
     chunk_rows = rows_in_chunk(
-        weight.shape[0], group=group, device=weight.device, chunk_bytes=chunk_bytes, num_alive=num_alive
+        weight.shape[0],
+        group=columns.group,
+        device=weight.device,
+        chunk_bytes=chunk_bytes,
+        num_alive=1 if columns.group is None else 2,  # while a chunk's statistics travel, the next one is made
     )
     # Inside the function gradients are off, and it cannot tell.
     wanted = torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and weight.requires_grad
     if torch.compiler.is_compiling():
-        loss, *tokens, _, _ = torch.ops.xrl.linear_grpo_loss(
+        loss, *outputs, _, _ = torch.ops.xrl.linear_grpo_loss(
             hidden,
             weight,
-            token_ids,
-            chosen_rows,
-            **token_rows,
-            params=params.as_numbers(),
-            **shard,
-            group_name=None if group is None else group.group_name,
-            sequence_parallel=sequence_parallel,
-            chunk_rows=chunk_rows,
-            backend=backend,
-            upstream=upstream,
-            wants_hidden=wanted[0],
-            wants_weight=wanted[1],
+            [token_ids, chosen_rows, *tokens.tensors()],
+            as_numbers(settings),
+            columns.inverse_temperature,
+            [columns.vocab_start, columns.num_columns, chunk_rows],
+            columns.group_name,
+            sequence_parallel,
+            backend,
+            upstream,
+            list(wanted),
         )
     else:
         head = OutputHead(
-            hidden=hidden.detach(), weight=weight.detach(), group=group, sequence_parallel=sequence_parallel
+            hidden=hidden.detach(), weight=weight.detach(), group=columns.group, sequence_parallel=sequence_parallel
         )
-        call = _Call(head=head, shard=shard, params=params, chunk_rows=chunk_rows, backend=backend)
-        loss, *tokens = _LinearGrpoLoss.apply(
-            hidden, weight, token_ids, chosen_rows, token_rows, call, upstream, wanted
-        )
-    return LinearGrpoLossOutput(loss=loss, tokens=GrpoLossOutput.of(tokens[-1][0], *tokens))
+        call = _Call(head=head, columns=columns, settings=settings, chunk_rows=chunk_rows, backend=backend)
+        loss, *outputs = _LinearGrpoLoss.apply(hidden, weight, token_ids, chosen_rows, tokens, call, upstream, wanted)
+    return LinearGrpoLossOutput(loss=loss, tokens=GrpoLossOutput.of(outputs[-1][0], *outputs))
 
 
 def reference_linear_grpo_loss(
-    hidden: Tensor, weight: Tensor, token_ids: Tensor, *, rows: Tensor | None = None, **arguments: Any
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    tokens: TokenInputs,
+    settings: TokenLossSettings,
+    *,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """The specification of `linear_grpo_loss` on one rank, in plain PyTorch: [], every id must be real."""
     chosen = hidden if rows is None else hidden[rows.long()]
-    return reference_grpo_token_loss(chosen @ weight.t(), token_ids, **arguments).sum()
+    return reference_grpo_token_loss(chosen @ weight.t(), token_ids, tokens, settings, temperature=temperature).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +154,7 @@ class _Chunk:
     place: slice  # among the unmasked rows
     hidden: Tensor  # [C, H]
     logits: Tensor  # [C, V]
-    softmax: Callable[[], Softmax]  # waits for the other shards
+    softmax: Callable[[], TokenSoftmax]  # waits for the other shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +162,8 @@ class _Call:
     """What stays the same over all chunks."""
 
     head: OutputHead
-    shard: dict[str, Any]
-    params: GrpoRowParams
+    columns: ShardColumns
+    settings: TokenLossSettings
     chunk_rows: int
     backend: BackendName
 
@@ -196,8 +178,8 @@ class _Call:
     def _begin(self, place: slice, rows: Tensor, token_ids: Tensor) -> _Chunk:
         hidden = self.head.pick(rows)
         logits = self.head.logits(hidden)
-        statistics = self.choose(logits).statistics(logits, token_ids, **self.shard)
-        softmax = start_combining(statistics, token_ids, group=self.head.group, **self.shard)
+        statistics = self.choose(logits).statistics(logits, token_ids, self.columns)
+        softmax = start_combining(statistics, token_ids, self.columns)
         return _Chunk(place=place, hidden=hidden, logits=logits, softmax=softmax)
 
     def add_gradient(
@@ -212,43 +194,39 @@ class _Call:
     ) -> None:
         """Turn a chunk's logits into their gradient, and add what it gives. Arguments are the chunk's rows, [C]."""
         hidden, logits = chunk.hidden, chunk.logits
-        columns = [rows, token_ids, softmax.maximum, softmax.log_sum, softmax.entropy, grad_logprob, grad_entropy]
         moves = (grad_logprob != 0) | (grad_entropy != 0)
         live = moves.nonzero()[:, 0]
         if len(live) <= (1 - _WORTH_LEAVING_OUT) * len(moves):
             hidden, logits = hidden[live], logits[live]
-            columns = [column[live] for column in columns]
+            rows, token_ids, softmax = rows[live], token_ids[live], softmax.select(live)
+            grad_logprob, grad_entropy = grad_logprob[live], grad_entropy[live]
         if not len(live):
             return
-        rows, token_ids, maximum, log_sum, entropy, grad_logprob, grad_entropy = columns
         self.choose(logits).gradient(
             logits,
             token_ids,
             logits,
-            **self.shard,
-            maximum=maximum,
-            log_sum=log_sum,
-            entropy=entropy,
+            columns=self.columns,
+            softmax=softmax,
             grad_logprob=grad_logprob,
-            grad_entropy=grad_entropy if self.params.entropy_coef else None,
+            grad_entropy=grad_entropy if self.settings.entropy_coef else None,
         )
         gradients.add(rows, hidden, logits)
 
     def compute(
-        self, token_ids: Tensor, rows: Tensor, token_rows: TokenRows, gradients: HeadGradients | None, *, factor: float
+        self, token_ids: Tensor, rows: Tensor, tokens: TokenInputs, gradients: HeadGradients | None, *, factor: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(log-prob [R], entropy [R], `Backend.grpo_rows` [10, R]); gradients, times `factor`, are added up."""
-        all_weights = token_rows["weights"]
-        assert all_weights is not None
-        unmasked = (all_weights != 0).nonzero()[:, 0]
-        some = {name: None if values is None else values[unmasked] for name, values in token_rows.items()}
+        """(log-prob [R], entropy [R], `Backend.grpo_rows` [ROW_OUTPUTS, R]); gradients times `factor` are added up."""
+        assert tokens.shares is not None
+        unmasked = (tokens.shares != 0).nonzero()[:, 0]
+        some = tokens.select(unmasked)
         some_rows, some_ids = rows[unmasked], token_ids[unmasked]
-        results = all_weights.new_zeros(2 + len(ROW_OUTPUTS), len(unmasked))
+        results = tokens.shares.new_zeros(len(SINGLE_PASS_OUTPUTS), len(unmasked))
         for chunk in one_ahead(self.begin(some_rows, some_ids), ahead=self.head.group is not None):
             place, softmax = chunk.place, chunk.softmax()
             ids = some_ids[place]
-            chunk_rows = {name: None if values is None else values[place] for name, values in some.items()}
-            logprob, entropy, outputs = row_outputs(self.choose(chunk.logits), softmax, ids, chunk_rows, self.params)
+            backend = self.choose(chunk.logits)
+            logprob, entropy, outputs = row_outputs(backend, softmax, ids, some.select(place), self.settings)
             results[0, place], results[1, place], results[2:, place] = logprob, entropy, outputs
             if gradients is not None:
                 grad_logprob, grad_entropy = factor * outputs[1], factor * outputs[2]
@@ -260,7 +238,7 @@ class _Call:
 
 
 class _LinearGrpoLoss(torch.autograd.Function):
-    """(loss [], log-prob [R], entropy [R], rows of `Backend.grpo_rows` [10, R])"""
+    """(loss [], log-prob [R], entropy [R], `Backend.grpo_rows` [ROW_OUTPUTS, R])"""
 
     @staticmethod
     def forward(
@@ -269,7 +247,7 @@ class _LinearGrpoLoss(torch.autograd.Function):
         weight: Tensor,
         token_ids: Tensor,
         rows: Tensor,
-        token_rows: TokenRows,
+        tokens: TokenInputs,
         call: _Call,
         upstream: float | None,
         wanted: tuple[bool, bool],
@@ -281,7 +259,7 @@ class _LinearGrpoLoss(torch.autograd.Function):
         logprob, entropy, outputs = call.compute(
             token_ids,
             rows,
-            token_rows,
+            tokens,
             gradients if needs_hidden or needs_weight else None,
             factor=1.0 if upstream is None else upstream,
         )
@@ -311,50 +289,45 @@ class _LinearGrpoLoss(torch.autograd.Function):
 def _loss_op(
     hidden: Tensor,
     weight: Tensor,
-    token_ids: Tensor,
-    rows: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    old_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    reference_logprobs: Tensor | None,
-    params: Sequence[float],
+    tokens: Sequence[Tensor | None],
+    settings: Sequence[float],
     inverse_temperature: float,
-    vocab_start: int,
-    num_columns: int,
+    sizes: Sequence[int],
     group_name: str | None,
     sequence_parallel: bool,
-    chunk_rows: int,
     backend: str,
     upstream: float | None,
-    wants_hidden: bool,
-    wants_weight: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `_LinearGrpoLoss` computes as one node of a compiled graph, and both gradients, empty where not wanted.
 
-    Such a graph keeps values, not memory: `main_grad` stays out of it.
+    Such a graph keeps values, not memory: `main_grad` stays out of it. `tokens` are token_ids, rows, then those of
+    `TokenInputs`; `sizes` id of the first column, columns that count, rows of a chunk; `wanted` whether the gradients
+    of hidden states and weight are.
     """
-    group = None if group_name is None else distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
+    token_ids, rows, *others = tokens
+    assert token_ids is not None and rows is not None
+    vocab_start, num_columns, chunk_rows = sizes
+    wants_hidden, wants_weight = wanted
+    group = named_group(group_name)
     call = _Call(
         head=OutputHead(hidden=hidden, weight=weight, group=group, sequence_parallel=sequence_parallel),
-        shard={"inverse_temperature": inverse_temperature, "vocab_start": vocab_start, "num_columns": num_columns},
-        params=GrpoRowParams.from_numbers(params),
+        columns=ShardColumns(
+            group=group,
+            vocab_start=vocab_start,
+            num_columns=num_columns,
+            inverse_temperature=inverse_temperature,
+        ),
+        settings=from_numbers(settings),
         chunk_rows=chunk_rows,
         backend=backend,  # type: ignore[arg-type]
     )
-    token_rows: TokenRows = {
-        "advantages": advantages,
-        "weights": weights,
-        "old_logprobs": old_logprobs,
-        "rollout_logprobs": rollout_logprobs,
-        "reference_logprobs": reference_logprobs,
-    }
     accumulator = new_accumulator(weight) if wants_weight else None
     gradients = HeadGradients(call.head, hidden=wants_hidden, weight=accumulator)
     logprob, entropy, outputs = call.compute(
         token_ids,
         rows,
-        token_rows,
+        TokenInputs.of(others),
         gradients if wants_hidden or wants_weight else None,
         factor=1.0 if upstream is None else upstream,
     )
@@ -371,9 +344,11 @@ def _loss_op(
 
 @_loss_op.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, token_ids: Tensor, rows: Tensor, advantages: Tensor, *others: Any
+    hidden: Tensor, weight: Tensor, tokens: Sequence[Tensor | None], *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wants_hidden, wants_weight = others[-2:]
+    wants_hidden, wants_weight = others[-1]
+    token_ids, _, advantages, *_ = tokens
+    assert token_ids is not None and advantages is not None
     num_rows = token_ids.shape[0]  # not len(), which would make a constant of it
     shapes: tuple[tuple[int, ...], ...] = ((), (num_rows,), (num_rows,), (len(ROW_OUTPUTS), num_rows))
     loss, logprob, entropy, outputs = (advantages.new_empty(shape) for shape in shapes)
@@ -384,7 +359,8 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[4:])
-    ctx.upstream, ctx.wanted, ctx.weight_dtype = inputs[17], inputs[18:], inputs[1].dtype
+    ctx.upstream, ctx.wanted, ctx.weight_dtype = inputs[9], inputs[10], inputs[1].dtype
+    ctx.no_tokens = [None] * len(inputs[2])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -393,7 +369,8 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         torch.ops.xrl.scaled_gradient(gradient, grad.reshape(1), ctx.upstream) if is_wanted else None
         for gradient, is_wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     )
-    return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.weight_dtype), *(None,) * 18
+    grad_weight = None if grad_weight is None else grad_weight.to(ctx.weight_dtype)
+    return grad_hidden, grad_weight, ctx.no_tokens, *(None,) * 8
 
 
 _loss_op.register_autograd(_backward, setup_context=_save)

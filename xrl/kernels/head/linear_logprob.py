@@ -5,13 +5,12 @@ Shapes: T rows of hidden states on this rank, H hidden, V columns of this rank's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, distributed_c10d
 
 from xrl.kernels.head.backend import BackendName, choose_backend
 from xrl.kernels.head.logprob import LogprobOutput, check_found, check_ids, check_temperature, reference_logprob
@@ -25,7 +24,7 @@ from xrl.kernels.head.output_head import (
     rows_in_chunk,
     wide_dtype,
 )
-from xrl.kernels.shards import combine, find_shard
+from xrl.kernels.shards import ShardColumns, Softmax, VocabShard, check_shard, combine, find_columns, named_group
 
 
 def linear_logprob(
@@ -35,10 +34,8 @@ def linear_logprob(
     *,
     rows: Tensor | None = None,
     temperature: float = 1.0,
-    group: ProcessGroup | None = None,
+    shard: VocabShard | None = None,
     sequence_parallel: bool = False,
-    vocab_start: int | None = None,
-    num_columns: int | None = None,
     entropy_grad: bool = False,
     chunk_bytes: int | None = None,
     backend: BackendName = "auto",
@@ -57,39 +54,35 @@ def linear_logprob(
         weight: [V, H] this rank's rows of the output weight, of the same type.
         token_ids: [R] int64 or int32, numbered over the whole vocabulary.
         rows: [R] which rows of `hidden` predict the tokens, in any order, repeated ones too; left out: all.
-        temperature, group, vocab_start, num_columns, entropy_grad, backend: as in `vocab_parallel_logprob`.
-        sequence_parallel: `hidden` is this rank's slice of a sequence cut into equal parts along `group`; `rows` count
-            over the whole. Chunks are gathered, the sequence never is.
+        temperature, shard, entropy_grad, backend: as in `vocab_parallel_logprob`.
+        sequence_parallel: `hidden` is this rank's slice of a sequence cut into equal parts along the shard's group;
+            `rows` count over the whole. Chunks are gathered, the sequence never is.
         chunk_bytes: how much the logits of a chunk may take; left out: 31 MiB on the CPU, 1 GiB on CUDA.
 
     Raises:
         ValueError: a wrong shape, type, device, temperature or backend, or (on the CPU) an id that no shard holds.
     """
-    chosen_rows, vocab_start, num_columns = check_arguments(
+    chosen_rows, columns = check_arguments(
         hidden,
         weight,
         token_ids,
         rows=rows,
         temperature=temperature,
-        group=group,
+        shard=shard,
         sequence_parallel=sequence_parallel,
-        vocab_start=vocab_start,
-        num_columns=num_columns,
         chunk_bytes=chunk_bytes,
     )
     temperature = float(temperature)
-    chunk_rows = rows_in_chunk(weight.shape[0], group=group, device=weight.device, chunk_bytes=chunk_bytes)
+    chunk_rows = rows_in_chunk(weight.shape[0], group=columns.group, device=weight.device, chunk_bytes=chunk_bytes)
     logprob, entropy, maximum, log_sum, found = torch.ops.xrl.linear_logprob(
         hidden,
         weight,
         token_ids,
         chosen_rows,
         temperature,
-        None if group is None else group.group_name,
+        columns.group_name,
         sequence_parallel,
-        vocab_start,
-        num_columns,
-        chunk_rows,
+        [columns.vocab_start, columns.num_columns, chunk_rows],
         backend,
     )
     check_found(found, token_ids)
@@ -115,21 +108,18 @@ def check_arguments(
     *,
     rows: Tensor | None,
     temperature: float,
-    group: ProcessGroup | None,
+    shard: VocabShard | None,
     sequence_parallel: bool,
-    vocab_start: int | None,
-    num_columns: int | None,
     chunk_bytes: int | None,
-) -> tuple[Tensor, int, int]:
-    """(chosen rows [R], id of this shard's first column, columns that count); raises ValueError."""
+) -> tuple[Tensor, ShardColumns]:
+    """(chosen rows [R], this rank's columns); raises ValueError."""
+    group = None if shard is None else check_shard(shard).group
     chosen_rows = check_head(
         hidden, weight, rows, group=group, sequence_parallel=sequence_parallel, chunk_bytes=chunk_bytes
     )
     check_ids(token_ids, len(chosen_rows), hidden.device)
     check_temperature(temperature)
-    return chosen_rows, *find_shard(
-        weight.shape[0], weight.device, group=group, vocab_start=vocab_start, num_columns=num_columns
-    )
+    return chosen_rows, find_columns(shard, width=weight.shape[0], device=weight.device, temperature=temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +127,7 @@ class _Call:
     """The arguments of an op, as its two passes use them."""
 
     head: OutputHead
-    shard: dict[str, Any]
+    columns: ShardColumns
     chunk_rows: int
     backend: str
 
@@ -149,15 +139,20 @@ class _Call:
         temperature: float,
         group_name: str | None,
         sequence_parallel: bool,
-        vocab_start: int,
-        num_columns: int,
-        chunk_rows: int,
+        sizes: Sequence[int],
         backend: str,
     ) -> _Call:
-        group = None if group_name is None else distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
+        """From what an op is given; `sizes` are id of the first column, columns that count, rows of a chunk."""
+        group = named_group(group_name)
+        vocab_start, num_columns, chunk_rows = sizes
         return cls(
             head=OutputHead(hidden=hidden, weight=weight, group=group, sequence_parallel=sequence_parallel),
-            shard={"inverse_temperature": 1.0 / temperature, "vocab_start": vocab_start, "num_columns": num_columns},
+            columns=ShardColumns(
+                group=group,
+                vocab_start=vocab_start,
+                num_columns=num_columns,
+                inverse_temperature=1.0 / temperature,
+            ),
             chunk_rows=chunk_rows,
             backend=backend,
         )
@@ -178,22 +173,18 @@ def _logprob_op(
     temperature: float,
     group_name: str | None,
     sequence_parallel: bool,
-    vocab_start: int,
-    num_columns: int,
-    chunk_rows: int,
+    sizes: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, maximum of the logits, log of the sum of exp, whether the token was found), all [R]."""
-    call = _Call.of(
-        hidden, weight, temperature, group_name, sequence_parallel, vocab_start, num_columns, chunk_rows, backend
-    )
+    call = _Call.of(hidden, weight, temperature, group_name, sequence_parallel, sizes, backend)
     statistics = hidden.new_empty(4, len(rows), dtype=wide_dtype(hidden))
     for chunk, _, logits in call.chunks(rows):
         chosen = choose_backend(backend, device=logits.device, dtype=logits.dtype)  # type: ignore[arg-type]
-        statistics[:, chunk] = chosen.statistics(logits, token_ids[chunk], **call.shard)
+        statistics[:, chunk] = chosen.statistics(logits, token_ids[chunk], call.columns)
         del logits  # before the next chunk's are made
     # One collective serves all chunks: four floats a row are little enough to keep.
-    softmax = combine(statistics, token_ids, group=call.head.group, **call.shard)
+    softmax = combine(statistics, token_ids, call.columns)
     return softmax.logprob, softmax.entropy, softmax.maximum.clone(), softmax.log_sum, softmax.found
 
 
@@ -207,27 +198,23 @@ def _(hidden: Tensor, weight: Tensor, token_ids: Tensor, *_: Any) -> tuple[Tenso
 def _gradient_op(
     hidden: Tensor,
     weight: Tensor,
-    token_ids: Tensor,
-    rows: Tensor,
+    tokens: Sequence[Tensor | None],
     temperature: float,
     group_name: str | None,
     sequence_parallel: bool,
-    vocab_start: int,
-    num_columns: int,
-    chunk_rows: int,
+    sizes: Sequence[int],
     backend: str,
-    maximum: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
     needs_hidden: bool,
     grad_weight: Tensor | None,
 ) -> Tensor:
-    """The gradient of the hidden states, [T, H], or nothing; that of the weight is added to `grad_weight`."""
-    call = _Call.of(
-        hidden, weight, temperature, group_name, sequence_parallel, vocab_start, num_columns, chunk_rows, backend
-    )
+    """The gradient of the hidden states, [T, H], or nothing; that of the weight is added to `grad_weight`.
+
+    `tokens` are token_ids, rows, maximum, log_sum, entropy, grad_logprob and grad_entropy, each [R].
+    """
+    *given, grad_entropy = tokens
+    token_ids, rows, maximum, log_sum, entropy, grad_logprob = cast(list[Tensor], given)
+    softmax = Softmax(maximum=maximum, log_sum=log_sum, entropy=entropy)
+    call = _Call.of(hidden, weight, temperature, group_name, sequence_parallel, sizes, backend)
     moves = grad_logprob != 0
     if grad_entropy is not None:
         moves = moves | (grad_entropy != 0)
@@ -241,10 +228,8 @@ def _gradient_op(
             logits,
             token_ids[these],
             logits,
-            **call.shard,
-            maximum=maximum[these],
-            log_sum=log_sum[these],
-            entropy=entropy[these],
+            columns=call.columns,
+            softmax=softmax.select(these),
             grad_logprob=grad_logprob[these],
             grad_entropy=None if grad_entropy is None else grad_entropy[these],
         )
@@ -270,8 +255,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_logprob is None and grad_entropy is None:
-        return (None,) * 11
+        return (None,) * 9
     hidden, weight, token_ids, rows, maximum, log_sum, entropy = ctx.saved_tensors
+    grad_logprob = torch.zeros_like(entropy) if grad_logprob is None else grad_logprob
     needs_hidden, needs_weight = ctx.needs_input_grad[:2]
     buffer = main_grad(weight) if needs_weight else None
     accumulator = buffer
@@ -280,19 +266,13 @@ def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
     grad_hidden = torch.ops.xrl.linear_logprob_gradient(
         hidden,
         weight,
-        token_ids,
-        rows,
+        [token_ids, rows, maximum, log_sum, entropy, grad_logprob, grad_entropy],
         *ctx.arguments,
-        maximum,
-        log_sum,
-        entropy,
-        torch.zeros_like(entropy) if grad_logprob is None else grad_logprob,
-        grad_entropy,
         needs_hidden,
         accumulator,
     )
     grad_weight = accumulator.to(weight.dtype) if accumulator is not None and buffer is None else None
-    return grad_hidden if needs_hidden else None, grad_weight, *(None,) * 9
+    return grad_hidden if needs_hidden else None, grad_weight, *(None,) * 7
 
 
 _logprob_op.register_autograd(_backward, setup_context=_save)

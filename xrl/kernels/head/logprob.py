@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, distributed_c10d
 
 from xrl.kernels.arguments import check_instance
 from xrl.kernels.head.backend import Backend, BackendName, choose_backend
-from xrl.kernels.shards import combine, find_shard
+from xrl.kernels.shards import ShardColumns, Softmax, VocabShard, combine, find_columns, named_group
 
 _LOWEST_TEMPERATURE = 1 / torch.finfo(torch.float32).max
 _HIGHEST_TEMPERATURE = torch.finfo(torch.float64).max
@@ -35,13 +34,11 @@ def vocab_parallel_logprob(
     token_ids: Tensor,
     *,
     temperature: float = 1.0,
-    group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    num_columns: int | None = None,
+    shard: VocabShard | None = None,
     entropy_grad: bool = False,
     backend: BackendName = "auto",
 ) -> LogprobOutput:
-    """Log-prob and entropy over the whole vocabulary, of which every rank of `group` holds some columns.
+    """Log-prob and entropy over the whole vocabulary, of which each rank may hold some columns.
 
         logprob_r = x_r[token_r] - logsumexp(x_r),  entropy_r = logsumexp(x_r) - sum_v p_rv x_rv,  x = logits / T
 
@@ -52,10 +49,7 @@ def vocab_parallel_logprob(
         logits: [R, V] floating point.
         token_ids: [R] int64 or int32, numbered over the whole vocabulary.
         temperature: > 0; any value at run time.
-        group: ranks that hold the other columns; None when this rank holds all.
-        vocab_start: id of this shard's first column. Left out: shards follow each other in the order of the ranks,
-            and one more collective finds out where this one begins.
-        num_columns: columns that count; those behind are padding. Left out: all.
+        shard: which columns the logits are, and the ranks that hold the others; left out: all of them.
         entropy_grad: whether the entropy carries a gradient; without, the backward pass is cheaper.
         backend: what computes it; see `python -m xrl.kernels`.
 
@@ -65,16 +59,14 @@ def vocab_parallel_logprob(
     """
     check_logits(logits, token_ids, temperature)
     temperature = float(temperature)
-    vocab_start, num_columns = find_shard(
-        logits.shape[1], logits.device, group=group, vocab_start=vocab_start, num_columns=num_columns
-    )
+    columns = find_columns(shard, width=logits.shape[1], device=logits.device, temperature=temperature)
     logprob, entropy, maximum, log_sum, found = torch.ops.xrl.vocab_parallel_logprob(
         logits,
         token_ids,
         temperature,
-        None if group is None else group.group_name,
-        vocab_start,
-        num_columns,
+        columns.group_name,
+        columns.vocab_start,
+        columns.num_columns,
         backend,
     )
     check_found(found, token_ids)
@@ -112,10 +104,13 @@ def _logprob_op(
     """(logprob, entropy, maximum of the logits, log of the sum of exp, whether the token was found), all [R]."""
     rows = adjacent(logits)
     chosen = _backend(backend, rows)
-    shard = {"inverse_temperature": 1.0 / temperature, "vocab_start": vocab_start, "num_columns": num_columns}
-    statistics = chosen.statistics(rows, token_ids, **shard)  # type: ignore[arg-type]
-    group = None if group_name is None else distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
-    softmax = combine(statistics, token_ids, group=group, **shard)  # type: ignore[arg-type]
+    columns = ShardColumns(
+        group=named_group(group_name),
+        vocab_start=vocab_start,
+        num_columns=num_columns,
+        inverse_temperature=1.0 / temperature,
+    )
+    softmax = combine(chosen.statistics(rows, token_ids, columns), token_ids, columns)
     # Outputs of an op may not share memory, and the maximum is a row of the statistics.
     return softmax.logprob, softmax.entropy, softmax.maximum.clone(), softmax.log_sum, softmax.found
 
@@ -148,12 +143,13 @@ def _gradient_op(
         rows,
         token_ids,
         out,
-        inverse_temperature=1.0 / temperature,
-        vocab_start=vocab_start,
-        num_columns=num_columns,
-        maximum=maximum,
-        log_sum=log_sum,
-        entropy=entropy,
+        columns=ShardColumns(
+            group=None,  # each rank writes its own columns
+            vocab_start=vocab_start,
+            num_columns=num_columns,
+            inverse_temperature=1.0 / temperature,
+        ),
+        softmax=Softmax(maximum=maximum, log_sum=log_sum, entropy=entropy),
         grad_logprob=grad_logprob.contiguous(),
         grad_entropy=None if grad_entropy is None else grad_entropy.contiguous(),
     )

@@ -8,27 +8,28 @@ import torch
 from torch import Tensor
 
 from xrl.kernels.arguments import address, check_floats, check_tensor
+from xrl.kernels.head.grpo_rows import ROW_OUTPUTS, SINGLE_PASS_OUTPUTS, native_settings
 from xrl.kernels.native import native_module
 from xrl.kernels.threads import num_threads
 
 if TYPE_CHECKING:
-    from xrl.kernels.head.grpo_rows import GrpoRowParams
+    from xrl.algorithms.loss_settings import TokenLossSettings
+    from xrl.kernels.head.token_inputs import TokenInputs
+    from xrl.kernels.shards import ShardColumns, Softmax
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-def statistics(
-    logits: Tensor, token_ids: Tensor, *, inverse_temperature: float, vocab_start: int, num_columns: int
-) -> Tensor:
+def statistics(logits: Tensor, token_ids: Tensor, columns: ShardColumns) -> Tensor:
     """See `Backend.statistics`."""
-    rows = _rows(logits, num_columns)
+    rows = _rows(logits, columns.num_columns)
     ids = _ids(token_ids, len(logits))
     out = torch.empty(4, logits.shape[0], dtype=torch.float32)
     _kernel("logprob_statistics", logits)(
         *rows,
         address(ids),
-        vocab_start,
-        inverse_temperature,
+        columns.vocab_start,
+        columns.inverse_temperature,
         address(out),
         num_threads(),
     )
@@ -40,61 +41,44 @@ def gradient(
     token_ids: Tensor,
     out: Tensor,
     *,
-    inverse_temperature: float,
-    vocab_start: int,
-    num_columns: int,
-    maximum: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
+    columns: ShardColumns,
+    softmax: Softmax,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
 ) -> None:
     """See `Backend.gradient`."""
-    place = _rows(logits, num_columns)
+    place = _rows(logits, columns.num_columns)
     ids = _ids(token_ids, len(logits))
     rows = _floats(
         len(logits),
-        maximum=maximum,
-        log_sum=log_sum,
-        entropy=entropy,
+        maximum=softmax.maximum,
+        log_sum=softmax.log_sum,
+        entropy=softmax.entropy,
         grad_logprob=grad_logprob,
         grad_entropy=grad_entropy,
     )
     _kernel("logprob_gradient", logits)(
         *place,
         address(ids),
-        vocab_start,
-        inverse_temperature,
+        columns.vocab_start,
+        columns.inverse_temperature,
         *(address(row) for row in rows),
-        *_target("out", out, logits, num_columns),
+        *_target("out", out, logits, columns.num_columns),
         num_threads(),
     )
 
 
-def grpo_rows(
-    *,
-    logprob: Tensor,
-    entropy: Tensor,
-    old: Tensor | None,
-    rollout: Tensor | None,
-    reference: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    params: GrpoRowParams,
-) -> Tensor:
+def grpo_rows(logprob: Tensor, entropy: Tensor, *, tokens: TokenInputs, settings: TokenLossSettings) -> Tensor:
     """See `Backend.grpo_rows`."""
     rows = _floats(
         len(logprob),
         logprob=logprob,
         entropy=entropy,
-        old=old,
-        rollout=rollout,
-        reference=reference,
-        advantages=advantages,
-        weights=weights,
+        **_named(tokens),
     )
-    out = torch.empty(10, len(logprob), dtype=torch.float32)
-    _module().grpo_rows(*(address(row) for row in rows), len(logprob), params.as_tuple(), address(out))
+    out = torch.empty(len(ROW_OUTPUTS), len(logprob), dtype=torch.float32)
+    numbers = native_settings(settings, with_reference=tokens.reference_logprobs is not None)
+    _module().grpo_rows(*(address(row) for row in rows), len(logprob), numbers, address(out))
     return out
 
 
@@ -103,31 +87,25 @@ def grpo_single_pass(
     token_ids: Tensor,
     gradient: Tensor | None,
     *,
-    inverse_temperature: float,
-    vocab_start: int,
-    num_columns: int,
-    old: Tensor | None,
-    rollout: Tensor | None,
-    reference: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    params: GrpoRowParams,
+    columns: ShardColumns,
+    tokens: TokenInputs,
+    settings: TokenLossSettings,
     factor: float,
 ) -> Tensor:
     """See `SinglePassBackend.grpo_single_pass`."""
-    place = _rows(logits, num_columns)
+    place = _rows(logits, columns.num_columns)
     ids = _ids(token_ids, len(logits))
-    rows = _floats(len(logits), old=old, rollout=rollout, reference=reference, advantages=advantages, weights=weights)
-    out = torch.empty(12, logits.shape[0], dtype=torch.float32)
+    rows = _floats(len(logits), **_named(tokens))
+    out = torch.empty(len(SINGLE_PASS_OUTPUTS), logits.shape[0], dtype=torch.float32)
     _kernel("grpo_single_pass", logits)(
         *place,
         address(ids),
-        vocab_start,
-        inverse_temperature,
+        columns.vocab_start,
+        columns.inverse_temperature,
         *(address(row) for row in rows),
-        params.as_tuple(),
+        native_settings(settings, with_reference=tokens.reference_logprobs is not None),
         factor,
-        *((0, 0, 0) if gradient is None else _target("gradient", gradient, logits, num_columns)),
+        *((0, 0, 0) if gradient is None else _target("gradient", gradient, logits, columns.num_columns)),
         address(out),
         num_threads(),
     )
@@ -163,6 +141,17 @@ def _target(name: str, out: Tensor, logits: Tensor, num_columns: int) -> tuple[i
 def _check_adjacent(name: str, rows: Tensor) -> None:
     if not rows.is_cpu or (rows.shape[1] > 1 and rows.stride(1) != 1):
         raise ValueError(f"{name} must be on the CPU with adjacent columns, got strides {list(rows.stride())}")
+
+
+def _named(tokens: TokenInputs) -> dict[str, Tensor | None]:
+    """In the order of the kernels' arguments."""
+    return {
+        "old": tokens.old_logprobs,
+        "rollout": tokens.rollout_logprobs,
+        "reference": tokens.reference_logprobs,
+        "advantages": tokens.advantages,
+        "shares": tokens.shares,
+    }
 
 
 def _ids(token_ids: Tensor, num_rows: int) -> Tensor:

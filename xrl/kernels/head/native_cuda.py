@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from xrl.kernels.head.grpo_rows import ROW_OUTPUTS, SINGLE_PASS_OUTPUTS, native_settings
 from xrl.kernels.native import native_module
 
 if TYPE_CHECKING:
-    from xrl.kernels.head.grpo_rows import GrpoRowParams
+    from xrl.algorithms.loss_settings import TokenLossSettings
+    from xrl.kernels.head.token_inputs import TokenInputs
+    from xrl.kernels.shards import ShardColumns, Softmax
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -40,18 +43,16 @@ def _why_not_on(module: ModuleType, device_index: int) -> str:
     return f"xrl._C has CUDA kernels for {built_for}, and on {name} CUDA says: {reason}"
 
 
-def statistics(
-    logits: Tensor, token_ids: Tensor, *, inverse_temperature: float, vocab_start: int, num_columns: int
-) -> Tensor:
+def statistics(logits: Tensor, token_ids: Tensor, columns: ShardColumns) -> Tensor:
     """See `Backend.statistics`."""
     out = torch.empty(4, logits.shape[0], dtype=torch.float32, device=logits.device)
     token_ids = token_ids.contiguous()
     with torch.cuda.device(logits.device):
         _kernel("cuda_logprob_statistics", logits)(
-            *_rows(logits, num_columns),
+            *_rows(logits, columns.num_columns),
             *_ids(token_ids),
-            vocab_start,
-            inverse_temperature,
+            columns.vocab_start,
+            columns.inverse_temperature,
             out.data_ptr(),
             _stream(),
         )
@@ -63,24 +64,20 @@ def gradient(
     token_ids: Tensor,
     out: Tensor,
     *,
-    inverse_temperature: float,
-    vocab_start: int,
-    num_columns: int,
-    maximum: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
+    columns: ShardColumns,
+    softmax: Softmax,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
 ) -> None:
     """See `Backend.gradient`."""
     token_ids = token_ids.contiguous()
-    rows = [_row(each) for each in (maximum, log_sum, entropy, grad_logprob, grad_entropy)]
+    rows = [_row(each) for each in (softmax.maximum, softmax.log_sum, softmax.entropy, grad_logprob, grad_entropy)]
     with torch.cuda.device(logits.device):
         _kernel("cuda_logprob_gradient", logits)(
-            *_rows(logits, num_columns),
+            *_rows(logits, columns.num_columns),
             *_ids(token_ids),
-            vocab_start,
-            inverse_temperature,
+            columns.vocab_start,
+            columns.inverse_temperature,
             *(_address(row) for row in rows),
             out.data_ptr(),
             out.stride(0),
@@ -89,24 +86,13 @@ def gradient(
         )
 
 
-def grpo_rows(
-    *,
-    logprob: Tensor,
-    entropy: Tensor,
-    old: Tensor | None,
-    rollout: Tensor | None,
-    reference: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    params: GrpoRowParams,
-) -> Tensor:
+def grpo_rows(logprob: Tensor, entropy: Tensor, *, tokens: TokenInputs, settings: TokenLossSettings) -> Tensor:
     """See `Backend.grpo_rows`."""
-    out = torch.empty(10, logprob.shape[0], dtype=torch.float32, device=logprob.device)
-    rows = [_row(each) for each in (logprob, entropy, old, rollout, reference, advantages, weights)]
+    out = torch.empty(len(ROW_OUTPUTS), logprob.shape[0], dtype=torch.float32, device=logprob.device)
+    rows = [_row(each) for each in (logprob, entropy, *_in_order(tokens))]
+    numbers = native_settings(settings, with_reference=tokens.reference_logprobs is not None)
     with torch.cuda.device(logprob.device):
-        _module().cuda_grpo_rows(
-            *(_address(row) for row in rows), logprob.shape[0], params.as_tuple(), out.data_ptr(), _stream()
-        )
+        _module().cuda_grpo_rows(*(_address(row) for row in rows), logprob.shape[0], numbers, out.data_ptr(), _stream())
     return out
 
 
@@ -115,29 +101,23 @@ def grpo_single_pass(
     token_ids: Tensor,
     gradient: Tensor | None,
     *,
-    inverse_temperature: float,
-    vocab_start: int,
-    num_columns: int,
-    old: Tensor | None,
-    rollout: Tensor | None,
-    reference: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    params: GrpoRowParams,
+    columns: ShardColumns,
+    tokens: TokenInputs,
+    settings: TokenLossSettings,
     factor: float,
 ) -> Tensor | None:
     """See `SinglePassBackend.grpo_single_pass`. On sm_90 and later, for rows of up to 800 KiB that are aligned."""
-    out = torch.empty(12, logits.shape[0], dtype=torch.float32, device=logits.device)
+    out = torch.empty(len(SINGLE_PASS_OUTPUTS), logits.shape[0], dtype=torch.float32, device=logits.device)
     token_ids = token_ids.contiguous()
-    rows = [_row(each) for each in (old, rollout, reference, advantages, weights)]
+    rows = [_row(each) for each in _in_order(tokens)]
     with torch.cuda.device(logits.device):
         has_run = _kernel("cuda_grpo_single_pass", logits)(
-            *_rows(logits, num_columns),
+            *_rows(logits, columns.num_columns),
             *_ids(token_ids),
-            vocab_start,
-            inverse_temperature,
+            columns.vocab_start,
+            columns.inverse_temperature,
             *(_address(row) for row in rows),
-            params.as_tuple(),
+            native_settings(settings, with_reference=tokens.reference_logprobs is not None),
             factor,
             *((0, 0, 0) if gradient is None else (gradient.data_ptr(), gradient.stride(0), gradient.shape[1])),
             out.data_ptr(),
@@ -158,6 +138,11 @@ def _kernel(name: str, logits: Tensor) -> Any:
 
 def _rows(logits: Tensor, num_columns: int) -> tuple[int, int, int, int]:
     return logits.data_ptr(), logits.shape[0], num_columns, logits.stride(0)
+
+
+def _in_order(tokens: TokenInputs) -> tuple[Tensor | None, ...]:
+    """In that of the kernels' arguments."""
+    return tokens.old_logprobs, tokens.rollout_logprobs, tokens.reference_logprobs, tokens.advantages, tokens.shares
 
 
 def _ids(token_ids: Tensor) -> tuple[int, bool]:

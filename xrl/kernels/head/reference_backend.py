@@ -10,27 +10,27 @@ import torch
 from torch import Tensor
 
 from xrl.algorithms.token_terms import TokenTerms, token_terms
-from xrl.config import AlgorithmConfig
-from xrl.kernels.head.grpo_rows import IMPORTANCE_KINDS, KL_TYPES
 
 if TYPE_CHECKING:
-    from xrl.kernels.head.grpo_rows import GrpoRowParams
+    from xrl.algorithms.loss_settings import TokenLossSettings
+    from xrl.kernels.head.token_inputs import TokenInputs
+    from xrl.kernels.shards import ShardColumns, Softmax
 
 
-def statistics(
-    logits: Tensor, token_ids: Tensor, *, inverse_temperature: float, vocab_start: int, num_columns: int
-) -> Tensor:
+def statistics(logits: Tensor, token_ids: Tensor, columns: ShardColumns) -> Tensor:
     """See `Backend.statistics`; fp64 for fp64 logits."""
-    x = _widen(logits[:, :num_columns])
+    x = _widen(logits[:, : columns.num_columns])
     # A column of -inf keeps rows finite where a shard holds no column at all.
     maximum = torch.cat([x, x.new_full((x.shape[0], 1), -math.inf)], dim=1).amax(dim=1)
-    shifted = (x - maximum[:, None]).masked_fill((maximum == -math.inf)[:, None], -math.inf) * inverse_temperature
+    shifted = (x - maximum[:, None]).masked_fill(
+        (maximum == -math.inf)[:, None], -math.inf
+    ) * columns.inverse_temperature
     exp = shifted.exp()
     # A token of probability 0 adds nothing; 0 * -inf would be NaN.
     exp_shifted = exp * shifted.masked_fill(shifted == -math.inf, 0.0)
-    owned, place = _place(token_ids, vocab_start, num_columns)
+    owned, place = _place(token_ids, columns)
     target = x.new_zeros(x.shape[0])
-    if num_columns:
+    if columns.num_columns:
         target = torch.where(owned, shifted.gather(1, place[:, None])[:, 0], target)
     return torch.stack([maximum, exp.sum(1), exp_shifted.sum(1), target])
 
@@ -40,25 +40,22 @@ def gradient(
     token_ids: Tensor,
     out: Tensor,
     *,
-    inverse_temperature: float,
-    vocab_start: int,
-    num_columns: int,
-    maximum: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
+    columns: ShardColumns,
+    softmax: Softmax,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
 ) -> None:
     """See `Backend.gradient`."""
+    num_columns, inverse_temperature = columns.num_columns, columns.inverse_temperature
     x = _widen(logits[:, :num_columns])
-    logp = ((x - maximum[:, None]) * inverse_temperature - log_sum[:, None]).clamp(max=0.0)
+    logp = ((x - softmax.maximum[:, None]) * inverse_temperature - softmax.log_sum[:, None]).clamp(max=0.0)
     p = logp.exp()
     wanted = -grad_logprob[:, None] * p
     if grad_entropy is not None:
-        spread = logp.masked_fill(logp == -math.inf, 0.0) + entropy[:, None]
+        spread = logp.masked_fill(logp == -math.inf, 0.0) + softmax.entropy[:, None]
         wanted = wanted - grad_entropy[:, None] * p * spread
     if num_columns:
-        owned, place = _place(token_ids, vocab_start, num_columns)
+        owned, place = _place(token_ids, columns)
         wanted.scatter_add_(1, place[:, None], (grad_logprob * owned)[:, None])
     idle = grad_logprob == 0
     if grad_entropy is not None:
@@ -68,32 +65,22 @@ def gradient(
     out[:, num_columns:] = 0.0
 
 
-def grpo_rows(
-    *,
-    logprob: Tensor,
-    entropy: Tensor,
-    old: Tensor | None,
-    rollout: Tensor | None,
-    reference: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    params: GrpoRowParams,
-) -> Tensor:
+def grpo_rows(logprob: Tensor, entropy: Tensor, *, tokens: TokenInputs, settings: TokenLossSettings) -> Tensor:
     """See `Backend.grpo_rows`: `xrl.algorithms.token_terms` and its gradient."""
 
     def differentiate() -> tuple[TokenTerms, Tensor, Tensor] | None:
         """None where autograd records nothing."""
         with torch.enable_grad(), torch.cuda.stream(stream):
             x, h = logprob.detach().requires_grad_(), entropy.detach().requires_grad_()
-            denominator = x.detach() if old is None else old
+            denominator = x.detach() if tokens.old_logprobs is None else tokens.old_logprobs
             terms = token_terms(
                 logprobs=x,
                 entropy=h,
                 old_logprobs=denominator,
-                rollout_logprobs=denominator if rollout is None else rollout,
-                reference_logprobs=reference if params.kl_type else None,
-                advantages=advantages,
-                config=_config(params),
+                rollout_logprobs=denominator if tokens.rollout_logprobs is None else tokens.rollout_logprobs,
+                reference_logprobs=tokens.reference_logprobs,
+                advantages=tokens.advantages,
+                settings=settings,
             )
             if not terms.loss.requires_grad:
                 return None
@@ -108,45 +95,32 @@ def grpo_rows(
         with ThreadPoolExecutor(max_workers=1) as thread:
             found = thread.submit(differentiate).result()  # Unbounded: it computes, and waits for nobody.
         assert found is not None
-    return _outputs(*found, weights, no_rollout=rollout is None)
+    assert tokens.shares is not None
+    return _outputs(*found, tokens.shares, no_rollout=tokens.rollout_logprobs is None)
 
 
 def _outputs(
-    terms: TokenTerms, grad_logprob: Tensor, grad_entropy: Tensor, weights: Tensor, *, no_rollout: bool
+    terms: TokenTerms, grad_logprob: Tensor, grad_entropy: Tensor, shares: Tensor, *, no_rollout: bool
 ) -> Tensor:
-    masked = weights == 0
+    masked = shares == 0
 
-    def weighted(values: Tensor) -> Tensor:
+    def of_share(values: Tensor) -> Tensor:
         # Chosen, not multiplied: a masked token may hold anything.
-        return (values.detach() * weights).masked_fill(masked, 0.0)
+        return (values.detach() * shares).masked_fill(masked, 0.0)
 
     surrogate, importance = terms.surrogate, terms.importance
-    raw = torch.ones_like(weights) if no_rollout else importance.raw
+    raw = torch.ones_like(shares) if no_rollout else importance.raw
     return torch.stack(
         [
-            weighted(terms.loss),
-            weighted(grad_logprob),
-            weighted(grad_entropy),
+            of_share(terms.loss),
+            of_share(grad_logprob),
+            of_share(grad_entropy),
             surrogate.ratio,
-            torch.zeros_like(weights) if terms.kl is None else terms.kl.detach(),
+            torch.zeros_like(shares) if terms.kl is None else terms.kl.detach(),
             raw,
-            *(flag.to(weights.dtype) for flag in (surrogate.clipped_low, surrogate.clipped_high)),
-            *(flag.to(weights.dtype) for flag in (surrogate.clipped_dual, importance.bounded)),
+            *(flag.to(shares.dtype) for flag in (surrogate.clipped_low, surrogate.clipped_high)),
+            *(flag.to(shares.dtype) for flag in (surrogate.clipped_dual, importance.bounded)),
         ]
-    )
-
-
-def _config(params: GrpoRowParams) -> AlgorithmConfig:
-    return AlgorithmConfig(
-        clip_low=params.clip_low,
-        clip_high=params.clip_high,
-        dual_clip=params.dual_clip or None,
-        kl_type=KL_TYPES[params.kl_type] if params.kl_type else "k3",  # type: ignore[arg-type]
-        kl_coef=params.kl_coef if params.kl_type else 0.0,
-        entropy_coef=params.entropy_coef,
-        old_logprobs="rollout" if params.importance_from_current else "actor",
-        importance_correction=IMPORTANCE_KINDS[params.importance],  # type: ignore[arg-type]
-        importance_bound=params.importance_bound,
     )
 
 
@@ -154,8 +128,8 @@ def _widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _place(token_ids: Tensor, vocab_start: int, num_columns: int) -> tuple[Tensor, Tensor]:
+def _place(token_ids: Tensor, columns: ShardColumns) -> tuple[Tensor, Tensor]:
     """Whether each token is on this shard, and its column there (any column where it isn't)."""
-    local = token_ids.long() - vocab_start
-    owned = (local >= 0) & (local < num_columns)
-    return owned, local.clamp(0, max(num_columns - 1, 0))
+    local = token_ids.long() - columns.vocab_start
+    owned = (local >= 0) & (local < columns.num_columns)
+    return owned, local.clamp(0, max(columns.num_columns - 1, 0))
