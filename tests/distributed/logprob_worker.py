@@ -90,8 +90,12 @@ def check_linear(widths: list[int], *, padding: int, sequence_parallel: bool, ba
     arguments = {
         "rows": rows,
         "temperature": 0.7,
-        "shard": VocabShard(group=dist.group.WORLD, vocab_start=start, num_columns=widths[rank]),
-        "sequence_parallel": sequence_parallel,
+        "shard": VocabShard(
+            group=dist.group.WORLD,
+            vocab_start=start,
+            num_columns=widths[rank],
+            sequence_parallel=sequence_parallel,
+        ),
         "backend": backend,
         "chunk_bytes": 4 * max(widths) * 8,  # the same on every rank, whatever it holds
     }

@@ -14,10 +14,10 @@ from torch import Tensor
 from tests.kernels.head.loss_calls import call_loss
 from xrl.algorithms.loss_settings import TokenLossSettings
 from xrl.kernels.decode import rms_norm, rope_cache, sample_tokens
-from xrl.kernels.decode.decode_attention import PagedContext, decode_attention, decode_attention_reference
+from xrl.kernels.decode.decode_attention import PagedContext, decode_attention, reference_decode_attention
 from xrl.kernels.decode.decode_layers import DecodeLayer, RopeTables, decode_layers, reference_decode_layers
 from xrl.kernels.decode.packed_linear import PackedLinear, PackedSwiGLU
-from xrl.kernels.decode.prefill_attention import prefill_attention, prefill_attention_reference
+from xrl.kernels.decode.prefill_attention import prefill_attention, reference_prefill_attention
 from xrl.kernels.head.grpo_loss import grpo_token_loss, reference_grpo_token_loss
 from xrl.kernels.head.linear_grpo import linear_grpo_loss, reference_linear_grpo_loss
 from xrl.kernels.head.linear_logprob import linear_logprob, reference_linear_logprob
@@ -166,7 +166,7 @@ def _with_layers(compute: Callable[..., object]) -> Callable[..., object]:
 
 
 def _reference_sample(**arguments: Any) -> object:
-    return sample_tokens.sample_tokens_reference(**arguments)
+    return sample_tokens.reference_sample_tokens(**arguments)
 
 
 def _packed_linear(*, weight: Tensor, bias: Tensor | None, x: Tensor, other: Tensor) -> object:
@@ -310,13 +310,13 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
     {
         "rms_norm": Operation(
             call=rms_norm.rms_norm,
-            reference=rms_norm.rms_norm_reference,
+            reference=rms_norm.reference_rms_norm,
             arguments=lambda: {"x": normal(4, 33), "weight": normal(33), "eps": 1e-6},
             shapes={"x": "fb", "weight": "b"},
         ),
         "rope_cache": Operation(
             call=_in_place(rope_cache.rope_cache, "qkv", "key_cache", "value_cache"),
-            reference=_in_place(rope_cache.rope_cache_reference, "qkv", "key_cache", "value_cache"),
+            reference=_in_place(rope_cache.reference_rope_cache, "qkv", "key_cache", "value_cache"),
             arguments=_rope_cache,
             shapes={
                 "qkv": "bfb",
@@ -335,7 +335,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
         ),
         "decode_attention": Operation(
             call=_with_context(decode_attention),
-            reference=_with_context(decode_attention_reference),
+            reference=_with_context(reference_decode_attention),
             arguments=_decode_attention,
             shapes={"query": "bfb", "key_cache": "bbbb", "value_cache": "bbbb", **PAGED_SHAPES},
             indices=PAGED_INDICES,
@@ -364,7 +364,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
         ),
         "prefill_attention": Operation(
             call=prefill_attention,
-            reference=prefill_attention_reference,
+            reference=reference_prefill_attention,
             arguments=lambda: {"qkv": normal(9, 8, 16), "lengths": [5, 4], "num_heads": 4},
             shapes={"qkv": "lff"},
         ),

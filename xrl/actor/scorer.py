@@ -57,7 +57,6 @@ class TokenScorer:
             self._weight(),
             microbatch.response_ids,
             rows=microbatch.rows,
-            sequence_parallel=self.head.sequence_parallel,
             entropy_grad=entropy_grad,
             **self._arguments(),
         )
@@ -97,7 +96,6 @@ class TokenScorer:
             tokens,
             settings,
             rows=microbatch.rows,
-            sequence_parallel=self.head.sequence_parallel,
             upstream=self.upstream,
             **self._arguments(),
         )
@@ -114,6 +112,7 @@ class TokenScorer:
                 group=self.groups.tensor if self.groups.layout.tensor_size > 1 else None,
                 vocab_start=first,
                 num_columns=min(self.columns, max(0, self.vocab_size - first)),
+                sequence_parallel=self.head.sequence_parallel,
             ),
             "temperature": self.settings.rollout.temperature,
             "backend": self.settings.model.kernel_backend,

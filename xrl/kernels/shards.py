@@ -29,6 +29,9 @@ class VocabShard:
     # finds out where this one begins.
     vocab_start: int | None = None
     num_columns: int | None = None  # columns that count, those behind are padding; None: all
+    # Whether hidden states are this rank's slice of a sequence cut into equal parts along `group`. It matters to the
+    # operations from hidden states: chunks are gathered, the sequence never is.
+    sequence_parallel: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

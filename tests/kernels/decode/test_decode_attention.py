@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xrl.kernels.decode.decode_attention import PagedContext, decode_attention, decode_attention_reference
+from xrl.kernels.decode.decode_attention import PagedContext, decode_attention, reference_decode_attention
 from xrl.kernels.native import native_module
 
 needs_native = pytest.mark.skipif(native_module() is None, reason="xrl._C is not built")
@@ -91,7 +91,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("implementation", [decode_attention, decode_attention_reference])
+@pytest.mark.parametrize("implementation", [decode_attention, reference_decode_attention])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_every_row_attends_to_its_prompt_and_its_own_tokens(shape: dict, implementation) -> None:
     batch = make_batch(**shape)

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from xrl.kernels.decode.packed_linear import PackedLinear, padded_rows
-from xrl.kernels.decode.rms_norm import rms_norm, rms_norm_reference
-from xrl.kernels.decode.rope_cache import rope_cache, rope_cache_reference
-from xrl.kernels.decode.sample_tokens import sample_tokens, sample_tokens_reference
+from xrl.kernels.decode.rms_norm import reference_rms_norm, rms_norm
+from xrl.kernels.decode.rope_cache import reference_rope_cache, rope_cache
+from xrl.kernels.decode.sample_tokens import reference_sample_tokens, sample_tokens
 from xrl.kernels.native import native_module
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2}
@@ -18,7 +18,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2}
 def test_rms_norm_equals_its_reference(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(shape).to(dtype) * 3, torch.randn(shape[1]).to(dtype)
-    expected = rms_norm_reference(x, weight, 1e-6)
+    expected = reference_rms_norm(x, weight, 1e-6)
     torch.testing.assert_close(rms_norm(x, weight, 1e-6), expected, rtol=TOLERANCE[dtype], atol=1e-6)
 
 
@@ -46,7 +46,7 @@ def rope_arguments(dtype: torch.dtype, head_dim: int, normed: bool) -> dict[str,
 def test_rope_cache_equals_its_reference(dtype: torch.dtype, head_dim: int, normed: bool) -> None:
     ours, expected = (rope_arguments(dtype, head_dim, normed) for _ in range(2))
     rope_cache(**ours)
-    rope_cache_reference(**expected)
+    reference_rope_cache(**expected)
     for name in ("qkv", "key_cache", "value_cache"):
         torch.testing.assert_close(ours[name], expected[name], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert ours["key_cache"].count_nonzero() > 0
@@ -61,13 +61,13 @@ def test_sample_tokens_equals_its_reference(vocab_size: int, shift: float) -> No
     temperatures = torch.tensor([0.0, 0.7, 1.0, 2.0] * 4)
     uniforms = torch.rand(16, generator=generator, dtype=torch.float64)
     tokens, logprobs = sample_tokens(logits, temperatures, uniforms)
-    expected_tokens, expected_logprobs = sample_tokens_reference(logits, temperatures, uniforms)
+    expected_tokens, expected_logprobs = reference_sample_tokens(logits, temperatures, uniforms)
     assert torch.equal(tokens, expected_tokens)
     # A logit of 1e4 has a spacing of 1e-3 in fp32, which the reference divides by the temperature.
     torch.testing.assert_close(logprobs, expected_logprobs, rtol=0, atol=5e-6 if shift == 0 else 2e-3)
 
 
-@pytest.mark.parametrize("draw", [sample_tokens, sample_tokens_reference])
+@pytest.mark.parametrize("draw", [sample_tokens, reference_sample_tokens])
 def test_a_token_without_probability_is_never_drawn(draw) -> None:
     vocab_size = 2000
     logits = torch.full((4, vocab_size), -torch.inf)
@@ -79,7 +79,7 @@ def test_a_token_without_probability_is_never_drawn(draw) -> None:
         torch.testing.assert_close(logprobs, torch.tensor([0.0, 0.0, 0.0, -0.6931472]))
 
 
-@pytest.mark.parametrize("draw", [sample_tokens, sample_tokens_reference])
+@pytest.mark.parametrize("draw", [sample_tokens, reference_sample_tokens])
 def test_the_tail_of_a_large_vocabulary_keeps_its_share(draw) -> None:
     logits = torch.zeros(1, 151_936)
     logits[0, 0] = 18.0  # half of the mass is this token's, a share of 2e-6 each of the others'
@@ -118,7 +118,7 @@ def test_padding_leaves_few_distinct_row_counts() -> None:
     assert all(padded_rows(n) >= n for n in range(1, 2000))
 
 
-@pytest.mark.parametrize("draw", [sample_tokens, sample_tokens_reference])
+@pytest.mark.parametrize("draw", [sample_tokens, reference_sample_tokens])
 def test_an_endless_temperature_draws_from_all_tokens_alike(draw) -> None:
     logits = torch.tensor([[1.0, -torch.inf, 3.0, 0.0]]).repeat(3, 1)
     uniforms = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
@@ -149,7 +149,7 @@ def test_norms_that_are_columns_of_a_matrix_are_read_as_such(dtype: torch.dtype)
     ours, expected = (rope_arguments(dtype, 16, True) for _ in range(2))
     wide = torch.stack([ours["q_norm"], ours["k_norm"]], dim=1)
     rope_cache(**ours | {"q_norm": wide[:, 0], "k_norm": wide[:, 1]})
-    rope_cache_reference(**expected)
+    reference_rope_cache(**expected)
     torch.testing.assert_close(ours["qkv"], expected["qkv"], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xrl.kernels.decode.prefill_attention import prefill_attention, prefill_attention_reference
+from xrl.kernels.decode.prefill_attention import prefill_attention, reference_prefill_attention
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 LENGTHS = {"one token": [1], "several prompts": [5, 1, 40], "more than tiles and spans hold": [65, 300]}
@@ -26,7 +26,7 @@ def test_each_prompt_attends_to_itself_alone(
 ) -> None:
     qkv = make_qkv(heads, sum(lengths) + 3).to(dtype)  # three tokens of padding
     found = prefill_attention(qkv, lengths, num_heads=heads[0])
-    expected = prefill_attention_reference(qkv.double(), lengths, num_heads=heads[0])
+    expected = reference_prefill_attention(qkv.double(), lengths, num_heads=heads[0])
     assert found.dtype == dtype
     assert (found.double() - expected).abs().max() < TOLERANCE[dtype]
     assert not found[sum(lengths) :].any()
@@ -34,7 +34,7 @@ def test_each_prompt_attends_to_itself_alone(
 
 def test_a_head_size_without_a_kernel_is_computed_by_the_reference() -> None:
     qkv = make_qkv((2, 1, 20), 7)
-    expected = prefill_attention_reference(qkv, [7], num_heads=2)
+    expected = reference_prefill_attention(qkv, [7], num_heads=2)
     assert torch.equal(prefill_attention(qkv, [7], num_heads=2), expected)
 
 

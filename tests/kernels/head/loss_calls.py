@@ -8,7 +8,6 @@ from typing import Any
 
 from xrl.kernels.head.token_inputs import TokenInputs
 
-
 _NAMES = tuple(field.name for field in fields(TokenInputs))  # torch.compile does not see through `fields`
 
 

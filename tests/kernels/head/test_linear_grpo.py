@@ -16,6 +16,7 @@ from xrl.kernels.head.grpo_loss import grpo_token_loss
 from xrl.kernels.head.linear_grpo import LinearGrpoLossOutput, linear_grpo_loss, reference_linear_grpo_loss
 from xrl.kernels.head.linear_logprob import reference_linear_logprob
 from xrl.kernels.head.token_inputs import TokenInputs
+from xrl.kernels.shards import VocabShard
 
 BACKENDS: tuple[BackendName, ...] = ("reference", "native")
 T, R, H, V = 40, 64, 32, 997
@@ -223,7 +224,7 @@ def test_twenty_runs_are_equal_to_the_bit() -> None:
         ({"settings": TokenLossSettings(kl_coef=0.1)}, "kl_coef is 0.1, which needs reference_logprobs, got None"),
         ({"settings": TokenLossSettings(importance_correction="mask")}, "needs rollout_logprobs, got None"),
         ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
-        ({"sequence_parallel": True}, "sequence_parallel needs the group"),
+        ({"shard": VocabShard(sequence_parallel=True)}, "sequence_parallel needs the group"),
     ],
 )
 def test_bad_input_is_named(changes: dict, message: str) -> None:

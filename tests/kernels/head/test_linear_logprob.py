@@ -195,7 +195,7 @@ def test_compiled_graph_has_no_break_and_gives_the_same() -> None:
         ({"temperature": -1.0}, "temperature must be finite and > 0, got -1.0"),
         ({"temperature": math.inf}, "temperature must be finite and > 0"),
         ({"shard": VocabShard(num_columns=6)}, r"num_columns must be in \[0, 5\]"),
-        ({"sequence_parallel": True}, "sequence_parallel needs the group"),
+        ({"shard": VocabShard(sequence_parallel=True)}, "sequence_parallel needs the group"),
         ({"chunk_bytes": 0}, "chunk_bytes must be >= 1, got 0"),
         ({"backend": "cutlass"}, "backend 'cutlass' is unknown"),
     ],

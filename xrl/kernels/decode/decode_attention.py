@@ -104,7 +104,7 @@ def decode_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, cont
     num_blocks, num_kv_heads, block_size = key_cache.shape[:3]
     if module is None or not _heads_side_by_side(query) or not fits_native(key_cache, value_cache, repeats=repeats):
         context.check_values(num_blocks, block_size)
-        return decode_attention_reference(query, key_cache, value_cache, context)
+        return reference_decode_attention(query, key_cache, value_cache, context)
     num_rows, num_heads, head_dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype)
     getattr(module, f"decode_attention_{_SUFFIX[query.dtype]}")(
@@ -149,7 +149,7 @@ def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, context: Paged
     check_no_gradient("decode_attention", query=query, key_cache=key_cache, value_cache=value_cache)
 
 
-def decode_attention_reference(query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext) -> Tensor:
+def reference_decode_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext) -> Tensor:
     """The specification of `decode_attention`, in plain PyTorch: gathers every row's context side by side."""
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads, block_size = key_cache.shape[1:3]

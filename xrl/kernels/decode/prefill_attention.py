@@ -36,7 +36,7 @@ def prefill_attention(qkv: Tensor, lengths: Sequence[int], *, num_heads: int) ->
     """
     _check(qkv, lengths, num_heads)
     if not lengths or not can_run(dtype=qkv.dtype, device=qkv.device, head_dim=qkv.shape[2]):
-        return prefill_attention_reference(qkv, lengths, num_heads=num_heads)
+        return reference_prefill_attention(qkv, lengths, num_heads=num_heads)
     starts = [*accumulate(lengths, initial=0)][:-1]
     places = torch.tensor([starts, list(lengths), [-1] * len(lengths)], dtype=torch.int32)  # they continue none
     num_tokens, dim = sum(lengths), qkv.shape[2]
@@ -54,7 +54,7 @@ def prefill_attention(qkv: Tensor, lengths: Sequence[int], *, num_heads: int) ->
     return out
 
 
-def prefill_attention_reference(qkv: Tensor, lengths: Sequence[int], *, num_heads: int) -> Tensor:
+def reference_prefill_attention(qkv: Tensor, lengths: Sequence[int], *, num_heads: int) -> Tensor:
     """The specification of `prefill_attention`; on CUDA what runs."""
     groups = (qkv.shape[1] - num_heads) // 2
     out = qkv.new_zeros(qkv.shape[0], num_heads, qkv.shape[2])

@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     check_no_gradient("rms_norm", x=x, weight=weight)
     module = native_module()
     if module is None or not x.is_cpu or x.dtype not in _SUFFIX:
-        return rms_norm_reference(x, weight, eps)
+        return reference_rms_norm(x, weight, eps)
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     getattr(module, f"rms_norm_{_SUFFIX[x.dtype]}")(
@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The specification of `rms_norm`, in plain PyTorch."""
     x32 = x.float()
     return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

@@ -14,7 +14,7 @@ from xrl.kernels.arguments import (
     check_range,
     check_tensor,
 )
-from xrl.kernels.decode.rms_norm import rms_norm_reference
+from xrl.kernels.decode.rms_norm import reference_rms_norm
 from xrl.kernels.native import native_module
 from xrl.kernels.threads import num_threads
 
@@ -60,7 +60,7 @@ def rope_cache(
             {"qkv": qkv, "key_cache": key_cache, "value_cache": value_cache},
             {"cos": cos, "sin": sin, "positions": positions, "slots": slots, "q_norm": q_norm, "k_norm": k_norm},
         )
-        rope_cache_reference(qkv, cos, sin, positions, q_norm, k_norm, eps, key_cache, value_cache, slots)
+        reference_rope_cache(qkv, cos, sin, positions, q_norm, k_norm, eps, key_cache, value_cache, slots)
         return
     getattr(module, f"rope_cache_{_SUFFIX[qkv.dtype]}")(
         (address(qkv), len(qkv), qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, qkv.shape[2]),
@@ -105,7 +105,7 @@ def _check(
     check_no_gradient("rope_cache", key_cache=key_cache, value_cache=value_cache)
 
 
-def rope_cache_reference(
+def reference_rope_cache(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -123,7 +123,7 @@ def rope_cache_reference(
     query, key, value = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     cos, sin = cos[positions.long(), None], sin[positions.long(), None]
     for heads, norm in ((query, q_norm), (key, k_norm)):
-        normed = heads if norm is None else rms_norm_reference(heads, norm, eps)
+        normed = heads if norm is None else reference_rms_norm(heads, norm, eps)
         first, second = normed.float().chunk(2, dim=-1)
         heads.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
     stored = (slots >= 0).nonzero()[:, 0]

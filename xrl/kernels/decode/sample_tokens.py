@@ -39,7 +39,7 @@ def sample_tokens(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tup
     module = native_module()
     if module is None or not logits.is_cpu:
         _check_draws(temperatures, uniforms)
-        return sample_tokens_reference(logits, temperatures, uniforms)
+        return reference_sample_tokens(logits, temperatures, uniforms)
     logits, temperatures, uniforms = logits.contiguous(), temperatures.contiguous(), uniforms.contiguous()
     tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
     module.sample_tokens(
@@ -64,7 +64,7 @@ def _check_draws(temperatures: Tensor, uniforms: Tensor) -> None:
         raise ValueError(f"uniforms must be in [0, 1), got {uniforms.tolist()}")
 
 
-def sample_tokens_reference(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def reference_sample_tokens(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """The specification of `sample_tokens`, in plain PyTorch."""
     greedy = temperatures == 0
     # An infinite temperature would make a number of -inf / inf.

@@ -59,7 +59,6 @@ def linear_grpo_loss(
     rows: Tensor | None = None,
     temperature: float = 1.0,
     shard: VocabShard | None = None,
-    sequence_parallel: bool = False,
     upstream: float | None = None,
     chunk_bytes: int | None = None,
     backend: BackendName = "auto",
@@ -75,7 +74,7 @@ def linear_grpo_loss(
     Inside `torch.compile` gradients always wait in buffers of their own.
 
     Args:
-        hidden, weight, token_ids, rows, sequence_parallel, chunk_bytes: as in `linear_logprob`. Ids are ignored
+        hidden, weight, token_ids, rows, chunk_bytes: as in `linear_logprob`. Ids are ignored
             where the share is 0.
         tokens, settings: as in `grpo_token_loss`.
         temperature, shard, backend: as in `vocab_parallel_logprob`.
@@ -96,9 +95,9 @@ def linear_grpo_loss(
         rows=rows,
         temperature=temperature,
         shard=shard,
-        sequence_parallel=sequence_parallel,
         chunk_bytes=chunk_bytes,
     )
+    sequence_parallel = shard is not None and shard.sequence_parallel
     tokens = check_token_inputs(tokens, settings, num_rows=len(chosen_rows), device=hidden.device)
     chunk_rows = rows_in_chunk(
         weight.shape[0],

@@ -35,7 +35,6 @@ def linear_logprob(
     rows: Tensor | None = None,
     temperature: float = 1.0,
     shard: VocabShard | None = None,
-    sequence_parallel: bool = False,
     entropy_grad: bool = False,
     chunk_bytes: int | None = None,
     backend: BackendName = "auto",
@@ -50,13 +49,12 @@ def linear_logprob(
     inside `torch.compile`, which does not see that attribute.
 
     Args:
-        hidden: [T, H] fp32 or bf16.
+        hidden: [T, H] fp32 or bf16; under sequence parallelism this rank's slice.
         weight: [V, H] this rank's rows of the output weight, of the same type.
         token_ids: [R] int64 or int32, numbered over the whole vocabulary.
-        rows: [R] which rows of `hidden` predict the tokens, in any order, repeated ones too; left out: all.
+        rows: [R] which rows of `hidden` predict the tokens, in any order, repeated ones too; left out: all. Under
+            sequence parallelism they count over the whole sequence.
         temperature, shard, entropy_grad, backend: as in `vocab_parallel_logprob`.
-        sequence_parallel: `hidden` is this rank's slice of a sequence cut into equal parts along the shard's group;
-            `rows` count over the whole. Chunks are gathered, the sequence never is.
         chunk_bytes: how much the logits of a chunk may take; left out: 31 MiB on the CPU, 1 GiB on CUDA.
 
     Raises:
@@ -69,7 +67,6 @@ def linear_logprob(
         rows=rows,
         temperature=temperature,
         shard=shard,
-        sequence_parallel=sequence_parallel,
         chunk_bytes=chunk_bytes,
     )
     temperature = float(temperature)
@@ -81,7 +78,7 @@ def linear_logprob(
         chosen_rows,
         temperature,
         columns.group_name,
-        sequence_parallel,
+        shard is not None and shard.sequence_parallel,
         [columns.vocab_start, columns.num_columns, chunk_rows],
         backend,
     )
@@ -109,13 +106,17 @@ def check_arguments(
     rows: Tensor | None,
     temperature: float,
     shard: VocabShard | None,
-    sequence_parallel: bool,
     chunk_bytes: int | None,
 ) -> tuple[Tensor, ShardColumns]:
     """(chosen rows [R], this rank's columns); raises ValueError."""
-    group = None if shard is None else check_shard(shard).group
+    shard = VocabShard() if shard is None else check_shard(shard)
     chosen_rows = check_head(
-        hidden, weight, rows, group=group, sequence_parallel=sequence_parallel, chunk_bytes=chunk_bytes
+        hidden,
+        weight,
+        rows,
+        group=shard.group,
+        sequence_parallel=shard.sequence_parallel,
+        chunk_bytes=chunk_bytes,
     )
     check_ids(token_ids, len(chosen_rows), hidden.device)
     check_temperature(temperature)
