@@ -10,6 +10,7 @@ from xrl.algorithms.advantages import group_advantages
 from xrl.algorithms.clipped import ClippedSurrogate
 from xrl.algorithms.importance import ImportanceWeights, mismatch, mismatch_kl
 from xrl.algorithms.kl import k3
+from xrl.algorithms.loss_settings import TokenLossSettings
 from xrl.algorithms.scored import Scored
 from xrl.algorithms.scoring import score_groups
 from xrl.algorithms.token_terms import token_terms
@@ -58,7 +59,7 @@ class GRPO:
             rollout_logprobs=inputs.rollout_logprobs,
             reference_logprobs=inputs.reference_logprobs,
             advantages=inputs.advantages,
-            config=config,
+            settings=TokenLossSettings.of(config),
         )
         metrics = {
             **_policy_metrics(inputs, terms.surrogate),
