@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from xrl.kernels.logprob import vocab_parallel_logprob
+from xrl.kernels.head.logprob import vocab_parallel_logprob
 
 NUM_ROWS = 2048
 VOCABULARIES = (32_768, 151_936)

@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xrl.config import AlgorithmConfig
-from xrl.kernels.backend import BackendName
-from xrl.kernels.grpo_loss import grpo_token_loss, reference_grpo_token_loss
-from xrl.kernels.linear_grpo import linear_grpo_loss, reference_linear_grpo_loss
-from xrl.kernels.linear_logprob import linear_logprob, reference_linear_logprob
-from xrl.kernels.logprob import reference_logprob, vocab_parallel_logprob
+from xrl.algorithms.loss_settings import TokenLossSettings
+from xrl.kernels.head.backend import BackendName
+from xrl.kernels.head.grpo_loss import grpo_token_loss, reference_grpo_token_loss
+from xrl.kernels.head.linear_grpo import linear_grpo_loss, reference_linear_grpo_loss
+from xrl.kernels.head.linear_logprob import linear_logprob, reference_linear_logprob
+from xrl.kernels.head.logprob import reference_logprob, vocab_parallel_logprob
+from xrl.kernels.head.token_inputs import TokenInputs
+from xrl.kernels.shards import VocabShard
 
 # The case file is the tests', so that every backend is held to one.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.kernels.logprob_cases import Case, cases
+from tests.kernels.head.logprob_cases import Case, cases
 
 DEVICE = torch.device("cuda")
 NUM_ROWS, VOCAB_SIZE = 16_384, 151_936  # more than 2^31 logits
@@ -35,14 +37,14 @@ NUM_PADDED = 3  # of these columns
 LOGPROB_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 
-CONFIGS = {
-    "plain": AlgorithmConfig(),
-    "clip apart, dual clip": AlgorithmConfig(clip_high=0.28, dual_clip=3.0),
-    "k1": AlgorithmConfig(kl_coef=0.1, kl_type="k1"),
-    "k2": AlgorithmConfig(kl_coef=0.1, kl_type="k2"),
-    "k3, entropy": AlgorithmConfig(kl_coef=0.1, entropy_coef=0.05),
-    "truncate": AlgorithmConfig(importance_correction="truncate", importance_bound=1.5),
-    "mask, everything": AlgorithmConfig(
+SETTINGS = {
+    "plain": TokenLossSettings(),
+    "clip apart, dual clip": TokenLossSettings(clip_high=0.28, dual_clip=3.0),
+    "k1": TokenLossSettings(kl_coef=0.1, kl_type="k1"),
+    "k2": TokenLossSettings(kl_coef=0.1, kl_type="k2"),
+    "k3, entropy": TokenLossSettings(kl_coef=0.1, entropy_coef=0.05),
+    "truncate": TokenLossSettings(importance_correction="truncate", importance_bound=1.5),
+    "mask, everything": TokenLossSettings(
         dual_clip=2.0, kl_coef=0.2, entropy_coef=0.01, importance_correction="mask", importance_bound=2.0
     ),
 }
@@ -79,11 +81,12 @@ def check_case(case: Case, backend: BackendName, findings: Findings) -> None:
     logits, ids = on_device(case.logits).requires_grad_(), case.token_ids.to(DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(1)
     grads = [scale * torch.randn(len(ids), generator=generator, device=DEVICE) for scale in (1.0, 0.1)]
-    options: dict[str, Any] = {"temperature": case.temperature, "num_columns": case.num_columns}
-    out = vocab_parallel_logprob(logits, ids, entropy_grad=True, backend=backend, **options)
+    options: dict[str, Any] = {"temperature": case.temperature}
+    shard = VocabShard(num_columns=case.num_columns)
+    out = vocab_parallel_logprob(logits, ids, shard=shard, entropy_grad=True, backend=backend, **options)
     torch.autograd.backward([out.logprob, out.entropy], grads)
     exact = logits.detach().double().requires_grad_()
-    wanted = reference_logprob(exact, ids, **options)
+    wanted = reference_logprob(exact, ids, num_columns=case.num_columns, **options)
     torch.autograd.backward([wanted.logprob, wanted.entropy], [grad.double() for grad in grads])
     assert logits.grad is not None and exact.grad is not None
 
@@ -162,7 +165,7 @@ def loss_inputs(logits: Tensor, ids: Tensor, *, masked: float = 0.0, no_advantag
     uniform = torch.rand(len(ids), generator=generator, device=DEVICE)
     return {
         "advantages": noise(1.0) * ((uniform < masked) | (uniform >= masked + no_advantage)),
-        "weights": (uniform >= masked).float(),
+        "shares": (uniform >= masked).float(),
         "old_logprobs": old,
         "rollout_logprobs": old + noise(0.3),
         "reference_logprobs": logprob - noise(0.5),
@@ -170,7 +173,12 @@ def loss_inputs(logits: Tensor, ids: Tensor, *, masked: float = 0.0, no_advantag
 
 
 def check_loss(
-    config: AlgorithmConfig, name: str, vocab_size: int, dtype: torch.dtype, backend: BackendName, findings: Findings
+    settings: TokenLossSettings,
+    name: str,
+    vocab_size: int,
+    dtype: torch.dtype,
+    backend: BackendName,
+    findings: Findings,
 ) -> None:
     """Token losses and the gradient in the logits' memory, against autograd in fp64."""
     generator = torch.Generator(DEVICE).manual_seed(4)
@@ -178,12 +186,13 @@ def check_loss(
     num_columns = vocab_size - NUM_PADDED
     ids = torch.randint(0, num_columns, (256,), generator=generator, device=DEVICE)
     inputs = loss_inputs(leaf, ids, masked=0.2, no_advantage=0.2)
-    options: dict[str, Any] = {"config": config, "temperature": 0.7}
-    out = grpo_token_loss(leaf * 1.0, ids, num_columns=num_columns, backend=backend, **options, **inputs)
+    options: dict[str, Any] = {"settings": settings, "temperature": 0.7}
+    shard = VocabShard(num_columns=num_columns)
+    out = grpo_token_loss(leaf * 1.0, ids, TokenInputs(**inputs), shard=shard, backend=backend, **options)
     out.token_loss.sum().backward()
     exact = leaf.detach().double().requires_grad_()
-    doubles = {key: value.double() for key, value in inputs.items()}
-    wanted = reference_grpo_token_loss(exact[:, :num_columns], ids, **options, **doubles)
+    doubles = TokenInputs(**{key: value.double() for key, value in inputs.items()})
+    wanted = reference_grpo_token_loss(exact[:, :num_columns], ids, doubles, **options)
     wanted.sum().backward()
     assert leaf.grad is not None and exact.grad is not None
     loss_error = (out.token_loss.detach() - wanted.detach()).abs() / (1e-6 + 1e-4 * wanted.detach().abs())
@@ -191,7 +200,7 @@ def check_loss(
     findings.add(f"loss, {name}", loss_error.amax())
     tolerance = 2e-5 if dtype == torch.float32 else 6e-3
     # The slopes of surrogate and KL may cancel, their errors do not.
-    scale = exact.grad.abs().amax(1) + 0.1 * inputs["weights"]
+    scale = exact.grad.abs().amax(1) + 0.1 * inputs["shares"]
     error = (leaf.grad.double() - exact.grad).abs().amax(1) / (tolerance * scale + 1e-9)
     findings.add(f"gradient of the loss, {name}", error.amax())
 
@@ -207,7 +216,7 @@ def check_linear(dtype: torch.dtype, backend: BackendName, findings: Findings) -
     grad = torch.randn(256, generator=generator, device=DEVICE)
     options: dict[str, Any] = {"temperature": 0.7, "rows": rows}
     ours: dict[str, Any] = options | {"backend": backend, "chunk_bytes": 4 * 9973 * 60}
-    config = CONFIGS["k3, entropy"]
+    settings = SETTINGS["k3, entropy"]
 
     def leaves(*, double: bool) -> tuple[Tensor, torch.nn.Parameter]:
         parameter = torch.nn.Parameter(weight.double() if double else weight.clone())
@@ -225,11 +234,11 @@ def check_linear(dtype: torch.dtype, backend: BackendName, findings: Findings) -
     _add_linear_gradients("linear_logprob", dtype, (found_hidden, found_weight), (exact_hidden, exact_weight), findings)
 
     found_hidden, found_weight = leaves(double=False)
-    loss = linear_grpo_loss(found_hidden, found_weight, ids, config=config, upstream=2.0, **ours, **inputs).loss
+    loss = linear_grpo_loss(found_hidden, found_weight, ids, TokenInputs(**inputs), settings, upstream=2.0, **ours).loss
     (2.0 * loss).backward()
     exact_hidden, exact_weight = leaves(double=True)
-    doubles = {key: value.double() for key, value in inputs.items()}
-    exact = reference_linear_grpo_loss(exact_hidden, exact_weight, ids, config=config, **options, **doubles)
+    doubles = TokenInputs(**{key: value.double() for key, value in inputs.items()})
+    exact = reference_linear_grpo_loss(exact_hidden, exact_weight, ids, doubles, settings, **options)
     (2.0 * exact).backward()
     error = (loss - exact).detach().abs() / (1e-5 + 1e-4 * exact.detach().abs())
     findings.add(f"linear_grpo_loss, {dtype}: loss", error)
@@ -254,15 +263,13 @@ def check_repeats(backend: BackendName, findings: Findings) -> None:
     generator = torch.Generator(DEVICE).manual_seed(5)
     logits = torch.randn(64, VOCAB_SIZE, generator=generator, device=DEVICE).requires_grad_()
     ids = torch.randint(0, VOCAB_SIZE, (64,), generator=generator, device=DEVICE)
-    advantages = torch.randn(64, generator=generator, device=DEVICE)
+    tokens = TokenInputs(advantages=torch.randn(64, generator=generator, device=DEVICE))
     runs = []
     for _ in range(20):
         logits.grad = None
         out = vocab_parallel_logprob(logits, ids, backend=backend)
         out.logprob.sum().backward()
-        loss = grpo_token_loss(
-            logits, ids, advantages=advantages, config=AlgorithmConfig(), in_place=False, backend=backend
-        )
+        loss = grpo_token_loss(logits, ids, tokens, TokenLossSettings(), in_place=False, backend=backend)
         (gradient,) = torch.autograd.grad(loss.token_loss.sum(), logits)
         runs.append((out.logprob.detach(), out.entropy.detach(), logits.grad, loss.logprob, gradient))
     same = all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))  # type: ignore[arg-type]
@@ -276,9 +283,9 @@ def check_backend(backend: BackendName) -> Findings:
     checks: list[tuple[str, Callable[[], None]]] = [
         (case.name, partial(check_case, case, backend, findings)) for case in cases()
     ]
-    for name, config in CONFIGS.items():
+    for name, settings in SETTINGS.items():
         checks += [
-            (f"loss, {name}", partial(check_loss, config, name, vocab_size, dtype, backend, findings))
+            (f"loss, {name}", partial(check_loss, settings, name, vocab_size, dtype, backend, findings))
             for vocab_size in LOSS_VOCAB_SIZES
             for dtype in GRADIENT_TOLERANCE
         ]

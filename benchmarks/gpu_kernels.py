@@ -28,21 +28,22 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from xrl.config import AlgorithmConfig
-from xrl.kernels import grpo_loss as loss_module
-from xrl.kernels.backend import BackendName, SinglePassBackend, choose_backend, why_not
-from xrl.kernels.grpo_loss import grpo_token_loss
-from xrl.kernels.linear_grpo import linear_grpo_loss
-from xrl.kernels.linear_logprob import linear_logprob
-from xrl.kernels.logprob import vocab_parallel_logprob
+from xrl.algorithms.loss_settings import TokenLossSettings
+from xrl.kernels.head import grpo_loss as loss_module
+from xrl.kernels.head.backend import BackendName, SinglePassBackend, choose_backend, why_not
+from xrl.kernels.head.grpo_loss import grpo_token_loss
+from xrl.kernels.head.linear_grpo import linear_grpo_loss
+from xrl.kernels.head.linear_logprob import linear_logprob
+from xrl.kernels.head.logprob import vocab_parallel_logprob
+from xrl.kernels.head.token_inputs import TokenInputs
 
 NUM_SEQUENCES, LENGTH = 16, NUM_ROWS // 16
 HIDDEN_SIZE = 4096
 FLUSH_BYTES = 4 << 30  # far more than L2, and long enough for Python to queue the call that is timed
 BACKENDS: tuple[BackendName, ...] = ("native", "triton")
 
-TIMED = AlgorithmConfig(clip_low=0.2, clip_high=0.28, kl_coef=0.04)
-WITHOUT_KL = AlgorithmConfig(clip_low=0.2, clip_high=0.28)
+TIMED = TokenLossSettings(clip_low=0.2, clip_high=0.28, kl_coef=0.04)
+WITHOUT_KL = TokenLossSettings(clip_low=0.2, clip_high=0.28)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ def eager_loss(logits: Tensor, ids: Tensor, inputs: Mapping[str, Tensor]) -> Ten
     log_ratio = inputs["reference_logprobs"] - logp
     kl = log_ratio.exp() - log_ratio - 1
     surrogate = torch.maximum(-inputs["advantages"] * ratio, -inputs["advantages"] * bounded)
-    return inputs["weights"] * (surrogate + TIMED.kl_coef * kl)
+    return inputs["shares"] * (surrogate + TIMED.kl_coef * kl)
 
 
 def liger() -> Any:
@@ -98,7 +99,7 @@ def liger_loss(batch: Batch, logits: Tensor) -> Tensor:
         shaped("reference_logprobs"),
         batch.ids.view(NUM_SEQUENCES, LENGTH),
         shaped("advantages")[:, 0].contiguous(),
-        shaped("weights"),
+        shaped("shares"),
         temperature=1.0,
         beta=TIMED.kl_coef,
         eps_low=TIMED.clip_low,
@@ -111,13 +112,14 @@ def liger_loss(batch: Batch, logits: Tensor) -> Tensor:
 def our_loss(
     batch: Batch,
     inputs: Mapping[str, Any],
-    config: AlgorithmConfig,
+    settings: TokenLossSettings,
     backend: BackendName,
     logits: Tensor,
     *,
     upstream: float | None = None,
 ) -> Tensor:
-    return grpo_token_loss(logits, batch.ids, config=config, backend=backend, upstream=upstream, **inputs).token_loss
+    tokens = TokenInputs(**inputs)
+    return grpo_token_loss(logits, batch.ids, tokens, settings, backend=backend, upstream=upstream).token_loss
 
 
 def in_two_passes(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
@@ -263,12 +265,13 @@ def measure_linear(backends: list[BackendName], repeats: int) -> dict[str, dict[
         old = linear_logprob(hidden, weight, ids).logprob
     noise = torch.randn(NUM_ROWS, generator=generator, device=DEVICE)
     inputs = {"old_logprobs": old - 0.1 * noise, "reference_logprobs": old - 0.1 * noise.flip(0)}
-    inputs |= {"advantages": noise.sign(), "weights": torch.ones_like(noise)}
+    inputs |= {"advantages": noise.sign(), "shares": torch.ones_like(noise)}
     live = torch.rand(NUM_ROWS, generator=generator, device=DEVICE)
-    sparse = inputs | {"weights": (live < 0.5).float(), "advantages": noise.sign() * (live >= 0.15)}
+    sparse = inputs | {"shares": (live < 0.5).float(), "advantages": noise.sign() * (live >= 0.15)}
 
-    def ours(backend: BackendName, rows: dict[str, Any], config: AlgorithmConfig) -> None:
-        out = linear_grpo_loss(hidden, weight, ids, config=config, upstream=1.0, backend=backend, **rows)
+    def ours(backend: BackendName, rows: dict[str, Any], settings: TokenLossSettings) -> None:
+        tokens = TokenInputs(**rows)
+        out = linear_grpo_loss(hidden, weight, ids, tokens, settings, upstream=1.0, backend=backend)
         torch.autograd.grad(out.loss, hidden)
 
     def whole(loss: Callable[..., Tensor]) -> None:

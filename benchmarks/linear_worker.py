@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xrl.config import AlgorithmConfig
-from xrl.kernels.linear_grpo import linear_grpo_loss
-from xrl.kernels.linear_logprob import linear_logprob
+from xrl.algorithms.loss_settings import TokenLossSettings
+from xrl.kernels.head.linear_grpo import linear_grpo_loss
+from xrl.kernels.head.linear_logprob import linear_logprob
+from xrl.kernels.head.token_inputs import TokenInputs
 
 Contestant = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -37,8 +38,8 @@ def logprob(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
 
 def grpo(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     """With old log-probs equal to the current ones, the gradient is that of the log-probs' sum."""
-    advantages = torch.ones(len(token_ids))
-    return -linear_grpo_loss(hidden, weight, token_ids, advantages=advantages, config=AlgorithmConfig()).loss
+    tokens = TokenInputs(advantages=torch.ones(len(token_ids)))
+    return -linear_grpo_loss(hidden, weight, token_ids, tokens, TokenLossSettings()).loss
 
 
 def contestant(name: str) -> Contestant:

@@ -7,7 +7,7 @@
 
 namespace xrl {
 
-// What xrl/kernels/grpo_rows.py's GrpoRowParams.as_tuple makes: the fields of the struct below, in their order.
+// What native_settings of xrl/kernels/head/grpo_rows.py makes: the fields of the struct below, in their order.
 using GrpoParamsTuple = std::tuple<float, float, float, float, float, int, float, float, int, bool>;
 
 inline GrpoRowParams grpo_params(const GrpoParamsTuple& values) {

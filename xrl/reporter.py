@@ -56,7 +56,7 @@ class Reporter:
             return
         scored = batch.scored
         self._listeners.journal.rollout(step, batch.groups, scored.advantages, len(scored.samples), scored.metrics)
-        self._metrics = {**scored.metrics, **batch.metrics}
+        self._metrics = dict(batch.metrics)
 
     def learned(self, step: int, updates: Sequence[UpdateReport]) -> None:
         """It is learned from.

@@ -182,6 +182,7 @@ class Session:
         if self.groups.device.type == "cpu":
             use_threads(torch.get_num_threads(), num_parameters=self.actor.num_parameters)
         gc.collect()
+        stack.callback(gc.unfreeze)
         gc.freeze()  # modules and models stay: collections need not go through them again, many times a step
 
     def _publish_again(self) -> None:

@@ -103,7 +103,7 @@ class Trainer:
         """Take experience, learn, publish, report."""
         start = time.perf_counter()
         self.progress.enter(f"rollout {step}")
-        batch = self.asked(lambda: self.experience.take(step))
+        batch = self.take(step)
         self.reporter.taken(step, batch)
         self.progress.enter(f"update {step}")
         updates = self.learner.learn(batch.samples, self.algorithm)
@@ -112,6 +112,10 @@ class Trainer:
         published = self.publish(version=step)
         seconds = time.perf_counter() - start
         self.reporter.published(step, published, phases=self.learner.seconds, seconds=seconds)
+
+    def take(self, step: int) -> Batch:
+        """What is learned from in a step."""
+        return self.asked(lambda: self.experience.take(step))
 
     def publish(self, *, version: int) -> Published:
         """Give the weights to every rollout worker; what is sampled from then on carries `version`."""

@@ -18,7 +18,7 @@ struct PagedCache {
 constexpr int kSpanTokens = 128;      // scored before the softmax is brought up to date; their scores stay in L1
 constexpr int kMaxQueriesPerHead = 32;  // query heads that share a KV head
 
-// Rows of a decode batch and where their contexts lie; see PagedContext in xrl/kernels/decode_attention.py.
+// Rows of a decode batch and where their contexts lie; see PagedContext in xrl/kernels/decode/decode_attention.py.
 struct PagedRows {
   const int32_t* group_starts;    // [num_groups + 1]
   const int32_t* prompt_blocks;   // [num_groups, prompt_blocks_columns], rows prompt_blocks_stride apart

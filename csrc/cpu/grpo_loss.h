@@ -17,7 +17,7 @@ struct GrpoInputs {
   const float* weights;
 };
 
-// [10, R], in the order of xrl/kernels/grpo_rows.py.
+// [10, R], in the order of xrl/kernels/head/grpo_rows.py.
 struct GrpoOutputs {
   float* data;
   int64_t num_rows;

@@ -203,5 +203,5 @@ def test_each_tensor_rank_tells_the_kernels_which_columns_it_has(
             vocab_size=vocab_size,
             columns=ranks.padded_vocab_size(vocab_size) // 4,
         ).logprobs(torch.empty(0), microbatch())
-    assert [(each["vocab_start"], each["num_columns"]) for each in told] == expected
-    assert all(each["group"] is group and each["temperature"] == TEMPERATURE for each in told)
+    assert [(each["shard"].vocab_start, each["shard"].num_columns) for each in told] == expected
+    assert all(each["shard"].group is group and each["temperature"] == TEMPERATURE for each in told)

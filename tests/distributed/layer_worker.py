@@ -17,7 +17,7 @@ from xrl.parallel.cpu import prepare_megatron_for_cpu
 
 prepare_megatron_for_cpu()
 
-import xrl.kernels.gated_mlp  # noqa: E402
+import xrl.kernels.layers.gated_mlp  # noqa: E402
 import xrl.models.decoder_layer  # noqa: E402
 from xrl.config import ModelConfig, ParallelConfig  # noqa: E402
 from xrl.data.packing import Pack, pack, pad  # noqa: E402
@@ -101,7 +101,7 @@ def main() -> None:
     torch.set_num_threads(1)
     groups = initialize(ParallelConfig(), seed=1)
     one_call = xrl.models.decoder_layer.train_layer
-    most_bytes = xrl.kernels.gated_mlp._MOST_PACKED_BYTES
+    most_bytes = xrl.kernels.layers.gated_mlp._MOST_PACKED_BYTES
     calls: list[Tensor] = []
 
     def counted(x: Tensor, *arguments: object) -> Tensor:
@@ -120,9 +120,9 @@ def main() -> None:
         logits, gradients = run(groups, shape, packed, recompute, FROZEN[frozen])
         assert len(calls) == (2 * shape.num_layers if recompute == "full" else shape.num_layers), case
         calls.clear()
-        xrl.kernels.gated_mlp._MOST_PACKED_BYTES = 0  # as a large MLP has it
+        xrl.kernels.layers.gated_mlp._MOST_PACKED_BYTES = 0  # as a large MLP has it
         expected, expected_gradients = run(groups, shape, packed, recompute, FROZEN[frozen])
-        xrl.kernels.gated_mlp._MOST_PACKED_BYTES = most_bytes
+        xrl.kernels.layers.gated_mlp._MOST_PACKED_BYTES = most_bytes
         assert not calls, case
         assert difference(logits, expected) < 1e-5, case
         for name, gradient in gradients.items():

@@ -10,15 +10,17 @@ import argparse
 import torch
 import torch.distributed as dist
 
-from xrl.config import AlgorithmConfig
-from xrl.kernels.backend import BackendName
-from xrl.kernels.grpo_loss import grpo_token_loss, reference_grpo_token_loss
-from xrl.kernels.linear_grpo import linear_grpo_loss, reference_linear_grpo_loss
-from xrl.kernels.linear_logprob import linear_logprob, reference_linear_logprob
-from xrl.kernels.logprob import reference_logprob, vocab_parallel_logprob
+from tests.kernels.head.loss_calls import call_loss
+from xrl.algorithms.loss_settings import TokenLossSettings
+from xrl.kernels.head.backend import BackendName
+from xrl.kernels.head.grpo_loss import grpo_token_loss, reference_grpo_token_loss
+from xrl.kernels.head.linear_grpo import linear_grpo_loss, reference_linear_grpo_loss
+from xrl.kernels.head.linear_logprob import linear_logprob, reference_linear_logprob
+from xrl.kernels.head.logprob import reference_logprob, vocab_parallel_logprob
+from xrl.kernels.shards import VocabShard
 
 ROWS = 33
-CONFIG = AlgorithmConfig(kl_coef=0.1, entropy_coef=0.02, dual_clip=3.0)
+SETTINGS = TokenLossSettings(kl_coef=0.1, entropy_coef=0.02, dual_clip=3.0)
 
 
 def check(widths: list[int], *, padding: int, offset: float, backend: BackendName, told: bool) -> None:
@@ -37,9 +39,8 @@ def check(widths: list[int], *, padding: int, offset: float, backend: BackendNam
     ids[1 : 1 + len(edges)] = torch.tensor(edges)
     columns = slice(starts[rank], starts[rank] + widths[rank])
     mine = torch.cat([whole[:, columns], torch.full((ROWS, padding), torch.nan)], dim=1).requires_grad_()
-    arguments = {"temperature": 0.7, "group": dist.group.WORLD, "num_columns": widths[rank], "backend": backend}
-    if told:
-        arguments["vocab_start"] = starts[rank]
+    shard = VocabShard(group=dist.group.WORLD, vocab_start=starts[rank] if told else None, num_columns=widths[rank])
+    arguments = {"temperature": 0.7, "shard": shard, "backend": backend}
 
     grads = torch.randn(2, ROWS, generator=generator)
     out = vocab_parallel_logprob(mine, ids, entropy_grad=True, **arguments)
@@ -55,16 +56,19 @@ def check(widths: list[int], *, padding: int, offset: float, backend: BackendNam
 
     rows = {
         "advantages": torch.randn(ROWS, generator=generator),
-        "weights": torch.rand(ROWS, generator=generator),
+        "shares": torch.rand(ROWS, generator=generator),
         "old_logprobs": out.logprob.detach() + 0.3 * torch.randn(ROWS, generator=generator),
         "reference_logprobs": out.logprob.detach() + 0.3 * torch.randn(ROWS, generator=generator),
     }
     leaf = mine.detach().clone().requires_grad_()
-    loss = grpo_token_loss(leaf * 1.0, ids, config=CONFIG, **rows, **arguments).token_loss
+    loss = call_loss(
+        grpo_token_loss, logits=leaf * 1.0, token_ids=ids, settings=SETTINGS, **rows, **arguments
+    ).token_loss
     loss.sum().backward()
     exact = whole.double().requires_grad_()
     exact_rows = {name: row.double() for name, row in rows.items()}
-    expected = reference_grpo_token_loss(exact, ids, config=CONFIG, temperature=0.7, **exact_rows)
+    reference = {"logits": exact, "token_ids": ids, "settings": SETTINGS, "temperature": 0.7}
+    expected = call_loss(reference_grpo_token_loss, **reference, **exact_rows)
     expected.sum().backward()
     torch.testing.assert_close(loss.detach().double(), expected.detach(), rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(leaf.grad[:, : widths[rank]].double(), exact.grad[:, columns], rtol=1e-4, atol=2e-5)
@@ -86,10 +90,12 @@ def check_linear(widths: list[int], *, padding: int, sequence_parallel: bool, ba
     arguments = {
         "rows": rows,
         "temperature": 0.7,
-        "group": dist.group.WORLD,
-        "sequence_parallel": sequence_parallel,
-        "num_columns": widths[rank],
-        "vocab_start": start,
+        "shard": VocabShard(
+            group=dist.group.WORLD,
+            vocab_start=start,
+            num_columns=widths[rank],
+            sequence_parallel=sequence_parallel,
+        ),
         "backend": backend,
         "chunk_bytes": 4 * max(widths) * 8,  # the same on every rank, whatever it holds
     }
@@ -124,15 +130,17 @@ def check_linear(widths: list[int], *, padding: int, sequence_parallel: bool, ba
 
     token_rows = {
         "advantages": torch.randn(ROWS, generator=generator) * (torch.rand(ROWS, generator=generator) > 0.3),
-        "weights": torch.rand(ROWS, generator=generator) * (torch.rand(ROWS, generator=generator) > 0.3),
+        "shares": torch.rand(ROWS, generator=generator) * (torch.rand(ROWS, generator=generator) > 0.3),
         "old_logprobs": out.logprob.detach() + 0.3 * torch.randn(ROWS, generator=generator),
     }
     tensors = leaves()
-    config = AlgorithmConfig(dual_clip=3.0)
-    loss = linear_grpo_loss(*tensors[:2], ids, config=config, **token_rows, **arguments).loss
+    given = {"token_ids": ids, "settings": TokenLossSettings(dual_clip=3.0)}
+    heads = [{"hidden": tensors[index], "weight": tensors[index + 1]} for index in (0, 2)]
+    loss = call_loss(linear_grpo_loss, **heads[0], **given, **token_rows, **arguments).loss
     loss.backward()
     exact_rows = {name: row.double() for name, row in token_rows.items()}
-    expected = reference_linear_grpo_loss(*tensors[2:], ids, rows=rows, config=config, temperature=0.7, **exact_rows)
+    given |= {"rows": rows, "temperature": 0.7}
+    expected = call_loss(reference_linear_grpo_loss, **heads[1], **given, **exact_rows)
     expected.backward()
     torch.testing.assert_close(loss.detach().double(), expected.detach(), rtol=1e-4, atol=2e-5)
     compare(*tensors)
@@ -153,7 +161,7 @@ def main() -> None:
             check_linear(widths, padding=3, sequence_parallel=sequence_parallel, backend=arguments.backend)
     # An id that no shard holds is seen by every rank.
     try:
-        vocab_parallel_logprob(torch.zeros(1, 4), torch.tensor([4 * size]), group=dist.group.WORLD)
+        vocab_parallel_logprob(torch.zeros(1, 4), torch.tensor([4 * size]), shard=VocabShard(group=dist.group.WORLD))
     except ValueError as error:
         assert "which no shard holds" in str(error)
     else:

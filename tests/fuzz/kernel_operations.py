@@ -11,21 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xrl.config import AlgorithmConfig
-from xrl.kernels import layer_ops, rms_norm, rope_cache, sample_tokens
-from xrl.kernels.decode_attention import PagedContext, decode_attention, decode_attention_reference
-from xrl.kernels.decode_layers import DecodeLayer, RopeTables, decode_layers, reference_decode_layers
-from xrl.kernels.gated_mlp import gated_mlp, reference_gated_mlp
-from xrl.kernels.grpo_loss import grpo_token_loss, reference_grpo_token_loss
-from xrl.kernels.linear import linear
-from xrl.kernels.linear_grpo import linear_grpo_loss, reference_linear_grpo_loss
-from xrl.kernels.linear_logprob import linear_logprob, reference_linear_logprob
-from xrl.kernels.logprob import reference_logprob, vocab_parallel_logprob
+from tests.kernels.head.loss_calls import call_loss
+from xrl.algorithms.loss_settings import TokenLossSettings
+from xrl.kernels.decode import rms_norm, rope_cache, sample_tokens
+from xrl.kernels.decode.decode_attention import PagedContext, decode_attention, reference_decode_attention
+from xrl.kernels.decode.decode_layers import DecodeLayer, RopeTables, decode_layers, reference_decode_layers
+from xrl.kernels.decode.packed_linear import PackedLinear, PackedSwiGLU
+from xrl.kernels.decode.prefill_attention import prefill_attention, reference_prefill_attention
+from xrl.kernels.head.grpo_loss import grpo_token_loss, reference_grpo_token_loss
+from xrl.kernels.head.linear_grpo import linear_grpo_loss, reference_linear_grpo_loss
+from xrl.kernels.head.linear_logprob import linear_logprob, reference_linear_logprob
+from xrl.kernels.head.logprob import reference_logprob, vocab_parallel_logprob
+from xrl.kernels.layers import layer_ops
+from xrl.kernels.layers.gated_mlp import gated_mlp, reference_gated_mlp
+from xrl.kernels.layers.linear import linear
+from xrl.kernels.layers.self_attention import HeadRules, PackedSequences, reference_self_attention, self_attention
+from xrl.kernels.layers.train_layer import LayerParameters, LayerRules, reference_train_layer, train_layer
 from xrl.kernels.matmul import matmul, matmul_into
-from xrl.kernels.packed_linear import PackedLinear, PackedSwiGLU
-from xrl.kernels.prefill_attention import prefill_attention, prefill_attention_reference
-from xrl.kernels.self_attention import HeadRules, PackedSequences, reference_self_attention, self_attention
-from xrl.kernels.train_layer import LayerParameters, LayerRules, reference_train_layer, train_layer
 
 Arguments = dict[str, Any]
 FLOATS = (torch.float32, torch.float64)  # numbers a row may be either
@@ -164,7 +166,7 @@ def _with_layers(compute: Callable[..., object]) -> Callable[..., object]:
 
 
 def _reference_sample(**arguments: Any) -> object:
-    return sample_tokens.sample_tokens_reference(**arguments)
+    return sample_tokens.reference_sample_tokens(**arguments)
 
 
 def _packed_linear(*, weight: Tensor, bias: Tensor | None, x: Tensor, other: Tensor) -> object:
@@ -262,59 +264,59 @@ def _with_layer_rules(compute: Callable[..., object]) -> Callable[..., object]:
 
 # --- log-probs and losses
 
-CONFIG = AlgorithmConfig(kl_coef=0.1)
+SETTINGS = TokenLossSettings(kl_coef=0.1)
 
 
 def _token_rows() -> Arguments:
     return {
         "token_ids": torch.tensor([1, 49, 0]),
         "advantages": normal(3),
-        "weights": torch.ones(3),
+        "shares": torch.ones(3),
         "old_logprobs": -normal(3).abs(),
         "reference_logprobs": -normal(3).abs(),
         "temperature": 0.9,
     }
 
 
-ROW_SHAPES = {"token_ids": "b", "advantages": "b", "weights": "b", "old_logprobs": "b", "reference_logprobs": "b"}
+ROW_SHAPES = {"token_ids": "b", "advantages": "b", "shares": "b", "old_logprobs": "b", "reference_logprobs": "b"}
 ROW_DTYPES = {
     "token_ids": IDS,
     "advantages": FLOATS,
     "old_logprobs": FLOATS,
     "reference_logprobs": FLOATS,
     # Made floating point.
-    "weights": (*FLOATS, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool),
+    "shares": (*FLOATS, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool),
 }
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _loss(**arguments: Any) -> object:
-    return grpo_token_loss(**arguments, config=CONFIG, in_place=False).token_loss
+    return call_loss(grpo_token_loss, **arguments, settings=SETTINGS, in_place=False).token_loss
 
 
 def _plain_loss(**arguments: Any) -> object:
-    return reference_grpo_token_loss(**arguments, config=CONFIG)
+    return call_loss(reference_grpo_token_loss, **arguments, settings=SETTINGS)
 
 
 def _linear_loss(**arguments: Any) -> object:
-    return linear_grpo_loss(**arguments, config=CONFIG).loss
+    return call_loss(linear_grpo_loss, **arguments, settings=SETTINGS).loss
 
 
 def _plain_linear_loss(**arguments: Any) -> object:
-    return reference_linear_grpo_loss(**arguments, config=CONFIG)
+    return call_loss(reference_linear_grpo_loss, **arguments, settings=SETTINGS)
 
 
 OPERATIONS: Mapping[str, Operation] = MappingProxyType(
     {
         "rms_norm": Operation(
             call=rms_norm.rms_norm,
-            reference=rms_norm.rms_norm_reference,
+            reference=rms_norm.reference_rms_norm,
             arguments=lambda: {"x": normal(4, 33), "weight": normal(33), "eps": 1e-6},
             shapes={"x": "fb", "weight": "b"},
         ),
         "rope_cache": Operation(
             call=_in_place(rope_cache.rope_cache, "qkv", "key_cache", "value_cache"),
-            reference=_in_place(rope_cache.rope_cache_reference, "qkv", "key_cache", "value_cache"),
+            reference=_in_place(rope_cache.reference_rope_cache, "qkv", "key_cache", "value_cache"),
             arguments=_rope_cache,
             shapes={
                 "qkv": "bfb",
@@ -333,7 +335,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
         ),
         "decode_attention": Operation(
             call=_with_context(decode_attention),
-            reference=_with_context(decode_attention_reference),
+            reference=_with_context(reference_decode_attention),
             arguments=_decode_attention,
             shapes={"query": "bfb", "key_cache": "bbbb", "value_cache": "bbbb", **PAGED_SHAPES},
             indices=PAGED_INDICES,
@@ -362,7 +364,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
         ),
         "prefill_attention": Operation(
             call=prefill_attention,
-            reference=prefill_attention_reference,
+            reference=reference_prefill_attention,
             arguments=lambda: {"qkv": normal(9, 8, 16), "lengths": [5, 4], "num_heads": 4},
             shapes={"qkv": "lff"},
         ),
@@ -526,7 +528,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             shapes={"logits": "bl", **ROW_SHAPES},
             dtypes={"logits": LOGIT_DTYPES, **ROW_DTYPES},
             indices=("token_ids",),
-            may_be_none=("weights", "old_logprobs"),
+            may_be_none=("shares", "old_logprobs"),
             differentiable=("logits",),
         ),
         "linear_logprob": Operation(
@@ -556,7 +558,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             shapes={"hidden": "lb", "weight": "lb", "rows": "b", **ROW_SHAPES},
             dtypes={"rows": IDS, **ROW_DTYPES},
             indices=("token_ids", "rows"),
-            may_be_none=("weights", "old_logprobs"),
+            may_be_none=("shares", "old_logprobs"),
             differentiable=("hidden", "weight"),
         ),
     }

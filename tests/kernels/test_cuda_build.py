@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from xrl.kernels.backend import why_not
+from xrl.kernels.head.backend import why_not
 from xrl.kernels.native import native_module
 
 CSRC = Path(__file__).parents[2] / "csrc"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from xrl.kernels.decode.packed_linear import PackedLinear, PackedSwiGLU
 from xrl.kernels.matmul import has_matmul, matmul, matmul_into
 from xrl.kernels.native import native_module
-from xrl.kernels.packed_linear import PackedLinear, PackedSwiGLU
 
 # Rows, columns, depth: single elements, parts of a tile, more than a block of columns (512) and of depth (384), rows
 # that fall into the same lines of L1 (1,024 apart), nothing to add up.
@@ -169,7 +169,7 @@ def test_pages_ahead_are_zeros() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 def test_other_instruction_sets_give_the_same(isa: str) -> None:
-    files = [__file__, os.path.join(os.path.dirname(__file__), "test_gated_mlp.py")]
+    files = [__file__, os.path.join(os.path.dirname(__file__), "layers", "test_gated_mlp.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *files]
     done = subprocess.run(command, env={**os.environ, "XRL_CPU_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from xrl.kernels.layer_ops import rms_norm as train_rms_norm
+from xrl.kernels.decode.rms_norm import rms_norm
+from xrl.kernels.layers.layer_ops import rms_norm as train_rms_norm
 from xrl.kernels.matmul import matmul
 from xrl.kernels.native import native_module
-from xrl.kernels.rms_norm import rms_norm
 from xrl.kernels.threads import SMALL_MODEL, num_threads, use_threads
 
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the compiled kernels are not built")
@@ -120,7 +120,7 @@ def test_memory_that_runs_out_on_any_thread_of_a_kernel_is_a_memory_error() -> N
     """Each thread makes 48 MB of room for itself, and the limit leaves enough for one."""
     program = """
 import resource, torch
-from xrl.kernels.gated_mlp import gated_mlp
+from xrl.kernels.layers.gated_mlp import gated_mlp
 from xrl.kernels.matmul import matmul
 from xrl.kernels.threads import use_threads
 

@@ -13,7 +13,7 @@ from xrl.parallel.cpu import prepare_megatron_for_cpu
 prepare_megatron_for_cpu()
 
 from xrl.data.packing import pack  # noqa: E402
-from xrl.kernels.layer_ops import reference_rotary  # noqa: E402
+from xrl.kernels.layers.layer_ops import reference_rotary  # noqa: E402
 from xrl.models.attention import PackedAttention  # noqa: E402
 from xrl.models.packed import attention_inputs  # noqa: E402
 from xrl.models.shape import model_shape  # noqa: E402

@@ -77,7 +77,7 @@ def test_plain_torch_kernels_give_the_same_answers(make_engine: MakeEngine, monk
     engine = make_engine(make_model())
     native = generate(engine, PROMPTS[2], num_samples=4, max_new_tokens=40, seed=3)
     for module in ("decode_layers", "decode_attention", "rms_norm", "rope_cache", "sample_tokens"):
-        monkeypatch.setattr(f"xrl.kernels.{module}.native_module", lambda: None)
+        monkeypatch.setattr(f"xrl.kernels.decode.{module}.native_module", lambda: None)
     plain = generate(engine, PROMPTS[2], num_samples=4, max_new_tokens=40, seed=3)
     assert [c.token_ids for c in plain] == [c.token_ids for c in native]
     for one, other in zip(plain, native, strict=True):

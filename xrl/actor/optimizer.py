@@ -21,7 +21,7 @@ def wrap_data_parallel(model: GPTModel, parallel: ParallelConfig) -> Distributed
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             grad_reduce_in_fp32=True,
             # Not overlapped with the backward pass: that waits for autograd's hook on every weight, and gradients that
-            # our kernels add to the buffer themselves (kernels/linear.py, train_layer.py) call none.
+            # our kernels add to the buffer themselves (kernels/layers/linear.py, train_layer.py) call none.
             overlap_grad_reduce=False,
         ),
         module=model,

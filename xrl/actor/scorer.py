@@ -6,25 +6,25 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from xrl.actor.microbatch import Microbatch
+from xrl.algorithms.loss_settings import TokenLossSettings
 from xrl.config import AlgorithmConfig, Settings
-from xrl.kernels.backend import BackendName
-from xrl.kernels.grpo_loss import GrpoLossOutput, grpo_token_loss
-from xrl.kernels.linear_grpo import linear_grpo_loss
-from xrl.kernels.linear_logprob import linear_logprob
-from xrl.kernels.logprob import LogprobOutput, vocab_parallel_logprob
+from xrl.kernels.head.backend import BackendName
+from xrl.kernels.head.grpo_loss import GrpoLossOutput, grpo_token_loss
+from xrl.kernels.head.linear_grpo import linear_grpo_loss
+from xrl.kernels.head.linear_logprob import linear_logprob
+from xrl.kernels.head.logprob import LogprobOutput, vocab_parallel_logprob
+from xrl.kernels.head.token_inputs import TokenInputs
+from xrl.kernels.shards import VocabShard
 from xrl.models.head import ResponseRows
 from xrl.parallel.groups import ParallelGroups
 
 
 class _KernelArguments(TypedDict):
-    """What all kernels take: which columns of the vocabulary this rank holds, the temperature, the backend."""
+    """What all kernels take."""
 
-    group: ProcessGroup | None
-    vocab_start: int
-    num_columns: int
+    shard: VocabShard
     temperature: float
     backend: BackendName
 
@@ -57,7 +57,6 @@ class TokenScorer:
             self._weight(),
             microbatch.response_ids,
             rows=microbatch.rows,
-            sequence_parallel=self.head.sequence_parallel,
             entropy_grad=entropy_grad,
             **self._arguments(),
         )
@@ -77,33 +76,27 @@ class TokenScorer:
             head_output: as in `logprobs`; logits hold their gradient afterwards.
             old, reference: log-probs [R], or None.
         """
+        settings = TokenLossSettings.of(config)
+        tokens = TokenInputs(
+            advantages=microbatch.advantages,
+            shares=microbatch.weights,
+            old_logprobs=old,
+            rollout_logprobs=microbatch.rollout_logprobs,
+            reference_logprobs=reference,
+        )
         if not self.head.hands_on_hidden:
-            tokens = grpo_token_loss(
-                head_output,
-                microbatch.response_ids,
-                config=config,
-                advantages=microbatch.advantages,
-                weights=microbatch.weights,
-                old_logprobs=old,
-                rollout_logprobs=microbatch.rollout_logprobs,
-                reference_logprobs=reference,
-                upstream=self.upstream,
-                **self._arguments(),
+            found = grpo_token_loss(
+                head_output, microbatch.response_ids, tokens, settings, upstream=self.upstream, **self._arguments()
             )
-            return tokens.token_loss.sum(), tokens
+            return found.token_loss.sum(), found
         out = linear_grpo_loss(
             head_output,
             self._weight(),
             microbatch.response_ids,
+            tokens,
+            settings,
             rows=microbatch.rows,
-            sequence_parallel=self.head.sequence_parallel,
             upstream=self.upstream,
-            config=config,
-            advantages=microbatch.advantages,
-            weights=microbatch.weights,
-            old_logprobs=old,
-            rollout_logprobs=microbatch.rollout_logprobs,
-            reference_logprobs=reference,
             **self._arguments(),
         )
         return out.loss, out.tokens
@@ -115,9 +108,12 @@ class TokenScorer:
     def _arguments(self) -> _KernelArguments:
         first = self.columns * self.groups.tensor_rank
         return {
-            "group": self.groups.tensor if self.groups.layout.tensor_size > 1 else None,
-            "vocab_start": first,
-            "num_columns": min(self.columns, max(0, self.vocab_size - first)),
+            "shard": VocabShard(
+                group=self.groups.tensor if self.groups.layout.tensor_size > 1 else None,
+                vocab_start=first,
+                num_columns=min(self.columns, max(0, self.vocab_size - first)),
+                sequence_parallel=self.head.sequence_parallel,
+            ),
             "temperature": self.settings.rollout.temperature,
             "backend": self.settings.model.kernel_backend,
         }

@@ -10,6 +10,7 @@ from xrl.algorithms.advantages import group_advantages
 from xrl.algorithms.clipped import ClippedSurrogate
 from xrl.algorithms.importance import ImportanceWeights, mismatch, mismatch_kl
 from xrl.algorithms.kl import k3
+from xrl.algorithms.loss_settings import TokenLossSettings
 from xrl.algorithms.scored import Scored
 from xrl.algorithms.scoring import score_groups
 from xrl.algorithms.token_terms import token_terms
@@ -29,9 +30,13 @@ class GRPO:
         """Fill in advantages; leave out what cannot be learned from, and count it."""
         return score_groups(
             groups,
-            lambda rewards: group_advantages(rewards, normalize=self.config.normalize_advantages),
+            self.advantages,
             filter_zero_variance=self.config.filter_zero_variance,
         )
+
+    def advantages(self, rewards: Sequence[float]) -> list[float]:
+        """[G] rewards of the answers to one prompt, G >= 2 -> [G] advantages. For a subclass to replace."""
+        return group_advantages(rewards, normalize=self.config.normalize_advantages)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """One micro-batch's share of the loss.
@@ -54,7 +59,7 @@ class GRPO:
             rollout_logprobs=inputs.rollout_logprobs,
             reference_logprobs=inputs.reference_logprobs,
             advantages=inputs.advantages,
-            config=config,
+            settings=TokenLossSettings.of(config),
         )
         metrics = {
             **_policy_metrics(inputs, terms.surrogate),

@@ -9,7 +9,7 @@ from torch import Tensor
 from xrl.algorithms.clipped import ClippedSurrogate, clipped_surrogate
 from xrl.algorithms.importance import ImportanceWeights, importance_weights
 from xrl.algorithms.kl import KL_ESTIMATORS
-from xrl.config import AlgorithmConfig
+from xrl.algorithms.loss_settings import TokenLossSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ def token_terms(
     rollout_logprobs: Tensor,
     reference_logprobs: Tensor | None,
     advantages: Tensor,
-    config: AlgorithmConfig,
+    settings: TokenLossSettings,
 ) -> TokenTerms:
     """Importance-weighted clipped surrogate, KL and entropy terms of each token.
 
@@ -51,24 +51,23 @@ def token_terms(
         logprobs,
         old_logprobs,
         advantages,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        dual_clip=settings.dual_clip,
     )
-    # With the engine's log-probs as denominator the actor's at sampling time are unknown; the current stand in.
-    actor_logprobs = (old_logprobs if config.old_logprobs == "actor" else logprobs).detach()
+    actor_logprobs = (logprobs if settings.importance_from_current else old_logprobs).detach()
     importance = importance_weights(
-        actor_logprobs, rollout_logprobs, kind=config.importance_correction, bound=config.importance_bound
+        actor_logprobs, rollout_logprobs, kind=settings.importance_correction, bound=settings.importance_bound
     )
     loss = importance.weights * surrogate.loss
     kl = None
     if reference_logprobs is not None:
-        kl = KL_ESTIMATORS[config.kl_type](logprobs, reference_logprobs.detach())
+        kl = KL_ESTIMATORS[settings.kl_type](logprobs, reference_logprobs.detach())
         # Skipped, not multiplied by 0, here and below: a term that is off must cost no backward pass.
-        if config.kl_coef:
-            loss = loss + config.kl_coef * kl
-    elif config.kl_coef:
-        raise ValueError(f"kl_coef is {config.kl_coef:g}, which needs reference_logprobs, got None")
-    if config.entropy_coef:
-        loss = loss - config.entropy_coef * entropy
+        if settings.kl_coef:
+            loss = loss + settings.kl_coef * kl
+    elif settings.kl_coef:
+        raise ValueError(f"kl_coef is {settings.kl_coef:g}, which needs reference_logprobs, got None")
+    if settings.entropy_coef:
+        loss = loss - settings.entropy_coef * entropy
     return TokenTerms(loss=loss, surrogate=surrogate, importance=importance, actor_logprobs=actor_logprobs, kl=kl)

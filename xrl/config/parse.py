@@ -59,6 +59,17 @@ def parse_settings(argv: Sequence[str] | None = None, *, prog: str = "xrl train"
     return tyro.cli(Settings, prog=prog, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
 
 
+def load_settings(*arguments: str) -> Settings:
+    """The settings that `xrl train` would have with these arguments.
+
+        load_settings("--config", "configs/demo_single.yaml", "--num-rollouts", "40")
+
+    Raises:
+        SettingsError: as `parse_settings` does.
+    """
+    return parse_settings(arguments)
+
+
 def asks_for_help(arguments: Sequence[str]) -> bool:
     """Whether a command line of `xrl train` wants its flags explained."""
     return not HELP_FLAGS.isdisjoint(arguments)

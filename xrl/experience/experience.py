@@ -21,7 +21,7 @@ class Batch:
 
     groups: Sequence[Group] = ()  # judged
     scored: Scored | None = None  # what the algorithm makes of them; None on the other ranks
-    metrics: Mapping[str, float] = field(default_factory=dict)  # of the sampling alone
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the sampling, and the algorithm's
 
     @property
     def samples(self) -> Sequence[Sample] | None:
@@ -136,7 +136,7 @@ class SampledRollouts:
         )
         refuse_useless(step, collected)
         scored = self._score(collected.groups)
-        metrics = {**_metrics_of(collected), "epoch": float(self._prompts.epoch)}
+        metrics = {**scored.metrics, **_metrics_of(collected), "epoch": float(self._prompts.epoch)}
         return Batch(groups=collected.groups, scored=scored, metrics=metrics)
 
 

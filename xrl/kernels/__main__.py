@@ -1,5 +1,5 @@
 """`python -m xrl.kernels` prints which backend runs the kernels here."""
 
-from xrl.kernels.backend import describe
+from xrl.kernels.head.backend import describe
 
 print(describe())

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from xrl.kernels.layer_ops import rotary
+from xrl.kernels.layers.layer_ops import rotary
 from xrl.models.packed import AttentionInputs, Cluster, Rectangle
 
 

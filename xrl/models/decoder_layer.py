@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from xrl.kernels.train_layer import LayerParameters, LayerRules, has_train_layer, train_layer
+from xrl.kernels.layers.train_layer import LayerParameters, LayerRules, has_train_layer, train_layer
 from xrl.models.mlp import GatedMLP
 from xrl.models.norm import RMSNorm
 from xrl.models.packed import AttentionInputs

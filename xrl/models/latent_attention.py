@@ -13,7 +13,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer import multi_latent_attention as megatron
 from torch import Tensor
 
-from xrl.kernels.layer_ops import rotary
+from xrl.kernels.layers.layer_ops import rotary
 from xrl.models.packed import AttentionInputs
 
 # transformers gives these two norms its default, whatever config.json says of the others.

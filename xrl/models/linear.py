@@ -9,7 +9,7 @@ from __future__ import annotations
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from xrl.kernels.linear import linear
+from xrl.kernels.layers.linear import linear
 
 
 class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):

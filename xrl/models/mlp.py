@@ -9,8 +9,8 @@ from megatron.core.transformer import mlp as megatron
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from xrl.kernels.gated_mlp import gated_mlp
-from xrl.kernels.layer_ops import swiglu
+from xrl.kernels.layers.gated_mlp import gated_mlp
+from xrl.kernels.layers.layer_ops import swiglu
 from xrl.models.linear import ColumnParallelLinear, RowParallelLinear
 
 

@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from xrl.kernels.layer_ops import rms_norm
+from xrl.kernels.layers.layer_ops import rms_norm
 
 
 class RMSNorm(torch.nn.Module):

@@ -9,7 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from xrl.data.packing import Pack, PackedCluster
-from xrl.kernels.self_attention import PackedSequences, can_run
+from xrl.kernels.layers.self_attention import PackedSequences, can_run
 from xrl.models.rotary import rotary_frequencies, rotary_table
 from xrl.models.shape import ModelShape
 
@@ -40,7 +40,7 @@ class AttentionInputs(PackedSeqParams):
 
     cos: Tensor | None = None  # packed [T, d]; padded [S, d], or [S * B, d] beside `sequences`
     sin: Tensor | None = None
-    sequences: PackedSequences | None = None  # for kernels/self_attention.py, where that runs; else:
+    sequences: PackedSequences | None = None  # for kernels/layers/self_attention.py, where that runs; else:
     clusters: tuple[Cluster, ...] | None = None  # for models/attention.py; None: padded rows
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.transformer import attention as megatron
 from torch import Tensor
 
-from xrl.kernels.self_attention import HeadRules, self_attention
+from xrl.kernels.layers.self_attention import HeadRules, self_attention
 from xrl.models.packed import AttentionInputs
 
 

@@ -5,12 +5,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from xrl.kernels.head.grpo_rows import IMPORTANCE_KINDS, KL_TYPES, ROW_OUTPUTS, bounds
+
+if TYPE_CHECKING:
+    from xrl.algorithms.loss_settings import TokenLossSettings
+    from xrl.kernels.head.token_inputs import TokenInputs
 
 # Log ratios and log weights are clamped to this, see `xrl/algorithms/clipped.py` and `importance.py`.
 MAX_LOG_RATIO = tl.constexpr(20.0)
@@ -20,56 +26,23 @@ MAX_LOG_KL = tl.constexpr(10.0)
 ROWS_PER_PROGRAM = 256
 
 
-class RowParams(Protocol):
-    """The settings of the loss, as numbers."""
+def grpo_rows(logprob: Tensor, entropy: Tensor, *, tokens: TokenInputs, settings: TokenLossSettings) -> Tensor:
+    """[ROW_OUTPUTS, R] fp32: the loss of each token, its gradient, and where it was bounded.
 
-    @property
-    def clip_low(self) -> float: ...
-    @property
-    def clip_high(self) -> float: ...
-    @property
-    def dual_clip(self) -> float: ...  # 0: off
-    @property
-    def kl_type(self) -> int: ...  # 0 none, 1 k1, 2 k2, 3 k3
-    @property
-    def kl_coef(self) -> float: ...
-    @property
-    def entropy_coef(self) -> float: ...
-    @property
-    def importance(self) -> int: ...  # 0 off, 1 truncate, 2 mask
-    @property
-    def importance_bound(self) -> float: ...
-    @property
-    def importance_from_current(self) -> bool: ...  # the weight's numerator is the current log-prob, not the old one
-
-
-def grpo_rows(
-    *,
-    logprob: Tensor,
-    entropy: Tensor,
-    old: Tensor | None,
-    rollout: Tensor | None,
-    reference: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    params: RowParams,
-) -> Tensor:
-    """[10, R] fp32: the loss of each token, its gradient, and where it was bounded.
-
-    Rows of the result: token loss, its gradient by logprob and by entropy (all three times the weight, and 0 where the
-    weight is 0, whatever the token holds); ratio, KL, importance weight before its bound; and as 1 or 0: clipped low,
+    Rows of the result: token loss, its gradient by logprob and by entropy (all three times the share, and 0 where the
+    share is 0, whatever the token holds); ratio, KL, importance weight before its bound; and as 1 or 0: clipped low,
     clipped high, clipped by the dual clip, importance bounded.
 
     Args:
-        logprob, entropy, advantages, weights: [R] fp32, contiguous.
-        old: [R], or None for `logprob`: all ratios are 1.
-        rollout: [R], or None for no importance weights.
-        reference: [R], or None for no KL.
+        logprob, entropy: [R] fp32, contiguous, as all of `tokens` are.
     """
     num_rows = logprob.shape[0]
-    out = torch.empty(10, num_rows, dtype=torch.float32, device=logprob.device)
+    old, rollout, reference = tokens.old_logprobs, tokens.rollout_logprobs, tokens.reference_logprobs
+    out = torch.empty(len(ROW_OUTPUTS), num_rows, dtype=torch.float32, device=logprob.device)
     if num_rows == 0:
         return out
+    # Worked out in fp64 and rounded once, as PyTorch does: a token on a bound must not differ.
+    least_ratio, most_ratio, least_importance, most_importance = bounds(settings)
     with torch.cuda.device_of(logprob):
         grpo_rows_kernel[(triton.cdiv(num_rows, ROWS_PER_PROGRAM),)](
             logprob,
@@ -77,21 +50,20 @@ def grpo_rows(
             old,
             rollout,
             reference,
-            advantages,
-            weights,
+            tokens.advantages,
+            tokens.shares,
             out,
             num_rows,
-            # Bounds are worked out in fp64 and rounded once, as PyTorch does: a token on a bound must not differ.
-            1.0 - params.clip_low,
-            1.0 + params.clip_high,
-            params.dual_clip,
-            params.kl_coef,
-            params.entropy_coef,
-            1.0 / params.importance_bound,
-            params.importance_bound,
-            KL_TYPE=0 if reference is None else int(params.kl_type),
-            IMPORTANCE=0 if rollout is None else int(params.importance),
-            FROM_CURRENT=old is None or bool(params.importance_from_current),
+            least_ratio,
+            most_ratio,
+            settings.dual_clip or 0.0,
+            settings.kl_coef,
+            settings.entropy_coef,
+            least_importance,
+            most_importance,
+            KL_TYPE=0 if reference is None else KL_TYPES.index(settings.kl_type),
+            IMPORTANCE=0 if rollout is None else IMPORTANCE_KINDS.index(settings.importance_correction),
+            FROM_CURRENT=old is None or settings.importance_from_current,
             BLOCK=ROWS_PER_PROGRAM,
             num_warps=4,
         )
@@ -106,8 +78,8 @@ def grpo_rows_kernel(
     rollout,
     reference,
     advantages,
-    weights,
-    out,  # [10, R]
+    shares,
+    out,  # [ROW_OUTPUTS, R]
     num_rows,
     least_ratio,
     most_ratio,
@@ -125,7 +97,7 @@ def grpo_rows_kernel(
     mask = row < num_rows
     current = tl.load(logprob + row, mask=mask, other=0.0)
     advantage = tl.load(advantages + row, mask=mask, other=0.0)
-    weight = tl.load(weights + row, mask=mask, other=0.0)
+    share = tl.load(shares + row, mask=mask, other=0.0)
     denominator = current
     if old is not None:
         denominator = tl.load(old + row, mask=mask, other=0.0)
@@ -172,12 +144,12 @@ def grpo_rows_kernel(
     spread = tl.load(entropy + row, mask=mask, other=0.0)
     loss -= tl.where(entropy_coef != 0.0, entropy_coef * spread, 0.0)
 
-    masked = weight == 0.0
+    masked = share == 0.0
     rows = tl.cast(num_rows, tl.int64)
     out += row
-    tl.store(out, tl.where(masked, 0.0, weight * loss), mask=mask)
-    tl.store(out + rows, tl.where(masked, 0.0, weight * slope), mask=mask)
-    tl.store(out + 2 * rows, tl.where(masked, 0.0, -weight * entropy_coef), mask=mask)
+    tl.store(out, tl.where(masked, 0.0, share * loss), mask=mask)
+    tl.store(out + rows, tl.where(masked, 0.0, share * slope), mask=mask)
+    tl.store(out + 2 * rows, tl.where(masked, 0.0, -share * entropy_coef), mask=mask)
     tl.store(out + 3 * rows, ratio, mask=mask)
     tl.store(out + 4 * rows, kl, mask=mask)
     tl.store(out + 5 * rows, raw, mask=mask)

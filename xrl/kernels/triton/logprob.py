@@ -13,11 +13,15 @@ Legend: T groups a program takes at a time, W columns in a group.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from xrl.kernels.shards import ShardColumns, Softmax
 
 # exp2 of less is 0 in fp32, and 0 times this is 0, where 0 times -inf would be NaN.
 LEAST_EXPONENT = tl.constexpr(-200.0)
@@ -35,10 +39,8 @@ GRADIENT_STEP = 512
 def statistics(
     logits: Tensor,
     token_ids: Tensor,
+    columns: ShardColumns,
     *,
-    inverse_temperature: float,
-    vocab_start: int,
-    num_columns: int,
     groups_per_step: int = STATISTICS_STEP,
 ) -> Tensor:
     """[4, R] fp32: maximum, sum of exp(s), sum of exp(s) * s, and s of the chosen token (0 where not on this shard).
@@ -49,8 +51,7 @@ def statistics(
     Args:
         logits: [R, V] fp32 or bf16, stride(1) == 1.
         token_ids: [R] int64 or int32, contiguous, numbered over the whole vocabulary.
-        vocab_start: id of the first column.
-        num_columns: columns that count; those behind are never read.
+        columns: which of the vocabulary these are; those behind `num_columns` are never read.
         groups_per_step: groups of 16 bytes that a program takes at a time, a power of 2.
     """
     num_rows = logits.shape[0]
@@ -63,11 +64,11 @@ def statistics(
             token_ids,
             out,
             num_rows,
-            num_columns,
+            columns.num_columns,
             logits.stride(0),
             _phase(logits),
-            vocab_start,
-            inverse_temperature,
+            columns.vocab_start,
+            columns.inverse_temperature,
             T=groups_per_step,
             W=GROUP_BYTES // logits.element_size(),
             num_warps=NUM_WARPS,
@@ -80,12 +81,8 @@ def gradient(
     token_ids: Tensor,
     out: Tensor,
     *,
-    inverse_temperature: float,
-    vocab_start: int,
-    num_columns: int,
-    maximum: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
+    columns: ShardColumns,
+    softmax: Softmax,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     groups_per_step: int = GRADIENT_STEP,
@@ -98,9 +95,9 @@ def gradient(
     Rows whose gradients are both 0 get zeros, and their logits are not read. Padded columns get zeros.
 
     Args:
-        logits, token_ids, inverse_temperature, vocab_start, num_columns, groups_per_step: as for `statistics`.
+        logits, token_ids, columns, groups_per_step: as for `statistics`.
         out: [R, V] of the type of the logits, stride(1) == 1.
-        maximum, log_sum, entropy: [R] fp32, over the whole vocabulary; the maximum is of the logits, not scaled.
+        softmax: [R] fp32, over the whole vocabulary.
         grad_logprob, grad_entropy: [R] fp32, contiguous; without the second, the entropy has no gradient.
     """
     num_rows = logits.shape[0]
@@ -114,19 +111,19 @@ def gradient(
             logits,
             token_ids,
             out,
-            maximum,
-            log_sum,
-            entropy,
+            softmax.maximum,
+            softmax.log_sum,
+            softmax.entropy,
             grad_logprob,
             grad_entropy,
-            num_columns,
+            columns.num_columns,
             out.shape[1],
             logits.stride(0),
             out.stride(0),
             _phase(logits),
             _phase(out),
-            vocab_start,
-            inverse_temperature,
+            columns.vocab_start,
+            columns.inverse_temperature,
             SAME_PHASE=same_phase,
             T=groups_per_step,
             W=columns_in_group,

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xrl.kernels.decode_attention import PagedContext
-from xrl.kernels.packed_linear import padded_rows
+from xrl.kernels.decode.decode_attention import PagedContext
+from xrl.kernels.decode.packed_linear import padded_rows
 from xrl.rollout.embedded.cache import BLOCK_SIZE, KVCache
 from xrl.rollout.embedded.sampler import uniforms
 from xrl.types import Completion, GenerateRequest

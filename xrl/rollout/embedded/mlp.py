@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xrl.kernels.decode.packed_linear import PackedLinear, PackedSwiGLU, padded_rows
 from xrl.kernels.matmul import matmul
-from xrl.kernels.packed_linear import PackedLinear, PackedSwiGLU, padded_rows
 from xrl.models.shape import ExpertShape
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xrl.kernels.decode_attention import PagedContext, decode_attention
-from xrl.kernels.decode_layers import DecodeLayer, LayerStack, RopeTables, decode_layers
-from xrl.kernels.prefill_attention import prefill_attention
-from xrl.kernels.rms_norm import rms_norm
-from xrl.kernels.rope_cache import rope_cache
+from xrl.kernels.decode.decode_attention import PagedContext, decode_attention
+from xrl.kernels.decode.decode_layers import DecodeLayer, LayerStack, RopeTables, decode_layers
+from xrl.kernels.decode.prefill_attention import prefill_attention
+from xrl.kernels.decode.rms_norm import rms_norm
+from xrl.kernels.decode.rope_cache import rope_cache
 from xrl.models.rotary import rotary_frequencies, rotary_table
 from xrl.models.shape import ModelShape
 from xrl.rollout.embedded.cache import KVCache

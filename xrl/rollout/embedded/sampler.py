@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xrl.kernels.sample_tokens import sample_tokens
+from xrl.kernels.decode.sample_tokens import sample_tokens
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: splitmix64's step
 

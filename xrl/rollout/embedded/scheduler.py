@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xrl.kernels.decode_layers import LayerStack
-from xrl.kernels.packed_linear import padded_rows
+from xrl.kernels.decode.decode_layers import LayerStack
+from xrl.kernels.decode.packed_linear import padded_rows
 from xrl.rollout.embedded.batch import DecodeBatch, Job, Row, SamplingArrays
 from xrl.rollout.embedded.cache import BLOCK_SIZE, KVCache
 from xrl.rollout.embedded.model import Decoder

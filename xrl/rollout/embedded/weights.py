@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xrl.kernels.packed_linear import PackedLinear, PackedSwiGLU
+from xrl.kernels.decode.packed_linear import PackedLinear, PackedSwiGLU
 from xrl.models.shape import ExpertShape, ModelShape
 from xrl.rollout.embedded.mlp import Experts, GatedMLP
 from xrl.rollout.engine import WrongWeights

@@ -1,0 +1,1 @@
+"""The layers of the training pass, forward and backward."""
