@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from torch.distributed import ProcessGroup
@@ -37,7 +38,7 @@ def turns(log: list[str], world: ProcessGroup) -> DeviceTurns:
 
 def test_engines_sleep_before_the_actor_learns(turns: DeviceTurns, log: list[str]) -> None:
     class Learner:
-        seconds = {"update": 2.0}
+        seconds: ClassVar[dict[str, float]] = {"update": 2.0}
 
         def learn(self, samples: Sequence[Sample] | None, algorithm: object) -> list[UpdateReport]:
             log.append("learn")
