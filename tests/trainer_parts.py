@@ -34,7 +34,7 @@ from xrl.metrics.learning import LearningWatch
 from xrl.metrics.mean import Mean
 from xrl.metrics.run_folder import RunFolder
 from xrl.rollout.collect import Collected
-from xrl.rollout.pool import RolloutCounts
+from xrl.rollout.fleet import RolloutCounts
 from xrl.rollout.process import WorkerGone
 from xrl.rollout.publish import NoneUpdated, PublishReport
 from xrl.trainer import Lead, Trainer
@@ -132,14 +132,13 @@ class Actor:
         return self.differences[: len(samples or ())]
 
 
-class Pool:
+class Fleet:
     """Rollout workers."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
         self.num_ready: Callable[[], int] = lambda: 1
         self.num_lost, self.num_restarted = 0, 0
-        self.recover: Callable[[], None] | None = None
 
     def ready(self) -> list[int]:
         return list(range(self.num_ready()))
@@ -158,7 +157,8 @@ class Collector:
     """Answers to prompts."""
 
     def __init__(self, log: list[str]) -> None:
-        self.log, self.pool = log, Pool(log)
+        self.log, self.fleet = log, Fleet(log)
+        self.recover: Callable[[], None] | None = None
         self.calls: list[tuple[list[Prompt], dict[str, Any]]] = []
         self.num_carried = 0
         self.groups: Callable[[int], list[Group]] = lambda number: [group(1.0, 0.0), group(0.0, 1.0)]
@@ -312,7 +312,7 @@ class Run:
         self.algorithm = GRPO(self.settings.algorithm)
         self.progress = Progress()
         self.collector = Collector(self.log)
-        self.pool = self.collector.pool
+        self.fleet = self.collector.fleet
         self.prompts = SimpleNamespace(epoch=2, next_batch=lambda count: [prompt(5, id=n) for n in range(count)])
         self.publisher = Publisher(self.log)
         self.canary = Canary(self.log)

@@ -32,8 +32,8 @@ from xrl.rewards import create_judge
 from xrl.rollout.canary import Canary
 from xrl.rollout.collect import Collector
 from xrl.rollout.evaluate import Evaluator
+from xrl.rollout.fleet import Fleet
 from xrl.rollout.mismatch import MismatchBounds
-from xrl.rollout.pool import WorkerPool
 from xrl.rollout.publish import Publisher
 from xrl.trainer import Lead
 from xrl.types import SamplingParams
@@ -83,10 +83,10 @@ def build_lead(
         write_environment(folder.environment)
     except NotWritten as error:
         raise SettingsError(str(error)) from error
-    pool = stack.enter_context(start_workers(settings, groups, folder))
-    pool.claim()
+    fleet = stack.enter_context(start_workers(settings, groups, folder))
+    fleet.claim()
     if settings.rollout.colocate:
-        pool.wait_until_ready()  # an engine needs the device for its start, and gives it up then
+        fleet.wait_until_ready()  # an engine needs the device for its start, and gives it up then
     judge = create_judge(settings.rewards, log_dir=folder.logs)
     stack.callback(judge.close)
     journal = Journal(
@@ -114,15 +114,15 @@ def build_lead(
         seed=settings.run.seed,
     )
     journal.say(f"sampling parameters: {sampling}")
-    collector = Collector(pool, tokenizer, judge, progress)
-    publisher = Publisher(pool, device=groups.device)
+    collector = Collector(fleet, tokenizer, judge, progress)
+    publisher = Publisher(fleet, device=groups.device)
     stack.callback(publisher.close)
     return Lead(
         prompts=prompts,
         sampling=sampling,
         collector=collector,
         publisher=publisher,
-        canary=_canary(settings, pool, sampling),
+        canary=_canary(settings, fleet, sampling),
         mismatch=MismatchBounds(settings.rollout, dtype=_coarser_dtype(settings)),
         evaluator=None if held_out is None else Evaluator(collector, held_out.all(), settings.evaluation, sampling),
         journal=journal,
@@ -131,14 +131,14 @@ def build_lead(
     )
 
 
-def start_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder) -> WorkerPool:
+def start_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder) -> Fleet:
     """The rollout workers of this run, starting."""
     config = settings.rollout
     on_cuda = groups.device.type == "cuda"
     num_workers = config.rollout_num_workers or (torch.cuda.device_count() if on_cuda else 1)
     devices = [f"cuda:{number % torch.cuda.device_count()}" if on_cuda else "cpu" for number in range(num_workers)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return WorkerPool(
+    return Fleet(
         config,
         model_dir=settings.model.model,
         dtype=_dtypes(settings)[1],
@@ -160,11 +160,11 @@ def _watch(settings: Settings, folder: RunFolder, *, has_stop_tokens: bool) -> L
     return LearningWatch(words, stops=settings.run.on_nothing_learned == "stop")
 
 
-def _canary(settings: Settings, pool: WorkerPool, sampling: SamplingParams) -> Canary | None:
+def _canary(settings: Settings, fleet: Fleet, sampling: SamplingParams) -> Canary | None:
     if not settings.rollout.canary_tokens:
         return None
     return Canary(
-        pool,
+        fleet,
         settings.rollout,
         dtype=_coarser_dtype(settings),
         vocab_size=read_model_shape(settings.model.model).vocab_size,

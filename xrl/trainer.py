@@ -104,7 +104,7 @@ class Trainer:
         self.weights_changed = False  # by the last publication
         self.num_updates = 0
         if lead:
-            lead.collector.pool.recover = self.republish
+            lead.collector.recover = self.republish
 
     def train(self) -> None:
         """Train from the first rollout to `hf-final`."""
@@ -189,15 +189,15 @@ class Trainer:
             self.row["seconds/publish"] = time.perf_counter() - start
             if self.lead and self.settings.rollout.colocate:
                 with self.turning():
-                    self.lead.collector.pool.wake()
+                    self.lead.collector.fleet.wake()
             self.check_canary()
-            has_workers = self.lead is None or bool(self.lead.collector.pool.ready())
+            has_workers = self.lead is None or bool(self.lead.collector.fleet.ready())
             choice = self._agree(_GO_ON if has_workers else _AGAIN if tries_left else _END)
             if choice != _AGAIN:
                 break
             logger.warning("weights version %d have no rollout worker any more: they are published anew", version)
         if choice == _END:
-            raise self.lead.collector.pool.none_left() if self.lead else RunEnded()
+            raise self.lead.collector.fleet.none_left() if self.lead else RunEnded()
         self.weights_changed = self.checksums != before
 
     def stream_weights(self) -> None:
@@ -258,7 +258,7 @@ class Trainer:
             return
         with self.turning():
             if self.lead:
-                self.lead.collector.pool.sleep()
+                self.lead.collector.fleet.sleep()
             dist.barrier(self.groups.control)  # what one gives up is free before the other takes it
             self.actor.memory.restore()
 
@@ -270,7 +270,7 @@ class Trainer:
             self.actor.memory.offload()
             dist.barrier(self.groups.control)
             if self.lead:  # before the first update, and for workers that were started again meanwhile
-                self.lead.collector.pool.sleep()
+                self.lead.collector.fleet.sleep()
 
     @contextlib.contextmanager
     def turning(self) -> Iterator[None]:
@@ -348,8 +348,8 @@ class Trainer:
             row["train_tokens"] = float(sum(update.num_tokens for update in reports))
             row["computed_tokens"] = float(sum(update.computed_tokens for update in reports))
         row["updates"] = float(len(reports))
-        pool = self.lead.collector.pool
-        row |= {"workers/lost": float(pool.num_lost), "workers/restarted": float(pool.num_restarted)}
+        fleet = self.lead.collector.fleet
+        row |= {"workers/lost": float(fleet.num_lost), "workers/restarted": float(fleet.num_restarted)}
         row |= {f"seconds/{phase}": value for phase, value in self.actor.seconds.items()}
         row["step_seconds"] = seconds
         row["tokens_per_s"] = row["response_tokens"] / seconds

@@ -1,4 +1,4 @@
-"""What stands in for the pool where prompts become groups: workers that answer as a test says, in its order."""
+"""What stands in for the fleet where prompts become groups: workers that answer as a test says, in its order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tests.samples import words
-from xrl.rollout.pool import RolloutCounts
+from xrl.rollout.fleet import NoneReady, RolloutCounts
 from xrl.types import Completion, GenerateRequest
 
 # What becomes of a request: its answers, none of them as it was cut off, or None as it was given up.
@@ -29,15 +29,18 @@ class ScriptedWorkers:
         self.answers, self.after_cut, self.order = answers, after_cut or answers, order
         self.asked: list[list[GenerateRequest]] = []  # of each rollout
         self.num_cuts = 0
+        self.nobody_is_ready: Callable[[], bool] = lambda: False  # asked before each answer, where updates are possible
         self._is_cut = False
 
     def generate(
-        self, requests: Sequence[GenerateRequest], counts: RolloutCounts
-    ) -> Iterator[tuple[int, list[Completion] | None]]:
+        self, requests: Sequence[GenerateRequest], counts: RolloutCounts, *, updates: bool = False
+    ) -> Iterator[tuple[int, list[Completion] | None] | NoneReady]:
         self.asked.append(list(requests))
         self._is_cut = False
         counts.sent += len(requests)
         for place in self.order(len(requests)):
+            while updates and self.nobody_is_ready():
+                yield NoneReady()
             found = (self.after_cut if self._is_cut else self.answers)(requests[place])
             if found is None:
                 counts.failed += 1

@@ -15,7 +15,7 @@ from xrl.launch.exit import RunEnded
 from xrl.launch.progress import Progress
 from xrl.rewards.judge import InlineJudge
 from xrl.rollout.collect import Collected, Collector
-from xrl.rollout.pool import RolloutCounts
+from xrl.rollout.fleet import RolloutCounts
 from xrl.trainer import refuse_useless
 from xrl.types import Completion, GenerateRequest, Prompt, SamplingParams
 

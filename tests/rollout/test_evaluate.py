@@ -12,7 +12,7 @@ from tests.samples import answer, judged, prompt
 from xrl.config import EvaluationConfig
 from xrl.rollout.collect import Collected
 from xrl.rollout.evaluate import Evaluator
-from xrl.rollout.pool import RolloutCounts
+from xrl.rollout.fleet import RolloutCounts
 from xrl.types import Completion, FinishReason, Group, Prompt, SamplingParams
 
 TRAINING = SamplingParams(temperature=0.6, top_k=20, top_p=0.9, max_new_tokens=32, stop_token_ids=(2, 3), seed=1234)

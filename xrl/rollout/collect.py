@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from xrl.launch.progress import Progress
 from xrl.rewards import JudgePool, Verdict
+from xrl.rollout.fleet import Fleet, NoneReady, RolloutCounts
 from xrl.rollout.partial import GroupInProgress
-from xrl.rollout.pool import RolloutCounts, WorkerPool
 from xrl.types import Completion, GenerateRequest, Group, Prompt, Rollout, SamplingParams
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Collector:
 
     def __init__(
         self,
-        pool: WorkerPool,
+        fleet: Fleet,
         tokenizer: PreTrainedTokenizerBase,
         judge: JudgePool,
         progress: Progress | None = None,
@@ -56,9 +56,12 @@ class Collector:
             progress: advances with every request that ends, and with every verdict.
         """
         self.progress = progress or Progress()
-        self.pool = pool
+        self.fleet = fleet
         self.tokenizer = tokenizer
         self.judge = judge
+        # Publishes the current weights once more, for when no worker is ready and one could be. Without it, the loss of
+        # the last ready worker is the end.
+        self.recover: Callable[[], None] | None = None
         self._carried: list[GroupInProgress] = []
 
     @property
@@ -99,7 +102,12 @@ class Collector:
             requests = []
         failed: set[int] = set()
         with self._progress(len(requests), description) as advance:
-            for number, completions in self.pool.generate(requests, counts):
+            for result in self.fleet.generate(requests, counts, updates=self.recover is not None):
+                if isinstance(result, NoneReady):
+                    assert self.recover is not None
+                    self.recover()
+                    continue
+                number, completions = result
                 self.progress.advance()
                 place, samples = asked[number]
                 group = groups[place]
@@ -110,7 +118,7 @@ class Collector:
                 if group.is_whole and place not in judged and len(judged) != enough:
                     judged[place] = self._judge_all(group)
                     if len(judged) == enough:
-                        self.pool.cut_short()
+                        self.fleet.cut_short()
                 advance(counts)
         if enough is not None:
             self._carried = [group for place, group in enumerate(groups) if place not in failed and place not in judged]

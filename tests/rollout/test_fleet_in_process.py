@@ -1,4 +1,4 @@
-"""What the pool asks of all its workers at once; they are HTTP servers in threads of this process."""
+"""What the fleet asks of all its workers at once; they are HTTP servers in threads of this process."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.rollout.answering_worker import AnsweringWorker, pool_of
-from tests.rollout.pools import request
+from tests.rollout.answering_worker import AnsweringWorker, fleet_of
+from tests.rollout.fleets import request
 from tests.samples import answer
 from xrl.rollout.answers import WorkerRefused
-from xrl.rollout.pool import WorkerGone, WorkerPool
+from xrl.rollout.fleet import Fleet, WorkerGone
 from xrl.types import Completion, GenerateRequest
 
 ASKED = request(5, 3, num_samples=1)
@@ -31,38 +31,38 @@ def says(body: Any, *, status: int = 200) -> AnsweringWorker:
     return AnsweringWorker(answers)
 
 
-def hear(pool: WorkerPool, asked: GenerateRequest = ASKED) -> list[tuple[int, list[Completion]]]:
+def hear(fleet: Fleet, asked: GenerateRequest = ASKED) -> list[tuple[int, list[Completion]]]:
     """Who answered, and what."""
-    return [(worker.number, found) for worker, found in pool.ask_all(asked, timeout_s=TIMEOUT_S)]
+    return [(worker.number, found) for worker, found in fleet.ask_all(asked, timeout_s=TIMEOUT_S)]
 
 
-def update(pool: WorkerPool, version: int) -> None:
+def update(fleet: Fleet, version: int) -> None:
     """All workers have taken these weights."""
-    pool.updated({worker.number: pool.life(worker) for worker in pool.workers}, version)
+    fleet.roster.updated({worker.number: fleet.roster.generation(worker) for worker in fleet.workers}, version)
 
 
 def test_every_worker_is_asked_the_same_question_once() -> None:
     workers = [AnsweringWorker() for _ in range(3)]
-    with pool_of(*workers) as pool:
-        update(pool, 0)
-        assert hear(pool) == [(number, ANSWERED) for number in range(3)]
+    with fleet_of(*workers) as fleet:
+        update(fleet, 0)
+        assert hear(fleet) == [(number, ANSWERED) for number in range(3)]
     assert [worker.num_asked for worker in workers] == [1, 1, 1]
 
 
 def test_a_worker_that_answers_all_of_them_wrongly_is_lost_at_once_and_left_out() -> None:
-    with pool_of(says([]), AnsweringWorker()) as pool:
-        assert hear(pool) == [(1, ANSWERED)]
-        assert pool.num_lost == 1
-        assert hear(pool) == [(1, ANSWERED)]
+    with fleet_of(says([]), AnsweringWorker()) as fleet:
+        assert hear(fleet) == [(1, ANSWERED)]
+        assert fleet.num_lost == 1
+        assert hear(fleet) == [(1, ANSWERED)]
 
 
 def test_a_worker_with_other_weights_is_left_out_and_not_lost() -> None:
-    with pool_of(AnsweringWorker(), AnsweringWorker()) as pool:
-        update(pool, 3)  # they answer with version 0
-        assert hear(pool) == []
-        assert (pool.ready(), pool.num_lost) == ([], 0)
-        update(pool, 0)
-        assert len(hear(pool)) == 2
+    with fleet_of(AnsweringWorker(), AnsweringWorker()) as fleet:
+        update(fleet, 3)  # they answer with version 0
+        assert hear(fleet) == []
+        assert (fleet.ready(), fleet.num_lost) == ([], 0)
+        update(fleet, 0)
+        assert len(hear(fleet)) == 2
 
 
 def test_a_worker_that_hangs_up_is_lost_and_left_out() -> None:
@@ -71,44 +71,42 @@ def test_a_worker_that_hangs_up_is_lost_and_left_out() -> None:
         http.transport.close()
         return web.Response()
 
-    with pool_of(AnsweringWorker(hang_up), AnsweringWorker()) as pool:
-        assert hear(pool) == [(1, ANSWERED)]
-        assert [worker.number for worker in pool.ready()] == [1]
+    with fleet_of(AnsweringWorker(hang_up), AnsweringWorker()) as fleet:
+        assert hear(fleet) == [(1, ANSWERED)]
+        assert [worker.number for worker in fleet.ready()] == [1]
 
 
 def test_a_worker_that_refuses_is_named() -> None:
     refusal = {"type": "EngineError", "error": "out of memory"}
     with (
-        pool_of(AnsweringWorker(), says(refusal, status=500)) as pool,
+        fleet_of(AnsweringWorker(), says(refusal, status=500)) as fleet,
         pytest.raises(WorkerRefused, match=r"rollout worker 1 \(.*\): EngineError: out of memory"),
     ):
-        hear(pool)
+        hear(fleet)
 
 
 def test_where_one_lost_worker_is_one_too_many_the_question_ends_the_run() -> None:
     with (
-        pool_of(says([]), AnsweringWorker(), on_lost_worker="stop") as pool,
+        fleet_of(says([]), AnsweringWorker(), on_lost_worker="stop") as fleet,
         pytest.raises(WorkerGone, match="rollout worker 0 is lost .*--on-lost-worker is stop"),
     ):
-        hear(pool)
+        hear(fleet)
 
 
 def test_all_workers_sleep_and_wake() -> None:
     workers = [AnsweringWorker() for _ in range(2)]
-    with pool_of(*workers) as pool:
-        pool.sleep()
-        pool.wake()
+    with fleet_of(*workers) as fleet:
+        fleet.sleep()
+        fleet.wake()
     for worker in workers:
         assert worker.told == ["/sleep?level=2", "/wakeup"]  # weights and all: an update comes before the next request
 
 
-@pytest.mark.parametrize(("path", "action"), [("/sleep", WorkerPool.sleep), ("/wakeup", WorkerPool.wake)])
-def test_a_worker_that_does_not_say_that_it_has_done_so_is_lost(
-    path: str, action: Callable[[WorkerPool], None]
-) -> None:
+@pytest.mark.parametrize(("path", "action"), [("/sleep", Fleet.sleep), ("/wakeup", Fleet.wake)])
+def test_a_worker_that_does_not_say_that_it_has_done_so_is_lost(path: str, action: Callable[[Fleet], None]) -> None:
     odd = AnsweringWorker()
     odd.says[path] = ["done"]
-    with pool_of(AnsweringWorker(), odd) as pool:
-        action(pool)
-        assert [worker.number for worker in pool.ready()] == [0]
-        assert pool.num_lost == 1
+    with fleet_of(AnsweringWorker(), odd) as fleet:
+        action(fleet)
+        assert [worker.number for worker in fleet.ready()] == [0]
+        assert fleet.num_lost == 1
