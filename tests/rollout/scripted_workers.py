@@ -30,26 +30,30 @@ class ScriptedWorkers:
         self.asked: list[list[GenerateRequest]] = []  # of each rollout
         self.num_cuts = 0
         self.nobody_is_ready: Callable[[], bool] = lambda: False  # asked before each answer, where updates are possible
+        self.has_ended = False  # the last rollout, one way or another
         self._is_cut = False
 
     def generate(
         self, requests: Sequence[GenerateRequest], counts: RolloutCounts, *, updates: bool = False
     ) -> Iterator[tuple[int, list[Completion] | None] | NoneReady]:
         self.asked.append(list(requests))
-        self._is_cut = False
+        self._is_cut = self.has_ended = False
         counts.sent += len(requests)
-        for place in self.order(len(requests)):
-            while updates and self.nobody_is_ready():
-                yield NoneReady()
-            found = (self.after_cut if self._is_cut else self.answers)(requests[place])
-            if found is None:
-                counts.failed += 1
-                counts.why_failed = WHY_FAILED
-            elif found and all(each.finish_reason in ("stop", "length") for each in found):
-                counts.finished += 1
-            else:
-                counts.unfinished += 1
-            yield place, None if found is None else list(found)
+        try:
+            for place in self.order(len(requests)):
+                while updates and self.nobody_is_ready():
+                    yield NoneReady()
+                found = (self.after_cut if self._is_cut else self.answers)(requests[place])
+                if found is None:
+                    counts.failed += 1
+                    counts.why_failed = WHY_FAILED
+                elif found and all(each.finish_reason in ("stop", "length") for each in found):
+                    counts.finished += 1
+                else:
+                    counts.unfinished += 1
+                yield place, None if found is None else list(found)
+        finally:
+            self.has_ended = True
 
     def cut_short(self) -> None:
         self.num_cuts += 1

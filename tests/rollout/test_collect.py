@@ -15,7 +15,7 @@ from xrl.launch.exit import RunEnded
 from xrl.launch.progress import Progress
 from xrl.rewards.judge import InlineJudge
 from xrl.rollout.collect import Collected, Collector
-from xrl.rollout.fleet import RolloutCounts
+from xrl.rollout.fleet import RolloutCounts, WorkerGone
 from xrl.trainer import refuse_useless
 from xrl.types import Completion, GenerateRequest, Prompt, SamplingParams
 
@@ -97,6 +97,42 @@ def test_prompts_that_failed_are_left_out_and_counted(caplog: pytest.LogCaptureF
     assert found.counts == RolloutCounts(sent=3, finished=2, failed=1)
     assert found.counts.why_failed == WHY_FAILED
     assert "training samples: sent 3, finished 2, failed 1, retried 0" in caplog.text
+
+
+def test_where_nobody_is_ready_weights_are_given_anew_and_the_rollout_goes_on() -> None:
+    workers = ScriptedWorkers(echo)
+    collects = collector(workers)
+    num_calls = 0
+
+    def recover() -> None:
+        nonlocal num_calls
+        num_calls += 1
+
+    workers.nobody_is_ready = lambda: num_calls < 2
+    collects.recover = recover
+    found = take(collects, prompts(11, 12))
+    assert first_tokens(found) == [11, 12] and found.counts == RolloutCounts(sent=2, finished=2)
+    assert num_calls == 2
+
+
+def test_what_goes_wrong_while_weights_are_given_anew_ends_the_rollout() -> None:
+    workers = ScriptedWorkers(echo)
+    workers.nobody_is_ready = lambda: True
+    collects = collector(workers)
+
+    def recover() -> None:
+        raise WorkerGone("they were lost over it")
+
+    collects.recover = recover
+    with pytest.raises(WorkerGone, match="they were lost over it"):
+        take(collects, prompts(11))
+    assert workers.has_ended
+
+
+def test_nobody_asks_for_weights_that_cannot_be_given_anew() -> None:
+    workers = ScriptedWorkers(echo)
+    workers.nobody_is_ready = lambda: True
+    assert first_tokens(take(collector(workers), prompts(11))) == [11]
 
 
 def test_tokens_of_all_answers_are_counted() -> None:

@@ -13,7 +13,7 @@ from tests.rollout.answering_worker import AnsweringWorker, fleet_of
 from tests.rollout.fleets import request
 from tests.samples import answer
 from xrl.rollout.answers import WorkerRefused
-from xrl.rollout.fleet import Fleet, WorkerGone
+from xrl.rollout.fleet import Fleet, NoneReady, RolloutCounts, WorkerGone
 from xrl.types import Completion, GenerateRequest
 
 ASKED = request(5, 3, num_samples=1)
@@ -91,6 +91,31 @@ def test_where_one_lost_worker_is_one_too_many_the_question_ends_the_run() -> No
         pytest.raises(WorkerGone, match="rollout worker 0 is lost .*--on-lost-worker is stop"),
     ):
         hear(fleet)
+
+
+def test_that_nobody_is_ready_is_a_value_after_which_a_rollout_goes_on_with_new_weights() -> None:
+    with fleet_of(AnsweringWorker(), AnsweringWorker(), rollout_max_retries=9) as fleet:
+        update(fleet, 3)  # they answer with version 0
+        counts = RolloutCounts()
+        stream = fleet.generate([ASKED, ASKED], counts, updates=True)
+        assert next(stream) == NoneReady()
+        update(fleet, 0)
+        assert dict(stream) == {0: ANSWERED, 1: ANSWERED}  # type: ignore[arg-type]
+        assert counts.finished == 2 and counts.retried == counts.stale >= 2
+        assert fleet.num_lost == 0
+
+
+def test_that_nobody_is_ready_is_the_end_where_weights_cannot_be_given_anew() -> None:
+    with fleet_of(AnsweringWorker(), rollout_max_retries=9) as fleet:
+        update(fleet, 3)
+        with pytest.raises(WorkerGone, match="no rollout worker is left"):
+            list(fleet.generate([ASKED], RolloutCounts()))
+
+
+def test_that_all_workers_are_lost_is_the_end_even_where_weights_can_be_given_anew() -> None:
+    with fleet_of(says([]), on_lost_worker="continue", rollout_max_retries=9) as fleet:
+        with pytest.raises(WorkerGone, match=r"no rollout worker is left \(.* wrong answers in a row"):
+            list(fleet.generate([ASKED], RolloutCounts(), updates=True))
 
 
 def test_all_workers_sleep_and_wake() -> None:
