@@ -1,4 +1,4 @@
-"""Calls of a worker: what is asked, what comes back, what becomes of a call that fails. Workers are HTTP servers here."""
+"""Calls of a worker: what is asked, what comes back, what becomes of a call that fails. Workers are HTTP servers."""
 
 from __future__ import annotations
 
@@ -149,10 +149,8 @@ def test_a_worker_that_is_ill_by_its_own_word_is_not_well(client: Client, serve:
 
 
 def test_no_answer_in_time_is_a_time_out_that_says_of_what(client: Client, serve: Any) -> None:
-    hangs = asyncio.Event
-
     async def hang(*_: object) -> web.StreamResponse:
-        await hangs().wait()
+        await asyncio.Event().wait()
         return web.Response()
 
     _, one = serve(hang)

@@ -113,9 +113,11 @@ def test_that_nobody_is_ready_is_the_end_where_weights_cannot_be_given_anew() ->
 
 
 def test_that_all_workers_are_lost_is_the_end_even_where_weights_can_be_given_anew() -> None:
-    with fleet_of(says([]), on_lost_worker="continue", rollout_max_retries=9) as fleet:
-        with pytest.raises(WorkerGone, match=r"no rollout worker is left \(.* wrong answers in a row"):
-            list(fleet.generate([ASKED], RolloutCounts(), updates=True))
+    with (
+        fleet_of(says([]), rollout_max_retries=9) as fleet,
+        pytest.raises(WorkerGone, match=r"no rollout worker is left \(.* wrong answers in a row"),
+    ):
+        list(fleet.generate([ASKED], RolloutCounts(), updates=True))
 
 
 def test_all_workers_sleep_and_wake() -> None:
