@@ -129,7 +129,7 @@ def lead(
     """Rank 0: a worker, and update after update into it."""
     from xrl.config import RolloutConfig
     from xrl.metrics.memory import PeakMemory, pss_bytes
-    from xrl.rollout.pool import WorkerPool
+    from xrl.rollout.fleet import Fleet
     from xrl.rollout.publish import WeightStream
 
     other = other_rank()
@@ -138,7 +138,7 @@ def lead(
         return pss_bytes(os.getpid()) + pss_bytes(other)
 
     with tempfile.TemporaryDirectory() as folder:
-        pool = WorkerPool(
+        fleet = Fleet(
             RolloutConfig(engine=engine),
             model_dir=options.model,
             dtype=options.dtype,
@@ -147,9 +147,9 @@ def lead(
             max_model_len=64,
             log_dir=Path(folder),
         )
-        with pool:
-            pool.wait_until_ready()
-            publisher = WeightStream(pool)
+        with fleet:
+            fleet.wait_until_ready()
+            publisher = WeightStream(fleet)
             memcpy = Memcpy()
             before = memory(None)
             seconds: list[float] = []

@@ -34,10 +34,10 @@ struct GrpoRow {
   float rollout_logprob;  // the importance weight's numerator where there is none, which makes the weight 1
   float reference_logprob;
   float advantage;
-  float weight;  // 0 masks the token, whatever else it holds
+  float share;  // of the token in the loss; 0 masks it, whatever else it holds
 };
 
-// The first three are multiplied by the token's weight.
+// The first three are multiplied by the token's share.
 struct GrpoRowOut {
   float token_loss;
   float grad_logprob;
@@ -128,10 +128,10 @@ static XRL_HOST_DEVICE GrpoRowOut grpo_token(const GrpoRow& row, const GrpoRowPa
   }
   if (params.entropy_coef != 0.0f) loss -= params.entropy_coef * row.entropy;
 
-  const bool masked = row.weight == 0.0f;
-  return {masked ? 0.0f : row.weight * loss,
-          masked ? 0.0f : row.weight * gradient,
-          masked ? 0.0f : -row.weight * params.entropy_coef,
+  const bool masked = row.share == 0.0f;
+  return {masked ? 0.0f : row.share * loss,
+          masked ? 0.0f : row.share * gradient,
+          masked ? 0.0f : -row.share * params.entropy_coef,
           ratio,
           kl.value,
           raw,

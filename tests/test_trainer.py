@@ -148,7 +148,7 @@ def test_one_row_says_everything_of_a_rollout_and_its_update(make_run: MakeRun) 
     ]
     run.collector.groups = lambda _: [Group(episodes=tuple(answers))]
     run.collector.counts = RolloutCounts(sent=9, finished=5, failed=1, retried=2, stale=3, unfinished=4)
-    run.pool.num_lost, run.pool.num_restarted = 2, 1
+    run.fleet.num_lost, run.fleet.num_restarted = 2, 1
     run.train()
     row = run.journal.rows[1]
     measured = {name: row.pop(name) for name in MEASURED}
@@ -278,7 +278,7 @@ def test_weights_whose_workers_were_all_lost_are_published_anew(
 ) -> None:
     run = make_run(max_repeats=2)
     run.stream.is_lost = lambda number: number <= 2
-    run.pool.num_ready = lambda: int(run.stream.num_calls > 2)
+    run.fleet.num_ready = lambda: int(run.stream.num_calls > 2)
     run.train()
     lost = ["publish 0: lost", "weights 0 are out"]  # other ranks take part in every bucket
     assert run.log[:7] == [*lost, *lost, *published(0), "take 1"]
@@ -287,7 +287,7 @@ def test_weights_whose_workers_were_all_lost_are_published_anew(
 
 def test_workers_that_are_lost_after_the_update_get_it_anew(make_run: MakeRun) -> None:
     run = make_run(has_canary=True)
-    run.pool.num_ready = lambda: int(run.stream.num_calls != 1)
+    run.fleet.num_ready = lambda: int(run.stream.num_calls != 1)
     run.train()
     assert run.log[:11] == [*published(0), *CANARY, *published(0), *CANARY, "take 1"]
 
@@ -295,7 +295,7 @@ def test_workers_that_are_lost_after_the_update_get_it_anew(make_run: MakeRun) -
 @pytest.mark.parametrize("num_restarts", [0, 2])
 def test_weights_are_published_as_often_as_a_worker_is_started_again(make_run: MakeRun, num_restarts: int) -> None:
     run = make_run(max_repeats=num_restarts)
-    run.pool.num_ready = lambda: 0
+    run.fleet.num_ready = lambda: 0
     with pytest.raises(WorkerGone, match="no rollout worker is left"):
         run.train()
     assert run.log == published(0) * (1 + num_restarts)

@@ -89,7 +89,7 @@ def test_weights_are_given_once_more_in_the_middle_of_a_rollout(tmp_path: Path) 
 def test_weights_that_reached_nobody_are_given_again_by_every_rank(tmp_path: Path) -> None:
     def prepare(run: Run) -> None:
         run.stream.is_lost = lambda number: number == 1
-        run.pool.num_ready = lambda: int(run.stream.num_calls > 1)
+        run.fleet.num_ready = lambda: int(run.stream.num_calls > 1)
 
     lead, other = train(tmp_path, prepare=prepare)
     assert (lead.error, other.error) == (None, None)
@@ -98,7 +98,7 @@ def test_weights_that_reached_nobody_are_given_again_by_every_rank(tmp_path: Pat
 
 def test_where_no_worker_is_left_every_rank_ends_and_the_lead_says_why(tmp_path: Path) -> None:
     def prepare(run: Run) -> None:
-        run.pool.num_ready = lambda: 0
+        run.fleet.num_ready = lambda: 0
 
     lead, other = train(tmp_path, prepare=prepare, max_repeats=1)
     assert isinstance(lead.error, WorkerGone)
@@ -177,8 +177,8 @@ def test_nobody_takes_a_device_before_the_other_side_has_left_it(tmp_path: Path)
             engines_slept.set()
 
         run.actor.memory.offload, run.actor.memory.restore = leave, take
-        run.pool.sleep = sleep  # type: ignore[method-assign]
-        run.pool.wake = lambda: together.append("engines wake")  # type: ignore[method-assign]
+        run.fleet.sleep = sleep  # type: ignore[method-assign]
+        run.fleet.wake = lambda: together.append("engines wake")  # type: ignore[method-assign]
         run.trainer(leads=rank == 0).train()
 
     on_ranks(2, play)

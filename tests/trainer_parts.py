@@ -112,7 +112,7 @@ class Actor:
         return self.differences[: len(samples or ())]
 
 
-class Pool:
+class Fleet:
     """Rollout workers."""
 
     def __init__(self, log: list[str]) -> None:
@@ -137,7 +137,7 @@ class Collector:
     """Answers to prompts."""
 
     def __init__(self, log: list[str]) -> None:
-        self.log, self.pool = log, Pool(log)
+        self.log, self.fleet = log, Fleet(log)
         self.calls: list[tuple[list[Prompt], dict[str, Any]]] = []
         self.num_carried = 0
         self.groups: Callable[[int], list[Group]] = lambda number: [group(1.0, 0.0), group(0.0, 1.0)]
@@ -303,7 +303,7 @@ class Run:
         self.algorithm = GRPO(AlgorithmConfig())
         self.progress = Progress()
         self.collector = Collector(self.log)
-        self.pool = self.collector.pool
+        self.fleet = self.collector.fleet
         self.prompts = SimpleNamespace(epoch=2, next_batch=lambda count: [prompt(5, id=n) for n in range(count)])
         self.stream = Stream(self.log)
         self.canary = Canary(self.log)
@@ -317,7 +317,7 @@ class Run:
         """What xrl.assembly puts together, of these parts."""
         control = Control.of(self.groups)
         actor: Any = self.actor
-        turns = DeviceTurns(self.pool if leads else None, self.actor.memory, control) if self.colocate else None
+        turns = DeviceTurns(self.fleet if leads else None, self.actor.memory, control) if self.colocate else None
         keeper: Any = (
             SimpleNamespace(journal=self.journal, checkpoints=self.checkpoints, watch=self.learning) if leads else None
         )
@@ -371,7 +371,7 @@ class Run:
             publisher = TurnTakingPublisher(publisher, turns)
         if self.has_canary:
             publisher = CheckedPublisher(publisher, self.actor, self.canary if leads else None)
-        return PersistentPublisher(publisher, self.pool if leads else None, control, max_repeats=self.max_repeats)
+        return PersistentPublisher(publisher, self.fleet if leads else None, control, max_repeats=self.max_repeats)
 
     def _listeners(self) -> Any:
         return SimpleNamespace(

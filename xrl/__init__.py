@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from xrl.experience.experience import Batch as Batch
     from xrl.experience.experience import Experience as Experience
     from xrl.rewards.judge import Judge as Judge
-    from xrl.rollout.pool import WorkerPool as Fleet  # noqa: F401
+    from xrl.rollout.fleet import Fleet as Fleet
     from xrl.rollout.publisher import Publisher as Publisher
     from xrl.session import Session as Session
     from xrl.trainer import Trainer as Trainer
@@ -32,7 +32,7 @@ _WHERE = {
     "Algorithm": "xrl.algorithms:Algorithm",
     "Batch": "xrl.experience.experience:Batch",
     "Experience": "xrl.experience.experience:Experience",
-    "Fleet": "xrl.rollout.pool:WorkerPool",
+    "Fleet": "xrl.rollout.fleet:Fleet",
     "GRPO": "xrl.algorithms.grpo:GRPO",
     "Judge": "xrl.rewards.judge:Judge",
     "Prompt": "xrl.types:Prompt",

@@ -40,8 +40,8 @@ from xrl.parallel.groups import ParallelGroups
 from xrl.reporter import Listeners, Reporter
 from xrl.rewards import InlineJudge, Judge, create_judge
 from xrl.rollout.canary import Canary
+from xrl.rollout.fleet import Fleet
 from xrl.rollout.mismatch import MismatchBounds
-from xrl.rollout.pool import WorkerPool
 from xrl.rollout.publish import WeightStream
 from xrl.rollout.publisher import CheckedPublisher, PersistentPublisher, Publisher, WeightPublisher
 from xrl.trainer import Hook
@@ -61,7 +61,7 @@ class Lead:
 
     prompts: PromptDataset
     sampling: SamplingParams
-    pool: WorkerPool
+    fleet: Fleet
     collector: Collector
     stream: WeightStream
     canary: Canary | None
@@ -113,10 +113,10 @@ def build_lead(
         write_environment(folder.environment)
     except NotWritten as error:
         raise SettingsError(str(error)) from error
-    pool = stack.enter_context(start_workers(settings, groups, folder))
-    pool.claim()
+    fleet = stack.enter_context(start_workers(settings, groups, folder))
+    fleet.claim()
     if settings.rollout.colocate:
-        pool.wait_until_ready()  # an engine needs the device for its start, and gives it up then
+        fleet.wait_until_ready()  # an engine needs the device for its start, and gives it up then
     judges = create_judge(settings.rewards, log_dir=folder.logs) if judge is None else InlineJudge(judge)
     stack.callback(judges.close)
     journal = Journal(
@@ -144,16 +144,16 @@ def build_lead(
         seed=settings.run.seed,
     )
     journal.say(f"sampling parameters: {sampling}")
-    collector = Collector(pool, tokenizer, judges, progress)
-    stream = WeightStream(pool, device=groups.device)
+    collector = Collector(fleet, tokenizer, judges, progress)
+    stream = WeightStream(fleet, device=groups.device)
     stack.callback(stream.close)
     return Lead(
         prompts=prompts,
         sampling=sampling,
-        pool=pool,
+        fleet=fleet,
         collector=collector,
         stream=stream,
-        canary=_canary(settings, pool, sampling),
+        canary=_canary(settings, fleet, sampling),
         mismatch=MismatchBounds(settings.rollout, dtype=_coarser_dtype(settings)),
         evaluator=None if held_out is None else Evaluator(collector, held_out.all(), settings.evaluation, sampling),
         journal=journal,
@@ -182,7 +182,7 @@ def build_turns(settings: Settings, groups: ParallelGroups, actor: Actor, lead: 
     """Where actor and engines share devices."""
     if not settings.rollout.colocate:
         return None
-    return DeviceTurns(lead.pool if lead else None, actor.memory, Control.of(groups))
+    return DeviceTurns(lead.fleet if lead else None, actor.memory, Control.of(groups))
 
 
 def build_publisher(
@@ -207,7 +207,7 @@ def build_publisher(
         publisher = CheckedPublisher(publisher, actor, lead.canary if lead else None)
     return PersistentPublisher(
         publisher,
-        lead.pool if lead else None,
+        lead.fleet if lead else None,
         Control.of(groups),
         max_repeats=settings.rollout.rollout_max_restarts,
     )
@@ -241,14 +241,14 @@ def build_hooks(
     ]
 
 
-def start_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder) -> WorkerPool:
+def start_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder) -> Fleet:
     """The rollout workers of this run, starting."""
     config = settings.rollout
     on_cuda = groups.device.type == "cuda"
     num_workers = config.rollout_num_workers or (torch.cuda.device_count() if on_cuda else 1)
     devices = [f"cuda:{number % torch.cuda.device_count()}" if on_cuda else "cpu" for number in range(num_workers)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return WorkerPool(
+    return Fleet(
         config,
         model_dir=settings.model.model,
         dtype=_dtypes(settings)[1],
@@ -270,11 +270,11 @@ def _watch(settings: Settings, folder: RunFolder, *, has_stop_tokens: bool) -> L
     return LearningWatch(words, stops=settings.run.on_nothing_learned == "stop")
 
 
-def _canary(settings: Settings, pool: WorkerPool, sampling: SamplingParams) -> Canary | None:
+def _canary(settings: Settings, fleet: Fleet, sampling: SamplingParams) -> Canary | None:
     if not settings.rollout.canary_tokens:
         return None
     return Canary(
-        pool,
+        fleet,
         settings.rollout,
         dtype=_coarser_dtype(settings),
         vocab_size=read_model_shape(settings.model.model).vocab_size,

@@ -40,7 +40,7 @@ from xrl.metrics.run_folder import RunFolder  # noqa: E402
 from xrl.parallel.control import Control  # noqa: E402
 from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
 from xrl.parallel.watch import Watch, connect_to_store  # noqa: E402
-from xrl.rollout.pool import WorkerPool  # noqa: E402
+from xrl.rollout.fleet import Fleet  # noqa: E402
 from xrl.rollout.publisher import Published, Publisher  # noqa: E402
 from xrl.trainer import Hook, Trainer  # noqa: E402
 
@@ -66,7 +66,7 @@ class Session:
     """Where this rank stands, and the process groups it talks through."""
     actor: Actor
     """The model that is trained, this rank's share of it."""
-    fleet: WorkerPool | None
+    fleet: Fleet | None
     """The rollout workers; None on ranks other than 0."""
     experience: Experience
     """Batches of judged and scored answers."""
@@ -171,7 +171,7 @@ class Session:
         if self.groups.rank == 0:
             lead = build_lead(settings, self.groups, stack, self._ending, self.progress, judge=self._judge)
         self._lead = lead
-        self.fleet = lead.pool if lead else None
+        self.fleet = lead.fleet if lead else None
         self.num_steps = share_rollout_count(lead, self.groups)
         self._ending.expect(self.num_steps)
         num_updates = self.num_steps * settings.algorithm.updates_per_rollout

@@ -18,7 +18,7 @@ GrpoRow read(const GrpoInputs& inputs, int64_t index, float logprob, float entro
           inputs.rollout_logprobs ? inputs.rollout_logprobs[index] : numerator,
           inputs.reference_logprobs ? inputs.reference_logprobs[index] : 0.0f,
           inputs.advantages[index],
-          inputs.weights[index]};
+          inputs.shares[index]};
 }
 
 void write(const GrpoOutputs& out, int64_t index, const GrpoRowOut& row) {
@@ -53,7 +53,7 @@ void grpo_single_pass(const LogitRows<T>& logits, const ChosenTokens& tokens, co
       GrpoRowOut values{};
       float logprob = 0.0f;
       float entropy = 0.0f;
-      if (inputs.weights[index] != 0.0f) {
+      if (inputs.shares[index] != 0.0f) {
         const SoftmaxSums sums = softmax_sums(x, logits.num_columns, tokens.inverse_temperature);
         const float log_sum = std::log(static_cast<float>(sums.sum_exp));
         entropy = log_sum - static_cast<float>(sums.sum_exp_shifted / sums.sum_exp);

@@ -14,16 +14,16 @@ struct GrpoInputs {
   const float* rollout_logprobs;    // null: the importance weight is 1
   const float* reference_logprobs;  // null: no KL
   const float* advantages;
-  const float* weights;
+  const float* shares;  // of each token in the loss; 0 masks it
 };
 
-// [10, R], in the order of xrl/kernels/head/grpo_rows.py.
+// [ROW_OUTPUTS, R], in the order of xrl/kernels/head/grpo_rows.py.
 struct GrpoOutputs {
   float* data;
   int64_t num_rows;
 };
 
-// [12, R]: log-prob and entropy, then what GrpoOutputs holds.
+// [SINGLE_PASS_OUTPUTS, R]: log-prob and entropy, then what GrpoOutputs holds.
 struct SinglePassOutputs {
   float* data;
   int64_t num_rows;

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether)
   int turn = 0;
   for (int64_t row = blockIdx.x / num_blocks; row < logits.num_rows; row += gridDim.x / num_blocks) {
     T* row_out = gradient.data == nullptr ? nullptr : gradient.data + row * gradient.row_stride + slice.first;
-    if (inputs.weights[row] == 0.0f) {  // the same for the whole cluster
+    if (inputs.shares[row] == 0.0f) {  // the same for the whole cluster
       if (is_writer) {
         out.data[row] = out.data[out.num_rows + row] = 0.0f;
         write(token_out, row, GrpoRowOut{});

@@ -17,7 +17,7 @@ static __device__ __forceinline__ GrpoRow read(const GrpoInputs& inputs, int64_t
           inputs.rollout_logprobs ? inputs.rollout_logprobs[row] : numerator,
           inputs.reference_logprobs ? inputs.reference_logprobs[row] : 0.0f,
           inputs.advantages[row],
-          inputs.weights[row]};
+          inputs.shares[row]};
 }
 
 static __device__ __forceinline__ void write(const GrpoOutputs& out, int64_t row, const GrpoRowOut& values) {

@@ -64,7 +64,7 @@ set_target_properties(xrl_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRE
 target_include_directories(xrl_cuda PRIVATE ${CMAKE_CURRENT_LIST_DIR}/..)
 target_compile_options(xrl_cuda PRIVATE --Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror)
 
-target_sources(_C PRIVATE csrc/cuda_bindings.cpp $<TARGET_OBJECTS:xrl_cuda>)
+target_sources(_C PRIVATE csrc/bindings/cuda.cpp $<TARGET_OBJECTS:xrl_cuda>)
 target_compile_definitions(_C PRIVATE XRL_WITH_CUDA XRL_CUDA_ARCHITECTURES="${XRL_CUDA_NAMES}")
 # Static: the module must load on machines without CUDA and beside whatever CUDA torch brings.
 target_link_libraries(_C PRIVATE CUDA::cudart_static)

@@ -10,11 +10,11 @@ from typing import Any
 
 from aiohttp import web
 
-from tests.rollout.pools import VOCAB_SIZE
+from tests.rollout.fleets import VOCAB_SIZE
 from xrl.config import RolloutConfig
 from xrl.rollout import protocol
 from xrl.rollout.access import Access, new_key
-from xrl.rollout.pool import WorkerPool
+from xrl.rollout.fleet import Fleet
 from xrl.types import GenerateRequest, SamplingParams
 
 Answer = Callable[[web.Request, GenerateRequest], Awaitable[web.StreamResponse]]
@@ -99,10 +99,10 @@ class AnsweringWorker:
 
 
 @contextlib.contextmanager
-def pool_of(*workers: AnsweringWorker, **settings: Any) -> Iterator[WorkerPool]:
-    """A pool of workers that somebody else has started."""
+def fleet_of(*workers: AnsweringWorker, **settings: Any) -> Iterator[Fleet]:
+    """A fleet of workers that somebody else has started."""
     config = RolloutConfig(rollout_worker_urls=",".join(f"127.0.0.1:{worker.port}" for worker in workers), **settings)
-    pool = WorkerPool(
+    fleet = Fleet(
         config,
         model_dir=None,  # type: ignore[arg-type]
         dtype="float32",
@@ -114,8 +114,8 @@ def pool_of(*workers: AnsweringWorker, **settings: Any) -> Iterator[WorkerPool]:
         access=Access(key=new_key(), run_id=RUN),
     )
     try:
-        with pool:
-            yield pool
+        with fleet:
+            yield fleet
     finally:
         for worker in workers:
             worker.close()

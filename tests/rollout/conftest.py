@@ -11,12 +11,12 @@ import pytest
 from transformers import PreTrainedModel
 
 from tests.rollout.engines import push
-from tests.rollout.pools import ENGINE, ROOT, VOCAB_SIZE, MakePool, bucket
+from tests.rollout.fleets import ENGINE, ROOT, VOCAB_SIZE, MakeFleet, bucket
 from tests.rollout.warm_workers import WarmStarts
 from xrl.config import RolloutConfig
 from xrl.rollout import create_engine
 from xrl.rollout.engine import Engine
-from xrl.rollout.pool import WorkerPool
+from xrl.rollout.fleet import Fleet
 from xrl.rollout.publish import WeightStream
 
 
@@ -41,19 +41,19 @@ def make_engine(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
 
 
 @pytest.fixture
-def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePool]:
-    """Starts pools of the scripted engine, with weights unless update=False; all are closed afterwards.
+def make_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeFleet]:
+    """Starts fleets of the scripted engine, with weights unless update=False; all are closed afterwards.
 
     Their workers are forks of a process that has imported what they import.
     """
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     if sys.platform == "linux":
         monkeypatch.setattr("xrl.rollout.process.subprocess", WarmStarts)
-    pools: list[WorkerPool] = []
+    fleets: list[Fleet] = []
 
-    def make(num_workers: int = 1, *, engine: str = ENGINE, update: bool = True, **settings: object) -> WorkerPool:
+    def make(num_workers: int = 1, *, engine: str = ENGINE, update: bool = True, **settings: object) -> Fleet:
         config = RolloutConfig(engine=engine, **settings)  # type: ignore[arg-type]
-        pool = WorkerPool(
+        fleet = Fleet(
             config,
             model_dir=tmp_path,
             dtype="float32",
@@ -63,11 +63,11 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
             vocab_size=VOCAB_SIZE,
             log_dir=tmp_path,
         )
-        pools.append(pool)
+        fleets.append(fleet)
         if update:
-            WeightStream(pool).publish([bucket("layers.0", 1.0)], version=0)
-        return pool
+            WeightStream(fleet).publish([bucket("layers.0", 1.0)], version=0)
+        return fleet
 
     yield make
-    for pool in pools:
-        pool.close()
+    for fleet in fleets:
+        fleet.close()

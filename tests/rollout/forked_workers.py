@@ -1,7 +1,7 @@
 """`python forked_workers.py SOCKET`: rollout workers, forked from this process, which has their libraries imported.
 
-Importing them takes a worker two seconds, more than most tests of a pool compute: here it is done once for all tests of
-a session. Workers that start as a user's do are in tests/e2e.
+Importing them takes a worker two seconds, more than most tests of a fleet compute: here it is done once for all tests
+of a session. Workers that start as a user's do are in tests/e2e.
 
 Each message on the socket (its descriptor is the argument) is an `Order` in JSON, with two descriptors: the worker's
 standard output and its standard error. The answer is the worker's process id. Ends with the socket.

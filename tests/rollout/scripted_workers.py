@@ -34,7 +34,7 @@ class ScriptedWorkers:
         self._is_cut = False
 
     def generate(
-        self, requests: Sequence[GenerateRequest], counts: RolloutCounts, *, may_update: bool = False
+        self, requests: Sequence[GenerateRequest], counts: RolloutCounts, *, updates: bool = False
     ) -> Iterator[tuple[int, list[Completion] | None] | NoneReady]:
         self.asked.append(list(requests))
         self._is_cut = False

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.rollout.answering_worker import HEALTHY, RUN, Answer, AnsweringWorker, answer_well, good_answer, pool_of
-from tests.rollout.pools import VOCAB_SIZE, generate, request
+from tests.rollout.answering_worker import HEALTHY, RUN, Answer, AnsweringWorker, answer_well, fleet_of, good_answer
+from tests.rollout.fleets import VOCAB_SIZE, generate, request
 from xrl.rollout.answers import (
     StaleAnswer,
     WeightsId,
@@ -26,7 +26,8 @@ from xrl.rollout.answers import (
     checked_refusal,
     parse_json,
 )
-from xrl.rollout.pool import FAULTS_IN_A_ROW, RolloutCounts, WorkerGone
+from xrl.rollout.fleet import RolloutCounts, WorkerGone
+from xrl.rollout.roster import FAULTS_IN_A_ROW
 from xrl.types import Completion, GenerateRequest, SamplingParams
 
 WORKER = "rollout worker 1 (10.0.0.2:8000)"
@@ -270,8 +271,8 @@ WRONG: dict[str, Answer] = {
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_answers_in_a_row_cost_the_only_worker_and_its_name_and_the_field_are_said(words: str) -> None:
     worker = AnsweringWorker(WRONG[words])
-    with pool_of(worker, rollout_max_retries=9) as pool, pytest.raises(WorkerGone) as caught:
-        generate(pool, [request(0)])
+    with fleet_of(worker, rollout_max_retries=9) as fleet, pytest.raises(WorkerGone) as caught:
+        generate(fleet, [request(0)])
     sentence = str(caught.value)
     assert sentence.startswith(f"no rollout worker is left (rollout worker 0 (127.0.0.1:{worker.port}): 3 wrong ans")
     assert words.strip() in sentence and sentence.isprintable()
@@ -280,9 +281,9 @@ def test_wrong_answers_in_a_row_cost_the_only_worker_and_its_name_and_the_field_
 
 def test_requests_of_a_worker_that_answers_wrongly_go_to_the_other_one(caplog: pytest.LogCaptureFixture) -> None:
     liar, honest = AnsweringWorker(changed(lambda found: found.pop())), AnsweringWorker()
-    with pool_of(liar, honest, rollout_max_batch_size=8) as pool:
-        results, counts = generate(pool, [request(place) for place in range(30)])
-        assert [worker.number for worker in pool.alive] == [1] and pool.num_lost == 1
+    with fleet_of(liar, honest, rollout_max_batch_size=8) as fleet:
+        results, counts = generate(fleet, [request(place) for place in range(30)])
+        assert [worker.number for worker in fleet.ready()] == [1] and fleet.num_lost == 1
     assert all(answers and answers[0].token_ids[-1] == place for place, answers in results.items())
     assert counts == RolloutCounts(sent=30, finished=30, retried=counts.retried) and counts.retried >= 3
     assert "the answer holds 1 completions, not 2 as asked for" in caplog.text
@@ -296,39 +297,39 @@ def test_a_wrong_answer_now_and_then_is_asked_for_again_and_costs_no_worker() ->
         return await (raw(b"{}")(http, asked) if is_wrong else answer_well(http, asked))
 
     worker.answer = wrong_at_times
-    with pool_of(worker, rollout_max_batch_size=2, rollout_max_retries=20) as pool:  # one request at a time
-        results, counts = generate(pool, [request(place) for place in range(6)])
-        assert all(results.values()) and counts.retried == 12 and pool.num_lost == 0
+    with fleet_of(worker, rollout_max_batch_size=2, rollout_max_retries=20) as fleet:  # one request at a time
+        results, counts = generate(fleet, [request(place) for place in range(6)])
+        assert all(results.values()) and counts.retried == 12 and fleet.num_lost == 0
 
 
 def test_a_request_that_is_given_up_says_why() -> None:
     refusal = json.dumps({"type": "EngineError", "error": "out of \x1b[2J\nmemory"}).encode()
-    with pool_of(AnsweringWorker(raw(refusal, status=500)), rollout_max_retries=1) as pool:
-        results, counts = generate(pool, [request(0)])
+    with fleet_of(AnsweringWorker(raw(refusal, status=500)), rollout_max_retries=1) as fleet:
+        results, counts = generate(fleet, [request(0)])
     assert results == {0: None}
     assert counts.why_failed.endswith("): EngineError: out of \\x1b[2J memory")
 
 
 @pytest.mark.parametrize("odd", [[], "ok", {**HEALTHY, "max_requests": "many"}, {**HEALTHY, "max_requests": 0}])
 def test_what_is_no_worker_is_named_at_the_start(odd: Any) -> None:
-    with pool_of(AnsweringWorker(health=odd)) as pool, pytest.raises(WorkerFault, match="rollout worker 0 .*: "):
-        pool.wait_until_ready()
+    with fleet_of(AnsweringWorker(health=odd)) as fleet, pytest.raises(WorkerFault, match="rollout worker 0 .*: "):
+        fleet.wait_until_ready()
 
 
 def test_a_worker_that_was_lost_for_its_answers_is_taken_back_only_so_often(caplog: pytest.LogCaptureFixture) -> None:
     liar, honest = AnsweringWorker(raw(b"{}")), AnsweringWorker()
-    with caplog.at_level(logging.CRITICAL), pool_of(liar, honest, rollout_max_restarts=2) as pool:
+    with caplog.at_level(logging.CRITICAL), fleet_of(liar, honest, rollout_max_restarts=2) as fleet:
         for num_lost in (1, 2, 3, 3):
-            generate(pool, [request(place) for place in range(6)])
-            assert pool.num_lost == num_lost
-            assert len(pool.reachable()) == (2 if num_lost < 3 else 1)  # as an update asks
+            generate(fleet, [request(place) for place in range(6)])
+            assert fleet.num_lost == num_lost
+            assert len(fleet.reachable()) == (2 if num_lost < 3 else 1)  # as an update asks
 
 
-def test_vocabulary_of_the_pool_is_what_ids_are_held_against() -> None:
+def test_vocabulary_of_the_fleet_is_what_ids_are_held_against() -> None:
     for token, is_taken in ((VOCAB_SIZE - 1, True), (VOCAB_SIZE, False)):
         edit = changed(lambda found, token=token: _set_first(found, token))
-        with pool_of(AnsweringWorker(edit), rollout_max_retries=0) as pool:
-            results, _ = generate(pool, [request(0)])
+        with fleet_of(AnsweringWorker(edit), rollout_max_retries=0) as fleet:
+            results, _ = generate(fleet, [request(0)])
         assert bool(results[0]) == is_taken
 
 

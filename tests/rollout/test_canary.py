@@ -12,15 +12,15 @@ import pytest
 from tests.samples import answer, contents, sample
 from xrl.config import RolloutConfig
 from xrl.rollout.canary import Canary, CanaryFailed
-from xrl.rollout.pool import WorkerPool
+from xrl.rollout.fleet import Fleet
 from xrl.types import GenerateRequest, SamplingParams
 
 
 @pytest.fixture
 def canary() -> Canary:
-    pool = cast(WorkerPool, SimpleNamespace(version=7))
+    fleet = cast(Fleet, SimpleNamespace(version=7))
     config = RolloutConfig(canary_warn=0.1, canary_stop=1.0)
-    return Canary(pool, config, dtype="float32", vocab_size=100, max_model_len=64, sampling=SamplingParams())
+    return Canary(fleet, config, dtype="float32", vocab_size=100, max_model_len=64, sampling=SamplingParams())
 
 
 def test_the_largest_difference_is_reported(canary: Canary, caplog: pytest.LogCaptureFixture) -> None:
@@ -62,7 +62,7 @@ class Workers:
 
 def asking(workers: Workers, *, max_model_len: int = 64, vocab_size: int = 100, canary_tokens: int = 16) -> Canary:
     return Canary(
-        cast(WorkerPool, workers),
+        cast(Fleet, workers),
         RolloutConfig(canary_tokens=canary_tokens, rollout_timeout_s=5.0),
         dtype="float32",
         vocab_size=vocab_size,

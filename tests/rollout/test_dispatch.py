@@ -7,24 +7,24 @@ from typing import Any
 
 import pytest
 
-from tests.rollout.fleet import Answer, Fleet, Held, answer_well, ask, whole
+from tests.rollout.scripted_fleet import Answer, Held, ScriptedFleet, answer_well, ask, whole
 from tests.samples import answer
 from xrl.launch.exit import RunFailed
 from xrl.rollout.answers import StaleAnswer, WeightsId, WorkerFault, WorkerRefused
-from xrl.rollout.dispatch import RolloutCounts
+from xrl.rollout.dispatch import NoneReady, RolloutCounts
 from xrl.rollout.process import WorkerGone
 from xrl.types import Completion, GenerateRequest
 
 WEIGHTS = WeightsId(run_id="a-run", version=5)
-MakeFleet = Callable[..., Fleet]
+MakeFleet = Callable[..., ScriptedFleet]
 
 
 @pytest.fixture
 def make_fleet() -> Iterator[MakeFleet]:
-    fleets: list[Fleet] = []
+    fleets: list[ScriptedFleet] = []
 
-    def make(*arguments: Any, **settings: Any) -> Fleet:
-        fleets.append(Fleet(*arguments, **settings))
+    def make(*arguments: Any, **settings: Any) -> ScriptedFleet:
+        fleets.append(ScriptedFleet(*arguments, **settings))
         return fleets[-1]
 
     yield make
@@ -84,7 +84,7 @@ def test_a_worker_gets_a_quarter_more_sequences_than_it_decodes_at_once(make_fle
     dispatch, _, _ = fleet.begin(*(ask(place) for place in range(7)))
     assert held.waiting == ["r0", "r1", "r2", "r3", "r4"]
     held.let_go("r2")
-    assert fleet.next_result(dispatch) == (2, [answer(2, 2)])
+    assert dispatch.next_result() == (2, [answer(2, 2)])
     fleet.settle()
     assert held.waiting == ["r0", "r1", "r3", "r4", "r5"]
 
@@ -161,7 +161,7 @@ def test_a_worker_that_answers_well_is_told_of(make_fleet: MakeFleet) -> None:
 def test_a_wrong_answer_is_held_against_its_worker(make_fleet: MakeFleet) -> None:
     fault = WorkerFault("rollout worker 0 (10.0.0.0:80)", "output_ids is missing")
     fleet = make_fleet(2, fails(fault))
-    fleet.lives[0] = 3
+    fleet.generations[0] = 3
     results, _ = fleet.generate(ask(0))
     assert results == {0: [answer(0, 2)]}
     assert fleet.told == [("faulty", 0, str(fault), 3), ("well", 1)]
@@ -179,7 +179,7 @@ def test_an_answer_of_other_weights_is_not_used_and_its_worker_gets_no_more(make
 def test_a_worker_that_cannot_be_reached_is_lost_where_it_has_ended(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(2, fails(WorkerGone("/generate: connection refused")))
     fleet.workers[0].is_alive = False
-    fleet.lives[0] = 2
+    fleet.generations[0] = 2
     assert fleet.generate(ask(0))[0] == {0: [answer(0, 2)]}
     assert fleet.told == [("lost", 0, "/generate: connection refused", 2), ("well", 1)]
 
@@ -201,21 +201,21 @@ def test_a_try_that_took_too_long_is_aborted_by_its_own_name(make_fleet: MakeFle
 
 def test_a_worker_that_does_not_answer_for_its_health_either_is_lost(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(2, fails(TimeoutError("no answer within 1 s")))
-    fleet.is_well = False
+    fleet.says_well = False
     assert fleet.generate(ask(0))[0] == {0: [answer(0, 2)]}
     assert fleet.told == [("lost", 0, "no answer within 1 s", 0), ("well", 1)]
     assert fleet.aborts == []
 
 
-def test_it_is_the_worker_s_life_at_the_question_that_is_lost_by_it(make_fleet: MakeFleet) -> None:
+def test_it_is_the_worker_s_generation_at_the_question_that_is_lost_by_it(make_fleet: MakeFleet) -> None:
     async def answers(number: int, request: GenerateRequest) -> list[Completion]:
         if number == 1:
             return whole(request)
-        fleet.lives[0] = 8  # another request has found out, and it runs again
+        fleet.generations[0] = 8  # another request has found out, and it runs again
         raise WorkerGone("it ended")
 
     fleet = make_fleet(2, answers)
-    fleet.workers[0].is_alive, fleet.lives[0] = False, 7
+    fleet.workers[0].is_alive, fleet.generations[0] = False, 7
     fleet.generate(ask(0))
     assert fleet.told[0] == ("lost", 0, "it ended", 7)
 
@@ -253,7 +253,7 @@ def test_a_rollout_cut_short_comes_back_as_it_is(make_fleet: MakeFleet) -> None:
 
     fleet.on_abort = end
     fleet.start(dispatch.cut_short())
-    results = dict(fleet.next_result(dispatch) for _ in range(4))
+    results = dict(dispatch.next_result() for _ in range(4))
     assert results == {0: [answer(0, 2)], 1: [answer(4, reason="abort")], 2: [], 3: []}
     assert counts == RolloutCounts(sent=4, finished=1, unfinished=3)
     assert fleet.aborts[:2] == [(0, {"abort_all": True}), (1, {"abort_all": True})]
@@ -275,7 +275,7 @@ def test_what_was_on_its_way_to_a_worker_is_aborted_again(
     fleet.on_abort = end_at_the_third
     cut = fleet.start(dispatch.cut_short())
     fleet.start(dispatch.cut_short()).result()  # once is enough
-    assert fleet.next_result(dispatch) == (0, [answer(4, reason="abort")])
+    assert dispatch.next_result() == (0, [answer(4, reason="abort")])
     cut.result()
     assert len(fleet.aborts) >= 3
     assert counts == RolloutCounts(sent=1, unfinished=1)
@@ -313,10 +313,10 @@ def test_weights_that_are_asked_for_are_not_asked_for_again_while_other_requests
     for name in ("r0", "r1"):  # each wakes the one that waits
         held.let_go(name)
         fleet.settle()
-    assert [fleet.next_result(dispatch)[0] for _ in range(2)] == [0, 1]
+    assert [fleet.next_answer(dispatch)[0] for _ in range(2)] == [0, 1]
     fleet.settle()
     held.let_go("r2")
-    assert fleet.next_result(dispatch) == (2, [answer(2, 2)])
+    assert fleet.next_answer(dispatch) == (2, [answer(2, 2)])
     assert num_calls == 1
 
 
@@ -342,16 +342,44 @@ def test_weights_are_asked_for_again_each_time_that_the_last_worker_is_lost(make
     assert (num_calls, counts) == (2, RolloutCounts(sent=1, finished=1, retried=2))
 
 
-def test_what_goes_wrong_while_weights_are_published_again_is_the_callers(make_fleet: MakeFleet) -> None:
+def test_a_rollout_that_waits_for_weights_goes_on_with_the_next_question_and_not_before(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(1)
     fleet.ready_ones.clear()
+    fleet.recover = lambda: None  # it could, but we do it here
+    dispatch, _, _ = fleet.begin(ask(0))
+    assert dispatch.next_result() == NoneReady()
+    fleet.ready_ones.add(0)
+    fleet.settle()
+    assert fleet.asked == []
+    assert dispatch.next_result() == (0, [answer(0, 2)])
 
-    def recover() -> None:
-        raise WorkerGone("they were lost over it")
 
-    fleet.recover = recover
-    with pytest.raises(WorkerGone, match="they were lost over it"):
-        fleet.generate(ask(0))
+def test_weights_that_came_to_nobody_are_asked_for_once_more(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1)
+    fleet.ready_ones.clear()
+    fleet.recover = lambda: None
+    dispatch, _, _ = fleet.begin(ask(0))
+    assert [dispatch.next_result() for _ in range(3)] == [NoneReady()] * 3
+
+
+def test_where_weights_would_make_nobody_ready_none_are_asked_for(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1)
+    fleet.ready_ones.clear()
+    fleet.recover, fleet.can_recover = lambda: None, False
+    dispatch, _, _ = fleet.begin(ask(0))
+    with pytest.raises(WorkerGone, match="no rollout worker is left"):
+        dispatch.next_result()
+
+
+def test_a_rollout_that_is_cut_short_while_it_waits_for_weights_ends(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1)
+    fleet.ready_ones.clear()
+    fleet.recover = lambda: None
+    dispatch, counts, _ = fleet.begin(ask(0), ask(1))
+    assert dispatch.next_result() == NoneReady()
+    fleet.start(dispatch.cut_short())
+    assert dict(fleet.next_answer(dispatch) for _ in range(2)) == {0: [], 1: []}
+    assert counts == RolloutCounts(sent=2, unfinished=2)
 
 
 def test_the_end_of_the_last_worker_is_the_end_of_the_rollout(make_fleet: MakeFleet) -> None:
@@ -373,7 +401,7 @@ def test_a_lost_worker_ends_the_rollout_where_that_is_asked_for_and_with_it_what
     fleet.workers[0].is_alive, fleet.stops_when_one_is_lost = False, True
     dispatch, _, running = fleet.begin(ask(0), ask(1))
     with pytest.raises(WorkerGone, match=r"worker 0 is lost \(it ended\), and --on-lost-worker is stop"):
-        fleet.next_result(dispatch)
+        dispatch.next_result()
     running.result()
     fleet.settle()
     assert held.cancelled == ["r1"]

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.rollout.pools import ENGINE, MakePool, bucket, generate, request
+from tests.rollout.fleets import ENGINE, MakeFleet, bucket, generate, request
 from xrl.config import SettingsError
 from xrl.rollout import protocol
 from xrl.rollout.access import new_key
-from xrl.rollout.pool import WorkerGone, WorkerPool
+from xrl.rollout.fleet import Fleet, WorkerGone
 from xrl.rollout.process import WorkerHandle, WorkerProcess
 from xrl.rollout.publish import CorruptedWeights, NoneUpdated, WeightStream
 from xrl.types import WeightBucket
@@ -65,97 +65,99 @@ def total(version: int, *, number: int = 4) -> float:
     return 5.0 * sum(version + index for index in range(number))
 
 
-def interrupt(buckets: Iterator[WeightBucket], pool: WorkerPool, number: signal.Signals) -> Iterator[WeightBucket]:
+def interrupt(buckets: Iterator[WeightBucket], fleet: Fleet, number: signal.Signals) -> Iterator[WeightBucket]:
     """The same buckets, but worker 0 gets a signal after the first."""
     yield next(buckets)
-    pool.workers[0]._process.send_signal(number)
+    fleet.workers[0]._process.send_signal(number)
     yield from buckets
 
 
-def wait_until_back(pool: WorkerPool, number: int) -> None:
+def wait_until_back(fleet: Fleet, number: int) -> None:
     """Until a worker that was lost, and is started again, listens."""
     deadline = time.monotonic() + 60
-    while not any(worker.number == number for worker in pool.reachable()):
+    while not any(worker.number == number for worker in fleet.reachable()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def call(
-    pool: WorkerPool, number: int, path: str, body: object = None, *, method: str = "POST", run_id: str | None = None
+    fleet: Fleet, number: int, path: str, body: object = None, *, method: str = "POST", run_id: str | None = None
 ) -> None:
     """One call of a worker by hand: this run's, or that of another one that has the same key."""
-    headers = {**pool.headers, "Content-Type": "application/json"} | ({"X-XRL-Run": run_id} if run_id else {})
+    headers = {**fleet.headers, "Content-Type": "application/json"} | ({"X-XRL-Run": run_id} if run_id else {})
     content = json.dumps(body).encode()
-    asked = urllib.request.Request(pool.workers[number].url + path, content, headers, method=method)
+    asked = urllib.request.Request(fleet.workers[number].url + path, content, headers, method=method)
     urllib.request.urlopen(asked, timeout=10).close()
 
 
-def check_answers(pool: WorkerPool, version: int) -> None:
+def check_answers(fleet: Fleet, version: int) -> None:
     """Every answer is of this version, and every layer of it took effect."""
-    results, _ = generate(pool, [request(place) for place in range(12)])
+    results, _ = generate(fleet, [request(place) for place in range(12)])
     for completions in results.values():
         assert completions is not None
         assert {completion.weights_version for completion in completions} == {version}
         assert completions[0].logprobs[0] == -total(version)
 
 
-def test_flipped_bit_is_noticed_and_the_layer_sent_again(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
-    pool = make_pool(1, weight_transport="broadcast", update=False)
-    publisher = WeightStream(pool)
+def test_flipped_bit_is_noticed_and_the_layer_sent_again(
+    make_fleet: MakeFleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = make_fleet(1, weight_transport="broadcast", update=False)
+    publisher = WeightStream(fleet)
     publisher._sender = FaultyNetwork("layers.2", times=1)
     report = publisher.publish(layers(1), version=1)
     assert (report.num_resent, report.num_layers) == (1, 4)
     assert "weights version 1, layers.2: rollout worker 0 got bytes with checksum" in caplog.text
-    check_answers(pool, 1)
+    check_answers(fleet, 1)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_bytes_that_arrive_changed_twice_end_the_run_and_are_not_loaded(make_pool: MakePool, transport: str) -> None:
-    pool = make_pool(1, weight_transport=transport, update=False)
-    publisher = WeightStream(pool)
+def test_bytes_that_arrive_changed_twice_end_the_run_and_are_not_loaded(make_fleet: MakeFleet, transport: str) -> None:
+    fleet = make_fleet(1, weight_transport=transport, update=False)
+    publisher = WeightStream(fleet)
     publisher._sender = FaultyMemory() if transport == "shared_memory" else FaultyNetwork("layers.2", times=2)
     with pytest.raises(CorruptedWeights, match="version 1, layers.2: rollout worker 0 got other bytes .* 2 times"):
         publisher.publish(layers(1), version=1)
-    results, _ = generate(pool, [request(0)])
+    results, _ = generate(fleet, [request(0)])
     assert results == {0: None}  # it has no weights
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_worker_killed_in_an_update_is_left_out_and_taken_back_by_the_next(
-    make_pool: MakePool, transport: str, caplog: pytest.LogCaptureFixture
+    make_fleet: MakeFleet, transport: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pool = make_pool(2, weight_transport=transport, weight_sync_timeout_s=20.0, update=False)
-    publisher = WeightStream(pool)
-    report = publisher.publish(interrupt(layers(1), pool, signal.SIGKILL), version=1)
+    fleet = make_fleet(2, weight_transport=transport, weight_sync_timeout_s=20.0, update=False)
+    publisher = WeightStream(fleet)
+    report = publisher.publish(interrupt(layers(1), fleet, signal.SIGKILL), version=1)
     assert report.num_workers == 1
-    assert pool.num_lost == 1
+    assert fleet.num_lost == 1
     assert "rollout worker 0 is lost (weights version 1, layers." in caplog.text
-    check_answers(pool, 1)
-    assert [worker.number for worker in pool.alive] == [1]
-    wait_until_back(pool, 0)
+    check_answers(fleet, 1)
+    assert [worker.number for worker in fleet.ready()] == [1]
+    wait_until_back(fleet, 0)
     assert publisher.publish(layers(2), version=2).num_workers == 2
-    assert len(pool.alive) == 2
-    check_answers(pool, 2)
+    assert len(fleet.ready()) == 2
+    check_answers(fleet, 2)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_stuck_worker_is_named_with_its_layer(
-    make_pool: MakePool, transport: str, caplog: pytest.LogCaptureFixture
+    make_fleet: MakeFleet, transport: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pool = make_pool(2, weight_transport=transport, update=False)
-    publisher = WeightStream(pool, timeout_s=2.0)
+    fleet = make_fleet(2, weight_transport=transport, update=False)
+    publisher = WeightStream(fleet, timeout_s=2.0)
     publisher.publish(layers(1), version=1)
-    publisher.publish(interrupt(layers(2), pool, signal.SIGSTOP), version=2)
+    publisher.publish(interrupt(layers(2), fleet, signal.SIGSTOP), version=2)
     assert "rollout worker 0 is lost (weights version 2, layers." in caplog.text
-    check_answers(pool, 2)
+    check_answers(fleet, 2)
 
 
 def test_worker_that_dies_with_two_layers_under_way_is_named_with_the_one_it_was_at(
-    make_pool: MakePool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make_fleet: MakeFleet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = make_pool(2, weight_transport="shared_memory", update=False)
-    publisher = WeightStream(pool)
-    post = pool.post
+    fleet = make_fleet(2, weight_transport="shared_memory", update=False)
+    publisher = WeightStream(fleet)
+    post = fleet.client.post
     fails_after_s = {"layers.2": 1.0, "layers.3": 0.0}  # the later one's call fails first
 
     async def dying_post(worker: WorkerHandle, path: str, body: dict[str, Any], *, timeout_s: float) -> object:
@@ -164,128 +166,128 @@ def test_worker_that_dies_with_two_layers_under_way_is_named_with_the_one_it_was
             raise WorkerGone("it died")
         return await post(worker, path, body, timeout_s=timeout_s)
 
-    monkeypatch.setattr(pool, "post", dying_post)
+    monkeypatch.setattr(fleet.client, "post", dying_post)
     assert publisher.publish(layers(1), version=1).num_workers == 1
     assert "rollout worker 0 is lost (weights version 1, layers.2: it died)" in caplog.text
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_connection_that_breaks_costs_its_worker_alone(
-    make_pool: MakePool, transport: str, caplog: pytest.LogCaptureFixture
+    make_fleet: MakeFleet, transport: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pool = make_pool(2, weight_transport=transport, update=False)
-    publisher = WeightStream(pool, timeout_s=5.0)
+    fleet = make_fleet(2, weight_transport=transport, update=False)
+    publisher = WeightStream(fleet, timeout_s=5.0)
     publisher.publish(layers(1), version=1)
-    pool.workers[0].restart()  # behind the pool's back
-    pool.workers[0].wait_until_listening(60)
+    fleet.workers[0].restart()  # behind the fleet's back
+    fleet.workers[0].wait_until_listening(60)
     assert publisher.publish(layers(2), version=2).num_workers == 1
     assert "worker 0 is lost (weights version 2, layers.0: TransportError: no trainer of this run has c" in caplog.text
-    check_answers(pool, 2)
-    wait_until_back(pool, 0)
+    check_answers(fleet, 2)
+    wait_until_back(fleet, 0)
     assert publisher.publish(layers(3), version=3).num_workers == 2
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_the_only_worker_killed_in_an_update_takes_it_anew(make_pool: MakePool, transport: str) -> None:
-    pool = make_pool(1, weight_transport=transport, weight_sync_timeout_s=20.0, update=False)
-    publisher = WeightStream(pool)
+def test_the_only_worker_killed_in_an_update_takes_it_anew(make_fleet: MakeFleet, transport: str) -> None:
+    fleet = make_fleet(1, weight_transport=transport, weight_sync_timeout_s=20.0, update=False)
+    publisher = WeightStream(fleet)
     publisher.publish(layers(1), version=1)
-    buckets = interrupt(layers(2), pool, signal.SIGKILL)
+    buckets = interrupt(layers(2), fleet, signal.SIGKILL)
     with pytest.raises(NoneUpdated, match="weights version 2"):
         publisher.publish(buckets, version=2)
-    assert pool.ready() == []
+    assert fleet.ready() == []
     # As often as it takes: here it is killed while it starts, too.
-    pool.workers[0]._process.kill()
+    fleet.workers[0]._process.kill()
     assert publisher.publish(layers(2), version=2).num_workers == 1
-    check_answers(pool, 2)
+    check_answers(fleet, 2)
 
 
-def test_the_only_worker_that_cannot_be_started_again_is_the_end(make_pool: MakePool) -> None:
-    pool = make_pool(1, rollout_max_restarts=0, update=False)
-    publisher = WeightStream(pool)
+def test_the_only_worker_that_cannot_be_started_again_is_the_end(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1, rollout_max_restarts=0, update=False)
+    publisher = WeightStream(fleet)
     with pytest.raises(NoneUpdated):
-        publisher.publish(interrupt(layers(1), pool, signal.SIGKILL), version=1)
+        publisher.publish(interrupt(layers(1), fleet, signal.SIGKILL), version=1)
     with pytest.raises(WorkerGone, match=r"no rollout worker is left \(rollout worker 0 .*: weights version 1, layers"):
         publisher.publish(layers(1), version=1)
 
 
 @pytest.mark.parametrize(("path", "odd"), [(protocol.LOAD_LAYER, {}), (protocol.FINISH_UPDATE, {"weights_version": 2})])
 def test_a_worker_that_answers_an_update_wrongly_is_lost_and_named(
-    make_pool: MakePool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str, odd: object
+    make_fleet: MakeFleet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str, odd: object
 ) -> None:
-    pool = make_pool(2, update=False)
-    post = pool.post
+    fleet = make_fleet(2, update=False)
+    post = fleet.client.post
 
     async def lying_post(worker: WorkerHandle, called: str, body: object, **options: Any) -> object:
         answer = await post(worker, called, body, **options)
         return odd if (worker.number, called) == (0, path) else answer
 
-    monkeypatch.setattr(pool, "post", lying_post)
-    assert WeightStream(pool).publish(layers(1), version=1).num_workers == 1
+    monkeypatch.setattr(fleet.client, "post", lying_post)
+    assert WeightStream(fleet).publish(layers(1), version=1).num_workers == 1
     assert "rollout worker 0 is lost (weights version 1" in caplog.text
-    assert [worker.number for worker in pool.ready()] == [1]
+    assert [worker.number for worker in fleet.ready()] == [1]
 
 
-def test_a_worker_that_was_started_again_before_the_update_was_over_does_not_have_it(make_pool: MakePool) -> None:
-    pool = make_pool(2, update=False)
-    lives = {worker.number: pool.life(worker) for worker in pool.reachable()}
-    pool.lose(pool.workers[0], "it died")
-    pool.updated(lives, 1)
-    assert [worker.number for worker in pool.ready()] == [1]
+def test_a_worker_that_was_started_again_before_the_update_was_over_does_not_have_it(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(2, update=False)
+    generations = {worker.number: fleet.roster.generation(worker) for worker in fleet.reachable()}
+    fleet.roster.lose(fleet.workers[0], "it died")
+    fleet.roster.updated(generations, 1)
+    assert [worker.number for worker in fleet.ready()] == [1]
 
 
-def test_a_lost_worker_stops_the_run_where_that_is_asked_for(make_pool: MakePool) -> None:
-    pool = make_pool(2, on_lost_worker="stop", update=False)
+def test_a_lost_worker_stops_the_run_where_that_is_asked_for(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(2, on_lost_worker="stop", update=False)
     with pytest.raises(WorkerGone, match=r"worker 0 is lost \(weights version 1, layers\.\d.*on-lost-worker is stop"):
-        WeightStream(pool).publish(interrupt(layers(1), pool, signal.SIGKILL), version=1)
+        WeightStream(fleet).publish(interrupt(layers(1), fleet, signal.SIGKILL), version=1)
 
 
-def test_worker_is_started_again_only_so_often(make_pool: MakePool) -> None:
-    pool = make_pool(2, rollout_max_restarts=1, update=False)
-    publisher = WeightStream(pool)
+def test_worker_is_started_again_only_so_often(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(2, rollout_max_restarts=1, update=False)
+    publisher = WeightStream(fleet)
     for version in (1, 2):
-        wait_until_back(pool, 0)
+        wait_until_back(fleet, 0)
         publisher.publish(layers(version), version=version)
-        pool.workers[0]._process.kill()
-        pool.workers[0]._process.wait()
-        check_answers(pool, version)
+        fleet.workers[0]._process.kill()
+        fleet.workers[0]._process.wait()
+        check_answers(fleet, version)
     assert publisher.publish(layers(3), version=3).num_workers == 1
-    assert (pool.num_lost, pool.num_restarted) == (2, 1)
+    assert (fleet.num_lost, fleet.num_restarted) == (2, 1)
 
 
 def test_stale_worker_is_found_by_the_version_and_asked_no_more(
-    make_pool: MakePool, caplog: pytest.LogCaptureFixture
+    make_fleet: MakeFleet, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pool = make_pool(2, update=False, rollout_max_batch_size=4)
-    publisher = WeightStream(pool)
+    fleet = make_fleet(2, update=False, rollout_max_batch_size=4)
+    publisher = WeightStream(fleet)
     publisher.publish(layers(5), version=5)
     # The worker has other weights than this trainer believes.
-    call(pool, 1, protocol.FINISH_UPDATE, {"version": 4})
-    results, counts = generate(pool, [request(place) for place in range(12)])
+    call(fleet, 1, protocol.FINISH_UPDATE, {"version": 4})
+    results, counts = generate(fleet, [request(place) for place in range(12)])
     assert {c.weights_version for completions in results.values() for c in completions or []} == {5}
     assert counts.finished == 12
     assert counts.retried == counts.stale >= 1
     assert "rollout worker 1 sampled with weights version 4 instead of version 5" in caplog.text
-    assert [worker.number for worker in pool.alive] == [0]
+    assert [worker.number for worker in fleet.ready()] == [0]
     publisher.publish(layers(6), version=6)
-    assert len(pool.alive) == 2
+    assert len(fleet.ready()) == 2
 
 
 def test_weights_of_another_run_are_not_taken_for_ours_under_the_same_version(
-    make_pool: MakePool, caplog: pytest.LogCaptureFixture
+    make_fleet: MakeFleet, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pool = make_pool(2, update=False, rollout_max_batch_size=4)
-    WeightStream(pool).publish(layers(5), version=5)
-    call(pool, 1, protocol.LEASE, method="DELETE")
-    call(pool, 1, protocol.FINISH_UPDATE, {"version": 5}, run_id="another")
-    call(pool, 1, protocol.LEASE, method="DELETE", run_id="another")
-    _, counts = generate(pool, [request(place) for place in range(12)])
+    fleet = make_fleet(2, update=False, rollout_max_batch_size=4)
+    WeightStream(fleet).publish(layers(5), version=5)
+    call(fleet, 1, protocol.LEASE, method="DELETE")
+    call(fleet, 1, protocol.FINISH_UPDATE, {"version": 5}, run_id="another")
+    call(fleet, 1, protocol.LEASE, method="DELETE", run_id="another")
+    _, counts = generate(fleet, [request(place) for place in range(12)])
     assert counts.finished == 12 and counts.retried == counts.stale >= 1
-    assert [worker.number for worker in pool.alive] == [0]
+    assert [worker.number for worker in fleet.ready()] == [0]
 
 
 def test_workers_of_other_hosts_are_used_taken_back_and_left_running(
-    make_pool: MakePool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_fleet: MakeFleet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     started: list[WorkerProcess] = []
     key = new_key()
@@ -310,24 +312,24 @@ def test_workers_of_other_hosts_are_used_taken_back_and_left_running(
         ports = [int(start(number).url.rpartition(":")[2]) for number in range(2)]
         urls = ",".join(f"127.0.0.3:{port}" for port in ports)
         shared = {"rollout_worker_urls": urls, "rollout_worker_key_file": key_file, "update": False}
-        pool = make_pool(0, **shared)
-        publisher = WeightStream(pool, timeout_s=20.0)
+        fleet = make_fleet(0, **shared)
+        publisher = WeightStream(fleet, timeout_s=20.0)
         assert publisher.transport == "broadcast"
         publisher.publish(layers(1), version=1)
-        check_answers(pool, 1)
-        with pytest.raises(SettingsError, match=f"rollout worker 0 .* is in use by run {pool.access.run_id} since"):
-            make_pool(0, **shared).claim()
-        check_answers(pool, 1)
+        check_answers(fleet, 1)
+        with pytest.raises(SettingsError, match=f"rollout worker 0 .* is in use by run {fleet.access.run_id} since"):
+            make_fleet(0, **shared).claim()
+        check_answers(fleet, 1)
         started[1].restart()  # somebody's doing, at another port
-        check_answers(pool, 1)
+        check_answers(fleet, 1)
         assert publisher.publish(layers(2), version=2).num_workers == 1
         start(1, ports[1])
         assert publisher.publish(layers(3), version=3).num_workers == 2
         assert "rollout worker 1 answers again and is taken back" in caplog.text
-        check_answers(pool, 3)
-        pool.close()
+        check_answers(fleet, 3)
+        fleet.close()
         assert started[0].is_alive and started[2].is_alive
-        another = make_pool(0, **shared)  # one run after the other
+        another = make_fleet(0, **shared)  # one run after the other
         WeightStream(another, timeout_s=20.0).publish(layers(4), version=4)
         check_answers(another, 4)
     finally:
@@ -336,9 +338,9 @@ def test_workers_of_other_hosts_are_used_taken_back_and_left_running(
             worker.join(3)
 
 
-def test_bf16_arrives_bit_by_bit(make_pool: MakePool) -> None:
-    pool = make_pool(1, weight_transport="broadcast", update=False)
+def test_bf16_arrives_bit_by_bit(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1, weight_transport="broadcast", update=False)
     tensors = {"w": torch.arange(-3, 4).bfloat16(), "b": torch.tensor(0.5), "none": torch.empty(0, 3)}
-    WeightStream(pool).publish([WeightBucket(version=0, layer="layers.0", tensors=tensors)], version=0)
-    results, _ = generate(pool, [request(0)])
+    WeightStream(fleet).publish([WeightBucket(version=0, layer="layers.0", tensors=tensors)], version=0)
+    results, _ = generate(fleet, [request(0)])
     assert results[0] is not None and results[0][0].logprobs[0] == -0.5

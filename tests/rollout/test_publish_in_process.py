@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.rollout.pools import VOCAB_SIZE, bucket, generate, request
+from tests.rollout.fleets import VOCAB_SIZE, bucket, generate, request
 from tests.rollout.scripted_engine import ScriptedEngine
 from tests.rollout.served import served
 from xrl.config import RolloutConfig
 from xrl.rollout import protocol
-from xrl.rollout.pool import WorkerPool
+from xrl.rollout.fleet import Fleet
 from xrl.rollout.publish import CorruptedWeights, PublishReport, WeightStream
 from xrl.types import WeightBucket
 from xrl.weights.checksum import layer_checksum
@@ -42,10 +42,10 @@ def engine() -> Loading:
 
 
 @pytest.fixture
-def pool(engine: Loading, tmp_path: Path) -> Iterator[WorkerPool]:
+def fleet(engine: Loading, tmp_path: Path) -> Iterator[Fleet]:
     with served(engine) as worker:
         config = RolloutConfig(rollout_worker_urls=f"127.0.0.1:{worker.port}")
-        with WorkerPool(
+        with Fleet(
             config,
             model_dir=tmp_path,
             dtype="float32",
@@ -55,28 +55,28 @@ def pool(engine: Loading, tmp_path: Path) -> Iterator[WorkerPool]:
             vocab_size=VOCAB_SIZE,
             log_dir=tmp_path,
             access=worker.access,
-        ) as pool:
-            yield pool
+        ) as fleet:
+            yield fleet
 
 
 @pytest.fixture
-def publisher(pool: WorkerPool) -> Iterator[WeightStream]:
-    publisher = WeightStream(pool)
+def publisher(fleet: Fleet) -> Iterator[WeightStream]:
+    publisher = WeightStream(fleet)
     yield publisher
     publisher.close()
 
 
 @pytest.fixture
-def told(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+def told(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """Calls of the worker, and of each layer's its name."""
     calls: list[tuple[str, Any]] = []
-    post = pool.post
+    post = fleet.client.post
 
     async def noting(worker: Any, path: str, body: Any, **options: Any) -> object:
         calls.append((path, body.get("layer") or body.get("version")))
         return await post(worker, path, body, **options)
 
-    monkeypatch.setattr(pool, "post", noting)
+    monkeypatch.setattr(fleet.client, "post", noting)
     return calls
 
 
@@ -85,14 +85,14 @@ def layers(version: int, *, value: float = 1.0) -> list[WeightBucket]:
 
 
 def test_a_worker_is_told_of_each_layer_in_order_and_then_that_it_has_them_all(
-    publisher: WeightStream, pool: WorkerPool, engine: Loading, told: list[tuple[str, Any]]
+    publisher: WeightStream, fleet: Fleet, engine: Loading, told: list[tuple[str, Any]]
 ) -> None:
     publisher.publish(layers(4), version=4)
     assert [path for path, _ in told] == [protocol.CONNECT, *[protocol.LOAD_LAYER] * 3, protocol.FINISH_UPDATE]
     assert told[1:] == [*((protocol.LOAD_LAYER, name) for name in NAMES), (protocol.FINISH_UPDATE, 4)]
     assert engine.loaded == [(name, 4) for name in NAMES]
-    assert pool.version == 4 and [worker.number for worker in pool.ready()] == [0]
-    results, _ = generate(pool, [request(0)])
+    assert fleet.version == 4 and [worker.number for worker in fleet.ready()] == [0]
+    results, _ = generate(fleet, [request(0)])
     assert [answer.weights_version for answer in results[0] or []] == [4, 4]
 
 
@@ -128,14 +128,14 @@ def test_a_worker_is_connected_once_for_all_updates(publisher: WeightStream, tol
 
 
 def test_a_worker_that_was_lost_is_connected_anew(
-    publisher: WeightStream, pool: WorkerPool, told: list[tuple[str, Any]]
+    publisher: WeightStream, fleet: Fleet, told: list[tuple[str, Any]]
 ) -> None:
     publisher.publish(layers(1), version=1)
-    pool.lose(pool.workers[0], "it hung")
-    assert pool.ready() == []
+    fleet.roster.lose(fleet.workers[0], "it hung")
+    assert fleet.ready() == []
     assert publisher.publish(layers(2), version=2).num_workers == 1
     assert [path for path, _ in told].count(protocol.CONNECT) == 2
-    assert [worker.number for worker in pool.ready()] == [0]
+    assert [worker.number for worker in fleet.ready()] == [0]
 
 
 def test_a_layer_is_asked_for_when_the_one_before_has_arrived(publisher: WeightStream, engine: Loading) -> None:
@@ -151,18 +151,16 @@ def test_a_layer_is_asked_for_when_the_one_before_has_arrived(publisher: WeightS
     assert arrived == [0, 1, 2, 3]
 
 
-def test_an_error_of_the_actor_s_ends_the_update_and_not_the_next_one(
-    publisher: WeightStream, pool: WorkerPool
-) -> None:
+def test_an_error_of_the_actor_s_ends_the_update_and_not_the_next_one(publisher: WeightStream, fleet: Fleet) -> None:
     def breaks() -> Iterator[WeightBucket]:
         yield layers(1)[0]
         raise RuntimeError("a rank is gone")
 
     with pytest.raises(RuntimeError, match="a rank is gone"):
         publisher.publish(breaks(), version=1)
-    assert pool.version is None
+    assert fleet.version is None
     assert publisher.publish(layers(2), version=2).num_layers == 3
-    assert pool.version == 2
+    assert fleet.version == 2
 
 
 def test_a_checksum_that_came_with_a_layer_is_the_one_that_counts(

@@ -28,13 +28,13 @@ from xrl.models.families import FAMILIES
 from xrl.models.shape import read_model_shape
 from xrl.rollout import create_engine
 from xrl.rollout.engine import EngineError
-from xrl.rollout.pool import RolloutCounts, WorkerPool
+from xrl.rollout.fleet import Fleet, RolloutCounts
 from xrl.rollout.publish import WeightStream
 from xrl.rollout.turbomind_driver import SUPPORTED_VERSIONS, check_experts, check_version
 from xrl.rollout.turbomind_tensors import check_part, expected_parts, supported_shape
 from xrl.types import Completion
 
-MakePool = Callable[..., WorkerPool]
+MakeFleet = Callable[..., Fleet]
 
 
 @pytest.mark.slow
@@ -178,14 +178,14 @@ def test_worker_and_engine_need_little_of_the_trainers_environment() -> None:
 
 
 @pytest.fixture
-def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePool]:
+def make_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeFleet]:
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-    pools: list[WorkerPool] = []
+    fleets: list[Fleet] = []
 
-    def make(**settings: Any) -> WorkerPool:
+    def make(**settings: Any) -> Fleet:
         config = RolloutConfig(engine="turbomind", rollout_python=lmdeploy_python(SUPPORTED_VERSIONS[-1]), **settings)
-        pool = WorkerPool(
+        fleet = Fleet(
             config,
             model_dir=make_checkpoint(tmp_path / "model", tied=False, **sizes()),
             dtype="bfloat16",
@@ -194,23 +194,23 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
             max_model_len=64,
             log_dir=tmp_path,
         )
-        pools.append(pool)
-        return pool
+        fleets.append(fleet)
+        return fleet
 
     yield make
-    for pool in pools:
-        pool.close()
+    for fleet in fleets:
+        fleet.close()
 
 
 @pytest.mark.slow
-def test_a_worker_of_another_environment_takes_updates_and_answers(make_pool: MakePool) -> None:
-    pool = make_pool()
-    publisher = WeightStream(pool)
+def test_a_worker_of_another_environment_takes_updates_and_answers(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet()
+    publisher = WeightStream(fleet)
     for version in (1, 2):
         model = tiny_model(version)
         publisher.publish(buckets(model, version), version=version)
         answers: dict[int, list[Completion] | None] = dict(
-            pool.generate([request([3, 1, 4], num_samples=2, seed=version)], RolloutCounts())
+            fleet.generate([request([3, 1, 4], num_samples=2, seed=version)], RolloutCounts())
         )
         completions = answers[0]
         assert completions is not None and len(completions) == 2
@@ -225,7 +225,7 @@ def test_a_worker_of_another_environment_takes_updates_and_answers(make_pool: Ma
 
 @pytest.mark.slow
 def test_a_worker_with_another_lmdeploy_ends_with_the_reason(
-    make_pool: MakePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_fleet: MakeFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newer = tmp_path / "newer"
     (newer / "lmdeploy-0.14.0.dist-info").mkdir(parents=True)
@@ -234,7 +234,7 @@ def test_a_worker_with_another_lmdeploy_ends_with_the_reason(
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(newer), environment()["PYTHONPATH"]]))
     with pytest.raises(RuntimeError, match=r"(?s)exit code 2: .*needs lmdeploy 0\.12\.3 or 0\.13\.0, found 0\.14\.0"):
-        make_pool().wait_until_ready()
+        make_fleet().wait_until_ready()
 
 
 # On a GPU: XRL_LMDEPLOY_PYTHON=/path/to/lmdeploy-env/bin/python .venv/bin/python -m pytest -m gpu tests/rollout

@@ -23,7 +23,7 @@ POLL_S = 0.005
 
 
 class WarmProcess:
-    """What a pool uses of `subprocess.Popen`, of a child that was forked elsewhere."""
+    """What a fleet uses of `subprocess.Popen`, of a child that was forked elsewhere."""
 
     def __init__(self, pid: int, stdout: IO[bytes]) -> None:
         self.pid = pid
@@ -65,7 +65,7 @@ class _Forks:
 
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._lock = threading.Lock()  # pools start workers anew in threads
+        self._lock = threading.Lock()  # fleets start workers anew in threads
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-P", str(Path(__file__).with_name("forked_workers.py")), str(theirs.fileno())],

@@ -19,7 +19,7 @@ from xrl.experience.partial import GroupInProgress
 from xrl.launch.progress import Progress
 from xrl.rewards import JudgePool
 from xrl.rollout.dispatch import NoneReady, RolloutCounts
-from xrl.rollout.pool import WorkerPool
+from xrl.rollout.fleet import Fleet
 from xrl.types import Completion, Episode, GenerateRequest, Group, Prompt, SamplingParams, Verdict
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Collector:
 
     def __init__(
         self,
-        pool: WorkerPool,
+        fleet: Fleet,
         tokenizer: PreTrainedTokenizerBase,
         judge: JudgePool,
         progress: Progress | None = None,
@@ -91,7 +91,7 @@ class Collector:
             progress: advances with every request that ends, and with every verdict.
         """
         self.progress = progress or Progress()
-        self.pool = pool
+        self.fleet = fleet
         self.tokenizer = tokenizer
         self.judge = judge
         self._carried: list[GroupInProgress] = []
@@ -151,7 +151,7 @@ class Collector:
     ) -> Asking[None]:
         """Give every place its answers as they come, and judge those that are whole, until there are `enough`."""
         with self._progress(len(asked), description) as advance:
-            for found in self.pool.generate([each.request for each in asked], counts, may_update=True):
+            for found in self.fleet.generate([each.request for each in asked], counts, updates=True):
                 if isinstance(found, NoneReady):
                     yield Need.WEIGHTS
                     continue
@@ -164,7 +164,7 @@ class Collector:
                 if place.group.is_whole and place.judging is None and _num_judged(places) != enough:
                     self._judge_all(place)
                     if _num_judged(places) == enough:
-                        self.pool.cut_short()
+                        self.fleet.cut_short()
                 advance(counts)
 
     @contextlib.contextmanager

@@ -66,14 +66,15 @@ def matmul_into(a: Tensor, b: Tensor, out: Tensor, *, addend: Tensor | None = No
         torch.matmul(a, b, out=out) if addend is None else torch.add(addend, a @ b, out=out)
         return
     module.matmul(
-        (address(a), *a.stride()),
-        (address(b), *b.stride()),
-        (0, 0) if addend is None else (address(addend), addend.stride(0)),
-        *out.shape,
-        a.shape[1],
-        address(out),
-        out.stride(0),
-        num_threads(),
+        a=(address(a), *a.stride()),
+        b=(address(b), *b.stride()),
+        addend=(0, 0) if addend is None else (address(addend), addend.stride(0)),
+        rows=out.shape[0],
+        columns=out.shape[1],
+        depth=a.shape[1],
+        c=address(out),
+        c_stride=out.stride(0),
+        num_threads=num_threads(),
     )
 
 

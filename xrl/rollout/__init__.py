@@ -1,11 +1,13 @@
-"""Sampling: engines behind one contract, the worker processes that host them, and the pool that feeds those.
+"""Sampling: engines behind one contract, the worker processes that host them, and the fleet that feeds those.
 
     engine.py     the contract of engines
     embedded/     an engine: a fast batched decoder for CPU and CUDA
     turbomind.py  an engine: LMDeploy's TurboMind, for CUDA
     worker.py     the process that hosts an engine; protocol.py: what is said to it over HTTP
     gate.py       who may say it; calls.py: what is done then
-    process.py    one worker process, started and ended; pool.py: many, and the prompts spread over them
+    process.py    one worker process, started and ended; roster.py: many, and who of them is ready
+    client.py     how they are called; dispatch.py: the requests of a rollout, spread over them
+    fleet.py      all of that behind one face, which the rest of the house uses
     publish.py    weights to the workers
     collect.py    prompts -> judged groups; evaluate.py: pass rates
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from xrl.algorithms.sample import sample_of
 from xrl.config import RolloutConfig
 from xrl.launch.exit import RunFailed
-from xrl.rollout.pool import WorkerPool
+from xrl.rollout.fleet import Fleet
 from xrl.types import GenerateRequest, Sample, SamplingParams
 
 logger = logging.getLogger("xrl")
@@ -35,7 +35,7 @@ class Canary:
 
     def __init__(
         self,
-        pool: WorkerPool,
+        fleet: Fleet,
         config: RolloutConfig,
         *,
         dtype: str,
@@ -50,7 +50,7 @@ class Canary:
             sampling: of training; the actor scores at its temperature.
         """
         warn, stop = THRESHOLDS[dtype]
-        self.pool = pool
+        self.fleet = fleet
         self.timeout_s = config.rollout_timeout_s
         self.warn = warn if config.canary_warn is None else config.canary_warn
         self.stop = stop if config.canary_stop is None else config.canary_stop
@@ -72,7 +72,7 @@ class Canary:
             WorkerRefused: a worker cannot answer.
             WorkerGone: one is lost, and `on_lost_worker` is "stop".
         """
-        answers = self.pool.ask_all(self._request(), timeout_s=self.timeout_s)
+        answers = self.fleet.ask_all(self._request(), timeout_s=self.timeout_s)
         return [
             sample_of(self._prompt, completion, advantage=0.0, group_id=worker.number)
             for worker, (completion,) in answers
@@ -87,12 +87,12 @@ class Canary:
         worst = max(differences, key=lambda value: math.inf if math.isnan(value) else value, default=0.0)
         if not math.isfinite(worst):
             raise CanaryFailed(
-                f"canary: after the update to weights version {self.pool.version} log-probs of an engine or the actor "
+                f"canary: after the update to weights version {self.fleet.version} log-probs of an engine or the actor "
                 f"are not finite: the weights hold NaN or infinity, or one of the two computes it"
             )
         if worst > self.stop:
             raise CanaryFailed(
-                f"canary: after the update to weights version {self.pool.version} an engine's log-probs differ from "
+                f"canary: after the update to weights version {self.fleet.version} an engine's log-probs differ from "
                 f"the actor's by {worst:.3g} on average, more than --canary-stop {self.stop:g}: the engine computes "
                 f"another model than the actor"
             )
@@ -100,7 +100,7 @@ class Canary:
             logger.warning(
                 "canary: after the update to weights version %s an engine's log-probs differ from the actor's by %.3g "
                 "on average, more than --canary-warn %g",
-                self.pool.version,
+                self.fleet.version,
                 worst,
                 self.warn,
             )
@@ -108,5 +108,5 @@ class Canary:
 
     def _request(self) -> GenerateRequest:
         return GenerateRequest(
-            id=f"canary-{self.pool.version}", token_ids=self._prompt, num_samples=1, sampling=self._sampling
+            id=f"canary-{self.fleet.version}", token_ids=self._prompt, num_samples=1, sampling=self._sampling
         )

@@ -9,18 +9,21 @@ import logging
 import queue
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
+from xrl.config import RolloutConfig
 from xrl.launch.exit import RunFailed
 from xrl.rollout import protocol
 from xrl.rollout.answers import StaleAnswer, WorkerFault, WorkerRefused, name_of
+from xrl.rollout.client import Client
 from xrl.rollout.process import WorkerGone, WorkerHandle
+from xrl.rollout.roster import Roster
 from xrl.types import Completion, GenerateRequest
 
-if TYPE_CHECKING:
-    from xrl.rollout.pool import WorkerPool
-
 logger = logging.getLogger("xrl")
+
+# A request's place, and its completions; None where its tries are spent.
+Answered: TypeAlias = tuple[int, list[Completion] | None]
 
 # Sequences sent to a worker beyond what it decodes at once, so that it never waits for the next.
 QUEUE_AHEAD = 1.25
@@ -44,14 +47,9 @@ class RolloutCounts:
     why_failed: str = field(default="", compare=False)  # the last try of the first request that was given up
 
 
+@dataclass(frozen=True)
 class NoneReady:
-    """In the place of a result: no worker can be asked, and one may be again with the weights of an update.
-
-    Whoever gets it publishes the current weights once more, and asks for the next result: then the requests go on.
-    """
-
-
-_Result = tuple[int, list[Completion] | None] | NoneReady | BaseException
+    """In the place of an answer: no worker can be asked, and one may be again with the weights of an update."""
 
 
 @dataclass
@@ -64,43 +62,52 @@ class _Load:
 
 
 class Dispatch:
-    """One rollout. `run` in the pool's thread, `next_result` in the caller's."""
+    """One rollout. `run` in the client's thread, `next_result` in the caller's."""
 
-    def __init__(self, pool: WorkerPool, counts: RolloutCounts, *, may_update: bool = False) -> None:
+    def __init__(
+        self, roster: Roster, client: Client, config: RolloutConfig, counts: RolloutCounts, *, updates: bool
+    ) -> None:
         """
         Args:
-            may_update: whether whoever takes the results can publish the weights once more, and so understands a
-                `NoneReady`. Otherwise the loss of the last ready worker is the end.
+            roster: who is ready.
+            client: asks them.
+            config: time-outs, tries, and sequences that a worker decodes at once.
+            counts: filled as requests end.
+            updates: whether the caller publishes weights anew at NoneReady.
         """
-        self.pool = pool
-        self.may_update = may_update
-        self.config = pool.config
+        self.roster = roster
+        self.client = client
+        self.config = config
         self.counts = counts
-        self._results: queue.Queue[_Result] = queue.Queue()
+        self.updates = updates
+        self._results: queue.Queue[Answered | NoneReady | BaseException] = queue.Queue()
         self._loads: dict[int, _Load] = {}
         self._changed = asyncio.Condition()
         self._turn = asyncio.Lock()  # of the request that is next: thousands would all wake up for each that ends
-        self._is_cut_short = self._has_ended = self._is_waiting = False
-        self._has_said_so = False  # the last result was that no worker is ready
+        self._is_cut_short = self._has_ended = False
+        self._is_waiting = False  # for weights; looked at by the client's thread
+        self._has_asked = False  # for weights, of the caller; looked at by the caller's thread
 
-    def next_result(self) -> tuple[int, list[Completion] | None] | NoneReady:
+    def next_result(self) -> Answered | NoneReady:
         """Wait for the next request to finish: its place, and its completions or None.
+
+        NoneReady where no worker is ready: with the next call the requests go on.
 
         Raises:
             WorkerGone: no worker is left.
             RunFailed: the thread that asks the workers hangs, or has ended without an answer.
         """
-        if self._has_said_so:
-            self._has_said_so = False
-            self.pool.wait_for(self._go_on(), timeout_s=0.0, doing="going on with the rollout")
+        if self._has_asked:
+            self._has_asked = False
+            self.client.wait_for(self._go_on(), timeout_s=0.0, doing="going on with the rollout")
         result = self._next()
-        self._has_said_so = isinstance(result, NoneReady)
         if isinstance(result, BaseException):
             raise result
+        self._has_asked = isinstance(result, NoneReady)
         return result
 
-    def _next(self) -> _Result:
-        """What comes next. That something comes is bounded by the requests' own time-outs, in the pool's thread.
+    def _next(self) -> Answered | NoneReady | BaseException:
+        """What comes next. That something comes is bounded by the requests' own time-outs, in the client's thread.
 
         How soon is not: each of thousands may wait for its turn. So it is the thread that is looked after.
         """
@@ -108,7 +115,7 @@ class Dispatch:
             try:
                 return self._results.get(timeout=LOOK_S)
             except queue.Empty:
-                has_ended = self.pool.wait_for(self._is_over(), timeout_s=0.0, doing="waiting for answers")
+                has_ended = self.client.wait_for(self._is_over(), timeout_s=0.0, doing="waiting for answers")
                 if has_ended and self._results.empty():
                     raise RunFailed("the rollout has ended without an answer to each of its requests") from None
 
@@ -138,7 +145,7 @@ class Dispatch:
         async with self._changed:
             self._changed.notify_all()
         while not self._has_ended:  # again, for those that were on their way to a worker
-            await asyncio.gather(*(self._abort(worker, None) for worker in self.pool.ready()))
+            await asyncio.gather(*(self._abort(worker, None) for worker in self.roster.ready()))
             await asyncio.sleep(ABORT_AGAIN_S)
 
     async def _generate(self, place: int, request: GenerateRequest) -> None:
@@ -151,7 +158,7 @@ class Dispatch:
                 self.counts.unfinished += 1
                 self._results.put((place, []))
                 return
-            life, name = self.pool.life(worker), name_of(worker)
+            generation, name = self.roster.generation(worker), name_of(worker)
             # A name of its own for each try: the engine may not be rid of the last one yet.
             this_try = dataclasses.replace(request, id=f"{request.id}.{attempt}") if attempt else request
             try:
@@ -167,17 +174,17 @@ class Dispatch:
                 return
             except WorkerFault as error:
                 why = str(error)
-                self.pool.found_faulty(worker, error, life=life)
+                self.roster.mark_faulty(worker, error, generation=generation)
             except WorkerGone as error:
                 why = f"{name}: {error}"
                 if not await asyncio.to_thread(_is_alive, worker):
-                    self.pool.lose(worker, str(error), life=life)
+                    self.roster.lose(worker, str(error), generation=generation)
             except TimeoutError as error:
                 why = f"{name}: {error}"
-                if await self.pool.answers(worker):
+                if await self.client.is_well(worker):
                     await self._abort(worker, this_try.id)
                 else:  # left in, it would be idle, and get the next requests
-                    self.pool.lose(worker, str(error), life=life)
+                    self.roster.lose(worker, str(error), generation=generation)
             except WorkerRefused as error:
                 why = str(error)
             except StaleAnswer as error:
@@ -192,19 +199,21 @@ class Dispatch:
 
     async def _ask(self, worker: WorkerHandle, request: GenerateRequest) -> list[Completion]:
         try:
-            completions = await self.pool.completions(worker, request, timeout_s=self.config.rollout_timeout_s)
+            completions = await self.client.completions(
+                worker, request, version=self.roster.version, timeout_s=self.config.rollout_timeout_s
+            )
         except StaleAnswer as error:
             self.counts.stale += 1
-            self.pool.found_stale(worker, error.versions)
+            self.roster.mark_stale(worker, error.versions)
             raise
-        self.pool.found_well(worker)
+        self.roster.mark_well(worker)
         return completions
 
     async def _abort(self, worker: WorkerHandle, request_id: str | None) -> None:
         """Of a request that nobody waits for any more, or all; hanging up should do, but not every engine notices."""
-        body = {"abort_all": True} if request_id is None else {"request_id": request_id}
+        body: dict[str, object] = {"abort_all": True} if request_id is None else {"request_id": request_id}
         with contextlib.suppress(RuntimeError, TimeoutError):
-            await self.pool.post(worker, protocol.ABORT, body, timeout_s=ABORT_TIMEOUT_S)
+            await self.client.post(worker, protocol.ABORT, body, timeout_s=ABORT_TIMEOUT_S)
 
     async def _take_worker(self, request: GenerateRequest, avoid: int | None) -> WorkerHandle | None:
         """The least loaded worker with room; another than the one that just failed, where there is one.
@@ -213,14 +222,14 @@ class Dispatch:
         """
         async with self._turn, self._changed:
             while not self._is_cut_short:
-                ready = self.pool.ready()
-                if not ready and self.may_update and self.pool.is_any_left():
+                ready = self.roster.ready()
+                if not ready and self.updates and self.roster.can_recover:
                     if not self._is_waiting:
                         self._is_waiting = True
                         self._results.put(NoneReady())
                     await self._changed.wait()  # Unbounded: an update has time-outs; it ends the run, or this.
                     continue
-                alive = ready or self.pool.alive
+                alive = ready or self.roster.alive
                 candidates = [worker for worker in alive if worker.number != avoid] or alive
                 by_load = sorted(candidates, key=lambda candidate: self._load(candidate).tokens)
                 worker = next((worker for worker in by_load if self._has_room(worker, request)), None)
@@ -243,9 +252,9 @@ class Dispatch:
             return True
         if load.sequences + request.num_samples > self.config.rollout_max_batch_size * QUEUE_AHEAD:
             return False
-        if load.requests < self.pool.max_requests(worker):
+        if load.requests < self.client.max_requests(worker):
             return True
-        self.pool.say_bound(worker)
+        self.client.say_bound(worker)
         return False
 
     async def _go_on(self) -> None:

@@ -44,7 +44,7 @@ class WorkerHandle(Protocol):
     host: str  # where it listens
     url: str  # empty as long as it does not listen
     max_requests: int | None  # at once, by its own word; None as long as it has not said
-    can_restart: bool  # whether its process is ours
+    is_ours: bool  # whether its process is: it is started here, started again and ended
 
     @property
     def has_ended(self) -> bool:
@@ -62,6 +62,15 @@ class WorkerHandle(Protocol):
         Raises:
             WorkerGone: it ended before it did.
             WorkerFault: what it says is not what a worker says.
+        """
+        ...
+
+    def claim(self) -> bool:
+        """Have it to ourselves from now on, as one whose process is ours is anyway; False where it does not listen yet.
+
+        Raises:
+            SettingsError: it is not for us.
+            WorkerFault: what answers there is no worker.
         """
         ...
 
@@ -100,7 +109,7 @@ class WorkerProcess:
     """A rollout worker that this process started and will end."""
 
     host = "127.0.0.1"
-    can_restart = True
+    is_ours = True
 
     def __init__(
         self,
@@ -169,6 +178,9 @@ class WorkerProcess:
     def poll(self) -> bool:
         if not self.url:
             self._read_address(0.0)
+        return bool(self.url)
+
+    def claim(self) -> bool:
         return bool(self.url)
 
     def wait_until_listening(self, timeout_s: float) -> None:
@@ -252,7 +264,7 @@ class RemoteWorker:
     """A worker that somebody started, on another host as a rule; it is used, never started nor ended."""
 
     has_ended = False  # nobody tells
-    can_restart = False
+    is_ours = False
 
     def __init__(self, number: int, host: str, port: int, *, access: Access) -> None:
         self.number = number

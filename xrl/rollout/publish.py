@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 
@@ -28,7 +28,7 @@ from xrl.rollout.answers import (
     checked_checksum,
     name_of,
 )
-from xrl.rollout.pool import WorkerPool
+from xrl.rollout.fleet import Fleet
 from xrl.rollout.process import WorkerGone, WorkerHandle
 from xrl.types import WeightBucket
 from xrl.weights.checksum import layer_checksum
@@ -39,6 +39,8 @@ logger = logging.getLogger("xrl")
 
 # A layer whose bytes arrive changed is sent so many times in all.
 MAX_TRIES = 2
+# What is done with one worker.
+Action: TypeAlias = Callable[[WorkerHandle], Awaitable[None]]
 
 
 class CorruptedWeights(RunFailed):
@@ -70,28 +72,29 @@ class _Parcel:
 
 
 class WeightStream:
-    """Streams weight buckets to the pool's workers. Memory beside the model: two buckets."""
+    """Streams weight buckets to the fleet's workers. Memory beside the model: two buckets."""
 
     def __init__(
         self,
-        pool: WorkerPool,
+        fleet: Fleet,
         *,
         timeout_s: float | None = None,
         device: torch.device = torch.device("cpu"),  # noqa: B008
     ) -> None:
         """
         Args:
-            timeout_s: longest that a worker may take over a layer; left out: as the pool's settings say.
+            timeout_s: longest that a worker may take over a layer; left out: as the fleet's settings say.
             device: where the weights are.
         """
-        config = pool.config
-        self.pool = pool
+        config = fleet.config
+        self.fleet = fleet
+        self.roster, self.client = fleet.roster, fleet.client
         self.timeout_s = config.weight_sync_timeout_s if timeout_s is None else timeout_s
         self.transport = config.chosen_transport
         self._sender = create_sender(self.transport, timeout_s=self.timeout_s, device=device)
-        self._connected: dict[int, int] = {}  # worker -> the life in which it was connected
+        self._connected: dict[int, int] = {}  # worker -> its generation that was connected
         self._taking: dict[int, list[str]] = {}  # worker -> layers it was told of and has not confirmed, in order
-        self._under_way: list[Future[None]] = []  # in the pool's thread, of this update
+        self._under_way: list[Future[None]] = []  # in the client's thread, of this update
         self._num_resent = 0
 
     def publish(self, buckets: Iterable[WeightBucket], *, version: int) -> PublishReport:
@@ -112,7 +115,7 @@ class WeightStream:
         """
         start = time.perf_counter()
         self._num_resent = num_bytes = num_tensors = num_layers = 0
-        workers = {worker.number: worker for worker in self.pool.reachable()}
+        workers = {worker.number: worker for worker in self.fleet.reachable()}
         self._taking = {number: [] for number in workers}
         if self.memory is not None:
             self.memory.restart()
@@ -144,8 +147,8 @@ class WeightStream:
         if sending is not None:
             self._end_of(sending, name)
         self._end_of(self._begin(self._finish(workers, version)), name)
-        self.pool.updated({number: self._connected[number] for number in workers}, version)
-        if not self.pool.ready():
+        self.roster.updated({number: self._connected[number] for number in workers}, version)
+        if not self.roster.ready():
             raise NoneUpdated(f"{name}: no rollout worker has it")
         return PublishReport(
             seconds=time.perf_counter() - start,
@@ -166,8 +169,8 @@ class WeightStream:
         """Free what the transport holds."""
         self._sender.close()
 
-    def _begin(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
-        self._under_way.append(self.pool.start(coroutine))
+    def _begin(self, coroutine: Coroutine[object, object, None]) -> Future[None]:
+        self._under_way.append(self.client.start(coroutine))
         return self._under_way[-1]
 
     def _end_of(self, running: Future[None], name: str) -> None:
@@ -176,7 +179,7 @@ class WeightStream:
         Raises:
             RunFailed: it does not end.
         """
-        self.pool.result_of(running, timeout_s=2 * MAX_TRIES * self.timeout_s, doing=name)
+        self.client.result_of(running, timeout_s=2 * MAX_TRIES * self.timeout_s, doing=name)
 
     async def _send_to_all(self, workers: dict[int, WorkerHandle], parcel: _Parcel) -> None:
         async def send(worker: WorkerHandle) -> None:
@@ -185,16 +188,16 @@ class WeightStream:
         await self._to_all(workers, send, parcel.name)
 
     async def _finish(self, workers: dict[int, WorkerHandle], version: int) -> None:
-        weights = WeightsId(run_id=self.pool.access.run_id, version=version)
+        weights = WeightsId(run_id=self.client.access.run_id, version=version)
 
         async def finish(worker: WorkerHandle) -> None:
             body = {"version": weights.version}
-            answer = await self.pool.post(worker, protocol.FINISH_UPDATE, body, timeout_s=self.timeout_s)
+            answer = await self.client.post(worker, protocol.FINISH_UPDATE, body, timeout_s=self.timeout_s)
             check_updated(answer, weights, worker=name_of(worker))
 
         await self._to_all(workers, finish, f"weights version {version}")
 
-    async def _to_all(self, workers: dict[int, WorkerHandle], action: object, doing: str) -> None:
+    async def _to_all(self, workers: dict[int, WorkerHandle], action: Action, doing: str) -> None:
         """Do it with every worker at once; those that are lost by it are taken out of `workers`.
 
         Raises:
@@ -203,9 +206,9 @@ class WeightStream:
         """
 
         async def attempt(worker: WorkerHandle) -> None:
-            life = self.pool.life(worker)
+            generation = self.roster.generation(worker)
             try:
-                await action(worker)  # type: ignore[operator]
+                await action(worker)
             except (WorkerGone, WorkerFault, TransportError, TimeoutError) as error:
                 if workers.pop(worker.number, None) is None:
                     return  # it was lost over another layer
@@ -213,7 +216,7 @@ class WeightStream:
                 # Of two layers under way either may fail first; it is the earlier one that the worker was at.
                 at = self._taking[worker.number][0] if self._taking[worker.number] else doing
                 what = error.detail if isinstance(error, WorkerFault) else str(error)
-                self.pool.lose(worker, f"{at}: {what or 'no answer in time'}", life=life)
+                self.roster.lose(worker, f"{at}: {what or 'no answer in time'}", generation=generation)
             except WorkerRefused as error:
                 raise WorkerRefused(f"{doing}: {name_of(worker)}", error.detail) from error
 
@@ -222,8 +225,8 @@ class WeightStream:
             raise NoneUpdated(f"{doing}: all rollout workers were lost")
 
     async def _connect(self, worker: WorkerHandle) -> None:
-        life = self.pool.life(worker)
-        if self._connected.get(worker.number) == life:
+        generation = self.roster.generation(worker)
+        if self._connected.get(worker.number) == generation:
             return
         self._disconnect(worker)
         body = {
@@ -231,12 +234,12 @@ class WeightStream:
             "invitation": self._sender.invite(worker.number, worker.host),
             "timeout_s": self.timeout_s,
         }
-        answer, _ = await _both(
-            self.pool.post(worker, protocol.CONNECT, body, timeout_s=self.timeout_s),
+        answer = await _both(
+            self.client.post(worker, protocol.CONNECT, body, timeout_s=self.timeout_s),
             asyncio.to_thread(self._sender.accept, worker.number),
         )
         check_done(answer, worker=name_of(worker))
-        self._connected[worker.number] = life
+        self._connected[worker.number] = generation
 
     def _disconnect(self, worker: WorkerHandle) -> None:
         self._connected.pop(worker.number, None)
@@ -247,12 +250,12 @@ class WeightStream:
         for attempt in range(1, MAX_TRIES + 1):
             manifest = parcel.manifest.to_json()
             if self._sender.sends:
-                told = self.pool.post(worker, protocol.LOAD_LAYER, manifest, timeout_s=self.timeout_s)
+                told = self.client.post(worker, protocol.LOAD_LAYER, manifest, timeout_s=self.timeout_s)
                 sent = asyncio.to_thread(self._sender.send, worker.number, parcel.bucket)
-                answer, _ = await _both(told, sent)
+                answer = await _both(told, sent)
             else:
                 # It may be at the layer before.
-                answer = await self.pool.post(worker, protocol.LOAD_LAYER, manifest, timeout_s=2 * self.timeout_s)
+                answer = await self.client.post(worker, protocol.LOAD_LAYER, manifest, timeout_s=2 * self.timeout_s)
             checksum = checked_checksum(answer, worker=name_of(worker))
             if checksum == parcel.manifest.checksum:
                 self._taking[worker.number].remove(parcel.name)
@@ -273,13 +276,14 @@ class WeightStream:
         )
 
 
-async def _both(control: object, data: object) -> tuple[object, None]:
+async def _both(control: Awaitable[object], data: Awaitable[None]) -> object:
     """A call over the control connection and what goes with it through the transport.
 
-    The call's error is the one to report, but for a worker that merely does not answer: the transport knows more.
+    Returns the call's answer. Its error is the one to report, but for a worker that merely does not answer: the
+    transport knows more.
     """
-    answer, sent = await asyncio.gather(control, data, return_exceptions=True)  # type: ignore[call-overload]
+    answer, sent = await asyncio.gather(control, data, return_exceptions=True)
     errors = [each for each in (answer, sent) if isinstance(each, BaseException)]
     if errors:
         raise min(errors, key=lambda error: isinstance(error, TimeoutError))
-    return answer, sent
+    return answer

@@ -61,8 +61,11 @@ class Stream(Protocol):
 class Workers(Protocol):
     """Who has taken them."""
 
-    num_lost: int
-    num_restarted: int
+    @property
+    def num_lost(self) -> int: ...
+
+    @property
+    def num_restarted(self) -> int: ...
 
     def ready(self) -> Sequence[object]: ...
 

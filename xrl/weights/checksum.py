@@ -158,14 +158,22 @@ class SummingCopy:
             run = 0
         offset = target.data_ptr() - whole.data_ptr()
         columns = sums.data_ptr() + 8 * (len(sums) - ROW_WORDS)
-        self._arguments = source.data_ptr(), whole.data_ptr(), offset, run, dims, sums.data_ptr(), columns
+        self._arguments = {
+            "source": source.data_ptr(),
+            "target": whole.data_ptr(),
+            "offset": offset,
+            "num_bytes": run,
+            "dimensions": dims,
+            "rows": sums.data_ptr(),
+            "columns": columns,
+        }
         native = native_module()
         assert native is not None, "see can_sum"
         self._copy = native.copy_and_add_sums
 
     def run(self) -> None:
         """Raises ValueError for pieces that are no multiples of 8 bytes, see `can_sum`."""
-        self._copy(*self._arguments)
+        self._copy(**self._arguments)
 
 
 def _fits(source: Tensor, target: Tensor) -> bool:
@@ -190,7 +198,9 @@ def _copy_with_checksum(source: Tensor, target: Tensor) -> Words:
 def _native_checksum(native: ModuleType, source: Tensor, target: Tensor | None) -> int:
     threads = num_threads() if source.nbytes >= THREADS_FROM_BYTES else 1
     where = 0 if target is None else target.data_ptr()
-    checksum: int = native.tensor_checksum(source.data_ptr(), source.nbytes, where, threads)
+    checksum: int = native.tensor_checksum(
+        bytes=source.data_ptr(), num_bytes=source.nbytes, target=where, num_threads=threads
+    )
     return checksum
 
 

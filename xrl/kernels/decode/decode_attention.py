@@ -108,11 +108,11 @@ def decode_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, cont
     num_rows, num_heads, head_dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype)
     getattr(module, f"decode_attention_{_SUFFIX[query.dtype]}")(
-        (address(query), num_rows, query.stride(0), num_heads),
-        address(out),
-        (address(key_cache), address(value_cache), num_blocks, num_kv_heads, block_size, head_dim),
-        context.addresses(),
-        num_threads(),
+        queries=(address(query), num_rows, query.stride(0), num_heads),
+        out=address(out),
+        cache=(address(key_cache), address(value_cache), num_blocks, num_kv_heads, block_size, head_dim),
+        rows=context.addresses(),
+        num_threads=num_threads(),
     )
     return out
 

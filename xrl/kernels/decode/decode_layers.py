@@ -131,13 +131,13 @@ def decode_layers(
         check_range("slots", slots, -1, num_blocks * block_size)
         return reference_decode_layers(x, stack.layers, context, rope, slots=slots, eps=eps)
     module.decode_layers(
-        address(x),
-        addresses,
-        (sizes.hidden, sizes.ffn, sizes.queries // head_dim, num_kv_heads, head_dim, block_size, eps),
-        (len(x), address(rope.positions), address(slots), address(rope.cos), address(rope.sin), len(rope.cos)),
-        context.addresses(),
-        num_blocks,
-        num_threads(),
+        x=address(x),
+        layers=addresses,
+        shape=(sizes.hidden, sizes.ffn, sizes.queries // head_dim, num_kv_heads, head_dim, block_size, eps),
+        rows=(len(x), address(rope.positions), address(slots), address(rope.cos), address(rope.sin), len(rope.cos)),
+        context=context.addresses(),
+        num_blocks=num_blocks,
+        num_threads=num_threads(),
     )
     return x
 

@@ -143,12 +143,12 @@ def _pack(weight: Tensor, out_features: int, *, is_gated: bool) -> Tensor | None
     packed = weight.new_empty(module.packed_size(in_features, out_features, is_gated))
     transposed = weight.t()
     module.pack_weight(
-        (address(weight), *transposed.stride()),
-        in_features,
-        out_features,
-        is_gated,
-        address(packed),
-        num_threads(),
+        weight=(address(weight), *transposed.stride()),
+        depth=in_features,
+        columns=out_features,
+        is_gated=is_gated,
+        packed=address(packed),
+        num_threads=num_threads(),
     )
     return packed
 
@@ -166,17 +166,17 @@ def _packed_matmul(
     x = x.contiguous()
     out = x.new_empty(x.shape[0], out_features)
     native_module().packed_matmul(  # type: ignore[union-attr]
-        address(x),
-        in_features,
-        address(packed),
-        in_features,
-        out_features,
-        is_gated,
-        (0, 0) if addend is None else (address(addend), 0 if addend.ndim == 1 else addend.stride(0)),
-        x.shape[0],
-        address(out),
-        out_features,
-        num_threads(),
+        a=address(x),
+        a_stride=in_features,
+        packed=address(packed),
+        depth=in_features,
+        columns=out_features,
+        is_gated=is_gated,
+        addend=(0, 0) if addend is None else (address(addend), 0 if addend.ndim == 1 else addend.stride(0)),
+        rows=x.shape[0],
+        c=address(out),
+        c_stride=out_features,
+        num_threads=num_threads(),
     )
     return out
 

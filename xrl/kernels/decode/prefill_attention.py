@@ -43,12 +43,12 @@ def prefill_attention(qkv: Tensor, lengths: Sequence[int], *, num_heads: int) ->
     out = qkv.new_empty(len(qkv), num_heads, dim)
     log_sums = torch.empty(num_heads, num_tokens)  # for a backward pass, which there is none of
     getattr(native_module(), f"prefill_attention_{_SUFFIX[qkv.dtype]}")(
-        address(qkv),
-        (num_heads, (qkv.shape[1] - num_heads) // 2, dim, num_tokens, dim**-0.5),
-        (*(address(row) for row in places), len(lengths), 1),
-        address(out),
-        address(log_sums),
-        num_threads(),
+        qkv=address(qkv),
+        shape=(num_heads, (qkv.shape[1] - num_heads) // 2, dim, num_tokens, dim**-0.5),
+        sequences=(*(address(row) for row in places), len(lengths), 1),
+        out=address(out),
+        log_sums=address(log_sums),
+        num_threads=num_threads(),
     )
     out[num_tokens:] = 0
     return out

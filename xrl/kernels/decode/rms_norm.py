@@ -33,7 +33,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     getattr(module, f"rms_norm_{_SUFFIX[x.dtype]}")(
-        address(x), address(weight), eps, *x.shape, address(out), num_threads()
+        x=address(x),
+        weight=address(weight),
+        eps=eps,
+        num_rows=x.shape[0],
+        size=x.shape[1],
+        out=address(out),
+        num_threads=num_threads(),
     )
     return out
 

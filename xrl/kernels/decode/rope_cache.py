@@ -63,10 +63,10 @@ def rope_cache(
         reference_rope_cache(qkv, cos, sin, positions, q_norm, k_norm, eps, key_cache, value_cache, slots)
         return
     getattr(module, f"rope_cache_{_SUFFIX[qkv.dtype]}")(
-        (address(qkv), len(qkv), qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, qkv.shape[2]),
-        (address(positions), address(cos), address(sin), len(cos), address(q_norm), address(k_norm), eps),
-        (address(slots), address(key_cache), address(value_cache), num_blocks, block_size),
-        num_threads(),
+        qkv=(address(qkv), len(qkv), qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, qkv.shape[2]),
+        rope=(address(positions), address(cos), address(sin), len(cos), address(q_norm), address(k_norm), eps),
+        cache=(address(slots), address(key_cache), address(value_cache), num_blocks, block_size),
+        num_threads=num_threads(),
     )
 
 

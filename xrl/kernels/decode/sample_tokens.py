@@ -43,13 +43,14 @@ def sample_tokens(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tup
     logits, temperatures, uniforms = logits.contiguous(), temperatures.contiguous(), uniforms.contiguous()
     tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
     module.sample_tokens(
-        address(logits),
-        *logits.shape,
-        address(temperatures),
-        address(uniforms),
-        address(tokens),
-        address(logprobs),
-        num_threads(),
+        logits=address(logits),
+        num_rows=len(logits),
+        vocab_size=vocab_size,
+        temperatures=address(temperatures),
+        uniforms=address(uniforms),
+        token_ids=address(tokens),
+        logprobs=address(logprobs),
+        num_threads=num_threads(),
     )
     return tokens, logprobs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,20 +19,22 @@ if TYPE_CHECKING:
     from xrl.kernels.shards import ShardColumns, Softmax
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+# Where a gradient goes that nobody wants.
+_NOWHERE = MappingProxyType({"gradient": 0, "gradient_stride": 0, "num_gradient_columns": 0})
 
 
 def statistics(logits: Tensor, token_ids: Tensor, columns: ShardColumns) -> Tensor:
     """See `Backend.statistics`."""
-    rows = _rows(logits, columns.num_columns)
+    place = _rows(logits, columns.num_columns)
     ids = _ids(token_ids, len(logits))
     out = torch.empty(4, logits.shape[0], dtype=torch.float32)
     _kernel("logprob_statistics", logits)(
-        *rows,
-        address(ids),
-        columns.vocab_start,
-        columns.inverse_temperature,
-        address(out),
-        num_threads(),
+        **place,
+        token_ids=address(ids),
+        vocab_start=columns.vocab_start,
+        inverse_temperature=columns.inverse_temperature,
+        statistics=address(out),
+        num_threads=num_threads(),
     )
     return out
 
@@ -58,13 +61,13 @@ def gradient(
         grad_entropy=grad_entropy,
     )
     _kernel("logprob_gradient", logits)(
-        *place,
-        address(ids),
-        columns.vocab_start,
-        columns.inverse_temperature,
-        *(address(row) for row in rows),
-        *_target("out", out, logits, columns.num_columns),
-        num_threads(),
+        **place,
+        token_ids=address(ids),
+        vocab_start=columns.vocab_start,
+        inverse_temperature=columns.inverse_temperature,
+        **{name: address(row) for name, row in rows.items()},
+        **_target("out", out, logits, columns.num_columns),
+        num_threads=num_threads(),
     )
 
 
@@ -77,8 +80,12 @@ def grpo_rows(logprob: Tensor, entropy: Tensor, *, tokens: TokenInputs, settings
         **_named(tokens),
     )
     out = torch.empty(len(ROW_OUTPUTS), len(logprob), dtype=torch.float32)
-    numbers = native_settings(settings, with_reference=tokens.reference_logprobs is not None)
-    _module().grpo_rows(*(address(row) for row in rows), len(logprob), numbers, address(out))
+    _module().grpo_rows(
+        **{name: address(row) for name, row in rows.items()},
+        num_rows=len(logprob),
+        settings=native_settings(settings, with_reference=tokens.reference_logprobs is not None),
+        out=address(out),
+    )
     return out
 
 
@@ -98,16 +105,16 @@ def grpo_single_pass(
     rows = _floats(len(logits), **_named(tokens))
     out = torch.empty(len(SINGLE_PASS_OUTPUTS), logits.shape[0], dtype=torch.float32)
     _kernel("grpo_single_pass", logits)(
-        *place,
-        address(ids),
-        columns.vocab_start,
-        columns.inverse_temperature,
-        *(address(row) for row in rows),
-        native_settings(settings, with_reference=tokens.reference_logprobs is not None),
-        factor,
-        *((0, 0, 0) if gradient is None else _target("gradient", gradient, logits, columns.num_columns)),
-        address(out),
-        num_threads(),
+        **place,
+        token_ids=address(ids),
+        vocab_start=columns.vocab_start,
+        inverse_temperature=columns.inverse_temperature,
+        **{name: address(row) for name, row in rows.items()},
+        settings=native_settings(settings, with_reference=tokens.reference_logprobs is not None),
+        factor=factor,
+        **(_NOWHERE if gradient is None else _target("gradient", gradient, logits, columns.num_columns)),
+        out=address(out),
+        num_threads=num_threads(),
     )
     return out
 
@@ -122,20 +129,25 @@ def _kernel(name: str, logits: Tensor) -> Any:
     return getattr(_module(), f"{name}_{_SUFFIX[logits.dtype]}")
 
 
-def _rows(logits: Tensor, num_columns: int) -> tuple[int, int, int, int]:
+def _rows(logits: Tensor, num_columns: int) -> dict[str, int]:
     if not 0 <= num_columns <= logits.shape[1]:
         raise ValueError(f"num_columns must be in [0, {logits.shape[1]}], got {num_columns}")
     _check_adjacent("logits", logits)
-    return address(logits), logits.shape[0], num_columns, logits.stride(0)
+    return {
+        "logits": address(logits),
+        "num_rows": logits.shape[0],
+        "num_columns": num_columns,
+        "row_stride": logits.stride(0),
+    }
 
 
-def _target(name: str, out: Tensor, logits: Tensor, num_columns: int) -> tuple[int, int, int]:
+def _target(name: str, out: Tensor, logits: Tensor, num_columns: int) -> dict[str, int]:
     """Where a gradient goes: as many rows as the logits, and columns for all that count."""
     check_tensor(name, out, (len(logits), None), like=logits)
     if out.shape[1] < num_columns:
         raise ValueError(f"{name} must have the {num_columns} columns that count, got {out.shape[1]}")
     _check_adjacent(name, out)
-    return address(out), out.stride(0), out.shape[1]
+    return {name: address(out), f"{name}_stride": out.stride(0), f"num_{name}_columns": out.shape[1]}
 
 
 def _check_adjacent(name: str, rows: Tensor) -> None:
@@ -144,11 +156,11 @@ def _check_adjacent(name: str, rows: Tensor) -> None:
 
 
 def _named(tokens: TokenInputs) -> dict[str, Tensor | None]:
-    """In the order of the kernels' arguments."""
+    """As the kernels call them."""
     return {
-        "old": tokens.old_logprobs,
-        "rollout": tokens.rollout_logprobs,
-        "reference": tokens.reference_logprobs,
+        "old_logprobs": tokens.old_logprobs,
+        "rollout_logprobs": tokens.rollout_logprobs,
+        "reference_logprobs": tokens.reference_logprobs,
         "advantages": tokens.advantages,
         "shares": tokens.shares,
     }
@@ -161,9 +173,12 @@ def _ids(token_ids: Tensor, num_rows: int) -> Tensor:
     return token_ids.to(torch.int64).contiguous()
 
 
-def _floats(num_rows: int, **columns: Tensor | None) -> list[Tensor | None]:
+def _floats(num_rows: int, **columns: Tensor | None) -> dict[str, Tensor | None]:
     """One number a row each, as the kernels read it: fp64, which callers may pass, would be read as pairs of fp32."""
     for name, values in columns.items():
         if values is not None:
             check_floats(name, values, (num_rows,))
-    return [None if values is None else values.to("cpu", torch.float32).contiguous() for values in columns.values()]
+    return {
+        name: None if values is None else values.to("cpu", torch.float32).contiguous()
+        for name, values in columns.items()
+    }

@@ -49,12 +49,12 @@ def statistics(logits: Tensor, token_ids: Tensor, columns: ShardColumns) -> Tens
     token_ids = token_ids.contiguous()
     with torch.cuda.device(logits.device):
         _kernel("cuda_logprob_statistics", logits)(
-            *_rows(logits, columns.num_columns),
-            *_ids(token_ids),
-            columns.vocab_start,
-            columns.inverse_temperature,
-            out.data_ptr(),
-            _stream(),
+            **_rows(logits, columns.num_columns),
+            **_ids(token_ids),
+            vocab_start=columns.vocab_start,
+            inverse_temperature=columns.inverse_temperature,
+            statistics=out.data_ptr(),
+            stream=_stream(),
         )
     return out
 
@@ -71,28 +71,39 @@ def gradient(
 ) -> None:
     """See `Backend.gradient`."""
     token_ids = token_ids.contiguous()
-    rows = [_row(each) for each in (softmax.maximum, softmax.log_sum, softmax.entropy, grad_logprob, grad_entropy)]
+    rows = {
+        "maximum": _row(softmax.maximum),
+        "log_sum": _row(softmax.log_sum),
+        "entropy": _row(softmax.entropy),
+        "grad_logprob": _row(grad_logprob),
+        "grad_entropy": _row(grad_entropy),
+    }
     with torch.cuda.device(logits.device):
         _kernel("cuda_logprob_gradient", logits)(
-            *_rows(logits, columns.num_columns),
-            *_ids(token_ids),
-            columns.vocab_start,
-            columns.inverse_temperature,
-            *(_address(row) for row in rows),
-            out.data_ptr(),
-            out.stride(0),
-            out.shape[1],
-            _stream(),
+            **_rows(logits, columns.num_columns),
+            **_ids(token_ids),
+            vocab_start=columns.vocab_start,
+            inverse_temperature=columns.inverse_temperature,
+            **{name: _address(row) for name, row in rows.items()},
+            out=out.data_ptr(),
+            out_stride=out.stride(0),
+            num_out_columns=out.shape[1],
+            stream=_stream(),
         )
 
 
 def grpo_rows(logprob: Tensor, entropy: Tensor, *, tokens: TokenInputs, settings: TokenLossSettings) -> Tensor:
     """See `Backend.grpo_rows`."""
     out = torch.empty(len(ROW_OUTPUTS), logprob.shape[0], dtype=torch.float32, device=logprob.device)
-    rows = [_row(each) for each in (logprob, entropy, *_in_order(tokens))]
-    numbers = native_settings(settings, with_reference=tokens.reference_logprobs is not None)
+    rows = {"logprob": _row(logprob), "entropy": _row(entropy), **_named(tokens)}
     with torch.cuda.device(logprob.device):
-        _module().cuda_grpo_rows(*(_address(row) for row in rows), logprob.shape[0], numbers, out.data_ptr(), _stream())
+        _module().cuda_grpo_rows(
+            **{name: _address(row) for name, row in rows.items()},
+            num_rows=logprob.shape[0],
+            settings=native_settings(settings, with_reference=tokens.reference_logprobs is not None),
+            out=out.data_ptr(),
+            stream=_stream(),
+        )
     return out
 
 
@@ -109,19 +120,21 @@ def grpo_single_pass(
     """See `SinglePassBackend.grpo_single_pass`. On sm_90 and later, for rows of up to 800 KiB that are aligned."""
     out = torch.empty(len(SINGLE_PASS_OUTPUTS), logits.shape[0], dtype=torch.float32, device=logits.device)
     token_ids = token_ids.contiguous()
-    rows = [_row(each) for each in _in_order(tokens)]
+    rows = _named(tokens)
     with torch.cuda.device(logits.device):
         has_run = _kernel("cuda_grpo_single_pass", logits)(
-            *_rows(logits, columns.num_columns),
-            *_ids(token_ids),
-            columns.vocab_start,
-            columns.inverse_temperature,
-            *(_address(row) for row in rows),
-            native_settings(settings, with_reference=tokens.reference_logprobs is not None),
-            factor,
-            *((0, 0, 0) if gradient is None else (gradient.data_ptr(), gradient.stride(0), gradient.shape[1])),
-            out.data_ptr(),
-            _stream(),
+            **_rows(logits, columns.num_columns),
+            **_ids(token_ids),
+            vocab_start=columns.vocab_start,
+            inverse_temperature=columns.inverse_temperature,
+            **{name: _address(row) for name, row in rows.items()},
+            settings=native_settings(settings, with_reference=tokens.reference_logprobs is not None),
+            factor=factor,
+            gradient=_address(gradient),
+            gradient_stride=0 if gradient is None else gradient.stride(0),
+            num_gradient_columns=0 if gradient is None else gradient.shape[1],
+            out=out.data_ptr(),
+            stream=_stream(),
         )
     return out if has_run else None
 
@@ -136,17 +149,28 @@ def _kernel(name: str, logits: Tensor) -> Any:
     return getattr(_module(), f"{name}_{_SUFFIX[logits.dtype]}")
 
 
-def _rows(logits: Tensor, num_columns: int) -> tuple[int, int, int, int]:
-    return logits.data_ptr(), logits.shape[0], num_columns, logits.stride(0)
+def _rows(logits: Tensor, num_columns: int) -> dict[str, int]:
+    return {
+        "logits": logits.data_ptr(),
+        "num_rows": logits.shape[0],
+        "num_columns": num_columns,
+        "row_stride": logits.stride(0),
+    }
 
 
-def _in_order(tokens: TokenInputs) -> tuple[Tensor | None, ...]:
-    """In that of the kernels' arguments."""
-    return tokens.old_logprobs, tokens.rollout_logprobs, tokens.reference_logprobs, tokens.advantages, tokens.shares
+def _named(tokens: TokenInputs) -> dict[str, Tensor | None]:
+    """As the kernels call and read them."""
+    return {
+        "old_logprobs": _row(tokens.old_logprobs),
+        "rollout_logprobs": _row(tokens.rollout_logprobs),
+        "reference_logprobs": _row(tokens.reference_logprobs),
+        "advantages": _row(tokens.advantages),
+        "shares": _row(tokens.shares),
+    }
 
 
-def _ids(token_ids: Tensor) -> tuple[int, bool]:
-    return token_ids.data_ptr(), token_ids.dtype == torch.int64
+def _ids(token_ids: Tensor) -> dict[str, int | bool]:
+    return {"token_ids": token_ids.data_ptr(), "ids_are_64_bit": token_ids.dtype == torch.int64}
 
 
 def _row(tensor: Tensor | None) -> Tensor | None:

@@ -65,12 +65,12 @@ class _GatedMLP(torch.autograd.Function):
             ctx.hidden = hidden = x.new_empty(x.shape[0], gate_up.shape[0])
             out = x.new_empty(x.shape[0], down.shape[0])
             _kernels().gated_mlp_forward(
-                address(x),
-                _weights(gate_up, down),
-                len(x),
-                address(hidden),
-                address(out),
-                num_threads(),
+                x=address(x),
+                mlp=_weights(gate_up, down),
+                rows=len(x),
+                hidden=address(hidden),
+                out=address(out),
+                num_threads=num_threads(),
             )
             return out
         ctx.hidden = hidden = matmul(x, gate_up.t())
@@ -91,13 +91,13 @@ class _GatedMLP(torch.autograd.Function):
             grad_x = torch.empty_like(x) if needs_x else None
             activated = hidden.new_empty(len(hidden), down.shape[1])
             _kernels().gated_mlp_backward(
-                address(grad),
-                _weights(gate_up, down),
-                len(x),
-                address(hidden),
-                address(activated),
-                address(grad_x),
-                num_threads(),
+                grad=address(grad),
+                mlp=_weights(gate_up, down),
+                rows=len(x),
+                hidden=address(hidden),
+                activated=address(activated),
+                grad_x=address(grad_x),
+                num_threads=num_threads(),
             )
         else:
             activated = matmul(grad, down)  # its gradient, until the next line

@@ -64,7 +64,9 @@ def swiglu_into(x: Tensor, out: Tensor) -> None:
     check_no_gradient("swiglu_into", x=x, out=out)
     if out.numel():
         size = out.shape[-1]
-        _kernel("swiglu_forward", x.dtype)(address(x), out.numel() // size, size, address(out), num_threads())
+        _kernel("swiglu_forward", x.dtype)(
+            x=address(x), num_rows=out.numel() // size, size=size, out=address(out), num_threads=num_threads()
+        )
 
 
 def swiglu_gradient_into(x: Tensor, grad: Tensor, grad_x: Tensor, out: Tensor | None = None) -> None:
@@ -85,13 +87,13 @@ def swiglu_gradient_into(x: Tensor, grad: Tensor, grad_x: Tensor, out: Tensor | 
     if grad.numel():
         size = grad.shape[-1]
         _kernel("swiglu_backward", x.dtype)(
-            address(x),
-            address(grad),
-            grad.numel() // size,
-            size,
-            address(grad_x),
-            address(out),
-            num_threads(),
+            x=address(x),
+            grad=address(grad),
+            num_rows=grad.numel() // size,
+            size=size,
+            grad_x=address(grad_x),
+            out=address(out),
+            num_threads=num_threads(),
         )
 
 
@@ -163,14 +165,14 @@ class _RMSNorm(torch.autograd.Function):
         out = torch.empty_like(x)
         inverse_rms = torch.empty(num_rows, dtype=torch.float32)
         _kernel("rms_norm_forward", x.dtype)(
-            address(x),
-            address(weight),
-            num_rows,
-            size,
-            eps,
-            address(out),
-            address(inverse_rms),
-            num_threads(),
+            x=address(x),
+            weight=address(weight),
+            num_rows=num_rows,
+            size=size,
+            eps=eps,
+            out=address(out),
+            inverse_rms=address(inverse_rms),
+            num_threads=num_threads(),
         )
         ctx.save_for_backward(x, weight, inverse_rms)
         return out
@@ -185,15 +187,15 @@ class _RMSNorm(torch.autograd.Function):
         threads = num_threads()
         grad_weight = torch.empty(threads, size, dtype=torch.float32)  # a part of the sum each
         _kernel("rms_norm_backward", x.dtype)(
-            address(x),
-            address(weight),
-            address(inverse_rms),
-            address(grad),
-            inverse_rms.numel(),
-            size,
-            address(grad_x),
-            address(grad_weight),
-            threads,
+            x=address(x),
+            weight=address(weight),
+            inverse_rms=address(inverse_rms),
+            grad=address(grad),
+            num_rows=inverse_rms.numel(),
+            size=size,
+            grad_x=address(grad_x),
+            grad_weight=address(grad_weight),
+            num_threads=threads,
         )
         return grad_x, grad_weight.sum(0).to(weight.dtype), None
 
@@ -236,14 +238,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
     num_tokens = x.shape[0]
     out = torch.empty_like(x)
     _kernel("rotary", x.dtype)(
-        address(x),
-        address(cos),
-        address(sin),
-        num_tokens,
-        x.numel() // max(1, num_tokens * dim),
-        dim,
-        sign,
-        address(out),
-        num_threads(),
+        x=address(x),
+        cosine=address(cos),
+        sine=address(sin),
+        num_tokens=num_tokens,
+        num_heads=x.numel() // max(1, num_tokens * dim),
+        dim=dim,
+        sign=sign,
+        out=address(out),
+        num_threads=num_threads(),
     )
     return out

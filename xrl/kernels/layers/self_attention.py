@@ -204,15 +204,15 @@ class _SelfAttention(torch.autograd.Function):
         out = torch.empty(len(mixed), call.num_heads * call.dim, dtype=mixed.dtype)
         log_sums = torch.empty(call.num_heads, sequences.num_tokens)
         call.kernel("packed_attention_forward")(
-            address(query),
-            address(key),
-            address(call.mixed),
-            call.shape,
-            rules.scale,
-            call.places,
-            address(out),
-            address(log_sums),
-            call.num_threads,
+            query=address(query),
+            key=address(key),
+            mixed=address(call.mixed),
+            shape=call.shape,
+            scale=rules.scale,
+            sequences=call.places,
+            out=address(out),
+            log_sums=address(log_sums),
+            num_threads=call.num_threads,
         )
         _clear_behind(out, sequences.num_tokens)
         ctx.save_for_backward(call.mixed, out, log_sums)
@@ -229,30 +229,30 @@ class _SelfAttention(torch.autograd.Function):
         grad_out = grads[0].contiguous()
         grad_query, grad_key, grad_mixed = torch.empty_like(query), torch.empty_like(key), torch.empty_like(mixed)
         call.kernel("packed_attention_backward")(
-            address(query),
-            address(key),
-            address(mixed),
-            address(out),
-            address(log_sums),
-            address(grad_out),
-            call.shape,
-            rules.scale,
-            call.places,
-            address(grad_query),
-            address(grad_key),
-            address(grad_mixed),
-            call.num_threads,
+            query=address(query),
+            key=address(key),
+            mixed=address(mixed),
+            out=address(out),
+            log_sums=address(log_sums),
+            grad_out=address(grad_out),
+            shape=call.shape,
+            scale=rules.scale,
+            sequences=call.places,
+            grad_query=address(grad_query),
+            grad_key=address(grad_key),
+            grad_mixed=address(grad_mixed),
+            num_threads=call.num_threads,
         )
         grad_weights = torch.zeros(call.num_threads, 2, call.dim)
         call.kernel("qkv_rope_backward")(
-            address(mixed),
-            address(grad_query),
-            address(grad_key),
-            call.shape,
-            call.rope,
-            address(grad_mixed),
-            address(grad_weights),
-            call.num_threads,
+            mixed=address(mixed),
+            grad_query=address(grad_query),
+            grad_key=address(grad_key),
+            shape=call.shape,
+            rope=call.rope,
+            grad_mixed=address(grad_mixed),
+            grad_weights=address(grad_weights),
+            num_threads=call.num_threads,
         )
         _clear_behind(grad_mixed, sequences.num_tokens)
         if rules.q_weight is None:
@@ -287,12 +287,12 @@ class _Call:
         query = self.mixed.new_empty(num_tokens, self.num_heads, self.dim)
         key = self.mixed.new_empty(num_tokens, self.num_kv_heads, self.dim)
         self.kernel("qkv_rope_forward")(
-            address(self.mixed),
-            self.shape,
-            self.rope,
-            address(query),
-            address(key),
-            self.num_threads,
+            mixed=address(self.mixed),
+            shape=self.shape,
+            rope=self.rope,
+            query=address(query),
+            key=address(key),
+            num_threads=self.num_threads,
         )
         return query, key
 

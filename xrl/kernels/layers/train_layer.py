@@ -120,7 +120,9 @@ class _TrainLayer(torch.autograd.Function):
         # Not saved: autograd would refuse that the backward pass overwrites it.
         ctx.kept = x.new_empty(module.train_layer_kept(*layer[:2]))
         out = torch.empty_like(x)
-        module.train_layer_forward(layer, address(x), address(ctx.kept), address(out), num_threads())
+        module.train_layer_forward(
+            layer=layer, x=address(x), kept=address(ctx.kept), out=address(out), num_threads=num_threads()
+        )
         return out
 
     @staticmethod
@@ -136,13 +138,13 @@ class _TrainLayer(torch.autograd.Function):
             for parameter, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True)
         ]
         native_module().train_layer_backward(  # type: ignore[union-attr]
-            _layer(x, ctx.rules, *parameters),
-            address(x),
-            address(kept),
-            address(grad),
-            [0 if room is None else address(room.buffer) for room in rooms],
-            address(grad_x),
-            num_threads(),
+            layer=_layer(x, ctx.rules, *parameters),
+            x=address(x),
+            kept=address(kept),
+            grad=address(grad),
+            gradients=[0 if room is None else address(room.buffer) for room in rooms],
+            grad_x=address(grad_x),
+            num_threads=num_threads(),
         )
         return grad_x, None, *(None if room is None else room.result for room in rooms)
 

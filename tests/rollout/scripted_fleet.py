@@ -1,4 +1,4 @@
-"""What stands in for the pool under a dispatch: workers without processes, whose answers a test writes."""
+"""What stands in for roster and client under a dispatch: workers without processes, whose answers a test writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from tests.samples import answer
 from xrl.config import RolloutConfig
-from xrl.rollout.dispatch import Dispatch, NoneReady, RolloutCounts
+from xrl.rollout.dispatch import Answered, Dispatch, NoneReady, RolloutCounts
 from xrl.rollout.process import WorkerGone
 from xrl.types import Completion, GenerateRequest, SamplingParams
 
@@ -50,18 +50,21 @@ class Worker:
         return f"http://10.0.0.{self.number}:80"
 
 
-class Fleet:
-    """Who is ready, what each answers, and what dispatch says of them. Its loop runs in a thread, as the pool's."""
+class ScriptedFleet:
+    """Who is ready, what each answers, and what dispatch says of them. Its loop runs in a thread, as the client's."""
 
     def __init__(self, num_workers: int = 1, answer: Answer = answer_well, **settings: Any) -> None:
         self.config = RolloutConfig(**settings)
         self.workers = [Worker(number) for number in range(num_workers)]
         self.answer = answer
         self.ready_ones = set(range(num_workers))
-        self.lives: dict[int, int] = dict.fromkeys(range(num_workers), 0)
+        self.generations: dict[int, int] = dict.fromkeys(range(num_workers), 0)
         self.most_requests: dict[int, int] = defaultdict(lambda: 1000)
-        self.recover: Callable[[], None] | None = None  # what is done about it where no worker is ready
-        self.is_well = True  # by its own word, when asked for its health
+        # What whoever waits for answers does where no worker is ready; None: it can do nothing.
+        self.recover: Callable[[], None] | None = None
+        self.can_recover = True  # whether weights could make a worker ready
+        self.version: int | None = 5
+        self.says_well = True  # by its own word, when asked for its health
         self.stops_when_one_is_lost = False
         self.asked: list[tuple[int, str]] = []  # (worker, request), in order
         self.told: list[tuple[Any, ...]] = []  # (what of, worker, ...), in order
@@ -89,7 +92,8 @@ class Fleet:
     def begin(self, *requests: GenerateRequest) -> tuple[Dispatch, RolloutCounts, Future[None]]:
         """A rollout whose requests have all come as far as they come by themselves."""
         counts = RolloutCounts()
-        dispatch = Dispatch(self, counts, may_update=self.recover is not None)  # type: ignore[arg-type]
+        updates = self.recover is not None
+        dispatch = Dispatch(self, self, self.config, counts, updates=updates)  # type: ignore[arg-type]
         running = self.start(dispatch.run(requests))
         self.settle()
         return dispatch, counts, running
@@ -97,10 +101,10 @@ class Fleet:
     def generate(self, *requests: GenerateRequest) -> tuple[dict[int, list[Completion] | None], RolloutCounts]:
         """What becomes of each request, by its place."""
         dispatch, counts, _ = self.begin(*requests)
-        return dict(self.next_result(dispatch) for _ in requests), counts
+        return dict(self.next_answer(dispatch) for _ in requests), counts
 
-    def next_result(self, dispatch: Dispatch) -> tuple[int, list[Completion] | None]:
-        """What comes next, after as many updates as that takes."""
+    def next_answer(self, dispatch: Dispatch) -> Answered:
+        """The next result, with weights given anew wherever they are asked for."""
         while isinstance(result := dispatch.next_result(), NoneReady):
             assert self.recover is not None
             self.recover()
@@ -115,7 +119,7 @@ class Fleet:
 
         self.start(let_others_run()).result()
 
-    # What dispatch asks of the pool.
+    # What dispatch asks of the client and of the roster.
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -132,19 +136,19 @@ class Fleet:
             raise WorkerGone("no rollout worker is left")
         return self.ready()
 
-    def is_any_left(self) -> bool:
-        return True
+    def generation(self, worker: Worker) -> int:
+        return self.generations[worker.number]
 
-    def life(self, worker: Worker) -> int:
-        return self.lives[worker.number]
-
-    async def completions(self, worker: Worker, request: GenerateRequest, *, timeout_s: float) -> list[Completion]:
+    async def completions(
+        self, worker: Worker, request: GenerateRequest, *, version: int | None, timeout_s: float
+    ) -> list[Completion]:
+        assert version == self.version
         self.asked.append((worker.number, request.id))
         self.timeouts.add(timeout_s)
         return await self.answer(worker.number, request)
 
-    async def answers(self, worker: Worker) -> bool:
-        return self.is_well
+    async def is_well(self, worker: Worker) -> bool:
+        return self.says_well
 
     async def post(self, worker: Worker, path: str, body: dict[str, Any], *, timeout_s: float) -> object:
         assert path == "/abort_request"
@@ -152,18 +156,18 @@ class Fleet:
         self.on_abort()
         return {}
 
-    def found_well(self, worker: Worker) -> None:
+    def mark_well(self, worker: Worker) -> None:
         self.told.append(("well", worker.number))
 
-    def found_stale(self, worker: Worker, versions: Sequence[int]) -> None:
+    def mark_stale(self, worker: Worker, versions: Sequence[int]) -> None:
         self.told.append(("stale", worker.number, list(versions)))
         self.ready_ones.discard(worker.number)
 
-    def found_faulty(self, worker: Worker, fault: Exception, *, life: int) -> None:
-        self.told.append(("faulty", worker.number, str(fault), life))
+    def mark_faulty(self, worker: Worker, fault: Exception, *, generation: int) -> None:
+        self.told.append(("faulty", worker.number, str(fault), generation))
 
-    def lose(self, worker: Worker, reason: str, *, life: int) -> None:
-        self.told.append(("lost", worker.number, reason, life))
+    def lose(self, worker: Worker, reason: str, *, generation: int) -> None:
+        self.told.append(("lost", worker.number, reason, generation))
         self.ready_ones.discard(worker.number)
         if self.stops_when_one_is_lost:
             raise WorkerGone(f"rollout worker {worker.number} is lost ({reason}), and --on-lost-worker is stop")

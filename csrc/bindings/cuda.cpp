@@ -1,7 +1,5 @@
-// The CUDA kernels, under names that begin with cuda_. Tensors and the stream come in as addresses, as in bindings.cpp;
-// the caller has made the tensors' device the current one.
-#include "cuda_bindings.h"
-
+// The CUDA kernels, under names that begin with cuda_. Tensors and the stream come in as addresses; the caller has made
+// the tensors' device the current one.
 #include <pybind11/stl.h>
 
 #include <cstdint>
@@ -10,6 +8,7 @@
 #include <vector>
 
 #include "address.h"
+#include "bindings/bindings.h"
 #include "check.h"
 #include "cuda/grpo_cluster.h"
 #include "cuda/grpo_rows.h"
@@ -20,6 +19,7 @@ namespace py = pybind11;
 
 namespace {
 
+using py::arg;
 using xrl::Address;
 using xrl::at;
 
@@ -61,13 +61,13 @@ void logprob_gradient(Address logits, int64_t num_rows, int64_t num_columns, int
 }
 
 void grpo_rows(Address logprob, Address entropy, Address old_logprobs, Address rollout_logprobs,
-               Address reference_logprobs, Address advantages, Address weights, int64_t num_rows,
+               Address reference_logprobs, Address advantages, Address shares, int64_t num_rows,
                const xrl::GrpoParamsTuple& params, Address out, Address stream) {
   xrl::check(num_rows >= 0, "num_rows must be >= 0");
   xrl::cuda::grpo_rows(at<const float>(logprob), at<const float>(entropy),
                        xrl::GrpoInputs{at<const float>(old_logprobs), at<const float>(rollout_logprobs),
                                        at<const float>(reference_logprobs), at<const float>(advantages),
-                                       at<const float>(weights)},
+                                       at<const float>(shares)},
                        xrl::grpo_params(params), xrl::GrpoOutputs{at<float>(out), num_rows}, at<CUstream_st>(stream));
 }
 
@@ -75,7 +75,7 @@ void grpo_rows(Address logprob, Address entropy, Address old_logprobs, Address r
 template <typename T>
 bool grpo_single_pass(Address logits, int64_t num_rows, int64_t num_columns, int64_t row_stride, Address token_ids,
                       bool ids_are_64_bit, int64_t vocab_start, float inverse_temperature, Address old_logprobs,
-                      Address rollout_logprobs, Address reference_logprobs, Address advantages, Address weights,
+                      Address rollout_logprobs, Address reference_logprobs, Address advantages, Address shares,
                       const xrl::GrpoParamsTuple& params, float factor, Address gradient, int64_t gradient_stride,
                       int64_t num_gradient_columns, Address out, Address stream) {
   check_rows(num_rows, num_columns, row_stride);
@@ -87,7 +87,7 @@ bool grpo_single_pass(Address logits, int64_t num_rows, int64_t num_columns, int
       xrl::LogitRows<T>{at<const T>(logits), num_rows, num_columns, row_stride},
       xrl::cuda::ChosenTokens{at<const void>(token_ids), ids_are_64_bit, vocab_start, inverse_temperature},
       xrl::GrpoInputs{at<const float>(old_logprobs), at<const float>(rollout_logprobs),
-                      at<const float>(reference_logprobs), at<const float>(advantages), at<const float>(weights)},
+                      at<const float>(reference_logprobs), at<const float>(advantages), at<const float>(shares)},
       xrl::grpo_params(params), factor, xrl::OutputRows<T>{at<T>(gradient), gradient_stride, num_gradient_columns},
       xrl::SinglePassOutputs{at<float>(out), num_rows}, at<CUstream_st>(stream));
 }
@@ -100,11 +100,21 @@ std::vector<std::string> architectures() {
   return names;
 }
 
+// Every kernel under its name and the number format's.
 template <typename T>
 void bind(py::module_& module, const std::string& suffix) {
-  module.def(("cuda_logprob_statistics" + suffix).c_str(), &logprob_statistics<T>);
-  module.def(("cuda_logprob_gradient" + suffix).c_str(), &logprob_gradient<T>);
-  module.def(("cuda_grpo_single_pass" + suffix).c_str(), &grpo_single_pass<T>);
+  module.def(("cuda_logprob_statistics" + suffix).c_str(), &logprob_statistics<T>, arg("logits"), arg("num_rows"),
+             arg("num_columns"), arg("row_stride"), arg("token_ids"), arg("ids_are_64_bit"), arg("vocab_start"),
+             arg("inverse_temperature"), arg("statistics"), arg("stream"));
+  module.def(("cuda_logprob_gradient" + suffix).c_str(), &logprob_gradient<T>, arg("logits"), arg("num_rows"),
+             arg("num_columns"), arg("row_stride"), arg("token_ids"), arg("ids_are_64_bit"), arg("vocab_start"),
+             arg("inverse_temperature"), arg("maximum"), arg("log_sum"), arg("entropy"), arg("grad_logprob"),
+             arg("grad_entropy"), arg("out"), arg("out_stride"), arg("num_out_columns"), arg("stream"));
+  module.def(("cuda_grpo_single_pass" + suffix).c_str(), &grpo_single_pass<T>, arg("logits"), arg("num_rows"),
+             arg("num_columns"), arg("row_stride"), arg("token_ids"), arg("ids_are_64_bit"), arg("vocab_start"),
+             arg("inverse_temperature"), arg("old_logprobs"), arg("rollout_logprobs"), arg("reference_logprobs"),
+             arg("advantages"), arg("shares"), arg("settings"), arg("factor"), arg("gradient"), arg("gradient_stride"),
+             arg("num_gradient_columns"), arg("out"), arg("stream"));
 }
 
 }  // namespace
@@ -115,5 +125,7 @@ void xrl::bind_cuda(py::module_& module) {
   module.def("cuda_why_not", &xrl::cuda::why_not, "Why the CUDA kernels cannot run on the current device, or ''.");
   bind<float>(module, "_f32");
   bind<xrl::cuda::Bfloat16>(module, "_bf16");
-  module.def("cuda_grpo_rows", &grpo_rows);
+  module.def("cuda_grpo_rows", &grpo_rows, arg("logprob"), arg("entropy"), arg("old_logprobs"), arg("rollout_logprobs"),
+             arg("reference_logprobs"), arg("advantages"), arg("shares"), arg("num_rows"), arg("settings"), arg("out"),
+             arg("stream"));
 }

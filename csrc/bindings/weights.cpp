@@ -1,5 +1,4 @@
-#include "weights_bindings.h"
-
+// What moves weights between processes: sums over bytes as they are copied, and counters in shared memory.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "address.h"
+#include "bindings/bindings.h"
 #include "check.h"
 #include "cpu/checksum.h"
 #include "cpu/steps.h"
@@ -20,6 +20,7 @@ namespace py = pybind11;
 
 namespace {
 
+using py::arg;
 using xrl::Address;
 using xrl::at;
 
@@ -77,7 +78,8 @@ void copy_and_add_sums(Address source, Address target, int64_t offset, int64_t n
                at<uint64_t>(columns));
 }
 
-// The sum, modulo 2^64, of mix(checksum, hash) over tensors of (place in the sums, rows, hash of its name, dtype, shape).
+// The sum, modulo 2^64, of mix(checksum, hash) over tensors of (place in the sums, rows, hash of its name, dtype and
+// shape).
 uint64_t checksum_from_sums(const std::vector<Address>& shares,
                             const std::vector<std::tuple<int64_t, int64_t, uint64_t>>& tensors) {
   xrl::check(!shares.empty(), "there must be a share of the sums");
@@ -107,9 +109,10 @@ bool wait_for_step(Address counter, int32_t step, double seconds) {
 }  // namespace
 
 void xrl::bind_weights(py::module_& module) {
-  module.def("tensor_checksum", &tensor_checksum);
-  module.def("copy_and_add_sums", &copy_and_add_sums);
-  module.def("checksum_from_sums", &checksum_from_sums);
-  module.def("set_step", &::set_step);
-  module.def("wait_for_step", &::wait_for_step);
+  module.def("tensor_checksum", &tensor_checksum, arg("bytes"), arg("num_bytes"), arg("target"), arg("num_threads"));
+  module.def("copy_and_add_sums", &copy_and_add_sums, arg("source"), arg("target"), arg("offset"), arg("num_bytes"),
+             arg("dimensions"), arg("rows"), arg("columns"));
+  module.def("checksum_from_sums", &checksum_from_sums, arg("shares"), arg("tensors"));
+  module.def("set_step", &::set_step, arg("counter"), arg("step"));
+  module.def("wait_for_step", &::wait_for_step, arg("counter"), arg("step"), arg("seconds"));
 }

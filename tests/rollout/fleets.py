@@ -1,4 +1,4 @@
-"""Pools of real worker processes around the scripted engine, and what goes through them."""
+"""Fleets of real worker processes around the scripted engine, and what goes through them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from tests.rollout.scripted_engine import ANSWER
-from xrl.rollout.pool import RolloutCounts, WorkerPool
+from xrl.rollout.fleet import Fleet, RolloutCounts
 from xrl.types import Completion, GenerateRequest, SamplingParams, WeightBucket
 
 ENGINE = "tests.rollout.scripted_engine:make"
 VOCAB_SIZE = 9999
 ROOT = Path(__file__).parents[2]
-MakePool = Callable[..., WorkerPool]
+MakeFleet = Callable[..., Fleet]
 
 
 def bucket(layer: str, value: float, *, version: int = 0, size: int = 3) -> WeightBucket:
@@ -27,12 +27,10 @@ def request(place: int, action: int = ANSWER, *, num_samples: int = 2) -> Genera
     return GenerateRequest(id=f"r{place}", token_ids=[action, place], num_samples=num_samples, sampling=sampling)
 
 
-def generate(
-    pool: WorkerPool, requests: list[GenerateRequest]
-) -> tuple[dict[int, list[Completion] | None], RolloutCounts]:
+def generate(fleet: Fleet, requests: list[GenerateRequest]) -> tuple[dict[int, list[Completion] | None], RolloutCounts]:
     counts = RolloutCounts()
     results: dict[int, list[Completion] | None] = {}
-    for place, completions in pool.generate(requests, counts):
+    for place, completions in fleet.generate(requests, counts):
         assert place not in results
         results[place] = completions
     return results, counts

@@ -16,20 +16,20 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.rollout.pools import ENGINE, ROOT, MakePool, bucket, generate, request
+from tests.rollout.fleets import ENGINE, ROOT, MakeFleet, bucket, generate, request
 from tests.rollout.scripted_engine import ANSWER, DIE, FAIL, FAIL_ONCE, HANG, LINGER, SLOW, SLOW_S
 from xrl.launch.exit import RunFailed
 from xrl.rollout import protocol
 from xrl.rollout.access import new_key
-from xrl.rollout.pool import RolloutCounts, WorkerGone
+from xrl.rollout.fleet import RolloutCounts, WorkerGone
 from xrl.rollout.process import WorkerProcess
 from xrl.rollout.publish import WeightStream
 from xrl.types import Completion
 
 
-def test_every_prompt_is_answered_once_by_some_worker(make_pool: MakePool) -> None:
-    pool = make_pool(2, rollout_max_batch_size=4)
-    results, counts = generate(pool, [request(place) for place in range(40)])
+def test_every_prompt_is_answered_once_by_some_worker(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(2, rollout_max_batch_size=4)
+    results, counts = generate(fleet, [request(place) for place in range(40)])
     assert sorted(results) == list(range(40))
     for place, completions in results.items():
         assert completions is not None
@@ -37,48 +37,48 @@ def test_every_prompt_is_answered_once_by_some_worker(make_pool: MakePool) -> No
     assert counts == RolloutCounts(sent=40, finished=40)
 
 
-def test_failing_request_is_retried_and_counted(make_pool: MakePool) -> None:
-    pool = make_pool(2)
-    results, counts = generate(pool, [request(0), request(1, FAIL_ONCE), request(2)])
+def test_failing_request_is_retried_and_counted(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(2)
+    results, counts = generate(fleet, [request(0), request(1, FAIL_ONCE), request(2)])
     assert all(results.values())
     assert counts.finished == 3
     assert counts.retried >= 1
 
 
-def test_request_that_always_fails_is_given_up_and_the_others_finish(make_pool: MakePool) -> None:
-    pool = make_pool(1, rollout_max_retries=2)
-    results, counts = generate(pool, [request(0), request(1, FAIL), request(2)])
+def test_request_that_always_fails_is_given_up_and_the_others_finish(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1, rollout_max_retries=2)
+    results, counts = generate(fleet, [request(0), request(1, FAIL), request(2)])
     assert results[1] is None
     assert results[0] and results[2]
     assert counts == RolloutCounts(sent=3, finished=2, failed=1, retried=2)
 
 
-def test_request_without_an_answer_runs_into_the_time_out(make_pool: MakePool) -> None:
-    pool = make_pool(1, rollout_timeout_s=0.5, rollout_max_retries=1)
-    results, counts = generate(pool, [request(0, HANG), request(1)])
+def test_request_without_an_answer_runs_into_the_time_out(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1, rollout_timeout_s=0.5, rollout_max_retries=1)
+    results, counts = generate(fleet, [request(0, HANG), request(1)])
     assert results[0] is None
     assert results[1]
     assert counts.failed == 1
 
 
-def test_request_that_ran_into_the_time_out_may_still_be_ending_in_the_engine(make_pool: MakePool) -> None:
-    pool = make_pool(1, rollout_timeout_s=0.3, rollout_max_retries=1)
-    results, counts = generate(pool, [request(0, LINGER)])
+def test_request_that_ran_into_the_time_out_may_still_be_ending_in_the_engine(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1, rollout_timeout_s=0.3, rollout_max_retries=1)
+    results, counts = generate(fleet, [request(0, LINGER)])
     assert results == {0: None}
     assert counts == RolloutCounts(sent=1, failed=1, retried=1)
-    log = pool.workers[0].log.read_text()
+    log = fleet.workers[0].log.read_text()
     assert "already in flight" not in log  # neither try stood in the other's way
     # The next weights wait for it.
-    WeightStream(pool).publish([bucket("layers.0", 1.0, version=1)], version=1)
+    WeightStream(fleet).publish([bucket("layers.0", 1.0, version=1)], version=1)
 
 
-def test_prompts_of_a_worker_that_dies_go_to_the_other_one(make_pool: MakePool) -> None:
-    pool = make_pool(2, rollout_max_batch_size=8, rollout_max_retries=3)
-    victim = pool.workers[0]._process
+def test_prompts_of_a_worker_that_dies_go_to_the_other_one(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(2, rollout_max_batch_size=8, rollout_max_retries=3)
+    victim = fleet.workers[0]._process
     requests = [request(place) for place in range(30)]
     counts = RolloutCounts()
     results = {}
-    for place, completions in pool.generate(requests, counts):
+    for place, completions in fleet.generate(requests, counts):
         if not results:
             victim.send_signal(signal.SIGKILL)
             victim.wait()
@@ -86,60 +86,60 @@ def test_prompts_of_a_worker_that_dies_go_to_the_other_one(make_pool: MakePool) 
         results[place] = completions
     assert sorted(results) == list(range(30))
     assert all(results.values())
-    assert len(pool.alive) == 1
-    again, _ = generate(pool, requests)
+    assert len(fleet.ready()) == 1
+    again, _ = generate(fleet, requests)
     assert all(again.values())
 
 
-def test_prompts_of_a_worker_that_is_told_to_end_go_to_the_other_one(make_pool: MakePool) -> None:
-    pool = make_pool(2, rollout_max_batch_size=8)
-    victim = pool.workers[0]._process
+def test_prompts_of_a_worker_that_is_told_to_end_go_to_the_other_one(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(2, rollout_max_batch_size=8)
+    victim = fleet.workers[0]._process
     threading.Timer(SLOW_S / 4, victim.terminate).start()
-    results, counts = generate(pool, [request(place, SLOW) for place in range(6)])
+    results, counts = generate(fleet, [request(place, SLOW) for place in range(6)])
     assert {completion.finish_reason for answers in results.values() for completion in answers or []} == {"stop"}
     assert counts.finished == 6 and counts.retried >= 1 and counts.failed == 0
 
 
 def test_worker_that_hangs_is_lost_and_gets_no_more_requests(
-    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+    make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xrl.rollout.pool.HEALTH_TIMEOUT_S", 1.0)
-    pool = make_pool(2, rollout_timeout_s=1.0, rollout_max_batch_size=2, rollout_max_restarts=0)
-    pool.workers[0]._process.send_signal(signal.SIGSTOP)
-    results, counts = generate(pool, [request(place) for place in range(12)])
+    monkeypatch.setattr("xrl.rollout.client.HEALTH_TIMEOUT_S", 1.0)
+    fleet = make_fleet(2, rollout_timeout_s=1.0, rollout_max_batch_size=2, rollout_max_restarts=0)
+    fleet.workers[0]._process.send_signal(signal.SIGSTOP)
+    results, counts = generate(fleet, [request(place) for place in range(12)])
     assert all(results.values()) and counts.finished == 12
-    assert pool.num_lost == 1 and [worker.number for worker in pool.alive] == [1]
+    assert fleet.num_lost == 1 and [worker.number for worker in fleet.ready()] == [1]
 
 
-def test_end_of_the_last_worker_is_an_error_that_names_its_log(make_pool: MakePool) -> None:
-    pool = make_pool(1)
+def test_end_of_the_last_worker_is_an_error_that_names_its_log(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1)
     with pytest.raises(WorkerGone, match="rollout_worker_0.log"):
-        generate(pool, [request(0, DIE), request(1, HANG)])
+        generate(fleet, [request(0, DIE), request(1, HANG)])
 
 
-def test_worker_that_cannot_start_shows_the_end_of_its_log(make_pool: MakePool) -> None:
-    pool = make_pool(1, engine="no.such.module:make", update=False)
+def test_worker_that_cannot_start_shows_the_end_of_its_log(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1, engine="no.such.module:make", update=False)
     with pytest.raises(RuntimeError, match="(?s)ended at its start.*no"):
-        pool.wait_until_ready()
+        fleet.wait_until_ready()
 
 
-def test_worker_without_weights_refuses_to_generate(make_pool: MakePool) -> None:
-    pool = make_pool(1, update=False, rollout_max_retries=0)
-    results, counts = generate(pool, [request(0)])
+def test_worker_without_weights_refuses_to_generate(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1, update=False, rollout_max_retries=0)
+    results, counts = generate(fleet, [request(0)])
     assert results == {0: None}
     assert counts.failed == 1
 
 
-def test_refused_requests_do_not_count_as_running(make_pool: MakePool) -> None:
-    pool = make_pool(1, update=False, rollout_max_retries=0)
-    generate(pool, [request(0)])
-    with urllib.request.urlopen(pool.workers[0].url + protocol.HEALTH) as answer:
+def test_refused_requests_do_not_count_as_running(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1, update=False, rollout_max_retries=0)
+    generate(fleet, [request(0)])
+    with urllib.request.urlopen(fleet.workers[0].url + protocol.HEALTH) as answer:
         assert json.load(answer)["num_running"] == 0
 
 
-def test_every_update_takes_effect_on_every_worker(make_pool: MakePool) -> None:
-    pool = make_pool(2)
-    publisher = WeightStream(pool)
+def test_every_update_takes_effect_on_every_worker(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(2)
+    publisher = WeightStream(fleet)
     for version in (1, 2, 3):
         report = publisher.publish(
             iter([bucket("layers.0", 1.0, version=version), bucket("final", float(version), size=5, version=version)]),
@@ -147,22 +147,22 @@ def test_every_update_takes_effect_on_every_worker(make_pool: MakePool) -> None:
         )
         assert report.num_tensors == 2
         assert report.num_bytes == 4 * 8
-        results, _ = generate(pool, [request(place) for place in range(8)])
+        results, _ = generate(fleet, [request(place) for place in range(8)])
         for completions in results.values():
             assert completions is not None
             assert {completion.weights_version for completion in completions} == {version}
             assert completions[0].logprobs[0] == -(3.0 + 5.0 * version)
 
 
-def test_refused_layer_is_named_with_the_worker(make_pool: MakePool) -> None:
-    pool = make_pool(1)
+def test_refused_layer_is_named_with_the_worker(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1)
     with pytest.raises(RuntimeError, match=r"weights version 1, bad: rollout worker 0 \(.*wrong shape"):
-        WeightStream(pool).publish([bucket("bad", 1.0)], version=1)
+        WeightStream(fleet).publish([bucket("bad", 1.0)], version=1)
 
 
-def test_memory_for_weights_is_used_again(make_pool: MakePool) -> None:
-    pool = make_pool(1)
-    publisher = WeightStream(pool)
+def test_memory_for_weights_is_used_again(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1)
+    publisher = WeightStream(fleet)
     sizes = set()
     for version in range(1, 20):
         publisher.publish([bucket(f"layers.{i}", 1.0, size=50_000) for i in range(3)], version=version)
@@ -170,18 +170,20 @@ def test_memory_for_weights_is_used_again(make_pool: MakePool) -> None:
     assert len(sizes) == 1
 
 
-def test_worker_that_died_during_an_update_is_left_out(make_pool: MakePool) -> None:
-    pool = make_pool(2)
-    pool.workers[1]._process.kill()
-    pool.workers[1]._process.wait()
-    WeightStream(pool).publish([bucket("layers.0", 2.0)], version=1)
-    results, _ = generate(pool, [request(place) for place in range(4)])
+def test_worker_that_died_during_an_update_is_left_out(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(2)
+    fleet.workers[1]._process.kill()
+    fleet.workers[1]._process.wait()
+    WeightStream(fleet).publish([bucket("layers.0", 2.0)], version=1)
+    results, _ = generate(fleet, [request(place) for place in range(4)])
     assert all(results.values())
 
 
-def test_a_process_that_takes_long_to_end_holds_nobody_up(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = make_pool(2)
-    victim = pool.workers[0]
+def test_a_process_that_takes_long_to_end_holds_nobody_up(
+    make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = make_fleet(2)
+    victim = fleet.workers[0]
     may_end, restart = threading.Event(), victim.restart
 
     def restart_late() -> None:
@@ -189,30 +191,30 @@ def test_a_process_that_takes_long_to_end_holds_nobody_up(make_pool: MakePool, m
         restart()
 
     monkeypatch.setattr(victim, "restart", restart_late)
-    pool.lose(victim, "it hangs")
-    results, _ = generate(pool, [request(place) for place in range(4)])
-    assert all(results.values()) and [worker.number for worker in pool.reachable()] == [1]
+    fleet.roster.lose(victim, "it hangs")
+    results, _ = generate(fleet, [request(place) for place in range(4)])
+    assert all(results.values()) and [worker.number for worker in fleet.reachable()] == [1]
     may_end.set()
-    WeightStream(pool).publish([bucket("layers.0", 1.0)], version=1)
-    assert pool.num_restarted == 1
+    WeightStream(fleet).publish([bucket("layers.0", 1.0)], version=1)
+    assert fleet.num_restarted == 1
 
 
-def test_a_process_that_does_not_end_is_left_and_named(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_does_not_end_is_left_and_named(make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xrl.rollout.process.KILL_TIMEOUT_S", 0.05)
-    pool = make_pool(1)
-    process = pool.workers[0]._process
+    fleet = make_fleet(1)
+    process = fleet.workers[0]._process
     monkeypatch.setattr(process, "kill", lambda: None)  # as one that hangs in a driver
-    pool.lose(pool.workers[0], "it hangs")
+    fleet.roster.lose(fleet.workers[0], "it hangs")
     with pytest.raises(WorkerGone, match=f"process {process.pid} of rollout worker 0 was killed and does not end"):
-        pool.reachable()
+        fleet.reachable()
     monkeypatch.undo()
 
 
-def test_closing_ends_what_is_about_to_be_started_again(make_pool: MakePool) -> None:
-    pool = make_pool(1)
-    pool.lose(pool.workers[0], "it hangs")
-    pool.close()
-    assert not pool.workers[0].is_alive
+def test_closing_ends_what_is_about_to_be_started_again(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1)
+    fleet.roster.lose(fleet.workers[0], "it hangs")
+    fleet.close()
+    assert not fleet.workers[0].is_alive
 
 
 @pytest.mark.parametrize(
@@ -239,18 +241,18 @@ def test_what_a_worker_prints_at_its_start_is_checked(tmp_path: Path, line: str,
         worker.join(0.0)
 
 
-def test_closing_ends_workers_at_once_even_while_they_generate(make_pool: MakePool) -> None:
-    pool = make_pool(2)
-    stream = pool.generate([request(0), request(1, HANG)], RolloutCounts())
+def test_closing_ends_workers_at_once_even_while_they_generate(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(2)
+    stream = fleet.generate([request(0), request(1, HANG)], RolloutCounts())
     next(stream)
-    pool.close()
-    assert not any(worker.is_alive for worker in pool.workers)
+    fleet.close()
+    assert not any(worker.is_alive for worker in fleet.workers)
 
 
-def test_ctrl_c_of_the_process_group_does_not_end_a_worker(make_pool: MakePool) -> None:
-    pool = make_pool(1)
-    os.kill(pool.workers[0]._process.pid, signal.SIGINT)
-    results, _ = generate(pool, [request(0)])
+def test_ctrl_c_of_the_process_group_does_not_end_a_worker(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1)
+    os.kill(fleet.workers[0]._process.pid, signal.SIGINT)
+    results, _ = generate(fleet, [request(0)])
     assert results[0]
 
 
@@ -260,10 +262,10 @@ def test_workers_end_when_their_trainer_is_killed(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 from xrl.config import RolloutConfig
-from xrl.rollout.pool import WorkerPool
-pool = WorkerPool(RolloutConfig(engine={ENGINE!r}), model_dir=Path("."), dtype="float32", devices=["cpu"] * 2,
+from xrl.rollout.fleet import Fleet
+fleet = Fleet(RolloutConfig(engine={ENGINE!r}), model_dir=Path("."), dtype="float32", devices=["cpu"] * 2,
                   num_threads=1, max_model_len=8, vocab_size=9, log_dir=Path({str(tmp_path)!r}))
-pool.wait_until_ready()
+fleet.wait_until_ready()
 print("ready", flush=True)
 time.sleep(60)
 """
@@ -290,11 +292,11 @@ def test_workers_and_what_asks_them_import_no_transformers_and_no_megatron() -> 
 
 
 def test_worker_gets_no_more_requests_at_once_than_it_takes(
-    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+    make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = make_pool(1)
-    pool.workers[0].max_requests = 3
-    completions, at_once, most = pool.completions, 0, 0
+    fleet = make_fleet(1)
+    fleet.workers[0].max_requests = 3
+    completions, at_once, most = fleet.client.completions, 0, 0
 
     async def counted(*arguments: Any, **options: Any) -> list[Completion]:
         nonlocal at_once, most
@@ -305,8 +307,8 @@ def test_worker_gets_no_more_requests_at_once_than_it_takes(
         finally:
             at_once -= 1
 
-    monkeypatch.setattr(pool, "completions", counted)
-    _, counts = generate(pool, [request(place) for place in range(40)])
+    monkeypatch.setattr(fleet.client, "completions", counted)
+    _, counts = generate(fleet, [request(place) for place in range(40)])
     assert counts == RolloutCounts(sent=40, finished=40)
     assert most == 3
 
@@ -315,17 +317,17 @@ def test_few_open_files_hold_requests_back_and_lose_none(tmp_path: Path) -> None
     """A process of its own, whose hard limit no more than a hundred connections fit under."""
     program = f"""
 import logging, pathlib
-from tests.rollout.pools import *
+from tests.rollout.fleets import *
 from xrl.config import RolloutConfig
 from xrl.rollout.publish import WeightStream
 from xrl.types import Completion
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 folder = pathlib.Path({str(tmp_path)!r})
 settings = dict(model_dir=folder, dtype="float32", num_threads=1, max_model_len=64, vocab_size=9999, log_dir=folder)
-with WorkerPool(RolloutConfig(engine=ENGINE), devices=["cpu"] * 2, **settings) as pool:
-    WeightStream(pool).publish([bucket("layers.0", 1.0)], version=0)
+with Fleet(RolloutConfig(engine=ENGINE), devices=["cpu"] * 2, **settings) as fleet:
+    WeightStream(fleet).publish([bucket("layers.0", 1.0)], version=0)
     for _ in range(2):
-        results, counts = generate(pool, [request(place, num_samples=1) for place in range(1500)])
+        results, counts = generate(fleet, [request(place, num_samples=1) for place in range(1500)])
         print(len(results), counts.finished, counts.failed, counts.retried)
 """
     found = subprocess.run(
@@ -339,14 +341,14 @@ with WorkerPool(RolloutConfig(engine=ENGINE), devices=["cpu"] * 2, **settings) a
     assert found.stderr.count("limit of open files (200 of this process)") == 1
 
 
-def test_worker_is_heard_where_many_files_are_open(make_pool: MakePool) -> None:
+def test_worker_is_heard_where_many_files_are_open(make_fleet: MakeFleet) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < 2048:
         pytest.skip(f"no more than {hard} files may be open here")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
     files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
     try:
-        assert make_pool(1).workers[0]._process.stdout.fileno() > 1024
+        assert make_fleet(1).workers[0]._process.stdout.fileno() > 1024
     finally:
         for file in files:
             os.close(file)
