@@ -60,12 +60,13 @@ class SamplingArrays:
         self.top_k = torch.tensor([s.top_k for s in settings], dtype=torch.int64, device=device)
         self.top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float32, device=device)
         self._seeds = np.array([s.seed for s in settings], dtype=np.int64)
-        self._samples = np.array([row.sample for row in rows], dtype=np.int64)
+        self._samples = np.array([row.job.request.first_sample + row.sample for row in rows], dtype=np.int64)
+        self._num_drawn = np.array([row.job.request.num_drawn for row in rows], dtype=np.int64)
         self._device = device
 
-    def uniforms(self, positions: np.ndarray) -> Tensor:
-        """[N] fp64 for the tokens at these positions of the responses."""
-        return torch.from_numpy(uniforms(self._seeds, self._samples, positions)).to(self._device)
+    def uniforms(self, lengths: np.ndarray) -> Tensor:
+        """[N] fp64 for the next tokens of rows that have drawn so many since their requests came."""
+        return torch.from_numpy(uniforms(self._seeds, self._samples, self._num_drawn + lengths)).to(self._device)
 
 
 class DecodeBatch:
