@@ -129,6 +129,8 @@ class WorkerPool:
             f"--max-batch-size={config.rollout_max_batch_size}",
             f"--num-threads={num_threads}",
             f"--max-model-len={max_model_len}",
+            f"--num-workers-on-host={len(devices)}",
+            *([] if config.rollout_kv_cache_gb is None else [f"--kv-cache-gb={config.rollout_kv_cache_gb}"]),
         ]
         self.workers: list[Any] = [
             RemoteWorker(number, host, port, access=self.access)

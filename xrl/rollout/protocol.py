@@ -1,8 +1,8 @@
 """What goes over HTTP between the trainer and a rollout worker.
 
-`/generate` takes LMDeploy's native schema and answers in it; `n`, `seed`, `request_id`, `first_sample` and
-`num_drawn` are ours: with `n` the answer is a list. Weights are announced under /xrl/v1/ and travel as xrl.weights.transport says. Each call shows what
-xrl.rollout.access says.
+`/generate` takes LMDeploy's native schema and answers in it; `n`, `seed`, `request_id`, `first_sample` and `num_drawn`
+are ours: with `n` the answer is a list. Weights are announced under /xrl/v1/ and travel as xrl.weights.transport says.
+Each call shows what xrl.rollout.access says.
 """
 
 from __future__ import annotations
