@@ -51,12 +51,18 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One prompt and how many answers to draw for it."""
+    """One prompt and how many answers to draw for it, or to go on with.
+
+    What is drawn depends on the seed, the sample's ordinal and the token's place in the response, so a group that is
+    asked for in several requests, or an answer that goes on in another, draws what one request would have drawn.
+    """
 
     id: str  # unique among the requests in flight
-    token_ids: Sequence[int]  # [L] prompt
+    token_ids: Sequence[int]  # [L] prompt, and the response so far
     num_samples: int
-    sampling: SamplingParams
+    sampling: SamplingParams  # max_new_tokens counts those to come
+    first_sample: int = 0  # ordinal of the first sample within its group
+    num_drawn: int = 0  # so many at the end of token_ids are the response so far, the same of all samples
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ FAULTS = (
     "the stop token is left out",
     "all samples are one",
     "seeds are ignored",
+    "all groups start at their first sample",
     "sleep frees nothing",
     "answers while asleep",
     "wake brings other weights",
@@ -76,6 +77,8 @@ class BigramEngine:
         sampling, future = request.sampling, Future[list[Completion]]()
         if not request.token_ids or max(request.token_ids) >= VOCAB_SIZE or request.num_samples < 1:
             raise ValueError("the request cannot run")
+        if not 0 <= request.num_drawn < len(request.token_ids) or request.first_sample < 0:
+            raise ValueError("no such place in a group")
         too_long = len(request.token_ids) + sampling.max_new_tokens > MAX_MODEL_LEN
         if too_long and not self.has("a request that cannot run is cut short"):
             raise ValueError("the request exceeds max_model_len")
@@ -105,6 +108,8 @@ class BigramEngine:
     def _sample(self, request: GenerateRequest, place: int, stop: threading.Event) -> Completion:
         sampling, generator = request.sampling, torch.Generator()
         seed = 0 if self.has("seeds are ignored") else sampling.seed
+        if not self.has("all groups start at their first sample"):
+            place += request.first_sample
         generator.manual_seed(1000 * seed + (0 if self.has("all samples are one") else place))
         ids, logprobs, reason = list(request.token_ids), [], "length"
         while len(ids) < min(len(request.token_ids) + sampling.max_new_tokens, MAX_MODEL_LEN):

@@ -130,6 +130,16 @@ def samples_and_seeds_differ_and_a_seed_repeats(case: Case) -> None:
     assert [completion.token_ids for completion in again] == [completion.token_ids for completion in answers[0]]
 
 
+def a_group_may_be_asked_for_in_parts(case: Case) -> None:
+    case.update(1)
+    whole = generate(case.engine, PROMPTS[1], num_samples=4, seed=5)
+    parts = [
+        *generate(case.engine, PROMPTS[1], num_samples=1, seed=5),
+        *generate(case.engine, PROMPTS[1], num_samples=3, first_sample=1, seed=5),
+    ]
+    assert [completion.token_ids for completion in parts] == [completion.token_ids for completion in whole]
+
+
 def sleep_frees_memory_and_wake_goes_on(case: Case) -> None:
     case.update(0)
     future = case.engine.submit(request(PROMPTS[0], num_samples=2, max_new_tokens=40))
@@ -205,7 +215,15 @@ def wrong_tensors_are_refused_and_the_update_can_go_on(case: Case) -> None:
 
 def requests_that_cannot_run_are_refused(case: Case) -> None:
     case.update(0)
-    impossible = ({"token_ids": []}, {"token_ids": [1 << 30]}, {"max_new_tokens": 1 << 20}, {"num_samples": 0})
+    impossible = (
+        {"token_ids": []},
+        {"token_ids": [1 << 30]},
+        {"max_new_tokens": 1 << 20},
+        {"num_samples": 0},
+        {"num_drawn": 1},
+        {"num_drawn": -1},
+        {"first_sample": -1},
+    )
     for options in impossible:
         with pytest.raises(ValueError):
             generate(case.engine, **{"token_ids": [1], **options})
@@ -230,6 +248,7 @@ CHECKS = (
     buckets_come_in_any_order_and_their_memory_is_used_again,
     a_stop_token_is_the_last_token_with_its_logprob,
     samples_and_seeds_differ_and_a_seed_repeats,
+    a_group_may_be_asked_for_in_parts,
     sleep_frees_memory_and_wake_goes_on,
     weights_may_be_dropped_for_sleep_and_come_while_it_lasts,
     abort_returns_what_there_is_and_spares_the_others,

@@ -38,6 +38,7 @@ FINDS = {
     "the stop token is left out": contract.a_stop_token_is_the_last_token_with_its_logprob,
     "all samples are one": contract.samples_and_seeds_differ_and_a_seed_repeats,
     "seeds are ignored": contract.samples_and_seeds_differ_and_a_seed_repeats,
+    "all groups start at their first sample": contract.a_group_may_be_asked_for_in_parts,
     "sleep frees nothing": contract.sleep_frees_memory_and_wake_goes_on,
     "answers while asleep": contract.sleep_frees_memory_and_wake_goes_on,
     "wake brings other weights": contract.sleep_frees_memory_and_wake_goes_on,

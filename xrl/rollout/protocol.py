@@ -1,8 +1,8 @@
 """What goes over HTTP between the trainer and a rollout worker.
 
-`/generate` takes LMDeploy's native schema and answers in it; `n`, `seed` and `request_id` are ours: with `n` the
-answer is a list. Weights are announced under /xrl/v1/ and travel as xrl.weights.transport says. Each call shows what
-xrl.rollout.access says.
+`/generate` takes LMDeploy's native schema and answers in it; `n`, `seed`, `request_id`, `first_sample` and `num_drawn`
+are ours: with `n` the answer is a list. Weights are announced under /xrl/v1/ and travel as xrl.weights.transport says.
+Each call shows what xrl.rollout.access says.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from xrl.rollout.engine import MAX_STOP_TOKENS
+from xrl.rollout.engine import MAX_STOP_TOKENS, ORDINALS
 from xrl.rollout.fields import INT64, float_of, int_of, ints_of, text_of
 from xrl.types import Completion, GenerateRequest, SamplingParams
 
@@ -38,6 +38,8 @@ def request_to_json(request: GenerateRequest) -> dict[str, Any]:
         "request_id": request.id,
         "input_ids": list(request.token_ids),
         "n": request.num_samples,
+        "first_sample": request.first_sample,
+        "num_drawn": request.num_drawn,
         "return_logprob": True,
         "max_tokens": sampling.max_new_tokens,
         "stop_token_ids": list(sampling.stop_token_ids),
@@ -65,6 +67,8 @@ def request_from_json(
         id=text_of(body, "request_id", longest=MAX_ID_LENGTH, default=default_id),
         token_ids=ints_of(body.get("input_ids"), "input_ids", most=max_prompt_length, within=INT64),
         num_samples=int_of(body, "n", within=range(1, max_samples + 1), default=1),
+        first_sample=int_of(body, "first_sample", within=ORDINALS, default=0),
+        num_drawn=int_of(body, "num_drawn", within=range(max_prompt_length), default=0),
         sampling=SamplingParams(
             temperature=float_of(body, "temperature", low=0.0, high=1e9, default=1.0),
             top_k=int_of(body, "top_k", within=range(2**63), default=0),

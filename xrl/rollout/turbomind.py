@@ -300,7 +300,7 @@ class TurboMindEngine:
                 answer = handle.async_stream_infer(
                     session_id,
                     input_ids=list(job.request.token_ids),
-                    gen_config=self._driver.generation_config(sampling, seed=_sample_seed(sampling.seed, place)),
+                    gen_config=self._driver.generation_config(sampling, seed=_sample_seed(job.request, place)),
                     sequence_start=True,
                     sequence_end=True,
                     step=0,
@@ -377,9 +377,16 @@ def _finish_reason(status: str, token_ids: Sequence[int], request: GenerateReque
     return "length"
 
 
-def _sample_seed(seed: int, place: int) -> int:
-    """64 bits for each sample of a request, unrelated for neighbours."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=8).digest(), "big")
+def _sample_seed(request: GenerateRequest, place: int) -> int:
+    """64 bits for each sample of a group, unrelated for neighbours.
+
+    TurboMind's draws depend on a session's seed and its steps so far: a continuation is drawn with a seed of its own,
+    as with the same one it would draw again what the beginning was drawn with.
+    """
+    key = f"{request.sampling.seed}/{request.first_sample + place}"
+    if request.num_drawn:
+        key += f"/{request.num_drawn}"
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
 def _device_index(device: str) -> int:
