@@ -128,17 +128,13 @@ def test_partial_rollouts_fill_up_what_is_carried_and_end_with_a_batch(
     assert (len(prompts), call["enough"]) == (num_prompts, 2)
 
 
-@pytest.mark.parametrize(("kind", "shares"), [("token-mean", [0.25, 0.25]), ("sequence-mean", [0.5, 1 / 6])])
-def test_the_actor_learns_what_the_algorithm_makes_of_the_answers(
-    make_run: MakeRun, kind: str, shares: list[float]
-) -> None:
-    run = make_run(algorithm={"loss_aggregation": kind})
+def test_the_actor_learns_what_the_algorithm_makes_of_the_answers(make_run: MakeRun) -> None:
+    run = make_run()
     run.train()
-    ((samples, loss, token_weights, fused_loss),) = run.actor.updates
+    ((samples, algorithm),) = run.actor.updates
     scored = run.algorithm.score(run.collector.groups(1))
     assert list(map(contents, samples)) == list(map(contents, scored.samples)) and len(samples) == 4
-    assert (loss, fused_loss) == (run.algorithm.loss, run.settings.algorithm)
-    assert token_weights([1, 3]) == shares
+    assert algorithm is run.algorithm
     assert run.journal.rollouts == [(1, run.collector.groups(1), scored.advantages, 4, scored.metrics)]
 
 

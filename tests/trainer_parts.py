@@ -100,7 +100,7 @@ class Actor:
     def __init__(self, log: list[str]) -> None:
         self.log = log
         self.reports: Callable[[int], list[UpdateReport]] = lambda number: [report()]  # of the n-th rollout, from 1
-        self.updates: list[tuple[list[Sample], Any, Any, Any]] = []
+        self.updates: list[tuple[list[Sample], Any]] = []  # samples and the algorithm of each
         self.differences: list[float] = [0.5]
         self.scored: list[list[Sample]] = []
         self.memories: list[Any] = []  # that shared weights were to be written to
@@ -110,11 +110,9 @@ class Actor:
             offload=lambda: log.append("actor leaves the device"), restore=lambda: log.append("actor takes the device")
         )
 
-    def update(
-        self, samples: Sequence[Sample] | None, loss: Any, token_weights: Any, *, fused_loss: Any = None
-    ) -> list[UpdateReport]:
+    def learn(self, samples: Sequence[Sample] | None, algorithm: Any) -> list[UpdateReport]:
         self.log.append("learn" if samples is None else f"learn from {len(samples)}")
-        self.updates.append((list(samples or ()), loss, token_weights, fused_loss))
+        self.updates.append((list(samples or ()), algorithm))
         return self.reports(len(self.updates)) if samples or samples is None else []
 
     def weights(self, *, version: int) -> Iterator[str]:

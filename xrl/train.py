@@ -78,13 +78,22 @@ def train(settings: Settings) -> None:
         lead = build_lead(settings, groups, stack, ending, progress) if groups.rank == 0 else None
         num_rollouts = share_rollout_count(lead, groups)
         ending.expect(num_rollouts)
-        num_updates = num_rollouts * settings.algorithm.updates_per_rollout
-        actor = Actor(settings, groups, num_updates=num_updates, progress=progress)
+        algorithm = create_algorithm(settings.algorithm)
+        actor = Actor(
+            model=settings.model,
+            parallel=settings.parallel,
+            optimizer=settings.optimizer,
+            packing=settings.data.packing,
+            groups=groups,
+            num_updates=num_rollouts * algorithm.settings.updates_per_rollout,
+            keeps_reference=bool(algorithm.settings.kl_coef),
+            progress=progress,
+        )
         trainer = Trainer(
             settings,
             groups,
             actor,
-            create_algorithm(settings.algorithm),
+            algorithm,
             lead,
             num_rollouts=num_rollouts,
             progress=progress,

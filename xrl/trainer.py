@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -17,7 +16,6 @@ import torch.distributed as dist
 
 from xrl.actor.actor import Actor, UpdateReport
 from xrl.algorithms import Algorithm
-from xrl.algorithms.aggregation import token_weights
 from xrl.config import Settings
 from xrl.data.prompts import PromptDataset
 from xrl.files.disk import NotWritten
@@ -90,7 +88,6 @@ class Trainer:
         self.algorithm = algorithm
         self.lead = lead
         self.num_rollouts = num_rollouts
-        self.token_weights = partial(token_weights, kind=settings.algorithm.loss_aggregation)
         self.shares_memory = (
             settings.rollout.chosen_transport == "shared_memory"
             and groups.device.type == "cpu"
@@ -135,9 +132,7 @@ class Trainer:
         samples = self.with_engines(lambda: self.sample(index))
         self.take_device()
         self.progress.enter(f"update {index}")
-        reports = self.actor.update(
-            samples, self.algorithm.loss, self.token_weights, fused_loss=self.algorithm.fused_loss
-        )
+        reports = self.actor.learn(samples, self.algorithm)
         if self.lead and reports:  # before anybody gets to see the new weights
             self.lead.mismatch.judge(reports[0].metrics["mismatch"].value, rollout=index)
         return_freed_memory()  # to the rollout workers, whose turn it is now

@@ -78,6 +78,7 @@ class Rollout:
     completion: Completion
     response: str  # the completion as text, special tokens removed
     reward: float | None  # None: nobody could say, so it is in no mean and is not trained on
+    temperature: float  # that it was drawn at; 0 is greedy
     judge_error: str = ""  # why the judge gave no reward of its own; empty where it did
 
 
@@ -99,6 +100,8 @@ class Sample:
     versions: IntArray  # [T] int32, of the weights that sampled the token, -1 where not sampled
     prompt_length: int  # samples with equal group_id have equal prompts, of at least one token
     group_id: int
+    episode_id: int  # ordinal of the answer in its rollout; samples of one episode share it
+    temperature: float  # > 0, that its tokens were drawn at; the actor scores them at the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +113,8 @@ class SampleSize:
     input_length: int  # tokens that go through the model: all before the last trained one
     num_trained: int
     group_id: int
+    episode_id: int
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ class WeightBucket:
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """Everything a loss may look at, for the R trained tokens of one micro-batch, all fp32 [R]."""
+    """Everything a loss may look at, for the R trained tokens of one micro-batch; fp32 [R] unless told otherwise."""
 
     logprobs: Tensor  # of the model being trained, at the sampling temperature; carries the gradient
     entropy: Tensor  # of its next-token distribution, in nats
@@ -152,7 +157,13 @@ class LossInputs:
     rollout_logprobs: Tensor  # from the rollout engine
     reference_logprobs: Tensor | None  # of the frozen starting model; None where no KL is asked for
     advantages: Tensor
-    weights: Tensor  # share of each token in the loss; they sum to 1 over the whole update, all ranks together
+    token_shares: Tensor  # of each token in the loss; they sum to 1 over the whole update, all ranks together
+    sequence_ids: Tensor  # [R] int64, the answer that a token is of: 0.. within the micro-batch
+    num_sequences: int  # answers of the micro-batch, each of which is in it whole
+
+    def sum_over_answers(self, values: Tensor) -> Tensor:
+        """The sum of each answer's values, [R] -> [num_sequences], with gradient; 0 where it has no trained token."""
+        return values.new_zeros(self.num_sequences).index_add(0, self.sequence_ids, values)
 
 
 @dataclass(frozen=True, kw_only=True)

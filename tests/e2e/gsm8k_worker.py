@@ -31,7 +31,15 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         lead = build_lead(settings, groups, stack) if groups.rank == 0 else None
         num_rollouts = share_rollout_count(lead, groups)
-        actor = Actor(settings, groups, num_updates=num_rollouts)
+        actor = Actor(
+            model=settings.model,
+            parallel=settings.parallel,
+            optimizer=settings.optimizer,
+            packing=settings.data.packing,
+            groups=groups,
+            num_updates=num_rollouts,
+            keeps_reference=bool(settings.algorithm.kl_coef),
+        )
         Trainer(settings, groups, actor, create_algorithm(settings.algorithm), lead, num_rollouts=num_rollouts).train()
     logits = whole_logits(actor, torch.load(arguments.sequences))
     if groups.reports_losses and groups.data_rank == 0:

@@ -16,7 +16,14 @@ def group(*rewards, response="2\n#### 2", finish_reason="stop", judge_error=""):
     completion = Completion(token_ids=[5, 6], logprobs=[-0.1, -0.2], finish_reason=finish_reason, weights_version=4)
     return Group(
         rollouts=tuple(
-            Rollout(prompt=prompt, completion=completion, response=response, reward=reward, judge_error=judge_error)
+            Rollout(
+                prompt=prompt,
+                completion=completion,
+                response=response,
+                reward=reward,
+                temperature=1.0,
+                judge_error=judge_error,
+            )
             for reward in rewards
         )
     )

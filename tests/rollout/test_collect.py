@@ -10,7 +10,7 @@ import pytest
 from tests.rollout.scripted_workers import SPECIAL, WHY_FAILED, ScriptedWorkers, Words
 from tests.samples import answer, prompt
 from xrl.algorithms.advantages import group_advantages
-from xrl.algorithms.scoring import score_groups
+from xrl.algorithms.scoring import is_comparable, score_groups
 from xrl.launch.exit import RunEnded
 from xrl.launch.progress import Progress
 from xrl.rewards.judge import InlineJudge
@@ -257,7 +257,9 @@ def test_a_prompt_that_failed_is_not_carried() -> None:
 
 def score(found: Collected) -> Any:
     return score_groups(
-        found.groups, lambda rewards: group_advantages(rewards, normalize=False), filter_zero_variance=True
+        found.groups,
+        lambda rewards: group_advantages(rewards, normalize=False),
+        keep=lambda group: is_comparable(group, filter_zero_variance=True),
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from xrl.actor.microbatch import Microbatch
-from xrl.config import AlgorithmConfig, Settings
+from xrl.config import AlgorithmConfig
 from xrl.kernels.backend import BackendName
 from xrl.kernels.grpo_loss import GrpoLossOutput, grpo_token_loss
 from xrl.kernels.linear_grpo import linear_grpo_loss
@@ -31,26 +31,26 @@ class _KernelArguments(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScorer:
-    """Kernels with the arguments that stay the same over a run. Log-probs are at the sampling temperature."""
+    """Kernels with the arguments that stay the same over a run. Log-probs are at the temperature of the samples."""
 
-    settings: Settings
+    backend: BackendName
     groups: ParallelGroups
     head: ResponseRows
     vocab_size: int
     columns: int  # that each tensor rank holds, padding included
     upstream: float  # the gradient that the backward pass brings to a micro-batch's loss
 
-    def logprobs(self, head_output: Tensor, microbatch: Microbatch) -> LogprobOutput:
+    def logprobs(self, head_output: Tensor, microbatch: Microbatch, *, entropy_grad: bool = False) -> LogprobOutput:
         """Of the response tokens, [R].
 
         Args:
             head_output: logits [R, V / tp], or hidden states [S * B, h] where the head hands them on, of which each
                 tensor rank has its part, [S / tp * B, h], under sequence parallelism.
+            entropy_grad: the entropy carries a gradient too.
         """
-        entropy_grad = bool(self.settings.algorithm.entropy_coef)
         if not self.head.hands_on_hidden:
             return vocab_parallel_logprob(
-                head_output, microbatch.response_ids, entropy_grad=entropy_grad, **self._arguments()
+                head_output, microbatch.response_ids, entropy_grad=entropy_grad, **self._arguments(microbatch)
             )
         return linear_logprob(
             head_output,
@@ -59,7 +59,7 @@ class TokenScorer:
             rows=microbatch.rows,
             sequence_parallel=self.head.sequence_parallel,
             entropy_grad=entropy_grad,
-            **self._arguments(),
+            **self._arguments(microbatch),
         )
 
     def grpo_loss(
@@ -83,12 +83,12 @@ class TokenScorer:
                 microbatch.response_ids,
                 config=config,
                 advantages=microbatch.advantages,
-                weights=microbatch.weights,
+                weights=microbatch.token_shares,
                 old_logprobs=old,
                 rollout_logprobs=microbatch.rollout_logprobs,
                 reference_logprobs=reference,
                 upstream=self.upstream,
-                **self._arguments(),
+                **self._arguments(microbatch),
             )
             return tokens.token_loss.sum(), tokens
         out = linear_grpo_loss(
@@ -100,11 +100,11 @@ class TokenScorer:
             upstream=self.upstream,
             config=config,
             advantages=microbatch.advantages,
-            weights=microbatch.weights,
+            weights=microbatch.token_shares,
             old_logprobs=old,
             rollout_logprobs=microbatch.rollout_logprobs,
             reference_logprobs=reference,
-            **self._arguments(),
+            **self._arguments(microbatch),
         )
         return out.loss, out.tokens
 
@@ -112,12 +112,12 @@ class TokenScorer:
         assert self.head.weight is not None
         return self.head.weight
 
-    def _arguments(self) -> _KernelArguments:
+    def _arguments(self, microbatch: Microbatch) -> _KernelArguments:
         first = self.columns * self.groups.tensor_rank
         return {
             "group": self.groups.tensor if self.groups.layout.tensor_size > 1 else None,
             "vocab_start": first,
             "num_columns": min(self.columns, max(0, self.vocab_size - first)),
-            "temperature": self.settings.rollout.temperature,
-            "backend": self.settings.model.kernel_backend,
+            "temperature": microbatch.temperature,
+            "backend": self.backend,
         }

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from xrl.config import AlgorithmConfig, SettingsError
 from xrl.config.names import hint
-from xrl.types import Group, LossInputs, LossOutput
+from xrl.types import Group, LossInputs, LossOutput, SampleSize
 
 if TYPE_CHECKING:
     from xrl.algorithms.scored import Scored
@@ -25,14 +25,51 @@ ALGORITHMS: Mapping[str, str] = MappingProxyType(
 )
 
 
+class LearnerSettings(Protocol):
+    """What the actor reads of an algorithm's settings; whatever else they hold is the algorithm's own."""
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer updates made from one rollout, each on its own share of the groups."""
+        ...
+
+    @property
+    def old_logprobs(self) -> Literal["actor", "rollout"]:
+        """Whose log-probs are `LossInputs.old_logprobs`."""
+        ...
+
+    @property
+    def kl_coef(self) -> float:
+        """Where it is not 0, the loss is given the log-probs of the model that the run started from."""
+        ...
+
+    @property
+    def entropy_coef(self) -> float:
+        """Where it is not 0, the entropy that the loss is given carries a gradient."""
+        ...
+
+
 class Algorithm(Protocol):
-    """What the trainer asks of an algorithm."""
+    """What the trainer and the actor ask of an algorithm, which owns its settings."""
+
+    @property
+    def settings(self) -> LearnerSettings:
+        """Its own; the actor reads these of them."""
+        ...
 
     fused_loss: AlgorithmConfig | None
     """Settings of `token_terms` where `loss` is their weighted sum, so that a fused kernel may stand in; else None."""
 
     def score(self, groups: Sequence[Group]) -> Scored:
         """Judged groups in, samples with advantages out."""
+        ...
+
+    def keep(self, group: Group) -> bool:
+        """Whether a group is learned from."""
+        ...
+
+    def token_shares(self, sizes: Sequence[SampleSize]) -> Sequence[float]:
+        """Share of each trained token of each sample of an update in its loss; over all tokens they sum to 1."""
         ...
 
     def loss(self, inputs: LossInputs) -> LossOutput:

@@ -8,7 +8,7 @@ from typing import Literal
 LossAggregation = Literal["token-mean", "sequence-mean"]
 
 
-def token_weights(response_lengths: Sequence[int], kind: LossAggregation) -> list[float]:
+def token_shares(response_lengths: Sequence[int], kind: LossAggregation) -> list[float]:
     """Share of every token of each sample in the loss, so that loss = sum_t w_t * loss_t.
 
         token-mean:     w = 1 / sum_j L_j        every token counts the same (DAPO, arXiv:2503.14476)

@@ -9,12 +9,28 @@ import numpy as np
 from xrl.types import Completion, Sample
 
 
-def sample_of(prompt_ids: Sequence[int], completion: Completion, *, advantage: float, group_id: int) -> Sample:
+def sample_of(
+    prompt_ids: Sequence[int],
+    completion: Completion,
+    *,
+    advantage: float,
+    group_id: int,
+    episode_id: int,
+    temperature: float,
+) -> Sample:
     """The prompt and its answer, of which every token is trained with the same advantage.
 
+    Args:
+        temperature: that the answer was drawn at.
+
     Raises:
-        ValueError: the answer does not have one log-prob a token.
+        ValueError: the answer does not have one log-prob a token, or it was drawn greedily.
     """
+    if not temperature > 0:
+        raise ValueError(
+            f"an answer was drawn at temperature {temperature:g}, where every token has probability 1 or 0: there is "
+            f"nothing to learn from it, training needs a temperature > 0"
+        )
     length = len(completion.token_ids)
     if len(completion.logprobs) != length:
         raise ValueError(
@@ -39,4 +55,6 @@ def sample_of(prompt_ids: Sequence[int], completion: Completion, *, advantage: f
         versions=versions,
         prompt_length=before,
         group_id=group_id,
+        episode_id=episode_id,
+        temperature=temperature,
     )

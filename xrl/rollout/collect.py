@@ -116,7 +116,10 @@ class Collector:
             self._carried = [group for place, group in enumerate(groups) if place not in failed and place not in judged]
         found = [
             Group(
-                rollouts=tuple(_rollout(groups[place].prompt, *parts) for parts in self.progress.through(judged[place]))
+                rollouts=tuple(
+                    _rollout(groups[place].prompt, *parts, temperature=sampling.temperature)
+                    for parts in self.progress.through(judged[place])
+                )
             )
             for place in sorted(judged)
         ]
@@ -166,13 +169,16 @@ def _named(place: int, sampling: SamplingParams, num_samples: int) -> tuple[Samp
     return dataclasses.replace(sampling, seed=seed), num_samples, f"{sampling.seed}-{place}"
 
 
-def _rollout(prompt: Prompt, completion: Completion, response: str, verdict: Future[Verdict]) -> Rollout:
+def _rollout(
+    prompt: Prompt, completion: Completion, response: str, verdict: Future[Verdict], *, temperature: float
+) -> Rollout:
     result = verdict.result()  # Unbounded: a judge has a time-out for each answer, and fails it then.
     return Rollout(
         prompt=prompt,
         completion=completion,
         response=response,
         reward=result.reward,
+        temperature=temperature,
         judge_error=result.error,
     )
 
