@@ -61,7 +61,7 @@ def write_model(folder: Path) -> None:
 
 def make_samples() -> list[Sample]:
     rng = random.Random(0)
-    samples = []
+    samples: list[Sample] = []
     for group_id in range(NUM_GROUPS):
         prompt = [rng.randrange(VOCAB_SIZE) for _ in range(PROMPT_TOKENS)]
         for _ in range(NUM_SAMPLES):

@@ -10,6 +10,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from xrl.algorithms.own import create_own
 from xrl.config import AlgorithmConfig, SettingsError
 from xrl.config.names import hint
 from xrl.types import Group, LossInputs, LossOutput, SampleSize
@@ -77,16 +78,18 @@ class Algorithm(Protocol):
         ...
 
 
-def check_algorithm(name: str) -> None:
-    """Refuse a name that is not in the table, without importing torch.
+def check_algorithm(config: AlgorithmConfig) -> None:
+    """Refuse an algorithm that cannot be had. Ours is only looked up, without torch; a user's own is built.
 
     Raises:
-        SettingsError: naming the known algorithms.
+        SettingsError: as `create_algorithm` does.
     """
-    if name not in ALGORITHMS:
+    if ":" in config.algorithm:
+        create_own(config)
+    elif config.algorithm not in ALGORITHMS:
         raise SettingsError(
-            f"--algorithm {name!r} is unknown{hint('algorithm', name)}, the known ones are: "
-            f"{', '.join(sorted(ALGORITHMS))}"
+            f"--algorithm {config.algorithm!r} is unknown{hint('algorithm', config.algorithm)}, the known ones are: "
+            f"{', '.join(sorted(ALGORITHMS))}; or a class of your own as package.module:Class or path/file.py:Class"
         )
 
 
@@ -94,9 +97,11 @@ def create_algorithm(config: AlgorithmConfig) -> Algorithm:
     """Build the algorithm that `--algorithm` names.
 
     Raises:
-        SettingsError: the name is not in the table.
+        SettingsError: the name is not in the table, or a class of the user's own cannot be had or lacks something.
     """
-    check_algorithm(config.algorithm)
+    if ":" in config.algorithm:
+        return create_own(config)
+    check_algorithm(config)
     module, name = ALGORITHMS[config.algorithm].split(":")
     algorithm: Algorithm = getattr(import_module(module), name)(config)
     return algorithm

@@ -45,9 +45,9 @@ class GRPO:
     def loss(self, inputs: LossInputs) -> LossOutput:
         """One micro-batch's share of the loss.
 
-            loss = sum_t w_t * (i_t * clipped_t + kl_coef * kl_t - entropy_coef * entropy_t)
+            loss = sum_t s_t * (i_t * clipped_t + kl_coef * kl_t - entropy_coef * entropy_t)
 
-        w are the shares of `aggregation.token_shares`, so losses of micro-batches and ranks are summed, never
+        s are the shares of `aggregation.token_shares`, so losses of micro-batches and ranks are summed, never
         averaged. i are the importance weights. R = 0 gives a zero that still carries a gradient: every rank must
         take part in the backward pass.
 

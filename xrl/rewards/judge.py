@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import SupportsFloat
 
+from xrl.files.blame import place_of, place_raised, shown, words_of
 from xrl.launch.terminal import one_line
-from xrl.rewards.blame import place_of, place_raised, shown, words_of
 from xrl.types import Prompt
 
 logger = logging.getLogger(__name__)
