@@ -6,11 +6,15 @@ When those types change, this is the one place where the tests do.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from xrl.algorithms.sample import sample_of
 from xrl.types import Completion, Episode, FinishReason, Group, Prompt, Sample, Verdict
+
+TEMPERATURE = 1.0
+_episodes = itertools.count()
 
 
 def prompt(*token_ids: int, id: int = 0, ground_truth: str = "1") -> Prompt:
@@ -43,7 +47,8 @@ def judged(asked: Prompt, completion: Completion, reward: float | None, *, error
     """
     failure, _, detail = error.partition(": ")
     verdict = Verdict(reward=reward, failure=failure, detail=detail)
-    return Episode.of_answer(asked, completion, words(completion.token_ids), verdict)
+    text = words(completion.token_ids)
+    return Episode.of_answer(asked, completion, text, verdict, temperature=TEMPERATURE)
 
 
 def group(*rewards: float | None, asked: Prompt | None = None) -> Group:
@@ -65,9 +70,18 @@ def sample(
     advantage: float = 1.0,
     group_id: int = 0,
     logprobs: Sequence[float] | None = None,
+    episode_id: int | None = None,
+    temperature: float = TEMPERATURE,
 ) -> Sample:
-    """An answer to train on; each token has the log-prob of `logprobs_of` unless they are given."""
-    return sample_of(prompt_ids, answer(*response_ids, logprobs=logprobs), advantage=advantage, group_id=group_id)
+    """An answer to train on, of an episode of its own; each token has the log-prob of `logprobs_of` unless given."""
+    return sample_of(
+        prompt_ids,
+        answer(*response_ids, logprobs=logprobs),
+        advantage=advantage,
+        group_id=group_id,
+        episode_id=next(_episodes) if episode_id is None else episode_id,
+        temperature=temperature,
+    )
 
 
 def response_of(found: Sample) -> list[int]:

@@ -87,6 +87,7 @@ class Turn:
 
     completion: Completion
     text: str  # the completion as text, special tokens removed
+    temperature: float  # that it was drawn at; 0 is greedy
     parent: int | None = None  # index of the turn whose tokens it continues; None: it follows the prompt
     context_ids: Sequence[int] = ()  # [C] given since its parent's end: template, user, tool output; never trained on
 
@@ -131,9 +132,11 @@ class Episode:
     status: EpisodeStatus
 
     @classmethod
-    def of_answer(cls, prompt: Prompt, completion: Completion, text: str, verdict: Verdict) -> Episode:
+    def of_answer(
+        cls, prompt: Prompt, completion: Completion, text: str, verdict: Verdict, *, temperature: float
+    ) -> Episode:
         """One turn."""
-        turn = Turn(completion=completion, text=text)
+        turn = Turn(completion=completion, text=text, temperature=temperature)
         return cls(prompt=prompt, turns=(turn,), verdict=verdict, status=_STATUS_OF[completion.finish_reason])
 
     @property
@@ -170,6 +173,8 @@ class Sample:
     versions: IntArray  # [T] int32, of the weights that sampled the token, -1 where not sampled
     prompt_length: int  # samples with equal group_id have equal prompts, of at least one token
     group_id: int
+    episode_id: int  # ordinal of the answer in its rollout; samples of one episode share it
+    temperature: float  # > 0, that its tokens were drawn at; the actor scores them at the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +186,8 @@ class SampleSize:
     input_length: int  # tokens that go through the model: all before the last trained one
     num_trained: int
     group_id: int
+    episode_id: int
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ class WeightBucket:
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """Everything a loss may look at, for the R trained tokens of one micro-batch, all fp32 [R]."""
+    """Everything a loss may look at, for the R trained tokens of one micro-batch; fp32 [R] unless told otherwise."""
 
     logprobs: Tensor  # of the model being trained, at the sampling temperature; carries the gradient
     entropy: Tensor  # of its next-token distribution, in nats
@@ -223,7 +230,13 @@ class LossInputs:
     rollout_logprobs: Tensor  # from the rollout engine
     reference_logprobs: Tensor | None  # of the frozen starting model; None where no KL is asked for
     advantages: Tensor
-    weights: Tensor  # share of each token in the loss; they sum to 1 over the whole update, all ranks together
+    token_shares: Tensor  # of each token in the loss; they sum to 1 over the whole update, all ranks together
+    sequence_ids: Tensor  # [R] int64, the answer that a token is of: 0.. within the micro-batch
+    num_sequences: int  # answers of the micro-batch, each of which is in it whole
+
+    def sum_over_answers(self, values: Tensor) -> Tensor:
+        """The sum of each answer's values, [R] -> [num_sequences], with gradient; 0 where it has no trained token."""
+        return values.new_zeros(self.num_sequences).index_add(0, self.sequence_ids, values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from tests.experience.askings import finished
 from tests.rollout.scripted_workers import SPECIAL, WHY_FAILED, ScriptedWorkers, Words
 from tests.samples import answer, completion_of, prompt
 from xrl.algorithms.advantages import group_advantages
-from xrl.algorithms.scoring import score_groups
+from xrl.algorithms.scoring import is_comparable, score_groups
 from xrl.experience.asking import Need
 from xrl.experience.collect import Collected, Collector
 from xrl.experience.experience import refuse_useless
@@ -270,7 +270,9 @@ def test_where_no_worker_is_ready_weights_are_asked_for_and_the_rollout_goes_on(
 
 def score(found: Collected) -> Any:
     return score_groups(
-        found.groups, lambda rewards: group_advantages(rewards, normalize=False), filter_zero_variance=True
+        found.groups,
+        lambda rewards: group_advantages(rewards, normalize=False),
+        keep=lambda group: is_comparable(group, filter_zero_variance=True),
     )
 
 

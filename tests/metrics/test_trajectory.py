@@ -17,7 +17,9 @@ def group(*rewards, response="2\n#### 2", finish_reason="stop", judge_error=""):
     failure, _, detail = judge_error.partition(": ")
     return Group(
         episodes=tuple(
-            Episode.of_answer(prompt, completion, response, Verdict(reward=reward, failure=failure, detail=detail))
+            Episode.of_answer(
+                prompt, completion, response, Verdict(reward=reward, failure=failure, detail=detail), temperature=1.0
+            )
             for reward in rewards
         )
     )

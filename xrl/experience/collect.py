@@ -132,7 +132,7 @@ class Collector:
         yield from self._answers(places, asked, counts, description, enough)
         if enough is not None:
             self._carried = [place.group for place in places if place.judging is None and not place.has_failed]
-        groups = [self._judged(place) for place in places if place.judging is not None]
+        groups = [self._judged(place, sampling.temperature) for place in places if place.judging is not None]
         _log_counts(description, counts)
         return Collected(
             groups=groups,
@@ -197,10 +197,11 @@ class Collector:
         response = str(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
         return _Judging(completion=completion, response=response, verdict=self.judge.submit(response, prompt))
 
-    def _judged(self, place: _Place) -> Group:
+    def _judged(self, place: _Place, temperature: float) -> Group:
         """Wait for the verdicts on a place's answers."""
         prompt, judging = place.group.prompt, place.judging or []
-        return Group(episodes=tuple(_episode(prompt, each) for each in self.progress.through(judging)))
+        episodes = [_episode(prompt, each, temperature=temperature) for each in self.progress.through(judging)]
+        return Group(episodes=tuple(episodes))
 
 
 def _num_judged(places: Sequence[_Place]) -> int:
@@ -215,9 +216,9 @@ def _named(place: int, sampling: SamplingParams, num_samples: int) -> tuple[Samp
     return dataclasses.replace(sampling, seed=seed), num_samples, f"{sampling.seed}-{place}"
 
 
-def _episode(prompt: Prompt, judging: _Judging) -> Episode:
+def _episode(prompt: Prompt, judging: _Judging, *, temperature: float) -> Episode:
     verdict = judging.verdict.result()  # Unbounded: a judge has a time-out for each answer, and fails it then.
-    return Episode.of_answer(prompt, judging.completion, judging.response, verdict)
+    return Episode.of_answer(prompt, judging.completion, judging.response, verdict, temperature=temperature)
 
 
 def _log_counts(description: str, counts: RolloutCounts) -> None:
