@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.fuzz.conftest import Fuzz
@@ -81,10 +82,11 @@ def removed(value: Any, path: Path) -> Any:
 
 def is_right(completion: Completion) -> bool:
     """The same rules, one token after the other."""
-    ids, logprobs, reason = completion.token_ids, completion.logprobs, completion.finish_reason
+    ids, logprobs, reason = completion.token_ids.tolist(), completion.logprobs.tolist(), completion.finish_reason
     return (
-        all(type(token) is int and 0 <= token < VOCAB_SIZE for token in ids)
-        and all(type(value) is float and -1e5 <= value <= 1e-3 for value in logprobs)
+        (completion.token_ids.dtype, completion.logprobs.dtype) == (np.int32, np.float32)
+        and all(0 <= token < VOCAB_SIZE for token in ids)
+        and all(-1e5 <= value <= np.float32(1e-3) for value in logprobs)
         and len(ids) == len(logprobs) <= 5
         and STOP not in ids[:-1]
         and type(completion.weights_version) is int

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import aiohttp
+import numpy as np
 
 from xrl.launch.exit import RunFailed
 from xrl.launch.terminal import printable
@@ -23,6 +24,7 @@ from xrl.types import Completion, FinishReason, GenerateRequest
 
 if TYPE_CHECKING:
     from xrl.rollout.process import WorkerHandle
+    from xrl.types import FloatArray
 
 # Of every answer but completions: a few fields, or a sentence about an error.
 SMALL_ANSWER_BYTES = 1 << 20
@@ -233,7 +235,9 @@ def _completion(answer: object, request: GenerateRequest, vocab_size: int, weigh
         raise _Wrong(f"meta_info.weights_run is {shown(run_id)}, not the name of a run")
     if weights is not None and run_id != weights.run_id:
         version = FOREIGN_VERSION
-    return Completion(token_ids=ids, logprobs=logprobs, finish_reason=reason, weights_version=version)
+    return Completion(
+        token_ids=np.array(ids, np.int32), logprobs=logprobs, finish_reason=reason, weights_version=version
+    )
 
 
 def _finish_reason(meta: dict[str, Any], ids: list[int], request: GenerateRequest) -> FinishReason:
@@ -259,14 +263,14 @@ def _finish_reason(meta: dict[str, Any], ids: list[int], request: GenerateReques
     return reason  # type: ignore[return-value]
 
 
-def _logprobs(pairs: object, ids: list[int]) -> list[float]:
+def _logprobs(pairs: object, ids: list[int]) -> FloatArray:
     where = "meta_info.output_token_logprobs"
     if not isinstance(pairs, list):
         raise _Wrong(f"{where} is {shown(pairs)}, not a list of [log-prob, id]")
     if len(pairs) != len(ids):
         raise _Wrong(f"{where} holds {len(pairs)} log-probs of {len(ids)} tokens")
     if not ids:
-        return []
+        return np.zeros(0, np.float32)
     try:
         values, of_ids = zip(*pairs, strict=True)
     except (TypeError, ValueError) as error:
@@ -284,7 +288,7 @@ def _logprobs(pairs: object, ids: list[int]) -> list[float]:
     ):
         place = next(n for n, value in enumerate(values) if not _is_logprob(value))
         raise _Wrong(f"{where}[{place}] has log-prob {shown(values[place])}, not a finite number <= 0")
-    return list(map(float, values)) if int in kinds else list(values)
+    return np.array(values, np.float32)
 
 
 def _same(of_id: object, token: int) -> bool:

@@ -84,13 +84,14 @@ def completion_to_json(completion: Completion, *, num_prompt_tokens: int, run_id
     Args:
         run_id: of the run whose weights sampled it; the version alone could be any run's.
     """
+    token_ids = completion.token_ids.tolist()
     return {
-        "output_ids": completion.token_ids,
+        "output_ids": token_ids,
         "meta_info": {
             "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": len(completion.token_ids),
+            "completion_tokens": len(token_ids),
             "finish_reason": {"type": completion.finish_reason},
-            "output_token_logprobs": list(zip(completion.logprobs, completion.token_ids, strict=True)),
+            "output_token_logprobs": list(zip(completion.logprobs.tolist(), token_ids, strict=True)),
             "weights_version": completion.weights_version,
             "weights_run": run_id,
         },
