@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -65,8 +66,8 @@ def make_samples() -> list[Sample]:
     for group_id in range(NUM_GROUPS):
         prompt = [rng.randrange(VOCAB_SIZE) for _ in range(PROMPT_TOKENS)]
         for _ in range(NUM_SAMPLES):
-            response = [rng.randrange(VOCAB_SIZE) for _ in range(RESPONSE_TOKENS)]
-            logprobs = [-12.0 - 0.1 * rng.random() for _ in response]
+            response = np.array([rng.randrange(VOCAB_SIZE) for _ in range(RESPONSE_TOKENS)], np.int32)
+            logprobs = np.array([-12.0 - 0.1 * rng.random() for _ in response], np.float32)
             samples.append(
                 sample_of(
                     prompt,

@@ -65,12 +65,12 @@ class GenerateRequest:
     num_drawn: int = 0  # so many at the end of token_ids are the response so far, the same of all samples
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Completion:
     """One sampled answer. The stop token, where there is one, is its last token."""
 
-    token_ids: list[int]  # [L] response only
-    logprobs: list[float]  # [L] of the distribution sampled from, at the sampling temperature
+    token_ids: IntArray  # [L] int32, response only
+    logprobs: FloatArray  # [L] float32 of the distribution sampled from, at the sampling temperature
     finish_reason: FinishReason
     weights_version: int  # version of the weights that sampled it (its end, where several did)
     parts: tuple[tuple[int, int], ...] = ()  # (weights version, tokens) of each part, where several versions sampled it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from tests.samples import contents
@@ -14,9 +15,9 @@ from xrl.types import Completion, Episode, Group, Prompt, Verdict
 
 def rollout(reward, *, length=3, finish_reason="stop", prompt_id=0, judge_error="", num_logprobs=None, temperature=0.7):
     prompt = Prompt(id=prompt_id, token_ids=[1, 2], text="1+1?", ground_truth="2")
-    logprobs = [-0.5] * (length if num_logprobs is None else num_logprobs)
+    logprobs = np.full(length if num_logprobs is None else num_logprobs, -0.5, np.float32)
     completion = Completion(
-        token_ids=list(range(length)), logprobs=logprobs, finish_reason=finish_reason, weights_version=0
+        token_ids=np.arange(length, dtype=np.int32), logprobs=logprobs, finish_reason=finish_reason, weights_version=0
     )
     failure, _, detail = judge_error.partition(": ")
     verdict = Verdict(reward=reward, failure=failure, detail=detail)

@@ -118,7 +118,7 @@ def test_an_answer_is_judged_as_text_without_special_tokens() -> None:
     (group,) = take(collector(workers, judge), prompts(11)).groups
     assert heard == [("21 22", 0)] * 2
     assert [(each.response, each.verdict) for each in group.episodes] == [("21 22", Verdict(reward=0.25))] * 2
-    assert completion_of(group.episodes[0]).token_ids == [21, 22, SPECIAL]
+    assert completion_of(group.episodes[0]).token_ids.tolist() == [21, 22, SPECIAL]
 
 
 def test_an_answer_is_judged_while_others_are_still_sampled() -> None:

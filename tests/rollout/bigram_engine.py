@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ FAULTS = (
     "answers without weights",
     "greedy answers vary",
     "log-probs of another temperature",
+    "log-probs are of 64 bits",
     "the second update is lost",
     "the last tensor alone is updated",
     "completions carry an old version",
@@ -138,8 +140,8 @@ class BigramEngine:
                 break
         version = self.weights_version - self.has("completions carry an old version")
         return Completion(
-            token_ids=ids[len(request.token_ids) :],
-            logprobs=logprobs,
+            token_ids=np.array(ids[len(request.token_ids) :], np.int32),
+            logprobs=np.array(logprobs, np.float64 if self.has("log-probs are of 64 bits") else np.float32),
             finish_reason=reason,  # type: ignore[arg-type]
             weights_version=version,
         )

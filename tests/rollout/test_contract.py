@@ -32,6 +32,7 @@ FINDS = {
     "answers without weights": contract.nothing_is_answered_before_the_first_weights,
     "greedy answers vary": contract.greedy_answers_are_the_models_and_repeat,
     "log-probs of another temperature": contract.logprobs_are_the_models_at_the_sampling_temperature,
+    "log-probs are of 64 bits": contract.answers_are_arrays_of_32_bits,
     "the second update is lost": contract.every_update_takes_effect,
     "the last tensor alone is updated": contract.every_update_takes_effect,
     "completions carry an old version": contract.every_update_takes_effect,

@@ -99,9 +99,9 @@ def _piece_of(turn: Turn, *, trained: bool = True) -> _Piece:
     parts = completion.parts or ((completion.weights_version, length),)
     versions = np.repeat([version for version, _ in parts], [count for _, count in parts])
     return _Piece(
-        token_ids=np.array([*turn.context_ids, *completion.token_ids], np.int32),
+        token_ids=np.concatenate([np.array(turn.context_ids, np.int32), completion.token_ids]),
         trained=np.repeat([False, trained], [before, length]),
-        logprobs=np.concatenate([np.zeros(before, np.float32), np.asarray(completion.logprobs, np.float32)]),
+        logprobs=np.concatenate([np.zeros(before, np.float32), completion.logprobs]),
         versions=np.concatenate([np.full(before, -1, np.int32), versions.astype(np.int32)]),
         temperature=turn.temperature,
     )

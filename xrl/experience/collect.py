@@ -194,7 +194,7 @@ class Collector:
         place.judging = [self._judge(place.group.prompt, completion) for completion in place.group.answers]
 
     def _judge(self, prompt: Prompt, completion: Completion) -> _Judging:
-        response = str(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+        response = str(self.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True))
         return _Judging(completion=completion, response=response, verdict=self.judge.submit(response, prompt))
 
     def _judged(self, place: _Place, temperature: float) -> Group:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from xrl.types import Completion, GenerateRequest, Prompt, SamplingParams
 
 # Odd and large, and not the one between rollouts: seeds of continuations and of whole groups never meet.
@@ -32,7 +34,7 @@ class GroupInProgress:
         return [
             GenerateRequest(
                 id=f"{name}-{index}",
-                token_ids=[*self.prompt.token_ids, *answer.token_ids],
+                token_ids=[*self.prompt.token_ids, *answer.token_ids.tolist()],
                 num_samples=1,
                 sampling=dataclasses.replace(
                     sampling,
@@ -63,8 +65,8 @@ def joined(first: Completion, second: Completion) -> Completion:
     """An answer and its continuation, each with the log-probs and the version it was sampled with."""
     parts = (*_parts_of(first), *_parts_of(second))
     return Completion(
-        token_ids=[*first.token_ids, *second.token_ids],
-        logprobs=[*first.logprobs, *second.logprobs],
+        token_ids=np.concatenate([first.token_ids, second.token_ids]),
+        logprobs=np.concatenate([first.logprobs, second.logprobs]),
         finish_reason=second.finish_reason,
         weights_version=second.weights_version,
         parts=tuple(part for part in parts if part[1]),

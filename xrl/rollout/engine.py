@@ -81,6 +81,23 @@ def check_request(request: GenerateRequest, *, vocab_size: int, max_model_len: i
         raise ValueError(f"{where}: at most {MAX_STOP_TOKENS} stop tokens, got {len(sampling.stop_token_ids)}")
 
 
+def check_completion(completion: Completion) -> None:
+    """Refuse what cannot be sent.
+
+    Raises:
+        EngineError: token ids and log-probs are not arrays of their types, or not one log-prob a token.
+    """
+    for name, kind in (("token_ids", "int32"), ("logprobs", "float32")):
+        found = getattr(getattr(completion, name), "dtype", type(getattr(completion, name)).__name__)
+        if found != kind:
+            raise EngineError(f"the engine's {name} are {found}, not a numpy array of {kind}")
+    if completion.token_ids.ndim != 1 or completion.token_ids.shape != completion.logprobs.shape:
+        raise EngineError(
+            f"the engine's token_ids and logprobs are {list(completion.token_ids.shape)} and "
+            f"{list(completion.logprobs.shape)}, not one of each for every token"
+        )
+
+
 @runtime_checkable
 class HasRoom(Protocol):
     """What an engine may offer beside the contract: that bytes are written where they are to stay, as they are checked.

@@ -1,13 +1,15 @@
 """What goes over HTTP between the trainer and a rollout worker.
 
-`/generate` takes LMDeploy's native schema and answers in it; `n`, `seed`, `request_id`, `first_sample` and `num_drawn`
-are ours: with `n` the answer is a list. Weights are announced under /xrl/v1/ and travel as xrl.weights.transport says.
-Each call shows what xrl.rollout.access says.
+`/generate` takes LMDeploy's native schema and answers in it; `n`, `seed`, `request_id`, `first_sample`, `num_drawn` and
+`as_arrays` are ours: with `n` the answer is a list, and with `as_arrays`, which trainers ask for, it is what
+`completions_to_bytes` makes of it. Weights are announced under /xrl/v1/ and travel as xrl.weights.transport says. Each
+call shows what xrl.rollout.access says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xrl.rollout.engine import MAX_STOP_TOKENS, ORDINALS
@@ -24,6 +26,14 @@ LOAD_LAYER = "/xrl/v1/load_layer"
 FINISH_UPDATE = "/xrl/v1/finish_update"
 LEASE = "/xrl/v1/lease"
 SHUTDOWN = "/xrl/v1/shutdown"
+
+# The content type of completions as arrays.
+ARRAYS = "application/x-xrl-completions"
+# In front of them: how many bytes of JSON come next, little-endian.
+LENGTH_BYTES = 4
+# What they hold, little-endian.
+TOKEN_ID, LOGPROB = "<i4", "<f4"
+BYTES_OF_TOKEN = 8  # one of each
 
 # Longest name of a request.
 MAX_ID_LENGTH = 200
@@ -48,6 +58,7 @@ def request_to_json(request: GenerateRequest) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "seed": sampling.seed,
         "include_stop_str_in_output": True,
+        "as_arrays": True,
     }
 
 
@@ -88,14 +99,38 @@ def completion_to_json(completion: Completion, *, num_prompt_tokens: int, run_id
     Args:
         run_id: of the run whose weights sampled it; the version alone could be any run's.
     """
+    token_ids = completion.token_ids.tolist()
     return {
-        "output_ids": completion.token_ids,
+        "output_ids": token_ids,
         "meta_info": {
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": len(completion.token_ids),
-            "finish_reason": {"type": completion.finish_reason},
-            "output_token_logprobs": list(zip(completion.logprobs, completion.token_ids, strict=True)),
-            "weights_version": completion.weights_version,
-            "weights_run": run_id,
+            **_meta_info(completion, num_prompt_tokens, run_id),
+            "output_token_logprobs": list(zip(completion.logprobs.tolist(), token_ids, strict=True)),
         },
+    }
+
+
+def completions_to_bytes(completions: Sequence[Completion], *, num_prompt_tokens: int, run_id: str | None) -> bytes:
+    """The answers to one request, each token as 8 bytes.
+
+    The length of the header; the header, a JSON list of each answer's `meta_info`; the ids of all answers, one answer
+    after the other; their log-probs in the same order. Arguments as of `completion_to_json`.
+    """
+    header = json.dumps([_meta_info(each, num_prompt_tokens, run_id) for each in completions]).encode()
+    return b"".join(
+        [
+            len(header).to_bytes(LENGTH_BYTES, "little"),
+            header,
+            *(each.token_ids.astype(TOKEN_ID, copy=False).tobytes() for each in completions),
+            *(each.logprobs.astype(LOGPROB, copy=False).tobytes() for each in completions),
+        ]
+    )
+
+
+def _meta_info(completion: Completion, num_prompt_tokens: int, run_id: str | None) -> dict[str, Any]:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": len(completion.token_ids),
+        "finish_reason": {"type": completion.finish_reason},
+        "weights_version": completion.weights_version,
+        "weights_run": run_id,
     }

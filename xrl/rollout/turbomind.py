@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from xrl.config import SettingsError
@@ -315,8 +316,8 @@ class TurboMindEngine:
                 finally:
                     del job.running[session_id]
         return Completion(
-            token_ids=token_ids,
-            logprobs=logprobs,
+            token_ids=np.array(token_ids, np.int32),
+            logprobs=np.array(logprobs, np.float32),
             finish_reason=_finish_reason(status, token_ids, job.request),
             weights_version=self.weights_version,
         )

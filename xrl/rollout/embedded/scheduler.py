@@ -240,8 +240,8 @@ class Scheduler:
         """Turn a row into its completion and give its memory back; the job's too, after its last row."""
         job = row.job
         job.completions[row.sample] = Completion(
-            token_ids=row.token_ids[job.request.num_drawn :],
-            logprobs=row.logprobs,
+            token_ids=np.array(row.token_ids[job.request.num_drawn :], np.int32),
+            logprobs=np.array(row.logprobs, np.float32),
             finish_reason=reason,
             weights_version=weights_version,
         )
