@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -26,17 +27,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from xrl.actor.actor import Actor
-from xrl.algorithms.aggregation import token_weights
 from xrl.algorithms.grpo import GRPO
 from xrl.algorithms.sample import sample_of
 from xrl.config import (
     AlgorithmConfig,
-    DataConfig,
     ModelConfig,
     OptimizerConfig,
+    PackingConfig,
     ParallelConfig,
-    RolloutConfig,
-    Settings,
 )
 from xrl.parallel.megatron import initialize, shutdown
 from xrl.types import Completion, Sample
@@ -64,18 +62,20 @@ def write_model(folder: Path) -> None:
 
 def make_samples() -> list[Sample]:
     rng = random.Random(0)
-    samples = []
+    samples: list[Sample] = []
     for group_id in range(NUM_GROUPS):
         prompt = [rng.randrange(VOCAB_SIZE) for _ in range(PROMPT_TOKENS)]
         for _ in range(NUM_SAMPLES):
-            response = [rng.randrange(VOCAB_SIZE) for _ in range(RESPONSE_TOKENS)]
-            logprobs = [-12.0 - 0.1 * rng.random() for _ in response]
+            response = np.array([rng.randrange(VOCAB_SIZE) for _ in range(RESPONSE_TOKENS)], np.int32)
+            logprobs = np.array([-12.0 - 0.1 * rng.random() for _ in response], np.float32)
             samples.append(
                 sample_of(
                     prompt,
                     Completion(token_ids=response, logprobs=logprobs, finish_reason="stop", weights_version=0),
                     advantage=rng.gauss(0, 1),
                     group_id=group_id,
+                    episode_id=len(samples),
+                    temperature=1.0,
                 )
             )
     return samples
@@ -84,31 +84,21 @@ def make_samples() -> list[Sample]:
 def update(options: argparse.Namespace) -> dict[str, Any]:
     """In a process of its own: some updates, and what they took."""
     torch.set_num_threads(options.num_threads)
-    settings = Settings(
+    parallel = ParallelConfig()
+    groups = initialize(parallel, seed=1)
+    actor = Actor(
         model=ModelConfig(model=options.model, bf16=False, fused_linear_logprob=options.fused_linear_logprob),
-        data=DataConfig(
-            data=Path("unused"), max_prompt_length=PROMPT_TOKENS, max_tokens_per_microbatch=options.microbatch
-        ),
-        parallel=ParallelConfig(),
+        parallel=parallel,
         optimizer=OptimizerConfig(lr=1e-4),
-        algorithm=AlgorithmConfig(old_logprobs="rollout"),
-        rollout=RolloutConfig(max_response_length=RESPONSE_TOKENS),
+        packing=PackingConfig(max_tokens_per_microbatch=options.microbatch),
+        groups=groups,
+        num_updates=options.updates,
     )
-    groups = initialize(settings.parallel, seed=1)
-    actor, algorithm, samples = (
-        Actor(settings, groups, num_updates=options.updates),
-        GRPO(settings.algorithm),
-        make_samples(),
-    )
+    algorithm, samples = GRPO(AlgorithmConfig(old_logprobs="rollout")), make_samples()
     seconds, losses = [], []
     for _ in range(options.updates):
         start = time.perf_counter()
-        (report,) = actor.update(
-            samples,
-            algorithm.loss,
-            lambda lengths: token_weights(lengths, "token-mean"),
-            fused_loss=algorithm.fused_loss,
-        )
+        (report,) = actor.learn(samples, algorithm)
         seconds.append(time.perf_counter() - start)
         losses.append(report.metrics["loss"].value)
     status = Path("/proc/self/status").read_text().splitlines()

@@ -36,6 +36,7 @@ from xrl.config import SettingsError
 from xrl.rollout import create_engine
 from xrl.rollout.engine import Engine, EngineError, EngineNotReady
 from xrl.rollout.turbomind_driver import TurboMindDriver
+from xrl.types import Completion
 
 DEVICE = "cuda:0"
 GIB = 2**30
@@ -100,8 +101,9 @@ def logits_of(model: Any, prompt: list[int], response: list[int]) -> Tensor:
     return rows
 
 
-def logprobs_of(model: Any, prompt: list[int], response: list[int]) -> Tensor:
-    """[len(response)] log-probs of the response's tokens."""
+def logprobs_of(model: Any, prompt: list[int], completion: Completion) -> Tensor:
+    """[L] log-probs of the answer's tokens."""
+    response = completion.token_ids.tolist()
     logprobs = logits_of(model, prompt, response).log_softmax(-1)
     return logprobs.gather(-1, torch.tensor(response, device=DEVICE)[:, None])[:, 0].cpu()
 
@@ -109,7 +111,7 @@ def logprobs_of(model: Any, prompt: list[int], response: list[int]) -> Tensor:
 def logprob_differences(model: Any, answers: list[tuple[list[int], Any]]) -> Tensor:
     """|engine - actor| of every sampled token."""
     return torch.cat(
-        [(logprobs_of(model, prompt, each.token_ids) - torch.tensor(each.logprobs)).abs() for prompt, each in answers]
+        [(logprobs_of(model, prompt, each) - torch.tensor(each.logprobs)).abs() for prompt, each in answers]
     )
 
 
@@ -117,10 +119,7 @@ def rounding_noise(model: Any, answers: list[tuple[list[int], Any]]) -> Tensor:
     """|transformers in bf16 - actor| of every sampled token."""
     rounded = copy.deepcopy(model).bfloat16()
     return torch.cat(
-        [
-            (logprobs_of(rounded, prompt, each.token_ids) - logprobs_of(model, prompt, each.token_ids)).abs()
-            for prompt, each in answers
-        ]
+        [(logprobs_of(rounded, prompt, each) - logprobs_of(model, prompt, each)).abs() for prompt, each in answers]
     )
 
 
@@ -137,7 +136,7 @@ def check_update(engine: Engine, version: int, model: Any, other: Any, load: Loa
     ]
     gaps = []
     for prompt, completion in greedy:
-        logits = logits_of(model, prompt, completion.token_ids)
+        logits = logits_of(model, prompt, completion.token_ids.tolist())
         drawn = logits.gather(-1, torch.tensor(completion.token_ids, device=DEVICE)[:, None])[:, 0]
         gaps.append((logits.amax(-1) - drawn).cpu())
     gap = torch.cat(gaps)
@@ -182,13 +181,14 @@ def used_gib() -> float:
 def check_sleep(engine: Engine, model: Any, report: Report, used: Callable[[], float], without: float) -> None:
     """Memory through sleep that keeps the weights, and sleep that drops them."""
     prompt = [5, 6, 7]
-    before = generate(engine, prompt, temperature=0, max_new_tokens=16)[0].token_ids
+    before = generate(engine, prompt, temperature=0, max_new_tokens=16)[0].token_ids.tolist()
     memory = {"without an engine": without, "awake": used()}
     engine.sleep()
     memory["asleep, weights on the host"] = used()
     engine.wake()
     report.expect(
-        generate(engine, prompt, temperature=0, max_new_tokens=16)[0].token_ids == before, "wake goes on as before"
+        generate(engine, prompt, temperature=0, max_new_tokens=16)[0].token_ids.tolist() == before,
+        "wake goes on as before",
     )
     engine.sleep(keep_weights=False)
     memory["asleep, weights dropped"] = used()
@@ -201,7 +201,7 @@ def check_sleep(engine: Engine, model: Any, report: Report, used: Callable[[], f
         report.expect(True, "a sleeping engine refuses requests")
     engine.wake()
     memory["awake again"] = used()
-    after = generate(engine, prompt, temperature=0, max_new_tokens=16)[0].token_ids
+    after = generate(engine, prompt, temperature=0, max_new_tokens=16)[0].token_ids.tolist()
     report.expect(after == before, "the update in its sleep took effect")
     for state in ("asleep, weights on the host", "asleep, weights dropped"):
         report.expect(memory[state] - without <= CONTEXT_GIB, f"{state}: no more than CUDA's own is held")

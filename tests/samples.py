@@ -6,11 +6,26 @@ When those types change, this is the one place where the tests do.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from xrl.algorithms.sample import sample_of
 from xrl.types import Completion, Episode, FinishReason, Group, Prompt, Sample, Verdict
+
+TEMPERATURE = 1.0
+_episodes = itertools.count()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer(Completion):
+    """Equal to every completion of the same values and types; completions themselves are compared by identity."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Completion) and contents(self) == contents(other)
 
 
 def prompt(*token_ids: int, id: int = 0, ground_truth: str = "1") -> Prompt:
@@ -24,11 +39,11 @@ def answer(
     version: int = 0,
     parts: tuple[tuple[int, int], ...] = (),
     logprobs: Sequence[float] | None = None,
-) -> Completion:
+) -> Answer:
     """An answer of these tokens; each has the log-prob of `logprobs_of` unless they are given."""
-    return Completion(
-        token_ids=list(token_ids),
-        logprobs=logprobs_of(token_ids) if logprobs is None else list(logprobs),
+    return Answer(
+        token_ids=np.array(token_ids, np.int32),
+        logprobs=np.array(logprobs_of(token_ids) if logprobs is None else logprobs, np.float32),
         finish_reason=reason,
         weights_version=version,
         parts=parts,
@@ -43,7 +58,8 @@ def judged(asked: Prompt, completion: Completion, reward: float | None, *, error
     """
     failure, _, detail = error.partition(": ")
     verdict = Verdict(reward=reward, failure=failure, detail=detail)
-    return Episode.of_answer(asked, completion, words(completion.token_ids), verdict)
+    text = words(completion.token_ids.tolist())
+    return Episode.of_answer(asked, completion, text, verdict, temperature=TEMPERATURE)
 
 
 def group(*rewards: float | None, asked: Prompt | None = None) -> Group:
@@ -65,9 +81,18 @@ def sample(
     advantage: float = 1.0,
     group_id: int = 0,
     logprobs: Sequence[float] | None = None,
+    episode_id: int | None = None,
+    temperature: float = TEMPERATURE,
 ) -> Sample:
-    """An answer to train on; each token has the log-prob of `logprobs_of` unless they are given."""
-    return sample_of(prompt_ids, answer(*response_ids, logprobs=logprobs), advantage=advantage, group_id=group_id)
+    """An answer to train on, of an episode of its own; each token has the log-prob of `logprobs_of` unless given."""
+    return sample_of(
+        prompt_ids,
+        answer(*response_ids, logprobs=logprobs),
+        advantage=advantage,
+        group_id=group_id,
+        episode_id=next(_episodes) if episode_id is None else episode_id,
+        temperature=temperature,
+    )
 
 
 def response_of(found: Sample) -> list[int]:
@@ -75,8 +100,8 @@ def response_of(found: Sample) -> list[int]:
     return found.token_ids[found.prompt_length :].tolist()
 
 
-def contents(found: Sample) -> dict[str, Any]:
-    """A sample as values that can be compared, with the types of its arrays."""
+def contents(found: Sample | Completion) -> dict[str, Any]:
+    """A sample or an answer as values that can be compared, with the types of its arrays."""
     fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     return {name: (value.dtype, value.tolist()) if hasattr(value, "dtype") else value for name, value in fields.items()}
 

@@ -103,15 +103,17 @@ def test_what_a_rank_is_at_can_be_read_while_it_is(make_run: MakeRun) -> None:
     assert run.progress.pieces == 3 * 3  # the buckets of two publications and of a checkpoint
 
 
-def test_each_rollout_asks_for_a_batch_of_prompts_with_a_seed_of_its_own(make_run: MakeRun) -> None:
+def test_each_rollout_asks_for_a_batch_of_prompts_that_follow_in_the_stream(make_run: MakeRun) -> None:
     run = make_run()
     run.train(2)
-    for number, (prompts, call) in enumerate(run.collector.calls, start=1):
+    assert len(run.collector.calls) == 2
+    for prompts, call in run.collector.calls:
         assert [each.id for each in prompts] == [0, 1]
         assert call == {
-            "sampling": dataclasses.replace(SAMPLING, seed=1000 + number),
+            "sampling": dataclasses.replace(SAMPLING, seed=1001),
             "num_samples": 2,
             "description": "training samples",
+            "first_ordinal": 7,
             "enough": None,
         }
 

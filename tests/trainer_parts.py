@@ -304,7 +304,9 @@ class Run:
         self.progress = Progress()
         self.collector = Collector(self.log)
         self.fleet = self.collector.fleet
-        self.prompts = SimpleNamespace(epoch=2, next_batch=lambda count: [prompt(5, id=n) for n in range(count)])
+        self.prompts = SimpleNamespace(
+            epoch=2, num_taken=7, next_batch=lambda count: [prompt(5, id=n) for n in range(count)]
+        )
         self.stream = Stream(self.log)
         self.canary = Canary(self.log)
         self.judge_mismatch: Callable[[float], None] = lambda value: None

@@ -34,6 +34,7 @@ from xrl.metrics.learning_words import LearningWords, no_stop_token
 from xrl.metrics.report import start_lines
 from xrl.metrics.run_folder import RunFolder
 from xrl.models.build import train_dtype
+from xrl.models.choice import layer_lines
 from xrl.models.shape import read_model_shape
 from xrl.parallel.control import Control
 from xrl.parallel.groups import ParallelGroups
@@ -129,6 +130,13 @@ def build_lead(
     stack.callback(journal.close)
     for line in start_lines(
         settings, world_size=groups.layout.world_size, num_prompts=len(prompts), num_rollouts=num_rollouts
+    ):
+        journal.say(line)
+    for line in layer_lines(
+        read_model_shape(settings.model.model),
+        dtype=train_dtype(settings.model),
+        transformer_impl=settings.model.transformer_impl,
+        tensor_size=groups.layout.tensor_size,
     ):
         journal.say(line)
 

@@ -174,8 +174,17 @@ class Session:
         self.fleet = lead.fleet if lead else None
         self.num_steps = share_rollout_count(lead, self.groups)
         self._ending.expect(self.num_steps)
-        num_updates = self.num_steps * settings.algorithm.updates_per_rollout
-        self.actor = Actor(settings, self.groups, num_updates=num_updates, progress=self.progress)
+        algorithm = self.algorithm.settings
+        self.actor = Actor(
+            model=settings.model,
+            parallel=settings.parallel,
+            optimizer=settings.optimizer,
+            packing=settings.data.packing,
+            groups=self.groups,
+            num_updates=self.num_steps * algorithm.updates_per_rollout,
+            keeps_reference=bool(algorithm.kl_coef),
+            progress=self.progress,
+        )
         self.experience = build_experience(settings, self.groups, self.algorithm, lead)
         self._turns = build_turns(settings, self.groups, self.actor, lead)
         self.publisher = build_publisher(settings, self.groups, self.actor, lead, self._turns, self.progress)

@@ -51,20 +51,26 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One prompt and how many answers to draw for it."""
+    """One prompt and how many answers to draw for it, or to go on with.
+
+    What is drawn depends on the seed, the sample's ordinal and the token's place in the response, so a group that is
+    asked for in several requests, or an answer that goes on in another, draws what one request would have drawn.
+    """
 
     id: str  # unique among the requests in flight
-    token_ids: Sequence[int]  # [L] prompt
+    token_ids: Sequence[int]  # [L] prompt, and the response so far
     num_samples: int
-    sampling: SamplingParams
+    sampling: SamplingParams  # max_new_tokens counts those to come
+    first_sample: int = 0  # ordinal of the first sample within its group
+    num_drawn: int = 0  # so many at the end of token_ids are the response so far, the same of all samples
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Completion:
     """One sampled answer. The stop token, where there is one, is its last token."""
 
-    token_ids: list[int]  # [L] response only
-    logprobs: list[float]  # [L] of the distribution sampled from, at the sampling temperature
+    token_ids: IntArray  # [L] int32, response only
+    logprobs: FloatArray  # [L] float32 of the distribution sampled from, at the sampling temperature
     finish_reason: FinishReason
     weights_version: int  # version of the weights that sampled it (its end, where several did)
     parts: tuple[tuple[int, int], ...] = ()  # (weights version, tokens) of each part, where several versions sampled it
@@ -81,6 +87,7 @@ class Turn:
 
     completion: Completion
     text: str  # the completion as text, special tokens removed
+    temperature: float  # that it was drawn at; 0 is greedy
     parent: int | None = None  # index of the turn whose tokens it continues; None: it follows the prompt
     context_ids: Sequence[int] = ()  # [C] given since its parent's end: template, user, tool output; never trained on
 
@@ -125,9 +132,11 @@ class Episode:
     status: EpisodeStatus
 
     @classmethod
-    def of_answer(cls, prompt: Prompt, completion: Completion, text: str, verdict: Verdict) -> Episode:
+    def of_answer(
+        cls, prompt: Prompt, completion: Completion, text: str, verdict: Verdict, *, temperature: float
+    ) -> Episode:
         """One turn."""
-        turn = Turn(completion=completion, text=text)
+        turn = Turn(completion=completion, text=text, temperature=temperature)
         return cls(prompt=prompt, turns=(turn,), verdict=verdict, status=_STATUS_OF[completion.finish_reason])
 
     @property
@@ -164,6 +173,8 @@ class Sample:
     versions: IntArray  # [T] int32, of the weights that sampled the token, -1 where not sampled
     prompt_length: int  # samples with equal group_id have equal prompts, of at least one token
     group_id: int
+    episode_id: int  # ordinal of the answer in its rollout; samples of one episode share it
+    temperature: float  # > 0, that its tokens were drawn at; the actor scores them at the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +186,8 @@ class SampleSize:
     input_length: int  # tokens that go through the model: all before the last trained one
     num_trained: int
     group_id: int
+    episode_id: int
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -209,7 +222,7 @@ class WeightBucket:
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """Everything a loss may look at, for the R trained tokens of one micro-batch, all fp32 [R]."""
+    """Everything a loss may look at, for the R trained tokens of one micro-batch; fp32 [R] unless told otherwise."""
 
     logprobs: Tensor  # of the model being trained, at the sampling temperature; carries the gradient
     entropy: Tensor  # of its next-token distribution, in nats
@@ -217,7 +230,13 @@ class LossInputs:
     rollout_logprobs: Tensor  # from the rollout engine
     reference_logprobs: Tensor | None  # of the frozen starting model; None where no KL is asked for
     advantages: Tensor
-    weights: Tensor  # share of each token in the loss; they sum to 1 over the whole update, all ranks together
+    token_shares: Tensor  # of each token in the loss; they sum to 1 over the whole update, all ranks together
+    sequence_ids: Tensor  # [R] int64, the answer that a token is of: 0.. within the micro-batch
+    num_sequences: int  # answers of the micro-batch, each of which is in it whole
+
+    def sum_over_answers(self, values: Tensor) -> Tensor:
+        """The sum of each answer's values, [R] -> [num_sequences], with gradient; 0 where it has no trained token."""
+        return values.new_zeros(self.num_sequences).index_add(0, self.sequence_ids, values)
 
 
 @dataclass(frozen=True, kw_only=True)

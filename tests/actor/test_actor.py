@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,13 @@ from xrl.parallel.cpu import prepare_megatron_for_cpu
 prepare_megatron_for_cpu()
 
 from xrl.actor.actor import Actor, UpdateReport  # noqa: E402
-from xrl.algorithms.aggregation import token_weights  # noqa: E402
 from xrl.algorithms.grpo import GRPO  # noqa: E402
 from xrl.config import (  # noqa: E402
     AlgorithmConfig,
-    DataConfig,
     ModelConfig,
     OptimizerConfig,
+    PackingConfig,
     ParallelConfig,
-    RolloutConfig,
-    Settings,
 )
 from xrl.metrics.mean import Mean  # noqa: E402
 from xrl.parallel.groups import ParallelGroups  # noqa: E402
@@ -41,12 +37,12 @@ from xrl.types import LossInputs, LossOutput, Sample  # noqa: E402
 
 # Two answers to each of three prompts; log-probs are nobody's.
 SAMPLES = [
-    sample([5, 6, 7], [11, 12, 13, 2], advantage=1.0, group_id=0),
-    sample([5, 6, 7], [14, 2], advantage=-1.0, group_id=0),
-    sample([8, 9], [15], advantage=0.5, group_id=1),
-    sample([8, 9], [16, 17, 2], advantage=-0.5, group_id=1),
-    sample([10], [18, 2], advantage=0.75, group_id=2),
-    sample([10], [19, 20, 21, 22, 2], advantage=-0.75, group_id=2),
+    sample([5, 6, 7], [11, 12, 13, 2], advantage=1.0, group_id=0, temperature=0.7),
+    sample([5, 6, 7], [14, 2], advantage=-1.0, group_id=0, temperature=0.7),
+    sample([8, 9], [15], advantage=0.5, group_id=1, temperature=0.7),
+    sample([8, 9], [16, 17, 2], advantage=-0.5, group_id=1, temperature=0.7),
+    sample([10], [18, 2], advantage=0.75, group_id=2, temperature=0.7),
+    sample([10], [19, 20, 21, 22, 2], advantage=-0.75, group_id=2, temperature=0.7),
 ]
 NUM_TOKENS = sum(len(each.token_ids) for each in SAMPLES)
 
@@ -64,23 +60,36 @@ def groups() -> Iterator[ParallelGroups]:
 
 @pytest.fixture
 def make_actor(checkpoint: Path, groups: ParallelGroups):
-    def make(*, optimizer: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **algorithm: Any) -> Actor:
-        settings = Settings(
+    def make(
+        *,
+        optimizer: dict[str, Any] | None = None,
+        packing: dict[str, Any] | None = None,
+        keeps_reference: bool = False,
+    ) -> Actor:
+        return Actor(
             model=ModelConfig(model=checkpoint, bf16=False),
-            data=DataConfig(data=Path("unused"), max_prompt_length=8, **(data or {})),
-            rollout=RolloutConfig(max_response_length=8, temperature=0.7),
+            parallel=ParallelConfig(),
             optimizer=OptimizerConfig(**{"lr": 1e-3, "adam_eps": 1e-6, **(optimizer or {})}),
-            algorithm=AlgorithmConfig(**algorithm),
+            packing=PackingConfig(**(packing or {})),
+            groups=groups,
+            num_updates=10,
+            keeps_reference=keeps_reference,
         )
-        return Actor(settings, groups, num_updates=10)
 
     return make
 
 
-def update(actor: Actor, samples: Sequence[Sample] = SAMPLES, *, fused: bool = True) -> list[UpdateReport]:
-    algorithm = GRPO(actor.settings.algorithm)
-    shares = partial(token_weights, kind=actor.settings.algorithm.loss_aggregation)
-    return actor.update(samples, algorithm.loss, shares, fused_loss=algorithm.fused_loss if fused else None)
+class Own(GRPO):
+    """The same loss, which kernels may not stand in for."""
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        return super().loss(inputs)
+
+
+def update(
+    actor: Actor, samples: Sequence[Sample] = SAMPLES, *, fused: bool = True, **algorithm: Any
+) -> list[UpdateReport]:
+    return actor.learn(samples, (GRPO if fused else Own)(AlgorithmConfig(**algorithm)))
 
 
 def tensors(actor: Actor) -> dict[str, Tensor]:
@@ -107,7 +116,7 @@ def with_logprobs(each: Sample, logprobs: Sequence[float]) -> Sample:
 
 
 def test_an_update_reports_what_it_learned_from(make_actor) -> None:
-    actor = make_actor(data={"share_prompt_prefix": False})
+    actor = make_actor(packing={"share_prompt_prefix": False})
     (report,) = update(actor)
     assert report.num_tokens == NUM_TOKENS
     assert report.computed_tokens == NUM_TOKENS - len(SAMPLES)  # an answer's last token predicts nothing
@@ -128,13 +137,13 @@ def test_prompts_that_are_shared_are_computed_once(make_actor) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("data", [{"share_prompt_prefix": False}, {"micro_batch_size": 2}, {}])
+@pytest.mark.parametrize("packing", [{"share_prompt_prefix": False}, {"micro_batch_size": 2}, {}])
 def test_the_loss_and_its_gradient_do_not_depend_on_how_they_are_computed(
-    make_actor, data: dict[str, Any], fused: bool
+    make_actor, packing: dict[str, Any], fused: bool
 ) -> None:
     several = {"kl_coef": 0.05, "entropy_coef": 0.01, "old_logprobs": "rollout"}
-    (expected,) = update(make_actor(**several), fused=False)
-    (found,) = update(make_actor(data=data, **several), fused=fused)
+    (expected,) = update(make_actor(keeps_reference=True), fused=False, **several)
+    (found,) = update(make_actor(packing=packing, keeps_reference=True), fused=fused, **several)
     assert found.metrics["loss"].value == pytest.approx(expected.metrics["loss"].value, rel=1e-5)
     assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
 
@@ -150,7 +159,7 @@ def test_the_first_update_starts_from_the_actor_s_own_log_probs(make_actor) -> N
 def test_later_updates_of_a_rollout_are_measured_from_before_the_first(make_actor) -> None:
     first_part = [each for each in SAMPLES if each.group_id != 1]
     second_part = [each for each in SAMPLES if each.group_id == 1]
-    first, second = update(make_actor(updates_per_rollout=2, optimizer={"lr": 1e-2}))
+    first, second = update(make_actor(optimizer={"lr": 1e-2}), updates_per_rollout=2)
     assert first.metrics["ratio"].value == pytest.approx(1.0, abs=1e-5)
     other = make_actor(optimizer={"lr": 1e-2})
     before = scored(other, second_part)
@@ -162,7 +171,7 @@ def test_later_updates_of_a_rollout_are_measured_from_before_the_first(make_acto
 
 
 def test_updates_take_whole_groups_in_turn(make_actor) -> None:
-    reports = update(make_actor(updates_per_rollout=2))
+    reports = update(make_actor(), updates_per_rollout=2)
     sizes = [0, 0, 0]
     for each in SAMPLES:
         sizes[each.group_id] += len(each.token_ids)
@@ -170,28 +179,28 @@ def test_updates_take_whole_groups_in_turn(make_actor) -> None:
 
 
 def test_fewer_groups_than_updates_make_fewer_updates(make_actor) -> None:
-    assert len(update(make_actor(updates_per_rollout=5))) == 3
+    assert len(update(make_actor(), updates_per_rollout=5)) == 3
 
 
 def test_no_samples_make_no_update_and_change_no_weight(make_actor) -> None:
-    actor = make_actor(updates_per_rollout=2)
+    actor = make_actor()
     before = tensors(actor)
-    assert update(actor, []) == []
+    assert update(actor, [], updates_per_rollout=2) == []
     after = tensors(actor)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_with_the_engine_s_log_probs_as_denominator_the_ratio_is_to_them(make_actor) -> None:
-    actor = make_actor(old_logprobs="rollout")
+    actor = make_actor()
     own = by_the_actor(actor)
     halved = [with_logprobs(each, each.rollout_logprobs[each.trained] + math.log(0.5)) for each in own]
-    (report,) = update(actor, halved)
+    (report,) = update(actor, halved, old_logprobs="rollout")
     assert report.metrics["ratio"].value == pytest.approx(2.0, rel=1e-5)
 
 
 def test_the_learning_rate_rises_over_the_first_updates_of_the_run(make_actor) -> None:
-    actor = make_actor(updates_per_rollout=2, optimizer={"lr": 1e-3, "lr_warmup_iters": 4})
-    rates = [report.lr for _ in range(3) for report in update(actor)]
+    actor = make_actor(optimizer={"lr": 1e-3, "lr_warmup_iters": 4})
+    rates = [report.lr for _ in range(3) for report in update(actor, updates_per_rollout=2)]
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
 
 
@@ -226,20 +235,22 @@ def test_a_mismatch_is_measured_without_learning(make_actor) -> None:
 
 
 def test_the_reference_stays_what_the_run_started_from(make_actor) -> None:
-    actor = make_actor(kl_coef=0.1)
+    actor = make_actor(keeps_reference=True)
     start = scored(actor)
-    (report,) = update(actor)
+    (report,) = update(actor, kl_coef=0.1)
     assert report.metrics["kl"].value == pytest.approx(0.0, abs=1e-9)
     moved = scored(actor)
     assert scored(actor, weights="reference") == start
     assert moved != start
     assert scored(actor) == moved  # its own weights are back
-    (report,) = update(actor)
+    (report,) = update(actor, kl_coef=0.1)
     assert report.metrics["kl"].value > 1e-6
 
 
-def test_without_a_kl_there_is_no_reference(make_actor) -> None:
+def test_a_kl_needs_a_reference(make_actor) -> None:
     assert make_actor().reference is None
+    with pytest.raises(ValueError, match="kl_coef is 0.1, which needs an actor that keeps a reference"):
+        update(make_actor(), kl_coef=0.1)
 
 
 @pytest.mark.parametrize("clip_grad", [1.0, 0.0])
@@ -268,7 +279,9 @@ def with_a_gradient_of_nan(inputs: LossInputs) -> LossOutput:
 )
 def test_a_loss_or_a_gradient_that_is_no_number_is_enough(make_actor, loss: Any, words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
-        make_actor().update(SAMPLES, loss, partial(token_weights, kind="token-mean"))
+        make_actor().learn(
+            SAMPLES, type("Broken", (GRPO,), {"loss": lambda self, inputs: loss(inputs)})(AlgorithmConfig())
+        )
 
 
 def test_an_advantage_that_is_no_number_ends_the_run(make_actor) -> None:
@@ -295,10 +308,10 @@ def test_an_update_moves_the_weights_that_come_out(make_actor) -> None:
 
 
 def test_an_actor_learns_from_the_same_samples_as_if_it_had_never_left_the_device(make_actor) -> None:
-    one, other = make_actor(kl_coef=0.1), make_actor(kl_coef=0.1)
+    one, other = make_actor(keeps_reference=True), make_actor(keeps_reference=True)
     for _ in range(2):
         other.memory.offload()
         other.memory.restore()
-        assert update(one)[0].metrics["loss"] == update(other)[0].metrics["loss"]
+        assert update(one, kl_coef=0.1)[0].metrics["loss"] == update(other, kl_coef=0.1)[0].metrics["loss"]
     left, right = tensors(one), tensors(other)
     assert all(torch.equal(left[name], right[name]) for name in left)

@@ -20,7 +20,7 @@ from xrl.types import Sample
 
 SAMPLES = [
     sample([4, 7], [11, 12, 13], advantage=0.1, group_id=4, logprobs=[-0.1, -1e-300, -5e5]),
-    sample([4, 7], [14], advantage=-1 / 3, group_id=4),
+    sample([4, 7], [14], advantage=-1 / 3, group_id=4, temperature=0.7),
     dataclasses.replace(sample([9, 7, 8], [15, 16], group_id=9), trained=np.array([0, 0, 0, 0, 1], np.bool_)),
     sample([4, 7], [17], advantage=2.0, group_id=0),  # the same prompt as another group's
 ]

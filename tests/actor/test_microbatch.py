@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from tests.ranks import groups, layout
 from tests.samples import logprobs_of, response_of, sample
-from xrl.config import DataConfig
+from xrl.config import PackingConfig
 from xrl.data.packing import size_of
 from xrl.parallel.cpu import prepare_megatron_for_cpu
 
@@ -51,7 +50,7 @@ def maker(
     **data: Any,
 ) -> MicrobatchMaker:
     return MicrobatchMaker(
-        data=DataConfig(data=Path("unused"), **data),
+        packing=PackingConfig(**data),
         shape=SHAPE,
         groups=groups(ranks, rank=rank),
         dtype=dtype,
@@ -72,8 +71,8 @@ def check_tokens(found: Microbatch, *, rows: list[int], response_ids: list[int])
     assert found.response_ids.tolist() == response_ids == response_of(FIRST) + response_of(SECOND)
     assert found.rollout_logprobs.tolist() == logprobs_of(response_ids)
     assert found.advantages.tolist() == [0.5] * 2 + [-0.25] * 3
-    assert found.weights.tolist() == [0.125] * 2 + [0.25] * 3
-    for tensor in (found.rollout_logprobs, found.advantages, found.weights):
+    assert found.token_shares.tolist() == [0.125] * 2 + [0.25] * 3
+    for tensor in (found.rollout_logprobs, found.advantages, found.token_shares):
         assert tensor.dtype == torch.float32
     for tensor in (found.input_ids, found.position_ids, found.rows, found.response_ids):
         assert tensor.dtype == torch.int64
@@ -101,7 +100,7 @@ def test_without_sharing_each_answer_has_its_own_prompt() -> None:
     assert found.response_ids.tolist() == [5, 6, 2, 4, 2]
     assert found.rows.tolist() == [2, 3, 4, 7, 8]
     assert found.advantages.tolist() == [-0.25] * 3 + [0.5] * 2
-    assert found.weights.tolist() == [0.25] * 3 + [0.125] * 2
+    assert found.token_shares.tolist() == [0.25] * 3 + [0.125] * 2
     assert found.num_tokens == 9
 
 
@@ -140,7 +139,7 @@ def test_replicas_share_the_samples_and_have_equally_many_micro_batches() -> Non
     assert len({len(microbatches) for microbatches in found}) == 1
     everything = [each for microbatches in found for each in microbatches]
     assert all(each.num_tokens <= 12 for each in everything)
-    assert sum(float(each.weights.sum()) for each in everything) == pytest.approx(1.0)
+    assert sum(float(each.token_shares.sum()) for each in everything) == pytest.approx(1.0)
     triples = [triple for each in everything for triple in each.response_ids.view(-1, 3).tolist()]
     assert sorted(triples) == sorted(response_of(each) for each in samples)
 
@@ -162,7 +161,7 @@ def test_a_replica_that_is_short_of_samples_runs_on_a_token_that_nobody_learns_f
     ]
     (found,) = empty
     assert (found.input_ids.tolist(), found.num_tokens) == ([[0]], 1)
-    for tensor in (found.response_ids, found.rollout_logprobs, found.advantages, found.weights):
+    for tensor in (found.response_ids, found.rollout_logprobs, found.advantages, found.token_shares):
         assert tensor.tolist() == []
 
 
@@ -197,17 +196,19 @@ def test_transformer_engine_gets_the_borders_of_whole_sequences() -> None:
 def test_only_trained_tokens_have_a_row_and_what_stands_behind_the_last_is_not_computed() -> None:
     # The prompt, two tokens sampled, two given, one sampled, two given.
     several = dataclasses.replace(
-        sample([7, 8, 9], [4, 5, 1, 1, 6, 3, 3], group_id=3),
+        sample([7, 8, 9], [4, 5, 1, 1, 6, 3, 3], group_id=3, episode_id=7),
         trained=np.array([0, 0, 0, 1, 1, 0, 0, 1, 0, 0], np.bool_),
     )
-    assert size_of(several) == SampleSize(num_tokens=10, prompt_length=3, input_length=7, num_trained=3, group_id=3)
+    assert size_of(several) == SampleSize(
+        num_tokens=10, prompt_length=3, input_length=7, num_trained=3, group_id=3, episode_id=7, temperature=1.0
+    )
     for data in ({}, {"share_prompt_prefix": False}, {"micro_batch_size": 2}):
         (found,) = made(maker(**data), [several, FIRST], SHARES)
         flat = found.input_ids.flatten().tolist()
         assert [token for token in flat if token in (4, 5, 1, 6, 3)] == [4, 5, 1, 1, 4]
         assert found.response_ids.tolist() == [4, 5, 6, 4, 2]
         assert predicting_tokens(found) == [9, 4, 1, 9, 4]
-        assert found.weights.tolist() == [0.125] * 3 + [0.25] * 2
+        assert found.token_shares.tolist() == [0.125] * 3 + [0.25] * 2
         assert found.rollout_logprobs.tolist() == logprobs_of([4, 5, 6, 4, 2])
 
 
@@ -222,3 +223,31 @@ def test_a_prompt_is_never_trained() -> None:
         size_of(dataclasses.replace(FIRST, trained=np.array([0, 0, 1, 1, 1], np.bool_)))
     with pytest.raises(ValueError, match="must have a token"):
         size_of(sample([], [3]))
+
+
+@pytest.mark.parametrize("data", [{}, {"share_prompt_prefix": False}, {"micro_batch_size": 4}])
+def test_each_token_says_which_answer_of_the_micro_batch_it_is_of(data: dict[str, Any]) -> None:
+    again = sample([7, 8, 9], [1], group_id=3, episode_id=FIRST.episode_id)  # a second row of the first answer
+    (found,) = made(maker(**data), [FIRST, SECOND, again], [0.1] * 3)
+    of = {4: "first", 2: None, 5: "second", 6: "second", 1: "first"}
+    ids = {of[token]: set() for token in (4, 5)}
+    for token, sequence_id in zip(found.response_ids.tolist(), found.sequence_ids.tolist(), strict=True):
+        if of[token]:
+            ids[of[token]].add(sequence_id)
+    assert sorted(map(sorted, ids.values())) == [[0], [1]]
+    assert (found.num_sequences, found.sequence_ids.dtype) == (2, torch.int64)
+
+
+@pytest.mark.parametrize("data", [{}, {"share_prompt_prefix": False}, {"micro_batch_size": 4}])
+def test_samples_of_different_temperatures_are_in_different_micro_batches(data: dict[str, Any]) -> None:
+    hot = dataclasses.replace(SECOND, temperature=1.5)
+    found = made(maker(**data), [FIRST, hot, sample([3], [8], group_id=4)], [0.1] * 3)
+    assert {each.temperature: sorted(each.response_ids.tolist()) for each in found} == {1.0: [2, 4, 8], 1.5: [2, 5, 6]}
+    with pytest.raises(AssertionError, match=r"one temperature, got \[1.0, 1.5\]"):
+        maker().make([FIRST, hot], [0.1] * 2)
+
+
+def test_an_episode_that_would_be_cut_is_refused() -> None:
+    again = dataclasses.replace(SECOND, episode_id=FIRST.episode_id)
+    with pytest.raises(ValueError, match="has samples in several micro-batches"):
+        made(maker(max_tokens_per_microbatch=5), [FIRST, again], SHARES)

@@ -68,7 +68,10 @@ def microbatch(token_ids: Sequence[Sequence[int]], rows: Sequence[int]) -> Micro
         response_ids=none,
         rollout_logprobs=none,
         advantages=none,
-        weights=none,
+        token_shares=none,
+        sequence_ids=none.long(),
+        num_sequences=0,
+        temperature=1.0,
         num_tokens=ids.numel(),
     )
 

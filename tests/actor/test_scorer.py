@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ prepare_megatron_for_cpu()
 from xrl.actor.microbatch import Microbatch  # noqa: E402
 from xrl.actor.scorer import TokenScorer  # noqa: E402
 from xrl.algorithms.grpo import GRPO  # noqa: E402
-from xrl.config import AlgorithmConfig, DataConfig, ModelConfig, RolloutConfig, Settings  # noqa: E402
+from xrl.config import AlgorithmConfig  # noqa: E402
 from xrl.models.head import ResponseRows  # noqa: E402
 from xrl.types import LossInputs  # noqa: E402
 
@@ -30,17 +29,12 @@ IDS = torch.tensor([3, 0, 10, 5])  # the first and the last token of the vocabul
 ROWS = torch.tensor([1, 2, 4, 5])
 
 
-def scorer(*, linear: bool = False, algorithm: AlgorithmConfig | None = None, upstream: float = 1.0) -> TokenScorer:
+def scorer(*, linear: bool = False, upstream: float = 1.0) -> TokenScorer:
     head = ResponseRows(sequence_parallel=False, tensor_group=groups().tensor, hands_on_hidden=linear)
     if linear:
         head.weight = torch.nn.Parameter(torch.randn(PADDED, WIDTH, generator=torch.Generator().manual_seed(2)))
     return TokenScorer(
-        settings=Settings(
-            model=ModelConfig(model=Path("unused")),
-            data=DataConfig(data=Path("unused")),
-            rollout=RolloutConfig(temperature=TEMPERATURE),
-            algorithm=algorithm or AlgorithmConfig(),
-        ),
+        backend="auto",
         groups=groups(),
         head=head,
         vocab_size=VOCAB,
@@ -59,7 +53,10 @@ def microbatch() -> Microbatch:
         response_ids=IDS,
         rollout_logprobs=torch.tensor([-1.0, -2.5, -0.5, -3.0]),
         advantages=torch.tensor([1.0, 1.0, -0.5, -0.5]),
-        weights=torch.tensor([0.1, 0.2, 0.3, 0.4]),
+        token_shares=torch.tensor([0.1, 0.2, 0.3, 0.4]),
+        sequence_ids=torch.tensor([0, 0, 1, 1]),
+        num_sequences=2,
+        temperature=TEMPERATURE,
         num_tokens=6,
     )
 
@@ -97,10 +94,16 @@ def test_their_gradient_is_that_of_plain_pytorch_and_none_reaches_the_padding() 
     assert given.grad is not None and not given.grad[:, VOCAB:].any()
 
 
-@pytest.mark.parametrize("coefficient", [0.0, 0.01])
-def test_entropy_has_a_gradient_where_it_is_in_the_loss(coefficient: float) -> None:
-    found = scorer(algorithm=AlgorithmConfig(entropy_coef=coefficient)).logprobs(logits(), microbatch())
-    assert found.entropy.requires_grad is bool(coefficient)
+@pytest.mark.parametrize("asked", [False, True])
+def test_entropy_has_a_gradient_where_it_is_asked_for(asked: bool) -> None:
+    assert scorer().logprobs(logits(), microbatch(), entropy_grad=asked).entropy.requires_grad is asked
+
+
+def test_log_probs_are_at_the_temperature_of_their_own_micro_batch() -> None:
+    given = logits().detach()
+    found = scorer().logprobs(given, dataclasses.replace(microbatch(), temperature=1.4)).logprob
+    expected = (given[:, :VOCAB].double() / 1.4).log_softmax(1)[range(4), IDS]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_hidden_states_give_the_log_probs_of_the_logits_that_they_make() -> None:
@@ -134,13 +137,13 @@ def test_the_loss_that_forms_its_gradient_at_once_is_the_algorithm_s(name: str, 
     old = torch.tensor([-1.5, -2.0, -1.0, -2.5]) if with_old else None
     reference = torch.tensor([-1.2, -2.2, -0.8, -2.9]) if config.kl_coef else None
     # What the backward pass brings is told, as the gradient is formed before it comes.
-    fused, plain = (scorer(linear=linear, algorithm=config, upstream=4.0) for _ in range(2))
+    fused, plain = (scorer(linear=linear, upstream=4.0) for _ in range(2))
     given, exact = (hidden(), hidden()) if linear else (logits(), logits())
     # Of a copy: the kernel writes its gradient where the logits were.
     loss, tokens = fused.grpo_loss(given * 1.0, batch, config, old=old, reference=reference)
     (4 * loss).backward()
 
-    scored = plain.logprobs(exact, batch)
+    scored = plain.logprobs(exact, batch, entropy_grad=bool(config.entropy_coef))
     expected = GRPO(config).loss(
         LossInputs(
             logprobs=scored.logprob,
@@ -149,7 +152,9 @@ def test_the_loss_that_forms_its_gradient_at_once_is_the_algorithm_s(name: str, 
             rollout_logprobs=batch.rollout_logprobs,
             reference_logprobs=reference,
             advantages=batch.advantages,
-            weights=batch.weights,
+            token_shares=batch.token_shares,
+            sequence_ids=batch.sequence_ids,
+            num_sequences=batch.num_sequences,
         )
     )
     (4 * expected.loss).backward()
@@ -165,7 +170,12 @@ def test_the_loss_that_forms_its_gradient_at_once_is_the_algorithm_s(name: str, 
 def test_no_response_tokens_give_no_log_probs_and_a_loss_of_zero() -> None:
     none = torch.empty(0)
     batch = dataclasses.replace(
-        microbatch(), rows=none.long(), response_ids=none.long(), rollout_logprobs=none, advantages=none, weights=none
+        microbatch(),
+        rows=none.long(),
+        response_ids=none.long(),
+        rollout_logprobs=none,
+        advantages=none,
+        token_shares=none,
     )
     given = torch.empty(0, PADDED, requires_grad=True)
     assert scorer().logprobs(given, batch).logprob.tolist() == []

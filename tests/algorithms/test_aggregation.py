@@ -8,31 +8,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xrl.algorithms.aggregation import token_weights
+from xrl.algorithms.aggregation import token_shares
 
 
 def test_token_mean_gives_every_token_the_same_share():
-    assert token_weights([1, 3, 4], "token-mean") == [1 / 8] * 3
+    assert token_shares([1, 3, 4], "token-mean") == [1 / 8] * 3
 
 
 def test_sequence_mean_gives_every_answer_the_same_share():
-    assert token_weights([1, 3, 4], "sequence-mean") == pytest.approx([1 / 3, 1 / 9, 1 / 12])
+    assert token_shares([1, 3, 4], "sequence-mean") == pytest.approx([1 / 3, 1 / 9, 1 / 12])
 
 
 def test_an_empty_answer_has_no_share_and_is_not_counted():
-    assert token_weights([2, 0], "token-mean") == [0.5, 0.0]
-    assert token_weights([2, 0], "sequence-mean") == [0.5, 0.0]
+    assert token_shares([2, 0], "token-mean") == [0.5, 0.0]
+    assert token_shares([2, 0], "sequence-mean") == [0.5, 0.0]
 
 
 @pytest.mark.parametrize("kind", ["token-mean", "sequence-mean"])
 def test_no_samples_and_no_tokens_are_allowed(kind):
-    assert token_weights([], kind) == []
-    assert token_weights([0, 0], kind) == [0.0, 0.0]
+    assert token_shares([], kind) == []
+    assert token_shares([0, 0], kind) == [0.0, 0.0]
 
 
 def test_unknown_aggregation_is_refused():
     with pytest.raises(ValueError, match="token-mean or sequence-mean"):
-        token_weights([1], "mean")  # type: ignore[arg-type]
+        token_shares([1], "mean")  # type: ignore[arg-type]
 
 
 @given(
@@ -40,6 +40,6 @@ def test_unknown_aggregation_is_refused():
     kind=st.sampled_from(["token-mean", "sequence-mean"]),
 )
 def test_shares_of_all_tokens_sum_to_one(lengths, kind):
-    weights = token_weights(lengths, kind)
-    total = math.fsum(length * weight for length, weight in zip(lengths, weights, strict=True))
+    shares = token_shares(lengths, kind)
+    total = math.fsum(length * share for length, share in zip(lengths, shares, strict=True))
     assert total == pytest.approx(1.0 if any(lengths) else 0.0)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
 import torch
 
-from xrl.algorithms.aggregation import token_weights
+from xrl.algorithms.aggregation import token_shares
 from xrl.algorithms.grpo import GRPO
 from xrl.config import AlgorithmConfig
 from xrl.metrics.mean import merge
-from xrl.types import LossInputs, LossOutput
+from xrl.types import LossInputs, LossOutput, Mean
 
 EVERYTHING_ON = AlgorithmConfig(
     clip_high=0.28,
@@ -34,7 +35,7 @@ def inputs(lengths, *, kind="token-mean", dtype=torch.float64, seed=0):
 
     base = -torch.rand(num, generator=generator, dtype=dtype) * 3 - 0.5
     per_sample = torch.tensor(lengths, dtype=torch.int64)
-    weights = torch.tensor(token_weights(lengths, kind), dtype=dtype).repeat_interleave(per_sample)
+    shares = torch.tensor(token_shares(lengths, kind), dtype=dtype).repeat_interleave(per_sample)
     advantages = torch.randn(len(lengths), generator=generator, dtype=dtype).repeat_interleave(per_sample)
     return LossInputs(
         logprobs=(base + noise(0.3)).requires_grad_(),
@@ -43,14 +44,17 @@ def inputs(lengths, *, kind="token-mean", dtype=torch.float64, seed=0):
         rollout_logprobs=base + noise(0.1),
         reference_logprobs=base + noise(0.3),
         advantages=advantages,
-        weights=weights,
+        token_shares=shares,
+        sequence_ids=torch.arange(len(lengths)).repeat_interleave(per_sample),
+        num_sequences=len(lengths),
     )
 
 
 def cut(whole, start, end):
     """The tokens from start to end as a micro-batch of their own."""
-    fields = {field.name: getattr(whole, field.name)[start:end] for field in dataclasses.fields(whole)}
-    return LossInputs(**fields)
+    tensors = {name: value[start:end] for name, value in vars(whole).items() if isinstance(value, torch.Tensor)}
+    found, sequence_ids = tensors["sequence_ids"].unique(return_inverse=True)
+    return dataclasses.replace(whole, **tensors | {"sequence_ids": sequence_ids}, num_sequences=len(found))
 
 
 def test_loss_matches_a_value_worked_out_by_hand():
@@ -61,7 +65,9 @@ def test_loss_matches_a_value_worked_out_by_hand():
         rollout_logprobs=torch.log(torch.tensor([0.1, 0.1, 0.025])),  # importance 1, 1, 4 -> 1.5
         reference_logprobs=torch.log(torch.tensor([0.1, 0.1, 0.05])),  # log r: 0, -log 2, 0
         advantages=torch.tensor([1.0, 1.0, -2.0]),
-        weights=torch.tensor([0.5, 0.25, 0.25]),
+        token_shares=torch.tensor([0.5, 0.25, 0.25]),
+        sequence_ids=torch.tensor([0, 0, 1]),
+        num_sequences=2,
     )
     config = AlgorithmConfig(kl_coef=2.0, entropy_coef=0.5, importance_correction="truncate", importance_bound=1.5)
     clipped = [-1.0, -1.2, 2 * 0.8]  # ratio 1; 2 capped at 1.2; 0.5 held at 0.8
@@ -147,7 +153,7 @@ def test_first_update_on_the_actors_own_log_probs_has_the_policy_gradient():
     whole = dataclasses.replace(whole, old_logprobs=whole.logprobs.detach())
     output = GRPO(AlgorithmConfig()).loss(whole)
     (gradient,) = torch.autograd.grad(output.loss, whole.logprobs)
-    assert torch.equal(gradient, -whole.weights * whole.advantages)
+    assert torch.equal(gradient, -whole.token_shares * whole.advantages)
     assert output.metrics["ratio"].value == 1.0
     assert output.metrics["policy_kl"].value == 0.0
     assert output.metrics["clip_fraction"].value == 0.0
@@ -194,7 +200,9 @@ def test_extreme_log_probs_give_a_finite_loss_and_gradient():
         rollout_logprobs=extreme,
         reference_logprobs=extreme.flip(0),
         advantages=torch.tensor([1.0, 1.0, -1.0, -1.0]),
-        weights=torch.full((4,), 0.25),
+        token_shares=torch.full((4,), 0.25),
+        sequence_ids=torch.tensor([0, 0, 1, 1]),
+        num_sequences=2,
     )
     output = GRPO(AlgorithmConfig(kl_coef=0.1)).loss(whole)
     output.loss.backward()
@@ -224,3 +232,37 @@ def test_a_loss_of_ones_own_is_not_replaced_by_the_fused_one() -> None:
 
     assert GRPO(AlgorithmConfig()).fused_loss == AlgorithmConfig()
     assert Own(AlgorithmConfig()).fused_loss is None
+
+
+class GSPO(GRPO):
+    """Group Sequence Policy Optimization (arXiv:2507.18071), of what every loss is given."""
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        ones = torch.ones_like(inputs.logprobs)
+        means = inputs.sum_over_answers(inputs.logprobs - inputs.old_logprobs) / inputs.sum_over_answers(ones)
+        ratio = means.exp()[inputs.sequence_ids]
+        surrogate = torch.maximum(-inputs.advantages * ratio, -inputs.advantages * ratio.clamp(0.9, 1.1))
+        loss = (inputs.token_shares * surrogate).sum()
+        return LossOutput(loss=loss, metrics={"loss": Mean(loss.detach(), inputs.token_shares.sum())})
+
+
+@pytest.mark.parametrize("cuts", [[0, 5, 13], [0, 6, 13], [0, 5, 6, 13]])
+def test_a_loss_over_whole_answers_is_the_same_at_any_cut_between_answers(cuts):
+    whole = inputs([5, 1, 7], kind="sequence-mean")
+    expected = GSPO(AlgorithmConfig()).loss(whole).loss
+    (gradient,) = torch.autograd.grad(expected, whole.logprobs)
+    parts = [GSPO(AlgorithmConfig()).loss(cut(whole, *ends)).loss for ends in itertools.pairwise(cuts)]
+    loss = torch.stack(parts).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(loss, whole.logprobs)[0], gradient, rtol=1e-12, atol=1e-12)
+    differences = (whole.logprobs - whole.old_logprobs).split([5, 1, 7])
+    ratios = torch.stack([difference.mean().exp() for difference in differences])
+    advantages = whole.advantages[[0, 5, 6]]
+    by_hand = torch.maximum(-advantages * ratios, -advantages * ratios.clamp(0.9, 1.1)).mean()
+    torch.testing.assert_close(expected, by_hand)
+
+
+def test_an_answer_without_trained_tokens_sums_to_zero():
+    whole = dataclasses.replace(inputs([2, 1]), num_sequences=3)
+    found = whole.sum_over_answers(torch.tensor([1.0, 2.0, 4.0]))
+    assert found.tolist() == [3.0, 4.0, 0.0]

@@ -11,13 +11,15 @@ from xrl.types import Completion, Episode, Sample, Turn, Verdict
 PROMPT = prompt(5, 6)
 
 
-def turn(completion: Completion, *, parent: int | None = None, context: tuple[int, ...] = ()) -> Turn:
-    return Turn(completion=completion, text="", parent=parent, context_ids=context)
+def turn(
+    completion: Completion, *, parent: int | None = None, context: tuple[int, ...] = (), temperature: float = 0.7
+) -> Turn:
+    return Turn(completion=completion, text="", parent=parent, context_ids=context, temperature=temperature)
 
 
 def rows(*turns: Turn, advantage: float = 0.5) -> list[Sample]:
     episode = Episode(prompt=PROMPT, turns=turns, verdict=Verdict(reward=1.0), status="done")
-    return samples_of(episode, advantage=advantage, group_id=3)
+    return samples_of(episode, advantage=advantage, group_id=3, episode_id=8)
 
 
 def test_an_answer_is_one_row_of_the_prompt_and_its_tokens() -> None:
@@ -27,7 +29,7 @@ def test_an_answer_is_one_row_of_the_prompt_and_its_tokens() -> None:
     assert row.rollout_logprobs.tolist() == [0.0, 0.0, -7 / 16, -8 / 16, -2 / 16]
     assert row.advantages.tolist() == [0.0, 0.0, 0.5, 0.5, 0.5]
     assert row.versions.tolist() == [-1, -1, 4, 4, 4]
-    assert (row.prompt_length, row.group_id) == (2, 3)
+    assert (row.prompt_length, row.group_id, row.episode_id, row.temperature) == (2, 3, 8, 0.7)
 
 
 def test_what_a_tool_has_said_is_between_two_turns_and_never_trained_on() -> None:
@@ -72,4 +74,15 @@ def test_a_turn_that_continues_itself_or_a_later_one_is_refused(parent: int) -> 
 
 def test_an_answer_with_too_few_log_probs_is_refused() -> None:
     with pytest.raises(ValueError, match="an answer has 2 tokens and 1 log-probs"):
-        sample_of([5], answer(7, 8, logprobs=[-1.0]), advantage=0.0, group_id=0)
+        sample_of([5], answer(7, 8, logprobs=[-1.0]), advantage=0.0, group_id=0, episode_id=0, temperature=1.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_an_answer_that_was_drawn_greedily_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="training needs a temperature > 0"):
+        rows(turn(answer(7), temperature=temperature))
+
+
+def test_turns_of_two_temperatures_are_no_row() -> None:
+    with pytest.raises(ValueError, match="turns of one row were drawn at temperatures 0.5 and 0.7"):
+        rows(turn(answer(7)), turn(answer(8), parent=0, temperature=0.5))

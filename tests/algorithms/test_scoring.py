@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
-from tests.samples import contents, judged
+from tests.samples import contents
 from xrl.algorithms.advantages import group_advantages
-from xrl.algorithms.scoring import score_groups
-from xrl.types import Completion, Group, Prompt
+from xrl.algorithms.scoring import is_comparable, score_groups
+from xrl.types import Completion, Episode, Group, Prompt, Verdict
 
 
-def rollout(reward, *, length=3, finish_reason="stop", prompt_id=0, judge_error="", num_logprobs=None):
+def rollout(reward, *, length=3, finish_reason="stop", prompt_id=0, judge_error="", num_logprobs=None, temperature=0.7):
     prompt = Prompt(id=prompt_id, token_ids=[1, 2], text="1+1?", ground_truth="2")
-    logprobs = [-0.5] * (length if num_logprobs is None else num_logprobs)
+    logprobs = np.full(length if num_logprobs is None else num_logprobs, -0.5, np.float32)
     completion = Completion(
-        token_ids=list(range(length)), logprobs=logprobs, finish_reason=finish_reason, weights_version=0
+        token_ids=np.arange(length, dtype=np.int32), logprobs=logprobs, finish_reason=finish_reason, weights_version=0
     )
-    return judged(prompt, completion, reward, error=judge_error)
+    failure, _, detail = judge_error.partition(": ")
+    verdict = Verdict(reward=reward, failure=failure, detail=detail)
+    return Episode.of_answer(prompt, completion, "2", verdict, temperature=temperature)
 
 
 def group(*rewards, **kwargs):
@@ -30,11 +33,15 @@ def advantage_of(sample):
     return value
 
 
-def score(groups, *, filter_zero_variance=True):
+def of_no_episode(sample):
+    return {**contents(sample), "episode_id": None}
+
+
+def score(groups, *, filter_zero_variance=True, keep=None):
     return score_groups(
         groups,
         lambda rewards: group_advantages(rewards, normalize=False),
-        filter_zero_variance=filter_zero_variance,
+        keep=keep or (lambda group: is_comparable(group, filter_zero_variance=filter_zero_variance)),
     )
 
 
@@ -47,6 +54,8 @@ def test_samples_carry_tokens_log_probs_advantage_and_the_index_of_their_group()
     assert first.trained.tolist() == [False] * 2 + [True] * 3
     assert first.rollout_logprobs.tolist() == [0.0] * 2 + [-0.5] * 3
     assert scored.advantages == [[0.5, -0.5], [-0.25, -0.25, 0.75, -0.25]]
+    assert [sample.episode_id for sample in scored.samples] == list(range(6))
+    assert {sample.temperature for sample in scored.samples} == {0.7}
 
 
 def test_groups_of_equal_rewards_are_left_out_and_counted():
@@ -108,7 +117,8 @@ def test_answers_that_nobody_could_judge_are_in_no_mean():
     judged = [rollout(reward) for reward in (1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0)]
     groups = [Group(episodes=(*judged[:4], *failed[:2])), Group(episodes=(*failed[2:], *judged[4:]))]
     scored, without = score(groups), score([Group(episodes=tuple(judged[:4])), Group(episodes=tuple(judged[4:]))])
-    assert list(map(contents, scored.samples)) == list(map(contents, without.samples))
+    assert list(map(of_no_episode, scored.samples)) == list(map(of_no_episode, without.samples))
+    assert [sample.episode_id for sample in scored.samples] == [0, 1, 2, 3, 8, 9, 10, 11]
     counts = {"samples/failed": 4.0, "samples/unjudged": 4.0, "samples/judge_failed": 4.0}
     assert scored.metrics == {**without.metrics, **counts}
     assert [row.count(None) for row in scored.advantages] == [2, 2]
@@ -130,3 +140,16 @@ def test_no_groups_give_no_samples_and_no_numbers():
 def test_an_engine_that_returns_too_few_log_probs_is_named():
     with pytest.raises(ValueError, match="prompt 5: an answer has 3 tokens and 2 log-probs"):
         score([group(1.0, 0.0, prompt_id=5, num_logprobs=2)])
+
+
+def test_a_greedy_answer_is_refused():
+    with pytest.raises(ValueError, match="prompt 5: an answer was drawn at temperature 0, .* needs a temperature > 0"):
+        score([group(1.0, 0.0, prompt_id=5, temperature=0.0)])
+
+
+def test_groups_that_an_own_rule_leaves_out_are_counted_by_themselves():
+    scored = score([group(1.0, 0.0), group(1.0, 0.0, 0.0), group(1.0, 1.0)], keep=lambda one: len(one.episodes) == 3)
+    assert {sample.group_id for sample in scored.samples} == {1}
+    assert [sample.episode_id for sample in scored.samples] == [2, 3, 4]
+    assert (scored.metrics["groups/left_out"], scored.metrics["groups/zero_variance"]) == (1, 1)
+    assert "groups/left_out" not in score([group(1.0, 0.0)]).metrics

@@ -21,9 +21,12 @@ def test_unknown_algorithm_is_refused_with_the_known_ones():
     with pytest.raises(SettingsError, match=r"'grop' is unknown \(the nearest is grpo\), the known ones are: grpo"):
         create_algorithm(AlgorithmConfig(algorithm="grop"))
     with pytest.raises(SettingsError):
-        check_algorithm("")
+        check_algorithm(AlgorithmConfig(algorithm=""))
 
 
 def test_names_can_be_checked_without_torch():
-    code = "import sys, xrl.algorithms as a; a.check_algorithm('grpo'); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, xrl.algorithms as a, xrl.config as c; a.check_algorithm(c.AlgorithmConfig());"
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

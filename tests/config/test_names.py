@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from xrl.algorithms import ALGORITHMS, check_algorithm
-from xrl.config import SettingsError
+from xrl.config import AlgorithmConfig, SettingsError
 from xrl.config.names import NAMES, known_name, nearest
 from xrl.rewards import JUDGES, check_judge
 from xrl.rollout import ENGINES, check_engine
@@ -34,7 +34,7 @@ def test_misspelt_names_get_the_nearest() -> None:
     with pytest.raises(SettingsError, match=r"--judge math_verify is unknown \(the nearest is math-verify\)"):
         check_judge("math_verify")
     with pytest.raises(SettingsError, match=r"--algorithm 'gpro' is unknown \(the nearest is grpo\)"):
-        check_algorithm("gpro")
+        check_algorithm(AlgorithmConfig(algorithm="gpro"))
 
 
 def test_a_name_like_no_other_gets_none() -> None:

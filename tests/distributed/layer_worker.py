@@ -21,7 +21,9 @@ import xrl.kernels.layers.gated_mlp  # noqa: E402
 import xrl.models.decoder_layer  # noqa: E402
 from xrl.config import ModelConfig, ParallelConfig  # noqa: E402
 from xrl.data.packing import Pack, pack, pad  # noqa: E402
+from xrl.kernels.layers.choice import ONE_BY_ONE, ONE_CALL, choose_layer  # noqa: E402
 from xrl.models.build import build_model, transformer_config  # noqa: E402
+from xrl.models.choice import layer_kind  # noqa: E402
 from xrl.models.packed import attention_inputs  # noqa: E402
 from xrl.models.shape import ModelShape  # noqa: E402
 from xrl.parallel.groups import ParallelGroups  # noqa: E402
@@ -119,8 +121,10 @@ def main() -> None:
         calls.clear()
         logits, gradients = run(groups, shape, packed, recompute, FROZEN[frozen])
         assert len(calls) == (2 * shape.num_layers if recompute == "full" else shape.num_layers), case
+        assert choose_layer(layer_kind(shape)).name == ONE_CALL, case
         calls.clear()
         xrl.kernels.layers.gated_mlp._MOST_PACKED_BYTES = 0  # as a large MLP has it
+        assert choose_layer(layer_kind(shape)).name == ONE_BY_ONE, case
         expected, expected_gradients = run(groups, shape, packed, recompute, FROZEN[frozen])
         xrl.kernels.layers.gated_mlp._MOST_PACKED_BYTES = most_bytes
         assert not calls, case

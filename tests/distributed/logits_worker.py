@@ -15,20 +15,21 @@ prepare_megatron_for_cpu()
 
 from xrl.actor.actor import Actor  # noqa: E402
 from xrl.actor.microbatch import Microbatch  # noqa: E402
-from xrl.config import DataConfig, ModelConfig, ParallelConfig, RolloutConfig, Settings  # noqa: E402
+from xrl.config import ModelConfig, OptimizerConfig, PackingConfig, ParallelConfig  # noqa: E402
 from xrl.data.packing import size_of  # noqa: E402
 from xrl.parallel.groups import ParallelGroups  # noqa: E402
 from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
 
 
 def build_actor(model: Path, parallel: ParallelConfig, groups: ParallelGroups) -> Actor:
-    settings = Settings(
+    return Actor(
         model=ModelConfig(model=model, bf16=False),
-        data=DataConfig(data=Path("unused"), max_prompt_length=64, micro_batch_size=1),
         parallel=parallel,
-        rollout=RolloutConfig(max_response_length=64),
+        optimizer=OptimizerConfig(),
+        packing=PackingConfig(micro_batch_size=1),
+        groups=groups,
+        num_updates=1,
     )
-    return Actor(settings, groups, num_updates=1)
 
 
 def whole_logits(actor: Actor, sequences: list[list[int]]) -> dict[int, torch.Tensor]:
@@ -39,8 +40,7 @@ def whole_logits(actor: Actor, sequences: list[list[int]]) -> dict[int, torch.Te
         sample(ids[:1], [*ids[1:], 0], logprobs=[0.0] * len(ids), advantage=0.0, group_id=i)
         for i, ids in enumerate(sequences)
     ]
-    everyone = dataclasses.replace(actor.microbatches.data, micro_batch_size=1)
-    maker = dataclasses.replace(actor.microbatches, data=everyone)
+    maker = dataclasses.replace(actor.microbatches, packing=PackingConfig(micro_batch_size=1))
     plan = maker.plan([size_of(each) for each in samples], range(len(samples)))
     microbatches = [
         maker.make([samples[index] for index in indices], [0.0] * len(indices)) for indices in plan[groups.data_rank]

@@ -14,16 +14,13 @@ import torch
 
 from tests.samples import sample
 from xrl.actor.actor import Actor
-from xrl.algorithms.aggregation import token_weights
 from xrl.algorithms.grpo import GRPO
 from xrl.config import (
     AlgorithmConfig,
-    DataConfig,
     ModelConfig,
     OptimizerConfig,
+    PackingConfig,
     ParallelConfig,
-    RolloutConfig,
-    Settings,
 )
 from xrl.parallel.groups import ParallelGroups
 from xrl.parallel.megatron import initialize, shutdown
@@ -51,17 +48,18 @@ def make_samples(vocab_size: int) -> list[Sample]:
         for _ in range(4):
             response = [rng.randrange(vocab_size) for _ in range(rng.choice((1, 5, 9, 16)))]
             logprobs = [-4.5 - 0.3 * rng.random() for _ in response]
-            samples.append(sample(prompt, response, logprobs=logprobs, advantage=rng.gauss(0, 1), group_id=group_id))
+            of_group = {"group_id": group_id, "advantage": rng.gauss(0, 1), "temperature": 0.7}
+            samples.append(sample(prompt, response, logprobs=logprobs, **of_group))
     return samples
 
 
-def data_config(packing: str, num_microbatches: int, num_replicas: int, samples: list[Sample]) -> DataConfig:
+def packing_config(packing: str, num_microbatches: int, num_replicas: int, samples: list[Sample]) -> PackingConfig:
     """Settings that give every replica `num_microbatches` micro-batches of these samples."""
     from xrl.data.packing import plan_microbatches, size_of
 
-    data = DataConfig(data=Path("unused"), share_prompt_prefix=packing == "shared")
+    config = PackingConfig(share_prompt_prefix=packing == "shared")
     if packing == "padded":
-        return dataclasses.replace(data, micro_batch_size=len(samples) // (num_microbatches * num_replicas))
+        return dataclasses.replace(config, micro_batch_size=len(samples) // (num_microbatches * num_replicas))
     for budget in range(4000, 20, -4):
         plan = plan_microbatches(
             [size_of(each) for each in samples],
@@ -70,12 +68,12 @@ def data_config(packing: str, num_microbatches: int, num_replicas: int, samples:
             share_prompts=packing == "shared",
         )
         if len(plan[0]) == num_microbatches:
-            return dataclasses.replace(data, max_tokens_per_microbatch=budget)
+            return dataclasses.replace(config, max_tokens_per_microbatch=budget)
     raise AssertionError(f"no token budget gives {num_microbatches} micro-batches")
 
 
-def make_settings(arguments: argparse.Namespace, data: DataConfig, *, linear: bool) -> Settings:
-    return Settings(
+def make_actor(arguments: argparse.Namespace, groups: ParallelGroups, packing: PackingConfig, *, linear: bool) -> Actor:
+    return Actor(
         model=ModelConfig(
             model=arguments.model,
             bf16=False,
@@ -83,7 +81,7 @@ def make_settings(arguments: argparse.Namespace, data: DataConfig, *, linear: bo
             fused_linear_logprob=linear,
             kernel_backend=arguments.backend,
         ),
-        data=data,
+        packing=packing,
         parallel=ParallelConfig(
             tensor_model_parallel_size=arguments.tp,
             pipeline_model_parallel_size=arguments.pp,
@@ -92,8 +90,9 @@ def make_settings(arguments: argparse.Namespace, data: DataConfig, *, linear: bo
             use_distributed_optimizer=arguments.distributed_optimizer,
         ),
         optimizer=OptimizerConfig(lr=1e-3, adam_eps=1e-6, weight_decay=0.01, clip_grad=0.05),
-        algorithm=AlgorithmConfig(old_logprobs="rollout", kl_coef=0.05, entropy_coef=0.01),
-        rollout=dataclasses.replace(RolloutConfig(), max_response_length=16, temperature=0.7),
+        groups=groups,
+        num_updates=arguments.updates,
+        keeps_reference=True,
     )
 
 
@@ -108,10 +107,11 @@ def run_case(
 ) -> dict:
     vocab_size = arguments.vocab_size
     samples = make_samples(vocab_size)
-    data = data_config(packing, num_microbatches, groups.layout.data_size, samples)
-    settings = make_settings(arguments, dataclasses.replace(data, max_prompt_length=12), linear=linear)
-    actor = Actor(settings, groups, num_updates=arguments.updates)
-    algorithm = GRPO(settings.algorithm)
+    config = packing_config(packing, num_microbatches, groups.layout.data_size, samples)
+    actor = make_actor(arguments, groups, config, linear=linear)
+    algorithm = GRPO(AlgorithmConfig(old_logprobs="rollout", kl_coef=0.05, entropy_coef=0.01))
+    if not fused:
+        algorithm.fused_loss = None
     seen: dict[str, list] = {"loss": [], "grad_norm": [], "kl": []}
     gradients: dict[str, torch.Tensor] = {}
     has_run = False
@@ -129,12 +129,7 @@ def run_case(
 
     actor.optimizer.step = step_and_keep_gradients
     for _ in range(arguments.updates):
-        (report,) = actor.update(
-            samples,
-            algorithm.loss,
-            lambda lengths: token_weights(lengths, "token-mean"),
-            fused_loss=algorithm.fused_loss if fused else None,
-        )
+        (report,) = actor.learn(samples, algorithm)
         seen["loss"].append(report.metrics["loss"].value)
         seen["kl"].append(report.metrics["kl"].value)
         seen["grad_norm"].append(report.grad_norm)
@@ -144,7 +139,7 @@ def run_case(
 
 def whole_gradients(actor: Actor) -> dict[str, torch.Tensor]:
     """Each parameter's reduced gradient; the distributed optimizer leaves only a share of it on each replica."""
-    if actor.settings.parallel.use_distributed_optimizer:
+    if actor.parallel.use_distributed_optimizer:
         for buffer in actor.ddp.buffers:
             for bucket in buffer.buckets:
                 share = bucket.grad_data.view(actor.groups.layout.data_size, -1)[actor.groups.data_rank].clone()

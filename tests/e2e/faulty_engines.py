@@ -9,6 +9,8 @@ import threading
 from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
+
 from xrl.rollout.embedded.engine import EmbeddedEngine
 from xrl.types import Completion, GenerateRequest, WeightBucket
 
@@ -56,7 +58,7 @@ class MisstatingEngine(EmbeddedEngine):
 
 
 def _less_likely(completion: Completion) -> Completion:
-    return dataclasses.replace(completion, logprobs=[value - 0.5 for value in completion.logprobs])
+    return dataclasses.replace(completion, logprobs=completion.logprobs - np.float32(0.5))
 
 
 def _is_first(death: str) -> bool:

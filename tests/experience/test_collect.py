@@ -11,7 +11,7 @@ from tests.experience.askings import finished
 from tests.rollout.scripted_workers import SPECIAL, WHY_FAILED, ScriptedWorkers, Words
 from tests.samples import answer, completion_of, prompt
 from xrl.algorithms.advantages import group_advantages
-from xrl.algorithms.scoring import score_groups
+from xrl.algorithms.scoring import is_comparable, score_groups
 from xrl.experience.asking import Need
 from xrl.experience.collect import Collected, Collector
 from xrl.experience.experience import refuse_useless
@@ -83,16 +83,18 @@ def test_groups_stand_in_the_order_of_their_prompts_whichever_ends_first() -> No
         assert [completion_of(each) for each in group.episodes] == [answer(token, 0), answer(token, 1)]
 
 
-def test_each_place_of_a_rollout_draws_by_a_seed_of_its_own() -> None:
+def test_each_group_of_a_stream_draws_by_a_seed_of_its_own() -> None:
     workers = ScriptedWorkers(echo)
-    take(collector(workers), prompts(11, 12, 11))  # a batch that crosses an epoch may hold a prompt twice
-    take(collector(workers), prompts(11), seed=1235)
+    one = collector(workers)
+    take(one, prompts(11, 12, 11))  # a batch that crosses an epoch may hold a prompt twice
+    asked = one.collect(prompts(11), sampling=SAMPLING, num_samples=2, description="samples", first_ordinal=3)
+    finished(asked)
     seeds = [[request.sampling.seed for request in rollout] for rollout in workers.asked]
-    assert seeds == [[2839730841293823290, 2839730841293823291, 2839730841293823292], [5017073623762245967]]
-    assert [request.id for rollout in workers.asked for request in rollout] == ["1234-0", "1234-1", "1234-2", "1235-0"]
+    assert seeds == [[2839730841293823290, 2839730841293823291, 2839730841293823292], [2839730841293823293]]
+    assert [request.id for rollout in workers.asked for request in rollout] == ["1-0", "1-1", "1-2", "2-0"]
     for request in workers.asked[0]:
         assert dataclasses.replace(request.sampling, seed=1234) == SAMPLING
-        assert request.num_samples == 2
+        assert (request.num_samples, request.first_sample, request.num_drawn) == (2, 0, 0)
 
 
 def test_prompts_that_failed_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
@@ -118,7 +120,7 @@ def test_an_answer_is_judged_as_text_without_special_tokens() -> None:
     (group,) = take(collector(workers, judge), prompts(11)).groups
     assert heard == [("21 22", 0)] * 2
     assert [(each.response, each.verdict) for each in group.episodes] == [("21 22", Verdict(reward=0.25))] * 2
-    assert completion_of(group.episodes[0]).token_ids == [21, 22, SPECIAL]
+    assert completion_of(group.episodes[0]).token_ids.tolist() == [21, 22, SPECIAL]
 
 
 def test_an_answer_is_judged_while_others_are_still_sampled() -> None:
@@ -165,10 +167,11 @@ def test_carried_groups_come_first_and_go_on_from_the_tokens_they_have() -> None
     one = collector(workers)
     take(one, prompts(11, 12), enough=1)
     workers.answers = lambda request: [answer(50, version=1)] * request.num_samples
-    found = take(one, prompts(21), seed=1235, enough=2)
+    found = take(one, prompts(21), enough=2)
     requests = [(request.id, request.token_ids, request.num_samples) for request in workers.asked[1]]
-    assert requests == [("1235-0-0", [12, 40], 1), ("1235-0-1", [12, 41], 1), ("1235-1", [21], 2)]
+    assert requests == [("2-0-0", [12, 40], 1), ("2-0-1", [12, 41], 1), ("2-1", [21], 2)]
     assert [request.sampling.max_new_tokens for request in workers.asked[1]] == [7, 7, 8]
+    assert [(request.first_sample, request.num_drawn) for request in workers.asked[1]] == [(0, 1), (1, 1), (0, 0)]
     assert first_tokens(found) == [12, 21]
     assert [completion_of(each) for each in found.groups[0].episodes] == [
         answer(40, 50, version=1, parts=((0, 1), (1, 1))),
@@ -184,10 +187,8 @@ def test_a_group_that_was_never_sent_is_carried_as_a_new_one() -> None:
     one = collector(workers)
     take(one, prompts(11, 12), enough=1)
     assert one.num_carried == 1
-    take(one, [], seed=1235, enough=1)
-    assert [(request.id, request.token_ids, request.num_samples) for request in workers.asked[1]] == [
-        ("1235-0", [12], 2)
-    ]
+    take(one, [], enough=1)
+    assert [(request.id, request.token_ids, request.num_samples) for request in workers.asked[1]] == [("2-0", [12], 2)]
 
 
 def test_whole_answers_of_a_group_in_progress_are_not_asked_for_again() -> None:
@@ -195,8 +196,8 @@ def test_whole_answers_of_a_group_in_progress_are_not_asked_for_again() -> None:
     one = collector(workers)
     take(one, prompts(11, 12), enough=1)
     workers.answers = lambda request: [answer(50, version=1)]
-    (group,) = take(one, [], seed=1235, enough=1).groups
-    assert [request.id for request in workers.asked[1]] == ["1235-0-1"]
+    (group,) = take(one, [], enough=1).groups
+    assert [request.id for request in workers.asked[1]] == ["2-0-1"]
     assert [completion_of(each) for each in group.episodes] == [
         answer(40),
         answer(41, 50, version=1, parts=((0, 1), (1, 1))),
@@ -214,7 +215,7 @@ def test_a_group_that_is_whole_too_late_is_the_first_of_the_next_rollout_and_jud
     one = collector(workers, judge)
     take(one, prompts(11, 12), num_samples=1, enough=1)
     assert (heard, one.num_carried) == (["11 0"], 1)
-    found = take(one, prompts(21, 22), seed=1235, num_samples=1, enough=2)
+    found = take(one, prompts(21, 22), num_samples=1, enough=2)
     assert [request.token_ids for request in workers.asked[1]] == [[21], [22]]
     assert (first_tokens(found), heard) == ([12, 21], ["11 0", "12 0", "21 0"])
     assert one.num_carried == 1  # the last one was whole too late again
@@ -224,29 +225,29 @@ def test_where_enough_carried_groups_are_whole_nobody_is_asked_and_the_rest_wait
     workers = ScriptedWorkers(echo)
     one = collector(workers)
     take(one, prompts(11, 12, 13, 14), enough=1)
-    found = take(one, prompts(21), seed=1235, enough=2)
+    found = take(one, prompts(21), enough=2)
     assert workers.asked[1] == []
     assert first_tokens(found) == [12, 13]
     assert found.counts == RolloutCounts()
     assert one.num_carried == 2  # the last whole one, and the new prompt
-    assert first_tokens(take(one, [], seed=1236, enough=2)) == [14, 21]
+    assert first_tokens(take(one, [], enough=2)) == [14, 21]
 
 
 def test_an_evaluation_in_between_leaves_carried_groups_alone() -> None:
     workers = ScriptedWorkers(echo, after_cut=cut_off)
     one = collector(workers)
     take(one, prompts(11, 12), enough=1)
-    assert first_tokens(take(one, prompts(31, 32), seed=7)) == [31, 32]
+    assert first_tokens(take(one, prompts(31, 32))) == [31, 32]
     assert one.num_carried == 1
-    assert first_tokens(take(one, [], seed=1235, enough=1)) == [12]
+    assert first_tokens(take(one, [], enough=1)) == [12]
 
 
 def test_a_carried_group_of_which_one_answer_fails_for_good_is_dropped_whole() -> None:
     workers = ScriptedWorkers(echo, after_cut=cut_off)
     one = collector(workers)
     take(one, prompts(11, 12), enough=1)
-    workers.answers = lambda request: None if request.id == "1235-0-1" else echo(request)
-    found = take(one, prompts(21), seed=1235, enough=2)
+    workers.answers = lambda request: None if request.id == "2-0-1" else echo(request)
+    found = take(one, prompts(21), enough=2)
     assert first_tokens(found) == [21]
     assert found.counts == RolloutCounts(sent=3, finished=2, failed=1)
     assert one.num_carried == 0
@@ -270,7 +271,9 @@ def test_where_no_worker_is_ready_weights_are_asked_for_and_the_rollout_goes_on(
 
 def score(found: Collected) -> Any:
     return score_groups(
-        found.groups, lambda rewards: group_advantages(rewards, normalize=False), filter_zero_variance=True
+        found.groups,
+        lambda rewards: group_advantages(rewards, normalize=False),
+        keep=lambda group: is_comparable(group, filter_zero_variance=True),
     )
 
 

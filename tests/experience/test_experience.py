@@ -47,7 +47,7 @@ class Answers:
 
 
 def rollouts(answers: Answers, *, num_in_flight: int = 2, enough: int | None = None) -> SampledRollouts:
-    prompts = SimpleNamespace(epoch=0.5, next_batch=lambda count: [prompt(5, id=n) for n in range(count)])
+    prompts = SimpleNamespace(epoch=0.5, num_taken=12, next_batch=lambda count: [prompt(5, id=n) for n in range(count)])
     return SampledRollouts(
         prompts, answers, ALGORITHM.score, SAMPLING, num_samples=2, num_in_flight=num_in_flight, enough=enough
     )
@@ -60,7 +60,8 @@ def test_a_batch_is_what_the_algorithm_makes_of_the_answers() -> None:
     assert batch.scored is not None and batch.samples == batch.scored.samples and len(batch.scored.samples) == 2
     assert batch.metrics["epoch"] == 0.5 and batch.metrics["tokens_per_s/rollout"] == 4.0
     assert batch.metrics["reward/mean"] == 0.75
-    assert answers.calls[0][1]["sampling"].seed == 1003
+    call = answers.calls[0][1]
+    assert (call["sampling"].seed, call["first_ordinal"]) == (1001, 12)  # of the stream, whichever the step
 
 
 @pytest.mark.parametrize(("num_carried", "num_prompts"), [(0, 5), (2, 3), (7, 0)])

@@ -9,10 +9,11 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.fuzz.conftest import Fuzz
-from tests.rollout.answering_worker import RUN, good_answer
+from tests.rollout.answering_worker import RUN, as_arrays, good_answer
 from xrl.rollout.answers import (
     WeightsId,
     WorkerFault,
@@ -81,10 +82,11 @@ def removed(value: Any, path: Path) -> Any:
 
 def is_right(completion: Completion) -> bool:
     """The same rules, one token after the other."""
-    ids, logprobs, reason = completion.token_ids, completion.logprobs, completion.finish_reason
+    ids, logprobs, reason = completion.token_ids.tolist(), completion.logprobs.tolist(), completion.finish_reason
     return (
-        all(type(token) is int and 0 <= token < VOCAB_SIZE for token in ids)
-        and all(type(value) is float and -1e5 <= value <= 1e-3 for value in logprobs)
+        (completion.token_ids.dtype, completion.logprobs.dtype) == (np.int32, np.float32)
+        and all(0 <= token < VOCAB_SIZE for token in ids)
+        and all(-1e5 <= value <= np.float32(1e-3) for value in logprobs)
         and len(ids) == len(logprobs) <= 5
         and STOP not in ids[:-1]
         and type(completion.weights_version) is int
@@ -96,10 +98,10 @@ def is_right(completion: Completion) -> bool:
     )
 
 
-def take(body: bytes) -> bool:
+def take(body: bytes, *, is_arrays: bool = False) -> bool:
     """Whether an answer was taken; if so it is right, if not the error is one printable line that names the worker."""
     try:
-        found = parse_json(body, worker=WORKER, where="the answer")
+        found = body if is_arrays else parse_json(body, worker=WORKER, where="the answer")
         completions = checked_completions(found, ASKED, worker=WORKER, vocab_size=VOCAB_SIZE, weights=None)
     except WorkerFault as error:
         words = str(error)
@@ -146,6 +148,31 @@ def test_bytes_may_be_anything(fuzz: Fuzz) -> None:
     whole = json.dumps(answer()).encode()
     for _ in range(fuzz.num_cases(3000)):
         take(torn(whole, source))
+
+
+def test_arrays_may_be_anything(fuzz: Fuzz) -> None:
+    source = fuzz.random()
+    whole = as_arrays(answer())
+    assert take(whole, is_arrays=True)
+    num_taken = 0
+    for _ in range(fuzz.num_cases(3000)):
+        # Tokens of few values, so that some of them are right.
+        tokens = b"".join(source.choice((5, 6, STOP, VOCAB_SIZE)).to_bytes(4, "little") for _ in range(6))
+        body = source.choice((whole, whole[:-48] + tokens + whole[-24:], whole[:-24] + source.randbytes(24)))
+        num_taken += take(torn(body, source) if source.random() < 0.8 else body, is_arrays=True)
+    assert num_taken > 0
+
+
+def test_every_field_of_the_header_of_arrays_may_be_anything() -> None:
+    whole = as_arrays(answer())
+    header = json.loads(whole[4:-48])
+    for path in places(header):
+        for odd in ODD:
+            text = json_of(replaced(header, path, odd))
+            take(len(text).to_bytes(4, "little") + text + whole[-48:], is_arrays=True)
+        if path:
+            text = json_of(removed(header, path))
+            assert not take(len(text).to_bytes(4, "little") + text + whole[-48:], is_arrays=True)
 
 
 def torn(body: bytes, source: random.Random) -> bytes:

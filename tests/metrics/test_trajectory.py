@@ -7,17 +7,20 @@ import math
 
 import pytest
 
+from tests.samples import answer
 from xrl.metrics.trajectory import read_trajectory, write_trajectory
-from xrl.types import Completion, Episode, Group, Prompt, Verdict
+from xrl.types import Episode, Group, Prompt, Verdict
 
 
 def group(*rewards, response="2\n#### 2", finish_reason="stop", judge_error=""):
     prompt = Prompt(id=11, token_ids=[1, 2, 3], text="1+1?", ground_truth="2", data_source="openai/gsm8k")
-    completion = Completion(token_ids=[5, 6], logprobs=[-0.1, -0.2], finish_reason=finish_reason, weights_version=4)
+    completion = answer(5, 6, reason=finish_reason, version=4)
     failure, _, detail = judge_error.partition(": ")
     return Group(
         episodes=tuple(
-            Episode.of_answer(prompt, completion, response, Verdict(reward=reward, failure=failure, detail=detail))
+            Episode.of_answer(
+                prompt, completion, response, Verdict(reward=reward, failure=failure, detail=detail), temperature=1.0
+            )
             for reward in rewards
         )
     )

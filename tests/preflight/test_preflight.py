@@ -52,6 +52,12 @@ def test_unknown_algorithm_lists_the_known_ones(refusal: Refusal) -> None:
     assert "--algorithm" in sentence and "'ppo'" in sentence and "grpo" in sentence
 
 
+def test_an_algorithm_of_ones_own_that_lacks_something_is_refused(refusal: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("class Mine:\n    def __init__(self, config): self.settings = config")
+    sentence = refusal("--algorithm", f"{tmp_path}/mine.py:Mine")
+    assert "Mine lacks score(), keep(), token_shares(), loss(), fused_loss: derive it from" in sentence
+
+
 def test_prompt_and_response_longer_than_the_positions_are_refused(refusal: Refusal) -> None:
     sentence = refusal("--max-prompt-length", "200", "--max-response-length", "100")
     assert "200" in sentence and "100 = 300" in sentence and "256 positions" in sentence

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import struct
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -39,6 +41,19 @@ def good_answer(request: GenerateRequest, *, version: int = 0) -> list[dict[str,
         }
         for _ in range(request.num_samples)
     ]
+
+
+def as_arrays(answers: list[dict[str, Any]], *, padding: int = 0) -> bytes:
+    """What `good_answer` makes, or a test of it, as arrays: ids in int32 and log-probs in float32, little-endian.
+
+    Args:
+        padding: spaces in front of the header's JSON.
+    """
+    metas = [dict(one["meta_info"]) for one in answers]
+    logprobs = [pair[0] for meta in metas for pair in meta.pop("output_token_logprobs")]
+    ids = [token for one in answers for token in one["output_ids"]]
+    header = b" " * padding + json.dumps(metas).encode()
+    return struct.pack(f"<I{len(header)}s{len(ids)}i{len(logprobs)}f", len(header), header, *ids, *logprobs)
 
 
 async def answer_well(_: web.Request, request: GenerateRequest) -> web.StreamResponse:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,12 +32,14 @@ FAULTS = (
     "answers without weights",
     "greedy answers vary",
     "log-probs of another temperature",
+    "log-probs are of 64 bits",
     "the second update is lost",
     "the last tensor alone is updated",
     "completions carry an old version",
     "the stop token is left out",
     "all samples are one",
     "seeds are ignored",
+    "all groups start at their first sample",
     "sleep frees nothing",
     "answers while asleep",
     "wake brings other weights",
@@ -76,6 +79,8 @@ class BigramEngine:
         sampling, future = request.sampling, Future[list[Completion]]()
         if not request.token_ids or max(request.token_ids) >= VOCAB_SIZE or request.num_samples < 1:
             raise ValueError("the request cannot run")
+        if not 0 <= request.num_drawn < len(request.token_ids) or request.first_sample < 0:
+            raise ValueError("no such place in a group")
         too_long = len(request.token_ids) + sampling.max_new_tokens > MAX_MODEL_LEN
         if too_long and not self.has("a request that cannot run is cut short"):
             raise ValueError("the request exceeds max_model_len")
@@ -105,6 +110,8 @@ class BigramEngine:
     def _sample(self, request: GenerateRequest, place: int, stop: threading.Event) -> Completion:
         sampling, generator = request.sampling, torch.Generator()
         seed = 0 if self.has("seeds are ignored") else sampling.seed
+        if not self.has("all groups start at their first sample"):
+            place += request.first_sample
         generator.manual_seed(1000 * seed + (0 if self.has("all samples are one") else place))
         ids, logprobs, reason = list(request.token_ids), [], "length"
         while len(ids) < min(len(request.token_ids) + sampling.max_new_tokens, MAX_MODEL_LEN):
@@ -133,8 +140,8 @@ class BigramEngine:
                 break
         version = self.weights_version - self.has("completions carry an old version")
         return Completion(
-            token_ids=ids[len(request.token_ids) :],
-            logprobs=logprobs,
+            token_ids=np.array(ids[len(request.token_ids) :], np.int32),
+            logprobs=np.array(logprobs, np.float64 if self.has("log-probs are of 64 bits") else np.float32),
             finish_reason=reason,  # type: ignore[arg-type]
             weights_version=version,
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class Case:
         """The engine samples from the model, whatever came before."""
         for prompt in PROMPTS:
             (completion,) = generate(self.engine, prompt, temperature=0, max_new_tokens=8)
-            assert completion.token_ids == self.greedy(prompt, 8)
+            assert completion.token_ids.tolist() == self.greedy(prompt, 8)
             assert completion.weights_version == self.engine.weights_version == self.version
 
 
@@ -75,7 +76,9 @@ def nothing_is_answered_before_the_first_weights(case: Case) -> None:
 
 def greedy_answers_are_the_models_and_repeat(case: Case) -> None:
     case.update(0)
-    answers = [[generate(case.engine, prompt, temperature=0)[0].token_ids for prompt in PROMPTS] for _ in range(2)]
+    answers = [
+        [generate(case.engine, prompt, temperature=0)[0].token_ids.tolist() for prompt in PROMPTS] for _ in range(2)
+    ]
     assert answers[0] == answers[1] == [case.greedy(prompt, 16) for prompt in PROMPTS]
 
 
@@ -84,8 +87,15 @@ def logprobs_are_the_models_at_the_sampling_temperature(case: Case) -> None:
     for temperature in (1.0, 0.6):
         for prompt in PROMPTS:
             for completion in generate(case.engine, prompt, num_samples=2, temperature=temperature, seed=3):
-                expected = case.logprobs(prompt, completion.token_ids, temperature)
+                expected = case.logprobs(prompt, completion.token_ids.tolist(), temperature)
                 torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=TOLERANCE)
+
+
+def answers_are_arrays_of_32_bits(case: Case) -> None:
+    case.update(1)
+    for completion in generate(case.engine, PROMPTS[1], num_samples=2):
+        assert (completion.token_ids.dtype, completion.logprobs.dtype) == (np.int32, np.float32)
+        assert completion.token_ids.shape == completion.logprobs.shape == (16,)
 
 
 def every_update_takes_effect(case: Case) -> None:
@@ -93,7 +103,7 @@ def every_update_takes_effect(case: Case) -> None:
         case.update(seed)
         case.check_answers()
         (completion,) = generate(case.engine, PROMPTS[1], seed=seed)
-        expected = case.logprobs(PROMPTS[1], completion.token_ids, 1.0)
+        expected = case.logprobs(PROMPTS[1], completion.token_ids.tolist(), 1.0)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=TOLERANCE)
 
 
@@ -112,13 +122,14 @@ def buckets_come_in_any_order_and_their_memory_is_used_again(case: Case) -> None
 def a_stop_token_is_the_last_token_with_its_logprob(case: Case) -> None:
     case.update(1)
     free = generate(case.engine, PROMPTS[0], num_samples=4, seed=1, max_new_tokens=12)
-    stop = free[0].token_ids[3]
+    stop = int(free[0].token_ids[3])
     stopped = generate(case.engine, PROMPTS[0], num_samples=4, seed=1, max_new_tokens=12, stop_token_ids=(stop,))
     for whole, cut in zip(free, stopped, strict=True):
-        length = whole.token_ids.index(stop) + 1 if stop in whole.token_ids else 12
-        assert cut.token_ids == whole.token_ids[:length]
+        ids = whole.token_ids.tolist()
+        length = ids.index(stop) + 1 if stop in ids else 12
+        assert cut.token_ids.tolist() == ids[:length]
         assert len(cut.logprobs) == length
-        assert cut.finish_reason == ("stop" if stop in whole.token_ids else "length")
+        assert cut.finish_reason == ("stop" if stop in ids else "length")
 
 
 def samples_and_seeds_differ_and_a_seed_repeats(case: Case) -> None:
@@ -127,7 +138,17 @@ def samples_and_seeds_differ_and_a_seed_repeats(case: Case) -> None:
     texts = [tuple(completion.token_ids) for completions in answers for completion in completions]
     assert len(texts) == len(set(texts)) == 6
     again = generate(case.engine, PROMPTS[1], num_samples=3, seed=1)
-    assert [completion.token_ids for completion in again] == [completion.token_ids for completion in answers[0]]
+    assert [tuple(completion.token_ids) for completion in again] == texts[:3]
+
+
+def a_group_may_be_asked_for_in_parts(case: Case) -> None:
+    case.update(1)
+    whole = generate(case.engine, PROMPTS[1], num_samples=4, seed=5)
+    parts = [
+        *generate(case.engine, PROMPTS[1], num_samples=1, seed=5),
+        *generate(case.engine, PROMPTS[1], num_samples=3, first_sample=1, seed=5),
+    ]
+    assert [answer.token_ids.tolist() for answer in parts] == [answer.token_ids.tolist() for answer in whole]
 
 
 def sleep_frees_memory_and_wake_goes_on(case: Case) -> None:
@@ -205,7 +226,15 @@ def wrong_tensors_are_refused_and_the_update_can_go_on(case: Case) -> None:
 
 def requests_that_cannot_run_are_refused(case: Case) -> None:
     case.update(0)
-    impossible = ({"token_ids": []}, {"token_ids": [1 << 30]}, {"max_new_tokens": 1 << 20}, {"num_samples": 0})
+    impossible = (
+        {"token_ids": []},
+        {"token_ids": [1 << 30]},
+        {"max_new_tokens": 1 << 20},
+        {"num_samples": 0},
+        {"num_drawn": 1},
+        {"num_drawn": -1},
+        {"first_sample": -1},
+    )
     for options in impossible:
         with pytest.raises(ValueError):
             generate(case.engine, **{"token_ids": [1], **options})
@@ -230,6 +259,7 @@ CHECKS = (
     buckets_come_in_any_order_and_their_memory_is_used_again,
     a_stop_token_is_the_last_token_with_its_logprob,
     samples_and_seeds_differ_and_a_seed_repeats,
+    a_group_may_be_asked_for_in_parts,
     sleep_frees_memory_and_wake_goes_on,
     weights_may_be_dropped_for_sleep_and_come_while_it_lasts,
     abort_returns_what_there_is_and_spares_the_others,

@@ -45,10 +45,25 @@ def push(engine: Engine, model: PreTrainedModel, version: int = 0) -> None:
     engine.finish_update(version)
 
 
-def request(token_ids: list[int], *, id: str = "a", num_samples: int = 1, **sampling: object) -> GenerateRequest:
+def request(
+    token_ids: list[int],
+    *,
+    id: str = "a",
+    num_samples: int = 1,
+    first_sample: int = 0,
+    num_drawn: int = 0,
+    **sampling: object,
+) -> GenerateRequest:
     """A request; `sampling` are fields of SamplingParams, max_new_tokens is 16 unless given."""
     params = SamplingParams(**({"max_new_tokens": 16} | sampling))  # type: ignore[arg-type]
-    return GenerateRequest(id=id, token_ids=token_ids, num_samples=num_samples, sampling=params)
+    return GenerateRequest(
+        id=id,
+        token_ids=token_ids,
+        num_samples=num_samples,
+        sampling=params,
+        first_sample=first_sample,
+        num_drawn=num_drawn,
+    )
 
 
 def generate(engine: Engine, token_ids: list[int], **options: object) -> list[Completion]:

@@ -66,7 +66,7 @@ def greedy(model: PreTrainedModel, num_tokens: int = 8) -> list[int]:
 
 
 def answer(engine: TurboMindEngine) -> list[int]:
-    return generate(engine, PROMPT, temperature=0, max_new_tokens=8)[0].token_ids
+    return generate(engine, PROMPT, temperature=0, max_new_tokens=8)[0].token_ids.tolist()
 
 
 # LMDeploy as it is, by hand.
@@ -262,13 +262,15 @@ def test_logprobs_are_those_of_the_filtered_distribution(make_engine: MakeEngine
     push(engine, model, 1)
     for completion in generate(engine, PROMPT, num_samples=3, temperature=0.8, top_k=4, max_new_tokens=8):
         with torch.no_grad():
-            logits = model(torch.tensor([PROMPT + completion.token_ids])).logits[0, len(PROMPT) - 1 : -1] / 0.8
+            logits = (
+                model(torch.tensor([[*PROMPT, *completion.token_ids.tolist()]])).logits[0, len(PROMPT) - 1 : -1] / 0.8
+            )
         values, tokens = logits.topk(4)
         for row, token, logprob in zip(range(8), completion.token_ids, completion.logprobs, strict=True):
             place = tokens[row].tolist().index(token)
             assert abs(values[row].log_softmax(-1)[place] - logprob) < 1e-4
     (likeliest,) = generate(engine, PROMPT, temperature=0)
-    assert likeliest.logprobs == [0.0] * 16  # TurboMind's greedy distribution is certain
+    assert likeliest.logprobs.tolist() == [0.0] * 16  # TurboMind's greedy distribution is certain
 
 
 def test_more_samples_than_run_at_once_wait_their_turn(make_engine: MakeEngine) -> None:

@@ -10,6 +10,8 @@ import threading
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
+
 from xrl.rollout.engine import EngineError, EngineNotReady
 from xrl.types import Completion, FinishReason, GenerateRequest, WeightBucket
 
@@ -56,8 +58,8 @@ class ScriptedEngine:
         if reason == "abort":  # not whole yet
             token_ids.pop()
         completion = Completion(
-            token_ids=token_ids,
-            logprobs=[-self.total] * len(token_ids),
+            token_ids=np.array(token_ids, np.int32),
+            logprobs=np.full(len(token_ids), -self.total, np.float32),
             finish_reason=reason,
             weights_version=self.weights_version,
         )

@@ -1,4 +1,4 @@
-"""What stands in for the pool where prompts become groups: workers that answer as a test says, in its order."""
+"""What stands in for the fleet where prompts become groups: workers that answer as a test says, in its order."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from tests import samples
 from tests.rollout.answering_worker import HEALTHY, RUN, Answer, AnsweringWorker, answer_well, fleet_of, good_answer
 from tests.rollout.fleets import VOCAB_SIZE, generate, request
 from xrl.rollout.answers import (
@@ -46,10 +47,8 @@ def checked(found: object, *, version: int | None = None) -> list[Completion]:
 
 
 def test_an_answer_as_it_was_asked_for_is_taken() -> None:
-    assert (
-        checked(answer(), version=0)
-        == [Completion(token_ids=[5, 6, 7], logprobs=[-0.5, -1.5, -2.5], finish_reason="stop", weights_version=0)] * 2
-    )
+    expected = samples.answer(5, 6, 7, logprobs=[-0.5, -1.5, -2.5], reason="stop", version=0)
+    assert checked(answer(), version=0) == [expected] * 2
 
 
 @pytest.mark.parametrize("run_id", [None, "another-run"])
@@ -64,7 +63,7 @@ def test_an_answer_that_was_cut_off_may_be_empty() -> None:
     found = answer()
     found[0]["output_ids"] = found[0]["meta_info"]["output_token_logprobs"] = []
     found[0]["meta_info"] |= {"finish_reason": {"type": "abort"}, "completion_tokens": 0}
-    assert checked(found)[0].token_ids == []
+    assert checked(found)[0] == samples.answer(reason="abort")
 
 
 @pytest.mark.parametrize(("ids", "reason"), [([5, 7], "stop"), ([1, 2, 3, 4], "length"), ([5, 6], "abort")])
@@ -95,8 +94,7 @@ def test_an_answer_may_end_at_its_longest() -> None:
 def test_rounding_above_zero_is_taken_as_it_is_and_an_integer_is_a_number() -> None:
     found = answer()
     found[0]["meta_info"]["output_token_logprobs"] = [[1e-7, 5], [0, 6], [-1, 7]]
-    logprobs = checked(found)[0].logprobs
-    assert logprobs == [1e-7, 0.0, -1.0] and set(map(type, logprobs)) == {float}
+    assert checked(found)[0] == samples.answer(5, 6, 7, logprobs=[1e-7, 0.0, -1.0])
 
 
 def at(*path: str | int) -> Callable[[Any], Callable[[list[Any]], None]]:

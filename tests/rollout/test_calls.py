@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import http.client
 import json
 import socket
+import struct
 import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +21,7 @@ from tests.rollout.scripted_engine import ANSWER, FAIL, HANG, ScriptedEngine
 from tests.rollout.served import Served, served
 from xrl.rollout import protocol, receivers
 from xrl.rollout.engine import check_request
-from xrl.types import GenerateRequest, WeightBucket
+from xrl.types import Completion, FinishReason, GenerateRequest, WeightBucket
 from xrl.weights.checksum import layer_checksum
 from xrl.weights.transport import Manifest
 from xrl.weights.transport.shared_memory import Sender
@@ -115,6 +119,46 @@ def test_body_that_is_no_json_or_is_packed_is_not_read(worker: Served, headers: 
     assert (status, answer["type"]) == (415, "UnknownContent")
 
 
+def test_answer_comes_as_arrays_to_those_who_ask_for_them_alone(worker: Served) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", worker.port, timeout=TIMEOUT_S)
+    for asked in ({}, {"as_arrays": False}, {"as_arrays": "yes"}, {"as_arrays": True}, {"as_arrays": True, "n": 1}):
+        connection.request("POST", protocol.GENERATE, json.dumps(GOOD | asked), dict(worker.access.headers))
+        answer = connection.getresponse()
+        body, content_type = answer.read(), answer.getheader("Content-Type", "")
+        if asked.get("as_arrays") is True:
+            assert content_type == protocol.ARRAYS
+            (length,) = struct.unpack_from("<I", body)
+            header, num_samples = json.loads(body[4 : 4 + length]), asked.get("n", 2)
+            assert [meta["weights_version"] for meta in header] == [3] * num_samples
+            tokens = struct.unpack_from(f"<{2 * num_samples}i{2 * num_samples}f", body, 4 + length)
+            assert tokens == (*(ANSWER, 5) * num_samples, *[-3.0] * 2 * num_samples)
+        else:
+            assert content_type.startswith("application/json")
+            assert json.loads(body)[0]["meta_info"]["output_token_logprobs"] == [[-3.0, ANSWER], [-3.0, 5]]
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"token_ids": [5, 6]}, "the engine's token_ids are list, not a numpy array of int32"),
+        ({"token_ids": np.array([5, 6])}, "the engine's token_ids are int64, not a numpy array of int32"),
+        ({"logprobs": np.zeros(2)}, "the engine's logprobs are float64, not a numpy array of float32"),
+        ({"logprobs": np.zeros(3, np.float32)}, "the engine's token_ids and logprobs are [2] and [3], not one of"),
+    ],
+)
+def test_answer_of_an_engine_that_is_no_arrays_is_the_engines_fault(change: dict[str, Any], words: str) -> None:
+    class OddEngine(CheckingEngine):
+        def _answers(self, request: GenerateRequest, reason: FinishReason) -> list[Completion]:
+            return [dataclasses.replace(each, **change) for each in super()._answers(request, reason)]
+
+    with served(OddEngine()) as worker:
+        assert update(worker, 3)[0] == 200
+        for asked in ({}, {"as_arrays": True}):
+            status, answer = generate(worker, **asked)
+            assert (status, answer["type"]) == (500, "EngineError") and words in answer["error"]
+
+
 def test_second_run_is_refused_and_the_first_loses_nothing(worker: Served) -> None:
     for path, body in ((protocol.GENERATE, GOOD), (protocol.CONNECT, {}), (protocol.SHUTDOWN, {})):
         status, answer = worker.call(path, body, run_id="another")
@@ -155,6 +199,12 @@ def test_call_without_a_run_is_refused(worker: Served) -> None:
         ({"n": 16 * 16 + 1}, "n must be"),
         ({"n": True}, "n must be"),
         ({"n": 1.0}, "n must be"),
+        ({"first_sample": -1}, "first_sample must be"),
+        ({"first_sample": 2**31}, "first_sample must be"),
+        ({"first_sample": 2**31 - 1}, "ordinals in"),
+        ({"num_drawn": -1}, "num_drawn must be"),
+        ({"num_drawn": 64}, "num_drawn must be"),
+        ({"num_drawn": 2}, "num_drawn must be"),
         ({"seed": 2**63}, "seed must be"),
         ({"seed": "5"}, "seed must be"),
         ({"top_k": 2**64}, "top_k must be"),

@@ -75,8 +75,8 @@ def test_every_worker_is_asked_the_same_and_gives_one_sample_of_its_own() -> Non
     workers = Workers()
     prompt = [19, 38, 57, 76, 95, 14, 33, 52]
     assert [contents(each) for each in asking(workers).sample()] == [
-        contents(sample(prompt, [0, 11], advantage=0.0, group_id=0)),
-        contents(sample(prompt, [3, 11], advantage=0.0, group_id=3)),
+        contents(sample(prompt, [0, 11], advantage=0.0, group_id=0, episode_id=0, temperature=0.7)),
+        contents(sample(prompt, [3, 11], advantage=0.0, group_id=3, episode_id=1, temperature=0.7)),
     ]
     # Of the whole distribution, which is what the actor scores, and never ended by a stop token.
     sampling = SamplingParams(temperature=0.7, top_k=0, top_p=1.0, max_new_tokens=16, stop_token_ids=(), seed=3)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def test_same_seed_gives_the_same_answers_alone_and_in_a_crowd(make_engine: Make
     alone = generate(engine, [5, 6, 7], num_samples=3, seed=11, max_new_tokens=40)
     crowd = [engine.submit(request([i, i + 1], id=f"crowd {i}", num_samples=3, seed=i)) for i in range(10)]
     among_others = generate(engine, [5, 6, 7], num_samples=3, seed=11, max_new_tokens=40)
-    assert [c.token_ids for c in among_others] == [c.token_ids for c in alone]
+    assert [c.token_ids.tolist() for c in among_others] == [c.token_ids.tolist() for c in alone]
     for future in crowd:
         future.result(timeout=60)
 
@@ -40,7 +41,7 @@ def test_more_samples_than_rows_wait_their_turn(make_engine: MakeEngine) -> None
     answers = []
     for engine in (wide, narrow):
         futures = [engine.submit(request([i, 9], id=str(i), num_samples=5, seed=i)) for i in range(4)]
-        answers.append([[c.token_ids for c in future.result(timeout=60)] for future in futures])
+        answers.append([[c.token_ids.tolist() for c in future.result(timeout=60)] for future in futures])
     assert answers[0] == answers[1]
 
 
@@ -52,22 +53,23 @@ def test_rows_with_different_settings_share_a_batch(make_engine: MakeEngine) -> 
         {"temperature": 0.5, "top_k": 3, "seed": 2},
         {"temperature": 2.0, "top_p": 0.5, "seed": 3, "max_new_tokens": 30},
     ]
-    apart = [generate(engine, [5, 6], **options)[0].token_ids for options in settings]
+    apart = [generate(engine, [5, 6], **options)[0].token_ids.tolist() for options in settings]
     futures = [engine.submit(request([5, 6], id=str(i), **options)) for i, options in enumerate(settings)]
-    assert [future.result(timeout=60)[0].token_ids for future in futures] == apart
+    assert [future.result(timeout=60)[0].token_ids.tolist() for future in futures] == apart
 
 
 def test_a_stop_token_ends_its_answer_and_is_its_last_token(make_engine: MakeEngine) -> None:
     engine = make_engine(make_model())
     free = generate(engine, [5, 6, 7], num_samples=8, seed=1, max_new_tokens=40)
-    stop = free[0].token_ids[6]
+    stop = int(free[0].token_ids[6])
     for unstopped, stopped in zip(
         free, generate(engine, [5, 6, 7], num_samples=8, seed=1, max_new_tokens=40, stop_token_ids=(stop,)), strict=True
     ):
-        length = unstopped.token_ids.index(stop) + 1 if stop in unstopped.token_ids else 40
-        assert stopped.token_ids == unstopped.token_ids[:length]
-        torch.testing.assert_close(stopped.logprobs, unstopped.logprobs[:length], rtol=0, atol=1e-5)
-        assert stopped.finish_reason == ("stop" if stop in unstopped.token_ids else "length")
+        ids = unstopped.token_ids.tolist()
+        length = ids.index(stop) + 1 if stop in ids else 40
+        assert stopped.token_ids.tolist() == ids[:length]
+        np.testing.assert_allclose(stopped.logprobs, unstopped.logprobs[:length], rtol=0, atol=1e-5)
+        assert stopped.finish_reason == ("stop" if stop in ids else "length")
 
 
 def test_one_new_token_needs_no_decode_step(make_engine: MakeEngine) -> None:
@@ -103,9 +105,11 @@ def test_request_that_fails_fails_alone(make_engine: MakeEngine, culprits: list[
             with pytest.raises(EngineError, match="RuntimeError: an odd prompt"):
                 future.result(timeout=60)
         else:
-            assert [c.token_ids for c in future.result(timeout=60)] == [c.token_ids for c in alone[i]]
+            assert [c.token_ids.tolist() for c in future.result(timeout=60)] == [c.token_ids.tolist() for c in alone[i]]
     decoder.prefill = prefill
-    assert [c.token_ids for c in generate(engine, [1, 9], num_samples=3)] == [c.token_ids for c in alone[0]]
+    assert [c.token_ids.tolist() for c in generate(engine, [1, 9], num_samples=3)] == [
+        c.token_ids.tolist() for c in alone[0]
+    ]
 
 
 def test_requests_that_come_or_are_aborted_while_a_culprit_is_looked_for_are_not_lost(make_engine: MakeEngine) -> None:

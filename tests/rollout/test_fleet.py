@@ -33,7 +33,7 @@ def test_every_prompt_is_answered_once_by_some_worker(make_fleet: MakeFleet) -> 
     assert sorted(results) == list(range(40))
     for place, completions in results.items():
         assert completions is not None
-        assert [completion.token_ids for completion in completions] == [[ANSWER, place]] * 2
+        assert [completion.token_ids.tolist() for completion in completions] == [[ANSWER, place]] * 2
     assert counts == RolloutCounts(sent=40, finished=40)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -22,8 +21,7 @@ from xrl.actor.pipeline import Pipeline
 from xrl.actor.scorer import TokenScorer
 from xrl.actor.split import split_groups
 from xrl.algorithms import Algorithm
-from xrl.algorithms.aggregation import token_weights
-from xrl.config import AlgorithmConfig, Settings
+from xrl.config import ModelConfig, OptimizerConfig, PackingConfig, ParallelConfig
 from xrl.launch.progress import Progress
 from xrl.metrics.mean import merge
 from xrl.models.build import build_model, train_dtype, transformer_config, uses_transformer_engine
@@ -35,8 +33,6 @@ from xrl.weights.export import WeightExporter
 from xrl.weights.load import load_weights
 from xrl.weights.slices import named_weights
 
-Loss = Callable[[LossInputs], LossOutput]
-TokenWeights = Callable[[Sequence[int]], Sequence[float]]
 WhichWeights = Literal["actor", "reference"]
 
 
@@ -44,39 +40,52 @@ class Actor:
     """The model being trained, this rank's share of it."""
 
     def __init__(
-        self, settings: Settings, groups: ParallelGroups, *, num_updates: int, progress: Progress | None = None
+        self,
+        *,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        packing: PackingConfig,
+        groups: ParallelGroups,
+        num_updates: int,
+        keeps_reference: bool = False,
+        progress: Progress | None = None,
     ) -> None:
-        self.settings = settings
+        """
+        Args:
+            num_updates: of the whole run, for the learning rate's schedule.
+            keeps_reference: hold the weights that the run starts from too, for an algorithm with a KL to them.
+            progress: advances with every micro-batch.
+        """
+        self.parallel = parallel
         self.groups = groups
-        self.shape = read_model_shape(settings.model.model)
-        self.dtype = train_dtype(settings.model)
-        transformer_engine = uses_transformer_engine(settings.model, self.shape)
-        config = transformer_config(
-            self.shape, settings.model, settings.parallel, groups.layout, transformer_engine=transformer_engine
-        )
+        self.shape = read_model_shape(model.model)
+        self.dtype = train_dtype(model)
+        transformer_engine = uses_transformer_engine(model, self.shape)
+        config = transformer_config(self.shape, model, parallel, groups.layout, transformer_engine=transformer_engine)
         self.model = build_model(self.shape, config, groups, transformer_engine=transformer_engine)
-        load_weights(self.model, self.shape, groups, settings.model.model)
+        load_weights(self.model, self.shape, groups, model.model)
         self.exporter = WeightExporter(self.shape, groups)
         # The frozen starting point, for the KL; no second model, only a second set of weights.
         self.reference = (
             {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-            if settings.algorithm.kl_coef
+            if keeps_reference
             else None
         )
         head = ResponseRows(
-            sequence_parallel=settings.parallel.sequence_parallel,
+            sequence_parallel=parallel.sequence_parallel,
             tensor_group=groups.tensor,
-            hands_on_hidden=settings.model.fused_linear_logprob,
+            hands_on_hidden=model.fused_linear_logprob,
         )
         if groups.is_last_stage:
             head.attach(self.model.output_layer)
-        self.ddp = wrap_data_parallel(self.model, settings.parallel)
-        self.optimizer = build_optimizer(self.ddp, settings.optimizer, settings.parallel, dtype=self.dtype)
-        self.schedule = build_schedule(self.optimizer, settings.optimizer, num_updates=num_updates)
+        self.ddp = wrap_data_parallel(self.model, parallel)
+        self.optimizer = build_optimizer(self.ddp, optimizer, parallel, dtype=self.dtype)
+        self.schedule = build_schedule(self.optimizer, optimizer, num_updates=num_updates)
         self.memory = TrainingMemory(self.ddp, self.optimizer, self.reference)
         self.pipeline = Pipeline(self.ddp, head, data_parallel_size=groups.layout.data_size, progress=progress)
         self.scorer = TokenScorer(
-            settings=settings,
+            backend=model.kernel_backend,
             groups=groups,
             head=head,
             vocab_size=self.shape.vocab_size,
@@ -84,12 +93,12 @@ class Actor:
             upstream=self.pipeline.upstream,
         )
         self.microbatches = MicrobatchMaker(
-            data=settings.data,
+            packing=packing,
             shape=self.shape,
             groups=groups,
             dtype=self.dtype,
             transformer_engine=transformer_engine,
-            sequence_parallel=settings.parallel.sequence_parallel,
+            sequence_parallel=parallel.sequence_parallel,
         )
         self.seconds: dict[str, float] = {}
 
@@ -99,41 +108,28 @@ class Actor:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def learn(self, samples: Sequence[Sample] | None, algorithm: Algorithm) -> list[UpdateReport]:
-        """Learn from one rollout as the algorithm says. Collective.
-
-        Args:
-            samples: the whole rollout on rank 0, None on the others.
-        """
-        shares = partial(token_weights, kind=self.settings.algorithm.loss_aggregation)
-        return self.update(samples, algorithm.loss, shares, fused_loss=algorithm.fused_loss)
-
-    def update(
-        self,
-        samples: Sequence[Sample] | None,
-        loss: Loss,
-        token_weights: TokenWeights,
-        *,
-        fused_loss: AlgorithmConfig | None = None,
-    ) -> list[UpdateReport]:
         """Learn from one rollout: `updates_per_rollout` optimizer updates, each on its own share of the groups.
 
         Collective.
 
         Args:
             samples: the whole rollout on rank 0, None on the others.
-            loss: from the log-probs of a micro-batch to its share of the loss.
-            token_weights: from the trained tokens of each of an update's samples to the share of each of them.
-            fused_loss: settings with which the fused kernels compute the same as `loss` in fewer passes over the
-                logits; None where they cannot. Metrics come from `loss` either way.
+            algorithm: whose settings, token shares and loss are used. Where it has a `fused_loss`, kernels compute the
+                same as its `loss` in fewer passes over the logits; metrics come from `loss` either way.
+
+        Raises:
+            ValueError: the algorithm has a KL to the reference, and the actor was built without one.
         """
-        algorithm = self.settings.algorithm
+        settings = algorithm.settings
+        if settings.kl_coef and self.reference is None:
+            raise ValueError(f"kl_coef is {settings.kl_coef:g}, which needs an actor that keeps a reference")
         sizes = broadcast_sizes(samples, self.groups.control)
-        parts = split_groups([size.group_id for size in sizes], algorithm.updates_per_rollout)
-        updates = self._microbatches_of(samples, sizes, parts, token_weights)
+        parts = split_groups([size.group_id for size in sizes], settings.updates_per_rollout)
+        updates = self._microbatches_of(samples, sizes, parts, algorithm)
 
         start = time.perf_counter()
         # With a single update the first forward pass gives the old log-probs itself.
-        needs_old = algorithm.old_logprobs == "actor" and len(updates) > 1
+        needs_old = settings.old_logprobs == "actor" and len(updates) > 1
         old = [self.logprobs(update) if needs_old else [] for update in updates]
         reference = [self.logprobs(update, weights="reference") if self.reference else [] for update in updates]
         middle = time.perf_counter()
@@ -141,10 +137,9 @@ class Actor:
             self._one_update(
                 sum(sizes[index].num_tokens for index in part),
                 update,
-                loss,
+                algorithm,
                 old_logprobs,
                 reference_logprobs,
-                fused_loss,
             )
             for part, update, old_logprobs, reference_logprobs in zip(parts, updates, old, reference, strict=True)
         ]
@@ -192,7 +187,7 @@ class Actor:
         samples: Sequence[Sample] | None,
         sizes: Sequence[SampleSize],
         parts: Sequence[Sequence[int]],
-        token_weights: TokenWeights,
+        algorithm: Algorithm,
     ) -> list[list[Microbatch]]:
         """[update] -> this replica's micro-batches.
 
@@ -205,7 +200,7 @@ class Actor:
         own = send_samples(samples, sizes, wanted, self.groups)
         shares: dict[int, float] = {}
         for part in parts:
-            shares |= zip(part, token_weights([sizes[index].num_trained for index in part]), strict=True)
+            shares |= zip(part, algorithm.token_shares([sizes[index] for index in part]), strict=True)
         return [
             [
                 self.microbatches.make([own[index] for index in indices], [shares[index] for index in indices])
@@ -218,26 +213,26 @@ class Actor:
         self,
         num_tokens: int,
         microbatches: Sequence[Microbatch],
-        loss: Loss,
+        algorithm: Algorithm,
         old: Sequence[Tensor],
         reference: Sequence[Tensor],
-        fused_loss: AlgorithmConfig | None,
     ) -> UpdateReport:
-        use_rollout = self.settings.algorithm.old_logprobs == "rollout"
+        use_rollout = algorithm.settings.old_logprobs == "rollout"
+        entropy_grad = bool(algorithm.settings.entropy_coef)
 
         def microbatch_loss(head_output: Tensor, number: int) -> LossOutput:
             microbatch = microbatches[number]
             old_logprobs = microbatch.rollout_logprobs if use_rollout else old[number] if old else None
             reference_logprobs = reference[number] if reference else None
-            if fused_loss is None:
-                scored = self.scorer.logprobs(head_output, microbatch)
+            if algorithm.fused_loss is None:
+                scored = self.scorer.logprobs(head_output, microbatch, entropy_grad=entropy_grad)
                 fused, logprobs, entropy = None, scored.logprob, scored.entropy
             else:
                 fused, tokens = self.scorer.grpo_loss(
-                    head_output, microbatch, fused_loss, old=old_logprobs, reference=reference_logprobs
+                    head_output, microbatch, algorithm.fused_loss, old=old_logprobs, reference=reference_logprobs
                 )
                 logprobs, entropy = tokens.logprob, tokens.entropy
-            output = loss(
+            output = algorithm.loss(
                 LossInputs(
                     logprobs=logprobs,
                     entropy=entropy,
@@ -245,7 +240,9 @@ class Actor:
                     rollout_logprobs=microbatch.rollout_logprobs,
                     reference_logprobs=reference_logprobs,
                     advantages=microbatch.advantages,
-                    weights=microbatch.weights,
+                    token_shares=microbatch.token_shares,
+                    sequence_ids=microbatch.sequence_ids,
+                    num_sequences=microbatch.num_sequences,
                 )
             )
             return output if fused is None else LossOutput(loss=fused, metrics=output.metrics)

@@ -27,6 +27,7 @@ _ARRAYS = {
 }
 _TAG = 0
 _SIZES = [field.name for field in dataclasses.fields(SampleSize)]
+_NOT_WHOLE = {"temperature"}
 
 
 def broadcast_sizes(samples: Sequence[Sample] | None, group: ProcessGroup) -> list[SampleSize]:
@@ -38,11 +39,17 @@ def broadcast_sizes(samples: Sequence[Sample] | None, group: ProcessGroup) -> li
     dist.broadcast(count, group_src=0, group=group)
     if not count:
         return []
-    table = torch.empty(int(count), len(_SIZES), dtype=torch.long)
+    # In fp64, which holds temperatures as they are and whole numbers up to 2^53.
+    table = torch.empty(int(count), len(_SIZES), dtype=torch.float64)
     if sizes:
-        table = torch.tensor([dataclasses.astuple(size) for size in sizes])
+        table = torch.tensor([dataclasses.astuple(size) for size in sizes], dtype=torch.float64)
     dist.broadcast(table, group_src=0, group=group)
-    return [SampleSize(**dict(zip(_SIZES, row, strict=True))) for row in table.tolist()]
+    return [_size(row) for row in table.tolist()]
+
+
+def _size(row: Sequence[float]) -> SampleSize:
+    values: dict[str, Any] = dict(zip(_SIZES, row, strict=True))
+    return SampleSize(**{name: value if name in _NOT_WHOLE else int(value) for name, value in values.items()})
 
 
 def send_samples(
@@ -94,6 +101,8 @@ def _received(sizes: Sequence[SampleSize], own: Sequence[int], group: ProcessGro
             **{name: arrays[place] for name, arrays in parts.items()},
             prompt_length=sizes[index].prompt_length,
             group_id=sizes[index].group_id,
+            episode_id=sizes[index].episode_id,
+            temperature=sizes[index].temperature,
         )
         for place, index in enumerate(own)
     }

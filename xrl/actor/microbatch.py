@@ -14,7 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from xrl.config import DataConfig
+from xrl.config import PackingConfig
 from xrl.data.packing import Pack, pack, pad, plan_microbatches
 from xrl.models.packed import attention_inputs, flash_inputs
 from xrl.models.shape import ModelShape
@@ -40,7 +40,10 @@ class Microbatch:
     response_ids: Tensor  # [R] int64
     rollout_logprobs: Tensor  # [R] fp32
     advantages: Tensor  # [R] fp32
-    weights: Tensor  # [R] fp32 share of each token in the loss of the update
+    token_shares: Tensor  # [R] fp32 share of each token in the loss of the update
+    sequence_ids: Tensor  # [R] int64 episode that each token is of, 0.. in the order in which they stand here
+    num_sequences: int  # episodes
+    temperature: float  # of all its samples
     num_tokens: int  # real and padded tokens that go through the model
 
 
@@ -48,7 +51,7 @@ class Microbatch:
 class MicrobatchMaker:
     """Plans micro-batches for all replicas, the same on every rank, and makes this replica's."""
 
-    data: DataConfig
+    packing: PackingConfig
     shape: ModelShape
     groups: ParallelGroups
     dtype: torch.dtype
@@ -65,29 +68,32 @@ class MicrobatchMaker:
         plan = plan_microbatches(
             [sizes[index] for index in update],
             num_replicas=self.groups.layout.data_size,
-            max_tokens=self.data.max_tokens_per_microbatch,
+            max_tokens=self.packing.max_tokens_per_microbatch,
             share_prompts=self.shares_prompts,
-            samples_per_microbatch=self.data.micro_batch_size,
+            samples_per_microbatch=self.packing.micro_batch_size,
         )
         return [[[update[place] for place in places] for places in replica] for replica in plan]
 
     @property
     def shares_prompts(self) -> bool:
         """Prompts are computed once a group where our own attention runs on packed rows."""
-        if self.data.micro_batch_size is not None or self.transformer_engine:
+        if self.packing.micro_batch_size is not None or self.transformer_engine:
             return False
-        return self.data.share_prompt_prefix is not False
+        return self.packing.share_prompt_prefix is not False
 
-    def make(self, samples: Sequence[Sample], weights: Sequence[float]) -> Microbatch:
+    def make(self, samples: Sequence[Sample], token_shares: Sequence[float]) -> Microbatch:
         """What goes through the model at once.
 
         Args:
-            weights: share of each trained token of a sample in the loss.
+            samples: all of one temperature.
+            token_shares: share of each trained token of a sample in the loss.
         """
+        temperatures = {sample.temperature for sample in samples} or {1.0}  # of no tokens any will do
+        assert len(temperatures) == 1, f"a micro-batch has one temperature, got {sorted(temperatures)}"
         multiple = self.groups.layout.tensor_size if self.sequence_parallel else 1
         if self.groups.device.type == "cpu" and self.dtype == torch.bfloat16:
             multiple *= ONEDNN_LENGTH_MULTIPLE
-        if self.data.micro_batch_size is None:
+        if self.packing.micro_batch_size is None:
             packed = pack(samples, share_prompts=self.shares_prompts, multiple=multiple)
             height, width = 1, len(packed.token_ids)
         else:
@@ -97,6 +103,11 @@ class MicrobatchMaker:
         rows = torch.from_numpy(packed.rows)
         ordered = [samples[index] for index in packed.order]
         device = self.groups.device
+        lengths = [np.count_nonzero(sample.trained) for sample in ordered]
+        places = {episode_id: place for place, episode_id in enumerate(dict.fromkeys(s.episode_id for s in ordered))}
+
+        def repeated(values: Sequence[float], dtype: type[np.generic]) -> Tensor:
+            return torch.from_numpy(np.repeat(np.array(values, dtype), lengths)).to(device)
 
         def of_trained(values: Sequence[FloatArray]) -> Tensor:
             parts = [array[sample.trained] for array, sample in zip(values, ordered, strict=True)]
@@ -111,12 +122,10 @@ class MicrobatchMaker:
             response_ids=torch.from_numpy(packed.targets).to(device),
             rollout_logprobs=of_trained([sample.rollout_logprobs for sample in ordered]),
             advantages=of_trained([sample.advantages for sample in ordered]),
-            weights=torch.from_numpy(
-                np.repeat(
-                    np.array([weights[index] for index in packed.order], np.float32),
-                    [np.count_nonzero(sample.trained) for sample in ordered],
-                )
-            ).to(device),
+            token_shares=repeated([token_shares[index] for index in packed.order], np.float32),
+            sequence_ids=repeated([places[sample.episode_id] for sample in ordered], np.int64),
+            num_sequences=len(places),
+            temperature=temperatures.pop(),
             num_tokens=height * width,
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xrl.actor.microbatch import Microbatch
 from xrl.algorithms.loss_settings import TokenLossSettings
-from xrl.config import AlgorithmConfig, Settings
+from xrl.config import AlgorithmConfig
 from xrl.kernels.head.backend import BackendName
 from xrl.kernels.head.grpo_loss import GrpoLossOutput, grpo_token_loss
 from xrl.kernels.head.linear_grpo import linear_grpo_loss
@@ -31,26 +31,26 @@ class _KernelArguments(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScorer:
-    """Kernels with the arguments that stay the same over a run. Log-probs are at the sampling temperature."""
+    """Kernels with the arguments that stay the same over a run. Log-probs are at the temperature of the samples."""
 
-    settings: Settings
+    backend: BackendName
     groups: ParallelGroups
     head: ResponseRows
     vocab_size: int
     columns: int  # that each tensor rank holds, padding included
     upstream: float  # the gradient that the backward pass brings to a micro-batch's loss
 
-    def logprobs(self, head_output: Tensor, microbatch: Microbatch) -> LogprobOutput:
+    def logprobs(self, head_output: Tensor, microbatch: Microbatch, *, entropy_grad: bool = False) -> LogprobOutput:
         """Of the response tokens, [R].
 
         Args:
             head_output: logits [R, V / tp], or hidden states [S * B, h] where the head hands them on, of which each
                 tensor rank has its part, [S / tp * B, h], under sequence parallelism.
+            entropy_grad: the entropy carries a gradient too.
         """
-        entropy_grad = bool(self.settings.algorithm.entropy_coef)
         if not self.head.hands_on_hidden:
             return vocab_parallel_logprob(
-                head_output, microbatch.response_ids, entropy_grad=entropy_grad, **self._arguments()
+                head_output, microbatch.response_ids, entropy_grad=entropy_grad, **self._arguments(microbatch)
             )
         return linear_logprob(
             head_output,
@@ -58,7 +58,7 @@ class TokenScorer:
             microbatch.response_ids,
             rows=microbatch.rows,
             entropy_grad=entropy_grad,
-            **self._arguments(),
+            **self._arguments(microbatch),
         )
 
     def grpo_loss(
@@ -79,14 +79,19 @@ class TokenScorer:
         settings = TokenLossSettings.of(config)
         tokens = TokenInputs(
             advantages=microbatch.advantages,
-            shares=microbatch.weights,
+            shares=microbatch.token_shares,
             old_logprobs=old,
             rollout_logprobs=microbatch.rollout_logprobs,
             reference_logprobs=reference,
         )
         if not self.head.hands_on_hidden:
             found = grpo_token_loss(
-                head_output, microbatch.response_ids, tokens, settings, upstream=self.upstream, **self._arguments()
+                head_output,
+                microbatch.response_ids,
+                tokens,
+                settings,
+                upstream=self.upstream,
+                **self._arguments(microbatch),
             )
             return found.token_loss.sum(), found
         out = linear_grpo_loss(
@@ -97,7 +102,7 @@ class TokenScorer:
             settings,
             rows=microbatch.rows,
             upstream=self.upstream,
-            **self._arguments(),
+            **self._arguments(microbatch),
         )
         return out.loss, out.tokens
 
@@ -105,7 +110,7 @@ class TokenScorer:
         assert self.head.weight is not None
         return self.head.weight
 
-    def _arguments(self) -> _KernelArguments:
+    def _arguments(self, microbatch: Microbatch) -> _KernelArguments:
         first = self.columns * self.groups.tensor_rank
         return {
             "shard": VocabShard(
@@ -114,6 +119,6 @@ class TokenScorer:
                 num_columns=min(self.columns, max(0, self.vocab_size - first)),
                 sequence_parallel=self.head.sequence_parallel,
             ),
-            "temperature": self.settings.rollout.temperature,
-            "backend": self.settings.model.kernel_backend,
+            "temperature": microbatch.temperature,
+            "backend": self.backend,
         }

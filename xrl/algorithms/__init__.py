@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from xrl.algorithms.own import create_own
 from xrl.config import AlgorithmConfig, SettingsError
 from xrl.config.names import hint
-from xrl.types import Group, LossInputs, LossOutput
+from xrl.types import Group, LossInputs, LossOutput, SampleSize
 
 if TYPE_CHECKING:
     from xrl.algorithms.scored import Scored
@@ -25,8 +26,37 @@ ALGORITHMS: Mapping[str, str] = MappingProxyType(
 )
 
 
+class LearnerSettings(Protocol):
+    """What the actor reads of an algorithm's settings; whatever else they hold is the algorithm's own."""
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer updates made from one rollout, each on its own share of the groups."""
+        ...
+
+    @property
+    def old_logprobs(self) -> Literal["actor", "rollout"]:
+        """Whose log-probs are `LossInputs.old_logprobs`."""
+        ...
+
+    @property
+    def kl_coef(self) -> float:
+        """Where it is not 0, the loss is given the log-probs of the model that the run started from."""
+        ...
+
+    @property
+    def entropy_coef(self) -> float:
+        """Where it is not 0, the entropy that the loss is given carries a gradient."""
+        ...
+
+
 class Algorithm(Protocol):
-    """What the trainer asks of an algorithm."""
+    """What the trainer and the actor ask of an algorithm, which owns its settings."""
+
+    @property
+    def settings(self) -> LearnerSettings:
+        """Its own; the actor reads these of them."""
+        ...
 
     fused_loss: AlgorithmConfig | None
     """Settings of `token_terms` where `loss` is their weighted sum, so that a fused kernel may stand in; else None."""
@@ -35,21 +65,31 @@ class Algorithm(Protocol):
         """Judged groups in, samples with advantages out."""
         ...
 
+    def keep(self, group: Group) -> bool:
+        """Whether a group is learned from."""
+        ...
+
+    def token_shares(self, sizes: Sequence[SampleSize]) -> Sequence[float]:
+        """Share of each trained token of each sample of an update in its loss; over all tokens they sum to 1."""
+        ...
+
     def loss(self, inputs: LossInputs) -> LossOutput:
         """The share of one micro-batch in the loss of the update."""
         ...
 
 
-def check_algorithm(name: str) -> None:
-    """Refuse a name that is not in the table, without importing torch.
+def check_algorithm(config: AlgorithmConfig) -> None:
+    """Refuse an algorithm that cannot be had. Ours is only looked up, without torch; a user's own is built.
 
     Raises:
-        SettingsError: naming the known algorithms.
+        SettingsError: as `create_algorithm` does.
     """
-    if name not in ALGORITHMS:
+    if ":" in config.algorithm:
+        create_own(config)
+    elif config.algorithm not in ALGORITHMS:
         raise SettingsError(
-            f"--algorithm {name!r} is unknown{hint('algorithm', name)}, the known ones are: "
-            f"{', '.join(sorted(ALGORITHMS))}"
+            f"--algorithm {config.algorithm!r} is unknown{hint('algorithm', config.algorithm)}, the known ones are: "
+            f"{', '.join(sorted(ALGORITHMS))}; or a class of your own as package.module:Class or path/file.py:Class"
         )
 
 
@@ -57,9 +97,11 @@ def create_algorithm(config: AlgorithmConfig) -> Algorithm:
     """Build the algorithm that `--algorithm` names.
 
     Raises:
-        SettingsError: the name is not in the table.
+        SettingsError: the name is not in the table, or a class of the user's own cannot be had or lacks something.
     """
-    check_algorithm(config.algorithm)
+    if ":" in config.algorithm:
+        return create_own(config)
+    check_algorithm(config)
     module, name = ALGORITHMS[config.algorithm].split(":")
     algorithm: Algorithm = getattr(import_module(module), name)(config)
     return algorithm

@@ -8,11 +8,11 @@ from typing import Literal
 LossAggregation = Literal["token-mean", "sequence-mean"]
 
 
-def token_weights(response_lengths: Sequence[int], kind: LossAggregation) -> list[float]:
-    """Share of every token of each sample in the loss, so that loss = sum_t w_t * loss_t.
+def token_shares(response_lengths: Sequence[int], kind: LossAggregation) -> list[float]:
+    """Share of every token of each sample in the loss, so that loss = sum_t s_t * loss_t.
 
-        token-mean:     w = 1 / sum_j L_j        every token counts the same (DAPO, arXiv:2503.14476)
-        sequence-mean:  w = 1 / (n * L_i)        every answer counts the same (GRPO, arXiv:2402.03300)
+        token-mean:     s = 1 / sum_j L_j        every token counts the same (DAPO, arXiv:2503.14476)
+        sequence-mean:  s = 1 / (n * L_i)        every answer counts the same (GRPO, arXiv:2402.03300)
 
     The denominator spans the whole update. Shares are therefore worked out once, before samples are cut into
     micro-batches and spread over data-parallel ranks, and plain sums over those give the same loss at any cut.
@@ -22,7 +22,7 @@ def token_weights(response_lengths: Sequence[int], kind: LossAggregation) -> lis
             tokens to weigh: its share is 0 and it is not counted in n.
 
     Returns:
-        [n] the share of one token of sample i; sum_i L_i * w_i = 1 (0 where there are no tokens at all).
+        [n] the share of one token of sample i; sum_i L_i * s_i = 1 (0 where there are no tokens at all).
     """
     if kind == "token-mean":
         num_tokens = sum(response_lengths)

@@ -7,22 +7,23 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from xrl.algorithms.advantages import group_advantages
+from xrl.algorithms.aggregation import token_shares
 from xrl.algorithms.clipped import ClippedSurrogate
 from xrl.algorithms.importance import ImportanceWeights, mismatch, mismatch_kl
 from xrl.algorithms.kl import k3
 from xrl.algorithms.loss_settings import TokenLossSettings
 from xrl.algorithms.scored import Scored
-from xrl.algorithms.scoring import score_groups
+from xrl.algorithms.scoring import is_comparable, score_groups
 from xrl.algorithms.token_terms import token_terms
 from xrl.config import AlgorithmConfig
-from xrl.types import Group, LossInputs, LossOutput, Mean
+from xrl.types import Group, LossInputs, LossOutput, Mean, SampleSize
 
 
 class GRPO:
     """Group Relative Policy Optimization and its common variants, by switch (see AlgorithmConfig)."""
 
     def __init__(self, config: AlgorithmConfig) -> None:
-        self.config = config
+        self.settings = config
         # A subclass with a loss of its own must not have it replaced.
         self.fused_loss = config if type(self).loss is GRPO.loss else None
 
@@ -31,26 +32,34 @@ class GRPO:
         return score_groups(
             groups,
             self.advantages,
-            filter_zero_variance=self.config.filter_zero_variance,
+            keep=self.keep,
         )
 
     def advantages(self, rewards: Sequence[float]) -> list[float]:
         """[G] rewards of the answers to one prompt, G >= 2 -> [G] advantages. For a subclass to replace."""
-        return group_advantages(rewards, normalize=self.config.normalize_advantages)
+        return group_advantages(rewards, normalize=self.settings.normalize_advantages)
+
+    def keep(self, group: Group) -> bool:
+        """Whether a group is learned from: two answers to compare and, unless told otherwise, different rewards."""
+        return is_comparable(group, filter_zero_variance=self.settings.filter_zero_variance)
+
+    def token_shares(self, sizes: Sequence[SampleSize]) -> Sequence[float]:
+        """As `--loss-aggregation` says, over the whole update."""
+        return token_shares([size.num_trained for size in sizes], self.settings.loss_aggregation)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """One micro-batch's share of the loss.
 
-            loss = sum_t w_t * (i_t * clipped_t + kl_coef * kl_t - entropy_coef * entropy_t)
+            loss = sum_t s_t * (i_t * clipped_t + kl_coef * kl_t - entropy_coef * entropy_t)
 
-        w are the shares of `aggregation.token_weights`, so losses of micro-batches and ranks are summed, never
+        s are the shares of `aggregation.token_shares`, so losses of micro-batches and ranks are summed, never
         averaged. i are the importance weights. R = 0 gives a zero that still carries a gradient: every rank must
         take part in the backward pass.
 
         Raises:
             ValueError: the inputs are not all [R], or the KL is in the loss and there are no reference log-probs.
         """
-        config = self.config
+        config = self.settings
         _check(inputs)
         terms = token_terms(
             logprobs=inputs.logprobs,
@@ -69,9 +78,9 @@ class GRPO:
             metrics |= _importance_metrics(terms.importance)
         if terms.kl is not None:
             metrics["kl"] = token_mean(terms.kl)
-        loss = (inputs.weights * terms.loss).sum()
+        loss = (inputs.token_shares * terms.loss).sum()
         # The shares sum to 1 over an update: merged over micro-batches, ranks and updates, this is the mean loss.
-        metrics["loss"] = Mean(loss.detach(), inputs.weights.detach().sum())
+        metrics["loss"] = Mean(loss.detach(), inputs.token_shares.detach().sum())
         return LossOutput(loss=loss, metrics=metrics)
 
 
@@ -113,7 +122,7 @@ def _check(inputs: LossInputs) -> None:
     shape = inputs.logprobs.shape
     if inputs.logprobs.ndim != 1:
         raise ValueError(f"logprobs must be [R], got {list(shape)}")
-    for name in ("entropy", "old_logprobs", "rollout_logprobs", "reference_logprobs", "advantages", "weights"):
+    for name in ("entropy", "old_logprobs", "rollout_logprobs", "reference_logprobs", "advantages", "token_shares"):
         tensor = getattr(inputs, name)
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be [R] = {list(shape)} like logprobs, got {list(tensor.shape)}")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from xrl.types import BoolArray, FloatArray, IntArray
 
 
-def samples_of(episode: Episode, *, advantage: float, group_id: int) -> list[Sample]:
+def samples_of(episode: Episode, *, advantage: float, group_id: int, episode_id: int) -> list[Sample]:
     """A row for each path from the prompt to a turn that no other continues.
 
     Every token that the model sampled is trained once, with the same advantage: a turn that several paths share is
@@ -22,7 +22,8 @@ def samples_of(episode: Episode, *, advantage: float, group_id: int) -> list[Sam
     forked.
 
     Raises:
-        ValueError: a turn does not have one log-prob a token, or continues one that comes later.
+        ValueError: a turn does not have one log-prob a token, was drawn greedily or at another temperature than those
+            of its row, or continues one that comes later.
     """
     for index, turn in enumerate(episode.turns):
         if turn.parent is not None and not 0 <= turn.parent < index:
@@ -36,17 +37,31 @@ def samples_of(episode: Episode, *, advantage: float, group_id: int) -> list[Sam
         path = _path_to(leaf, episode.turns)
         pieces = [_piece_of(episode.turns[index], trained=index not in learned) for index in path]
         learned.update(path)
-        samples.append(_row(episode.prompt.token_ids, pieces, advantage=advantage, group_id=group_id))
+        samples.append(
+            _row(episode.prompt.token_ids, pieces, advantage=advantage, group_id=group_id, episode_id=episode_id)
+        )
     return samples
 
 
-def sample_of(prompt_ids: Sequence[int], completion: Completion, *, advantage: float, group_id: int) -> Sample:
+def sample_of(
+    prompt_ids: Sequence[int],
+    completion: Completion,
+    *,
+    advantage: float,
+    group_id: int,
+    episode_id: int,
+    temperature: float,
+) -> Sample:
     """The prompt and its answer, of which every token is trained with the same advantage.
 
+    Args:
+        temperature: that the answer was drawn at.
+
     Raises:
-        ValueError: the answer does not have one log-prob a token.
+        ValueError: the answer does not have one log-prob a token, or it was drawn greedily.
     """
-    return _row(prompt_ids, [_piece_of(Turn(completion=completion, text=""))], advantage=advantage, group_id=group_id)
+    piece = _piece_of(Turn(completion=completion, text="", temperature=temperature))
+    return _row(prompt_ids, [piece], advantage=advantage, group_id=group_id, episode_id=episode_id)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,6 +72,7 @@ class _Piece:
     trained: BoolArray
     logprobs: FloatArray  # 0 where not sampled
     versions: IntArray  # -1 where not sampled
+    temperature: float
 
 
 def _path_to(leaf: int, turns: Sequence[Turn]) -> list[int]:
@@ -69,6 +85,11 @@ def _path_to(leaf: int, turns: Sequence[Turn]) -> list[int]:
 
 def _piece_of(turn: Turn, *, trained: bool = True) -> _Piece:
     completion = turn.completion
+    if not turn.temperature > 0:
+        raise ValueError(
+            f"an answer was drawn at temperature {turn.temperature:g}, where every token has probability 1 or 0: there "
+            f"is nothing to learn from it, training needs a temperature > 0"
+        )
     before, length = len(turn.context_ids), len(completion.token_ids)
     if len(completion.logprobs) != length:
         raise ValueError(
@@ -78,14 +99,23 @@ def _piece_of(turn: Turn, *, trained: bool = True) -> _Piece:
     parts = completion.parts or ((completion.weights_version, length),)
     versions = np.repeat([version for version, _ in parts], [count for _, count in parts])
     return _Piece(
-        token_ids=np.array([*turn.context_ids, *completion.token_ids], np.int32),
+        token_ids=np.concatenate([np.array(turn.context_ids, np.int32), completion.token_ids]),
         trained=np.repeat([False, trained], [before, length]),
-        logprobs=np.concatenate([np.zeros(before, np.float32), np.asarray(completion.logprobs, np.float32)]),
+        logprobs=np.concatenate([np.zeros(before, np.float32), completion.logprobs]),
         versions=np.concatenate([np.full(before, -1, np.int32), versions.astype(np.int32)]),
+        temperature=turn.temperature,
     )
 
 
-def _row(prompt_ids: Sequence[int], pieces: Sequence[_Piece], *, advantage: float, group_id: int) -> Sample:
+def _row(
+    prompt_ids: Sequence[int], pieces: Sequence[_Piece], *, advantage: float, group_id: int, episode_id: int
+) -> Sample:
+    temperatures = sorted({piece.temperature for piece in pieces})
+    if len(temperatures) > 1:
+        raise ValueError(
+            f"turns of one row were drawn at temperatures {temperatures[0]:g} and {temperatures[-1]:g}, "
+            f"log-probs are of one"
+        )
     before = len(prompt_ids)
     trained = np.concatenate([np.zeros(before, np.bool_), *(piece.trained for piece in pieces)])
     return Sample(
@@ -96,4 +126,6 @@ def _row(prompt_ids: Sequence[int], pieces: Sequence[_Piece], *, advantage: floa
         versions=np.concatenate([np.full(before, -1, np.int32), *(piece.versions for piece in pieces)]),
         prompt_length=before,
         group_id=group_id,
+        episode_id=episode_id,
+        temperature=temperatures[0],
     )

@@ -16,40 +16,45 @@ def score_groups(
     groups: Sequence[Group],
     advantages_of: Callable[[Sequence[float]], list[float]],
     *,
-    filter_zero_variance: bool,
+    keep: Callable[[Group], bool],
 ) -> Scored:
     """Give each answer its advantage within its group.
 
     Answers that failed (aborted, in error, empty, or with no finite reward as nobody could judge them) are left out
-    first, for they say nothing about the policy; a group left with fewer than two answers is left out whole.
+    first, for they say nothing about the policy.
 
     Args:
         groups: judged answers; the index of a group becomes the `group_id` of its samples.
         advantages_of: [G] rewards -> [G] advantages, G >= 2.
-        filter_zero_variance: leave out groups whose rewards are all equal.
+        keep: whether a group is learned from.
+
+    The ordinal of an answer among all of the rollout, failed ones too, becomes the `episode_id` of its sample.
 
     Returns:
         Samples in the order of the groups, and metrics over all answers that did not fail.
     """
     samples: list[Sample] = []
     advantages: list[list[float | None]] = []
-    num_flat = num_filtered = num_too_small = 0
+    num_flat = num_filtered = num_too_small = num_left_out = 0
+    first_of_group = 0  # ordinal of its first answer in the rollout
     for group_id, group in enumerate(groups):
         row: list[float | None] = [None] * len(group.episodes)
         advantages.append(row)
+        first, first_of_group = first_of_group, first_of_group + len(group.episodes)
         usable = [index for index, episode in enumerate(group.episodes) if is_usable(episode)]
         rewards = [reward_of(group.episodes[index]) for index in usable]
-        if len(rewards) < 2:
-            num_too_small += 1
+        is_kept = keep(group)
+        is_small = len(rewards) < 2
+        is_flat = not is_small and has_zero_variance(rewards)
+        num_too_small += is_small
+        num_flat += is_flat
+        num_filtered += is_flat and not is_kept
+        num_left_out += not (is_kept or is_small or is_flat)
+        if not is_kept:
             continue
-        if has_zero_variance(rewards):
-            num_flat += 1
-            if filter_zero_variance:
-                num_filtered += 1
-                continue
         for index, advantage in zip(usable, advantages_of(rewards), strict=True):
             row[index] = advantage
-            samples += _samples(group.episodes[index], advantage, group_id)
+            samples += _samples(group.episodes[index], advantage, group_id, first + index)
     metrics = {
         **answer_metrics([episode for group in groups for episode in group.episodes]),
         "groups/total": float(len(groups)),
@@ -58,7 +63,15 @@ def score_groups(
         "groups/too_small": float(num_too_small),
         "samples/trained": float(len(samples)),
     }
+    if num_left_out:  # by a rule of the user's own
+        metrics["groups/left_out"] = float(num_left_out)
     return Scored(samples=samples, advantages=advantages, metrics=metrics)
+
+
+def is_comparable(group: Group, *, filter_zero_variance: bool) -> bool:
+    """Whether a group has two answers that did not fail and, where flat groups are filtered, different rewards."""
+    rewards = [reward_of(episode) for episode in group.episodes if is_usable(episode)]
+    return len(rewards) >= 2 and not (filter_zero_variance and has_zero_variance(rewards))
 
 
 def is_usable(episode: Episode) -> bool:
@@ -90,9 +103,9 @@ def answer_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     }
 
 
-def _samples(episode: Episode, advantage: float, group_id: int) -> list[Sample]:
+def _samples(episode: Episode, advantage: float, group_id: int, episode_id: int) -> list[Sample]:
     try:
-        return samples_of(episode, advantage=advantage, group_id=group_id)
+        return samples_of(episode, advantage=advantage, group_id=group_id, episode_id=episode_id)
     except ValueError as error:
         raise ValueError(f"prompt {episode.prompt.id}: {error}") from error
 

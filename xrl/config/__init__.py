@@ -1,7 +1,7 @@
 """Every setting of a run: one dataclass a room, parsed from flags and YAML. Imports no torch."""
 
 from xrl.config.algorithm import AlgorithmConfig
-from xrl.config.data import DataConfig
+from xrl.config.data import DataConfig, PackingConfig
 from xrl.config.errors import SettingsError
 from xrl.config.model import ModelConfig
 from xrl.config.optimizer import OptimizerConfig
@@ -17,6 +17,7 @@ __all__ = [
     "EvaluationConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PackingConfig",
     "ParallelConfig",
     "RewardConfig",
     "RolloutConfig",

@@ -13,7 +13,7 @@ class AlgorithmConfig:
     """What is learned from judged groups."""
 
     algorithm: str = "grpo"
-    """What turns judged groups into advantages and a loss."""
+    """What turns judged groups into advantages and a loss; a class of your own is built from these settings."""
 
     normalize_advantages: bool = True
     """Divide group-centred rewards by the group's standard deviation (off: Dr. GRPO's advantages)."""

@@ -13,6 +13,15 @@ MOST_SAMPLES = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackingConfig:
+    """How samples are put into micro-batches: what the actor needs of `DataConfig`."""
+
+    max_tokens_per_microbatch: int = 8192  # of a packed micro-batch
+    micro_batch_size: int | None = None  # samples in a padded micro-batch; None: they are packed
+    share_prompt_prefix: bool | None = None  # compute a prompt once for all its answers; None: where it can be
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Training prompts and batch sizes."""
 
@@ -45,6 +54,15 @@ class DataConfig:
 
     shuffle: bool = True
     """Shuffle the prompts anew each epoch, seeded by --seed."""
+
+    @property
+    def packing(self) -> PackingConfig:
+        """What the actor needs of these."""
+        return PackingConfig(
+            max_tokens_per_microbatch=self.max_tokens_per_microbatch,
+            micro_batch_size=self.micro_batch_size,
+            share_prompt_prefix=self.share_prompt_prefix,
+        )
 
     def __post_init__(self) -> None:
         for name in (

@@ -18,7 +18,7 @@ _MICRO_BATCH = "--max-tokens-per-microbatch (tokens, packed) or --micro-batch-si
 _UPDATE_BATCH = "--rollout-batch-size (prompts) times --samples-per-prompt, over --updates-per-rollout"
 _ACCUMULATION = "there is none: it follows from the samples of an update and --max-tokens-per-microbatch"
 _ENGINE_MEMORY = (
-    "there is none: --rollout-max-batch-size bounds the embedded engine; TurboMind takes 80% of the memory that is free"
+    "there is none: --rollout-kv-cache-gb bounds the embedded engine; TurboMind takes 80% of the memory that is free"
 )
 _ENGINE_LAYOUT = "there is none: an engine runs on one device; --rollout-num-workers says how many there are"
 _WHAT_IS_LEFT = "there is none: the data-parallel size is the ranks over tensor x pipeline"

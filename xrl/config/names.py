@@ -30,7 +30,7 @@ NAMES: Mapping[str, Names] = MappingProxyType(
     {
         "engine": Names(known=("embedded", "turbomind"), other={"lmdeploy": "turbomind"}, own="package.module:factory"),
         "judge": Names(known=("gsm8k", "gsm8k-exact", "math-verify"), own="path/file.py:function"),
-        "algorithm": Names(known=("grpo",)),
+        "algorithm": Names(known=("grpo",), own="path/file.py:Class"),
     }
 )
 

@@ -55,6 +55,11 @@ class RolloutConfig:
     rollout_max_batch_size: int = 1024
     """Sequences one engine decodes at once; more wait their turn."""
 
+    rollout_kv_cache_gb: float | None = None
+    """Most memory that the keys and values of one embedded engine take, in GB (10^9 bytes); the samples that came last
+    wait where more is needed. Default: 90% of what is free on its GPU beside the weights; on CPU half of what is free,
+    shared evenly by the workers."""
+
     rollout_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the engine's weights; auto: the actor's."""
 
@@ -134,6 +139,18 @@ class RolloutConfig:
             raise SettingsError(
                 f"--rollout-python {self.rollout_python} must be a Python interpreter, found none there"
             )
+        if self.rollout_kv_cache_gb is not None:
+            if not 0 < self.rollout_kv_cache_gb < math.inf:
+                raise SettingsError(f"--rollout-kv-cache-gb must be > 0, got {self.rollout_kv_cache_gb:g}")
+            if self.engine != "embedded":
+                raise SettingsError(
+                    f"--rollout-kv-cache-gb bounds the embedded engine, --engine {self.engine} has a cache of its own"
+                )
+            if self.worker_addresses:
+                raise SettingsError(
+                    "--rollout-kv-cache-gb is for workers that are started here: give those of --rollout-worker-urls "
+                    "theirs with `xrl worker --kv-cache-gb`"
+                )
         if self.rollout_num_threads is not None and self.rollout_num_threads < 1:
             raise SettingsError(f"--rollout-num-threads must be >= 1, got {self.rollout_num_threads}")
         if self.rollout_dtype not in ("auto", "float32", "bfloat16"):

@@ -74,6 +74,8 @@ def size_of(sample: Sample) -> SampleSize:
         input_length=int(places[-1]) if len(places) else sample.prompt_length,
         num_trained=len(places),
         group_id=sample.group_id,
+        episode_id=sample.episode_id,
+        temperature=sample.temperature,
     )
 
 
@@ -104,6 +106,9 @@ def plan_microbatches(
     reduction need; a replica short of samples gets empty ones. Deterministic, so each rank makes the
     same plan by itself.
 
+    Samples of different temperatures never meet in a micro-batch: its log-probs are taken at one. The samples of one
+    episode are in one micro-batch, so that a loss may add up over a whole answer; today each episode is one sample.
+
     Args:
         max_tokens: most tokens in a micro-batch.
         share_prompts: samples of a group count their prompt once, and are kept together where they fit.
@@ -111,15 +116,38 @@ def plan_microbatches(
 
     Returns:
         [replica][micro-batch] -> indices of samples
+
+    Raises:
+        ValueError: an episode has samples in several micro-batches.
     """
-    if samples_per_microbatch is not None:
-        everyone = list(range(len(sizes)))
-        bins = [everyone[i : i + samples_per_microbatch] for i in range(0, len(sizes), samples_per_microbatch)]
-    else:
-        bins = _fill(sizes, max_tokens=max_tokens, share_prompts=share_prompts)
+    bins: list[list[int]] = []
+    for together in _by_temperature(sizes):
+        if samples_per_microbatch is not None:
+            step = samples_per_microbatch
+            bins += [together[i : i + step] for i in range(0, len(together), step)]
+        else:
+            bins += _fill(sizes, together, max_tokens=max_tokens, share_prompts=share_prompts)
+    if samples_per_microbatch is None:
         bins = _split_largest(sizes, bins, num_replicas, share_prompts=share_prompts)
+    _refuse_split_episodes(sizes, bins)
     lengths = [num_tokens(sizes, indices, share_prompts=share_prompts) for indices in bins]
     return _deal(bins, lengths, num_replicas)
+
+
+def _by_temperature(sizes: Sequence[SampleSize]) -> list[list[int]]:
+    parts: dict[float, list[int]] = {}
+    for index, size in enumerate(sizes):
+        parts.setdefault(size.temperature, []).append(index)
+    return list(parts.values())
+
+
+def _refuse_split_episodes(sizes: Sequence[SampleSize], bins: Sequence[Sequence[int]]) -> None:
+    bin_of: dict[int, int] = {}
+    for number, indices in enumerate(bins):
+        for index in indices:
+            episode_id = sizes[index].episode_id
+            if bin_of.setdefault(episode_id, number) != number:
+                raise ValueError(f"episode {episode_id} has samples in several micro-batches, it must be in one whole")
 
 
 def _by_group(sizes: Sequence[SampleSize], indices: Iterable[int]) -> list[list[int]]:
@@ -129,11 +157,12 @@ def _by_group(sizes: Sequence[SampleSize], indices: Iterable[int]) -> list[list[
     return list(groups.values())
 
 
-def _fill(sizes: Sequence[SampleSize], *, max_tokens: int, share_prompts: bool) -> list[list[int]]:
+def _fill(
+    sizes: Sequence[SampleSize], indices: Sequence[int], *, max_tokens: int, share_prompts: bool
+) -> list[list[int]]:
     """First-fit decreasing: few bins, each within the budget."""
-    everyone = range(len(sizes))
     # Answers that share a prompt stay together: it is computed once in every micro-batch that holds one of them.
-    units = _by_group(sizes, everyone) if share_prompts else [[index] for index in everyone]
+    units = _by_group(sizes, indices) if share_prompts else [[index] for index in indices]
     pieces: list[list[int]] = []
     for unit in units:
         piece: list[int] = []

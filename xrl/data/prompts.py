@@ -98,6 +98,11 @@ class PromptDataset:
         """Passes over the data finished so far."""
         return self._epoch
 
+    @property
+    def num_taken(self) -> int:
+        """Prompts that batches have held so far, in all epochs: the ordinal of the next one."""
+        return self._epoch * len(self) + self._position
+
     def all(self) -> list[Prompt]:
         """Every prompt in file order, for evaluation. Does not move the cursor."""
         return list(self.prompts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import sys
 import time
@@ -29,8 +28,6 @@ logger = logging.getLogger("xrl")
 
 # Between lines on how far a rollout is, where there is no terminal for a bar.
 PROGRESS_S = 30.0
-# Odd and large: seeds of neighbouring prompts and neighbouring rollouts never meet.
-_SEED_STEP = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +48,9 @@ class _Place:
     has_failed: bool = False  # one of its requests did, for good
     judging: list[_Judging] | None = None  # its answers, once they are all there
 
-    def requests(self, number: int, sampling: SamplingParams, num_samples: int) -> list[_Request]:
-        """What is still to be asked; `number` is the place's in the rollout."""
-        requests = self.group.requests(*_named(number, sampling, num_samples))
+    def requests(self, sampling: SamplingParams, num_samples: int, name: str) -> list[_Request]:
+        """What is still to be asked."""
+        requests = self.group.requests(sampling, num_samples, name)
         samples = self.group.places(num_samples)
         return [_Request(place=self, samples=each, request=one) for each, one in zip(samples, requests, strict=True)]
 
@@ -95,6 +92,7 @@ class Collector:
         self.tokenizer = tokenizer
         self.judge = judge
         self._carried: list[GroupInProgress] = []
+        self._num_rollouts = 0  # evaluations among them: names of requests
 
     @property
     def num_carried(self) -> int:
@@ -108,6 +106,7 @@ class Collector:
         sampling: SamplingParams,
         num_samples: int,
         description: str,
+        first_ordinal: int = 0,
         enough: int | None = None,
     ) -> Asking[Collected]:
         """Draw `num_samples` answers to every prompt and judge them.
@@ -115,16 +114,23 @@ class Collector:
         A prompt whose request failed for good is left out and counted.
 
         Args:
-            sampling: its seed is that of the rollout; each prompt draws from its own.
+            sampling: its seed is the stream's; each group draws from its own, by its ordinal.
             description: what the bar says it is for, "training samples" say.
+            first_ordinal: of the first prompt's group in the stream; the others follow.
             enough: stop when so many groups are whole, the carried ones first among them. The others are carried into
                 the next such call, and go on there from the tokens they have.
         """
         start = time.perf_counter()
         counts = RolloutCounts()
         carried = self._take_carried() if enough is not None else []
-        places = [_Place(group=group) for group in (*carried, *(GroupInProgress(prompt=each) for each in prompts))]
-        asked = [each for number, place in enumerate(places) for each in place.requests(number, sampling, num_samples)]
+        new = [GroupInProgress(prompt=each, ordinal=ordinal) for ordinal, each in enumerate(prompts, first_ordinal)]
+        places = [_Place(group=group) for group in (*carried, *new)]
+        self._num_rollouts += 1
+        asked = [
+            each
+            for number, place in enumerate(places)
+            for each in place.requests(sampling, num_samples, f"{self._num_rollouts}-{number}")
+        ]
         for place in [place for place in places if place.group.is_whole][:enough]:
             self._judge_all(place)
         if _num_judged(places) == enough:
@@ -132,7 +138,7 @@ class Collector:
         yield from self._answers(places, asked, counts, description, enough)
         if enough is not None:
             self._carried = [place.group for place in places if place.judging is None and not place.has_failed]
-        groups = [self._judged(place) for place in places if place.judging is not None]
+        groups = [self._judged(place, sampling.temperature) for place in places if place.judging is not None]
         _log_counts(description, counts)
         return Collected(
             groups=groups,
@@ -194,13 +200,14 @@ class Collector:
         place.judging = [self._judge(place.group.prompt, completion) for completion in place.group.answers]
 
     def _judge(self, prompt: Prompt, completion: Completion) -> _Judging:
-        response = str(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+        response = str(self.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True))
         return _Judging(completion=completion, response=response, verdict=self.judge.submit(response, prompt))
 
-    def _judged(self, place: _Place) -> Group:
+    def _judged(self, place: _Place, temperature: float) -> Group:
         """Wait for the verdicts on a place's answers."""
         prompt, judging = place.group.prompt, place.judging or []
-        return Group(episodes=tuple(_episode(prompt, each) for each in self.progress.through(judging)))
+        episodes = [_episode(prompt, each, temperature=temperature) for each in self.progress.through(judging)]
+        return Group(episodes=tuple(episodes))
 
 
 def _num_judged(places: Sequence[_Place]) -> int:
@@ -208,16 +215,9 @@ def _num_judged(places: Sequence[_Place]) -> int:
     return sum(place.judging is not None for place in places)
 
 
-def _named(place: int, sampling: SamplingParams, num_samples: int) -> tuple[SamplingParams, int, str]:
-    """Sampling, number of samples and name of a group's requests."""
-    # The place, not the prompt's id: a batch that crosses an epoch may hold a prompt twice.
-    seed = (sampling.seed * _SEED_STEP + place) % 2**63
-    return dataclasses.replace(sampling, seed=seed), num_samples, f"{sampling.seed}-{place}"
-
-
-def _episode(prompt: Prompt, judging: _Judging) -> Episode:
+def _episode(prompt: Prompt, judging: _Judging, *, temperature: float) -> Episode:
     verdict = judging.verdict.result()  # Unbounded: a judge has a time-out for each answer, and fails it then.
-    return Episode.of_answer(prompt, judging.completion, judging.response, verdict)
+    return Episode.of_answer(prompt, judging.completion, judging.response, verdict, temperature=temperature)
 
 
 def _log_counts(description: str, counts: RolloutCounts) -> None:

@@ -81,6 +81,7 @@ class Collects(Protocol):
         sampling: SamplingParams,
         num_samples: int,
         description: str,
+        first_ordinal: int = 0,
         enough: int | None = None,
     ) -> Asking[Collected]: ...
 
@@ -90,6 +91,9 @@ class Prompts(Protocol):
 
     @property
     def epoch(self) -> float: ...
+
+    @property
+    def num_taken(self) -> int: ...
 
     def next_batch(self, size: int) -> Sequence[Prompt]: ...
 
@@ -111,7 +115,7 @@ class SampledRollouts:
         """
         Args:
             score: the algorithm's.
-            sampling: of the run; each rollout has a seed of its own.
+            sampling: of the run; each group has a seed of its own, by its ordinal.
             num_samples: answers to each prompt.
             num_in_flight: prompts that are asked in each rollout, those that are carried among them.
             enough: groups that end a rollout; the others are carried into the next. None: all.
@@ -126,12 +130,15 @@ class SampledRollouts:
         Raises:
             RunEnded: as `refuse_useless` does.
         """
+        first_ordinal = self._prompts.num_taken
         collected = yield from self._collector.collect(
             self._prompts.next_batch(max(0, self._num_in_flight - self._collector.num_carried)),
-            # Every rollout draws anew, and the same run draws the same again.
-            sampling=dataclasses.replace(self._sampling, seed=self._sampling.seed + step),
+            # Every group draws anew, the same run draws the same again, and evaluations, whose seed is the run's, draw
+            # otherwise.
+            sampling=dataclasses.replace(self._sampling, seed=self._sampling.seed + 1),
             num_samples=self._num_samples,
             description="training samples",
+            first_ordinal=first_ordinal,
             enough=self._enough,
         )
         refuse_useless(step, collected)

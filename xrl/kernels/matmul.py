@@ -27,8 +27,15 @@ def has_matmul(*matrices: Tensor) -> bool:
 
 @cache
 def _has_vectors() -> bool:
+    return not why_not_matmul()
+
+
+def why_not_matmul() -> str:
+    """Why the kernel serves no matrices on this machine, in words; empty where it does."""
     module = native_module()
-    return module is not None and module.cpu_isa() != "scalar"
+    if module is None:
+        return "xrl._C is not built"
+    return "this CPU has no vector instructions for it" if module.cpu_isa() == "scalar" else ""
 
 
 def matmul_into(a: Tensor, b: Tensor, out: Tensor, *, addend: Tensor | None = None) -> None:

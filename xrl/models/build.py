@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from xrl.config import ModelConfig, ParallelConfig
+from xrl.kernels.layers.choice import why_not_engine
+from xrl.models.choice import layer_kind
 from xrl.models.layers import engine_layers, local_layers
 from xrl.models.rotary import rotary_frequencies
 from xrl.models.shape import ExpertShape, LatentAttention, ModelShape
@@ -27,11 +28,7 @@ def uses_transformer_engine(config: ModelConfig, shape: ModelShape) -> bool:
 
     Latent attention is always our own.
     """
-    if shape.latent is not None:
-        return False
-    if config.transformer_impl == "auto":
-        return torch.cuda.is_available() and _has_transformer_engine()
-    return config.transformer_impl == "transformer_engine"
+    return not why_not_engine(layer_kind(shape, transformer_impl=config.transformer_impl))
 
 
 def train_dtype(config: ModelConfig) -> torch.dtype:
@@ -201,7 +198,3 @@ def _mark_tensor_parallel(model: GPTModel) -> None:
             weight = module.weight if isinstance(module, kind) else None
             if weight is not None and not getattr(weight, "tensor_model_parallel", False):
                 tensor_parallel.set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=dim, stride=1)
-
-
-def _has_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -13,22 +12,18 @@ from xrl.models.mlp import GatedMLP
 from xrl.models.norm import RMSNorm
 from xrl.models.packed import AttentionInputs
 from xrl.models.self_attention import SelfAttention
-from xrl.models.shape import ModelShape
 
 
 class DecoderLayer(TransformerLayer):
-    """Same parameters. On several tensor ranks, and where there is no such kernel, megatron-core's own way."""
+    """Same parameters. On several tensor ranks, and where there is no such kernel, megatron-core's own way.
+
+    It stands for layers that `kernels/layers/choice.py` finds to consist of the modules below.
+    """
 
     input_layernorm: RMSNorm
     self_attention: SelfAttention
     pre_mlp_layernorm: RMSNorm
     mlp: GatedMLP
-
-    @staticmethod
-    def fits(shape: ModelShape, *, num_experts: int | None) -> bool:
-        """Whether such a layer consists of the modules above."""
-        has_bias = shape.out_bias or shape.mlp_bias
-        return num_experts is None and shape.latent is None and not has_bias and not torch.cuda.is_available()
 
     def forward(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: AttentionInputs | None = None, **kwargs: Any

@@ -17,7 +17,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import LayerNormImpl, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from xrl.kernels.layers.choice import LayerKind, why_not_dense
 from xrl.models.attention import PackedAttention
+from xrl.models.choice import layer_kind
 from xrl.models.decoder_layer import DecoderLayer
 from xrl.models.latent_attention import LatentAttention
 from xrl.models.linear import ColumnParallelLinear, RowParallelLinear
@@ -36,7 +38,7 @@ def local_layers(shape: ModelShape, layers: Sequence[int]) -> TransformerBlockSu
     Args:
         layers: numbers, from 0, of the layers of this stage.
     """
-    specs = [_local_layer(shape, _num_experts(shape, layer)) for layer in layers]
+    specs = [_local_layer(shape, _num_experts(shape, layer), layer_kind(shape, layer)) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 
@@ -50,14 +52,14 @@ def _num_experts(shape: ModelShape, layer: int) -> int | None:
     return shape.experts.num_experts if shape.experts is not None and shape.has_experts(layer) else None
 
 
-def _local_layer(shape: ModelShape, num_experts: int | None) -> ModuleSpec:
+def _local_layer(shape: ModelShape, num_experts: int | None, kind: LayerKind) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(
         num_experts=num_experts,
         qk_layernorm=shape.qk_norm or shape.latent is not None,
         multi_latent_attention=shape.latent is not None,
         normalization="RMSNorm",
     )
-    if DecoderLayer.fits(shape, num_experts=num_experts):
+    if not why_not_dense(kind):
         layer.module = DecoderLayer
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm

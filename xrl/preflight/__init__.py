@@ -87,7 +87,7 @@ def _question(settings: Settings, shape: ModelShape) -> Question:
 
 def _check_names(settings: Settings) -> None:
     check_engine(settings.rollout.engine)
-    check_algorithm(settings.algorithm.algorithm)
+    check_algorithm(settings.algorithm)
     check_judge(settings.rewards.judge)
 
 

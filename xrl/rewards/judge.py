@@ -13,8 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import SupportsFloat
 
+from xrl.files.blame import place_of, place_raised, shown, words_of
 from xrl.launch.terminal import one_line
-from xrl.rewards.blame import place_of, place_raised, shown, words_of
 from xrl.types import Prompt, Verdict
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from collections import deque
 from concurrent.futures import Future
 
 from xrl.config import SettingsError
-from xrl.rewards.blame import words_of
+from xrl.files.blame import words_of
 from xrl.rewards.judge import TruthCheck
 from xrl.rewards.messages import encode_prompt
 from xrl.rewards.number import read_number

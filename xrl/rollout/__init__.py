@@ -22,7 +22,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xrl.config import SettingsError
 from xrl.config.names import hint, known_name
@@ -71,6 +71,7 @@ def create_engine(
     max_batch_size: int,
     num_threads: int,
     max_model_len: int,
+    **options: Any,
 ) -> Engine:
     """Build the engine called `name`, without weights.
 
@@ -81,6 +82,7 @@ def create_engine(
         max_batch_size: sequences decoded at once; more wait their turn.
         num_threads: CPU threads of the engine.
         max_model_len: longest prompt + response in tokens.
+        options: what this engine alone takes; of the embedded one, kv_cache_bytes and num_workers_on_host.
 
     Raises:
         SettingsError: unknown name, or a model the engine cannot run.
@@ -95,4 +97,5 @@ def create_engine(
         max_batch_size=max_batch_size,
         num_threads=num_threads,
         max_model_len=max_model_len,
+        **options,
     )

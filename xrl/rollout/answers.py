@@ -16,13 +16,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import aiohttp
+import numpy as np
 
 from xrl.launch.exit import RunFailed
 from xrl.launch.terminal import printable
+from xrl.rollout.protocol import ARRAYS, BYTES_OF_TOKEN, LENGTH_BYTES, LOGPROB, TOKEN_ID
 from xrl.types import Completion, FinishReason, GenerateRequest
 
 if TYPE_CHECKING:
     from xrl.rollout.process import WorkerHandle
+    from xrl.types import FloatArray, IntArray
 
 # Of every answer but completions: a few fields, or a sentence about an error.
 SMALL_ANSWER_BYTES = 1 << 20
@@ -39,6 +42,7 @@ SENTENCE_LENGTH = 500
 FOREIGN_VERSION = -2
 FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 _MISSING = object()
+_LOGPROBS = "meta_info.output_token_logprobs"
 
 
 class WorkerError(RunFailed):
@@ -93,17 +97,17 @@ def completions_limit(request: GenerateRequest) -> int:
     )
 
 
-async def read_json(response: aiohttp.ClientResponse, *, limit_bytes: int, worker: str) -> object:
-    """The body of a worker's answer.
+async def read_answer(response: aiohttp.ClientResponse, *, limit_bytes: int, worker: str) -> object:
+    """The body of a worker's answer: parsed where it is JSON, as bytes where it says that it is arrays.
 
     Args:
         limit_bytes: no more are read.
 
     Raises:
-        WorkerFault: it is longer, compressed, or no JSON.
+        WorkerFault: it is longer, compressed, or neither.
     """
     where = f"{response.url.path}: the answer (status {response.status})"
-    if response.content_type != "application/json":
+    if response.content_type not in ("application/json", ARRAYS):
         raise WorkerFault(worker, f"{where} is {shown(response.content_type)}, not application/json")
     # A few compressed kilobytes can be gigabytes.
     if response.headers.get("Content-Encoding", "identity") != "identity":
@@ -113,7 +117,7 @@ async def read_json(response: aiohttp.ClientResponse, *, limit_bytes: int, worke
         body += chunk
         if len(body) > limit_bytes:
             raise WorkerFault(worker, f"{where} is longer than {limit_bytes:,} bytes")
-    return parse_json(body, worker=worker, where=where)
+    return body if response.content_type == ARRAYS else parse_json(body, worker=worker, where=where)
 
 
 def parse_json(body: bytes | bytearray, *, worker: str, where: str) -> object:
@@ -131,7 +135,7 @@ def checked_completions(
     """The completions of a `/generate` call with `n`: one for each sample, each as the request allows.
 
     Args:
-        answer: the parsed body.
+        answer: the parsed body, or the bytes of arrays.
         worker: its name in errors.
         vocab_size: ids are in [0, vocab_size).
         weights: those that are to have sampled it; None: any.
@@ -140,16 +144,16 @@ def checked_completions(
         WorkerFault: names the field.
         StaleAnswer: all is well but for the weights.
     """
-    if not isinstance(answer, list):
-        raise WorkerFault(worker, f"the answer is {shown(answer)}, not a list of {request.num_samples} completions")
-    if len(answer) != request.num_samples:
-        raise WorkerFault(worker, f"the answer holds {len(answer)} completions, not {request.num_samples} as asked for")
+    if isinstance(answer, bytes | bytearray):
+        answers = _split(answer, request, worker)
+    else:
+        answers = _listed(answer, request, worker)
     completions = []
-    for number, fields in enumerate(answer, start=1):
+    for number, fields in enumerate(answers, start=1):
         try:
             completions.append(_completion(fields, request, vocab_size, weights))
         except _Wrong as error:
-            raise WorkerFault(worker, f"completion {number} of {len(answer)}: {error}") from error
+            raise WorkerFault(worker, f"completion {number} of {len(answers)}: {error}") from error
     if weights is not None and any(completion.weights_version != weights.version for completion in completions):
         raise StaleAnswer(sorted({completion.weights_version for completion in completions}), weights)
     return completions
@@ -206,21 +210,68 @@ class _Wrong(ValueError):
     """What is wrong with a completion, the field first."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Arrays:
+    """What came of a completion as arrays, of one length."""
+
+    meta: dict[str, Any]
+    ids: IntArray
+    logprobs: FloatArray
+
+
+def _listed(answer: object, request: GenerateRequest, worker: str) -> list[Any]:
+    if not isinstance(answer, list):
+        raise WorkerFault(worker, f"the answer is {shown(answer)}, not a list of {request.num_samples} completions")
+    if len(answer) != request.num_samples:
+        raise WorkerFault(worker, f"the answer holds {len(answer)} completions, not {request.num_samples} as asked for")
+    return answer
+
+
+def _split(body: bytes | bytearray, request: GenerateRequest, worker: str) -> list[_Arrays]:
+    """Cut an answer up by what its header says. No array is looked at, or made, before all lengths are known to fit."""
+    start = LENGTH_BYTES + int.from_bytes(body[:LENGTH_BYTES], "little")
+    longest = LENGTH_BYTES + request.num_samples * BYTES_PER_COMPLETION
+    if start > min(len(body), longest):
+        raise WorkerFault(
+            worker,
+            f"the answer has {len(body):,} bytes and its header, by its own word, {start - LENGTH_BYTES:,}: "
+            f"at most {longest - LENGTH_BYTES:,} are taken",
+        )
+    header = _listed(parse_json(body[LENGTH_BYTES:start], worker=worker, where="the header"), request, worker)
+    metas, lengths = [], []
+    for number, meta in enumerate(header, start=1):
+        try:
+            metas.append(_object(meta, "meta_info"))
+            lengths.append(_num_tokens(metas[-1], request.sampling.max_new_tokens))
+        except _Wrong as error:
+            raise WorkerFault(worker, f"completion {number} of {len(header)}: {error}") from error
+    total = sum(lengths)
+    if len(body) - start != total * BYTES_OF_TOKEN:
+        raise WorkerFault(
+            worker,
+            f"the answer holds {len(body) - start:,} bytes of tokens, and meta_info.completion_tokens say "
+            f"{total * BYTES_OF_TOKEN:,}",
+        )
+    # Copies: the bytes may begin anywhere, and need not stay.
+    ids = np.frombuffer(body, TOKEN_ID, total, start).astype(np.int32)
+    logprobs = np.frombuffer(body, LOGPROB, total, start + ids.nbytes).astype(np.float32)
+    borders = np.cumsum(lengths)[:-1]
+    parts = zip(metas, np.split(ids, borders), np.split(logprobs, borders), strict=True)
+    return [_Arrays(meta=meta, ids=own_ids, logprobs=own_logprobs) for meta, own_ids, own_logprobs in parts]
+
+
 def _completion(answer: object, request: GenerateRequest, vocab_size: int, weights: WeightsId | None) -> Completion:
     """Every check looks at all tokens at once: the one that is wrong is looked for when there is one."""
-    meta = _object(_get(_object(answer, "it"), "meta_info"), "meta_info")
-    ids = _get(answer, "output_ids")
-    longest = request.sampling.max_new_tokens
-    if not isinstance(ids, list):
-        raise _Wrong(f"output_ids is {shown(ids)}, not a list of token ids")
-    if len(ids) > longest:
-        raise _Wrong(f"output_ids holds {len(ids)} tokens, more than the {longest} asked for")
-    # A bool is an int to isinstance, and 3.0 is equal to 3.
-    if ids and (set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= vocab_size):
-        place = next(n for n, token in enumerate(ids) if type(token) is not int or not 0 <= token < vocab_size)
-        raise _Wrong(f"output_ids[{place}] is {shown(ids[place])}, not a token of the model ({vocab_size})")
-    reason = _finish_reason(meta, ids, request)
-    logprobs = _logprobs(_get(meta, "output_token_logprobs", "meta_info."), ids)
+    if isinstance(answer, _Arrays):
+        meta, ids, logprobs = answer.meta, answer.ids, answer.logprobs
+        _check_arrays(ids, logprobs, vocab_size)
+        reason = _finish_reason(meta, ids, request)
+    else:
+        meta = _object(_get(_object(answer, "it"), "meta_info"), "meta_info")
+        listed = _ids(_get(answer, "output_ids"), request.sampling.max_new_tokens, vocab_size)
+        ids = np.array(listed, np.int32)
+        reason = _finish_reason(meta, ids, request)
+        logprobs = _logprobs(_get(meta, "output_token_logprobs", "meta_info."), listed)
     for name, number in (("prompt_tokens", len(request.token_ids)), ("completion_tokens", len(ids))):
         found = _get(meta, name, "meta_info.")
         if type(found) is not int or found != number:
@@ -236,37 +287,71 @@ def _completion(answer: object, request: GenerateRequest, vocab_size: int, weigh
     return Completion(token_ids=ids, logprobs=logprobs, finish_reason=reason, weights_version=version)
 
 
-def _finish_reason(meta: dict[str, Any], ids: list[int], request: GenerateRequest) -> FinishReason:
+def _num_tokens(meta: dict[str, Any], longest: int) -> int:
+    number = _get(meta, "completion_tokens", "meta_info.")
+    if type(number) is not int or not 0 <= number <= longest:
+        raise _Wrong(
+            f"meta_info.completion_tokens is {shown(number)}, not a number of tokens up to the {longest} asked for"
+        )
+    return number
+
+
+def _check_arrays(ids: IntArray, logprobs: FloatArray, vocab_size: int) -> None:
+    if not ids.size:
+        return
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        place = int(np.argmax((ids < 0) | (ids >= vocab_size)))
+        raise _Wrong(f"output_ids[{place}] is {ids[place]}, not a token of the model ({vocab_size})")
+    if not (logprobs.min() >= LOWEST_LOGPROB and logprobs.max() <= HIGHEST_LOGPROB):  # NaN is neither
+        place = int(np.argmin((logprobs >= LOWEST_LOGPROB) & (logprobs <= HIGHEST_LOGPROB)))
+        raise _Wrong(f"{_LOGPROBS}[{place}] has log-prob {logprobs[place]:g}, not a finite number <= 0")
+
+
+def _finish_reason(meta: dict[str, Any], ids: IntArray, request: GenerateRequest) -> FinishReason:
     """Why it ended, which its tokens must bear out: who learns from an answer takes it for whole by this word."""
     where = "meta_info.finish_reason"
     reason = _get(_object(_get(meta, "finish_reason", "meta_info."), where), "type", f"{where}.")
     if not isinstance(reason, str) or reason not in FINISH_REASONS:
         raise _Wrong(f"{where}.type is {shown(reason)}, not one of {', '.join(FINISH_REASONS)}")
-    stops, longest = request.sampling.stop_token_ids, request.sampling.max_new_tokens
-    for stop in stops:
-        if stop in ids and ids.index(stop) < len(ids) - 1:
-            raise _Wrong(f"output_ids[{ids.index(stop)}] is the stop token {stop}, and the answer goes on after it")
-    if reason == "stop" and (not ids or ids[-1] not in stops):
-        last = f"output_ids ends with {ids[-1]}" if ids else "output_ids is empty"
+    longest = request.sampling.max_new_tokens
+    is_stop = np.isin(ids, np.array(request.sampling.stop_token_ids, np.int64))
+    if is_stop[:-1].any():
+        place = int(np.argmax(is_stop))
+        raise _Wrong(f"output_ids[{place}] is the stop token {ids[place]}, and the answer goes on after it")
+    ends_with_stop = bool(is_stop[-1:].any())
+    if reason == "stop" and not ends_with_stop:
+        last = f"output_ids ends with {ids[-1]}" if ids.size else "output_ids is empty"
         raise _Wrong(f"{where}.type is 'stop', but {last}, no stop token of the request")
     if reason == "length" and len(ids) != longest:
         raise _Wrong(f"{where}.type is 'length', but output_ids holds {len(ids)} of {longest} tokens")
-    if reason == "abort" and ids:  # it may have been whole when it was told to end: nothing goes on after it
-        if ids[-1] in stops:
+    if reason == "abort" and ids.size:  # it may have been whole when it was told to end: nothing goes on after it
+        if ends_with_stop:
             return "stop"
         if len(ids) == longest:
             return "length"
     return reason  # type: ignore[return-value]
 
 
-def _logprobs(pairs: object, ids: list[int]) -> list[float]:
-    where = "meta_info.output_token_logprobs"
+def _ids(ids: object, longest: int, vocab_size: int) -> list[int]:
+    if not isinstance(ids, list):
+        raise _Wrong(f"output_ids is {shown(ids)}, not a list of token ids")
+    if len(ids) > longest:
+        raise _Wrong(f"output_ids holds {len(ids)} tokens, more than the {longest} asked for")
+    # A bool is an int to isinstance, and 3.0 is equal to 3.
+    if ids and (set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= vocab_size):
+        place = next(n for n, token in enumerate(ids) if type(token) is not int or not 0 <= token < vocab_size)
+        raise _Wrong(f"output_ids[{place}] is {shown(ids[place])}, not a token of the model ({vocab_size})")
+    return ids
+
+
+def _logprobs(pairs: object, ids: list[int]) -> FloatArray:
+    where = _LOGPROBS
     if not isinstance(pairs, list):
         raise _Wrong(f"{where} is {shown(pairs)}, not a list of [log-prob, id]")
     if len(pairs) != len(ids):
         raise _Wrong(f"{where} holds {len(pairs)} log-probs of {len(ids)} tokens")
     if not ids:
-        return []
+        return np.zeros(0, np.float32)
     try:
         values, of_ids = zip(*pairs, strict=True)
     except (TypeError, ValueError) as error:
@@ -284,7 +369,7 @@ def _logprobs(pairs: object, ids: list[int]) -> list[float]:
     ):
         place = next(n for n, value in enumerate(values) if not _is_logprob(value))
         raise _Wrong(f"{where}[{place}] has log-prob {shown(values[place])}, not a finite number <= 0")
-    return list(map(float, values)) if int in kinds else list(values)
+    return np.array(values, np.float32)
 
 
 def _same(of_id: object, token: int) -> bool:

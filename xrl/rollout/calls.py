@@ -20,7 +20,7 @@ from xrl.launch.descriptors import spare_connections
 from xrl.rollout import protocol
 from xrl.rollout.access import RUN_HEADER, AccessDenied, WorkerInUse
 from xrl.rollout.connections import Connection, refusal, short_line
-from xrl.rollout.engine import Engine, EngineBusy, EngineError, EngineNotReady, HasRoom, WrongWeights
+from xrl.rollout.engine import Engine, EngineBusy, EngineError, EngineNotReady, HasRoom, WrongWeights, check_completion
 from xrl.rollout.fields import float_of, int_of, object_from_json, object_of, text_of
 from xrl.rollout.gate import Gate, UnknownContent
 from xrl.rollout.receivers import Receivers
@@ -175,8 +175,16 @@ class Calls:
             raise
         finally:
             self._num_running -= 1
+        for completion in completions:
+            check_completion(completion)
+        num_prompt_tokens = len(request.token_ids)
+        if body.get("as_arrays") is True:
+            content = protocol.completions_to_bytes(
+                completions, num_prompt_tokens=num_prompt_tokens, run_id=weights_run
+            )
+            return web.Response(body=content, content_type=protocol.ARRAYS)
         answers = [
-            protocol.completion_to_json(completion, num_prompt_tokens=len(request.token_ids), run_id=weights_run)
+            protocol.completion_to_json(completion, num_prompt_tokens=num_prompt_tokens, run_id=weights_run)
             for completion in completions
         ]
         return web.json_response(answers if "n" in body else answers[0])

@@ -74,8 +74,15 @@ class Canary:
         """
         answers = self.fleet.ask_all(self._request(), timeout_s=self.timeout_s)
         return [
-            sample_of(self._prompt, completion, advantage=0.0, group_id=worker.number)
-            for worker, (completion,) in answers
+            sample_of(
+                self._prompt,
+                completion,
+                advantage=0.0,
+                group_id=worker.number,
+                episode_id=place,
+                temperature=self._sampling.temperature,
+            )
+            for place, (worker, (completion,)) in enumerate(answers)
         ]
 
     def judge(self, differences: Sequence[float]) -> float:

@@ -25,7 +25,7 @@ from xrl.rollout.answers import (
     checked_refusal,
     completions_limit,
     name_of,
-    read_json,
+    read_answer,
     shown,
 )
 from xrl.rollout.lease import KEEP_ALIVE_S
@@ -159,7 +159,7 @@ class Client:
         timeout_s: float,
         limit_bytes: int = SMALL_ANSWER_BYTES,
     ) -> object:
-        """One call of a worker; its answer, parsed and not checked any further.
+        """One call of a worker; its answer as `read_answer` gives it, not checked any further.
 
         Args:
             limit_bytes: of the answer.
@@ -167,7 +167,7 @@ class Client:
         Raises:
             WorkerGone: it cannot be reached, or its side of the weights' transport broke.
             TimeoutError: no answer in time.
-            WorkerFault: the answer is no JSON, or too long.
+            WorkerFault: the answer is neither JSON nor completions as arrays, or too long.
             WorkerRefused: it cannot do that.
         """
         name = name_of(worker)
@@ -175,7 +175,7 @@ class Client:
             async with self._http().post(
                 worker.url + path, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s), allow_redirects=False
             ) as response:
-                answer = await read_json(response, limit_bytes=limit_bytes, worker=name)
+                answer = await read_answer(response, limit_bytes=limit_bytes, worker=name)
         except TimeoutError as error:
             raise TimeoutError(f"no answer to {path} within {timeout_s:g} s") from error
         except aiohttp.ClientResponseError as error:

@@ -32,6 +32,8 @@ class WrongWeights(EngineError):
 # Most stop tokens of a request; models have a handful.
 MAX_STOP_TOKENS = 1024
 _INT64 = range(-(2**63), 2**63)
+# Ordinals of samples within their group.
+ORDINALS = range(2**31)
 
 
 def check_request(request: GenerateRequest, *, vocab_size: int, max_model_len: int) -> None:
@@ -47,6 +49,16 @@ def check_request(request: GenerateRequest, *, vocab_size: int, max_model_len: i
         raise ValueError(
             f"{where}: num_samples and max_new_tokens must be >= 1, "
             f"got {request.num_samples} and {sampling.max_new_tokens}"
+        )
+    if request.first_sample not in ORDINALS or request.first_sample + request.num_samples - 1 not in ORDINALS:
+        raise ValueError(
+            f"{where}: samples must have ordinals in [0, {ORDINALS.stop - 1}], "
+            f"got first_sample {request.first_sample} and num_samples {request.num_samples}"
+        )
+    if not 0 <= request.num_drawn < len(request.token_ids):
+        raise ValueError(
+            f"{where}: num_drawn must be in [0, {len(request.token_ids) - 1}], as the prompt holds at least one of the "
+            f"{len(request.token_ids)} tokens, got {request.num_drawn}"
         )
     total = len(request.token_ids) + sampling.max_new_tokens
     if total > max_model_len:
@@ -67,6 +79,23 @@ def check_request(request: GenerateRequest, *, vocab_size: int, max_model_len: i
         raise ValueError(f"{where}: top_k must be >= 0, and top_k and seed must be integers of 64 bits")
     if len(sampling.stop_token_ids) > MAX_STOP_TOKENS:
         raise ValueError(f"{where}: at most {MAX_STOP_TOKENS} stop tokens, got {len(sampling.stop_token_ids)}")
+
+
+def check_completion(completion: Completion) -> None:
+    """Refuse what cannot be sent.
+
+    Raises:
+        EngineError: token ids and log-probs are not arrays of their types, or not one log-prob a token.
+    """
+    for name, kind in (("token_ids", "int32"), ("logprobs", "float32")):
+        found = getattr(getattr(completion, name), "dtype", type(getattr(completion, name)).__name__)
+        if found != kind:
+            raise EngineError(f"the engine's {name} are {found}, not a numpy array of {kind}")
+    if completion.token_ids.ndim != 1 or completion.token_ids.shape != completion.logprobs.shape:
+        raise EngineError(
+            f"the engine's token_ids and logprobs are {list(completion.token_ids.shape)} and "
+            f"{list(completion.logprobs.shape)}, not one of each for every token"
+        )
 
 
 @runtime_checkable

@@ -71,6 +71,8 @@ class Fleet:
             f"--max-batch-size={config.rollout_max_batch_size}",
             f"--num-threads={num_threads}",
             f"--max-model-len={max_model_len}",
+            f"--num-workers-on-host={len(devices)}",
+            *([] if config.rollout_kv_cache_gb is None else [f"--kv-cache-gb={config.rollout_kv_cache_gb}"]),
         ]
         self.workers: list[WorkerHandle] = [
             RemoteWorker(number, host, port, access=self.access)

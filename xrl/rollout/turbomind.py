@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from xrl.config import SettingsError
@@ -300,7 +301,7 @@ class TurboMindEngine:
                 answer = handle.async_stream_infer(
                     session_id,
                     input_ids=list(job.request.token_ids),
-                    gen_config=self._driver.generation_config(sampling, seed=_sample_seed(sampling.seed, place)),
+                    gen_config=self._driver.generation_config(sampling, seed=_sample_seed(job.request, place)),
                     sequence_start=True,
                     sequence_end=True,
                     step=0,
@@ -315,8 +316,8 @@ class TurboMindEngine:
                 finally:
                     del job.running[session_id]
         return Completion(
-            token_ids=token_ids,
-            logprobs=logprobs,
+            token_ids=np.array(token_ids, np.int32),
+            logprobs=np.array(logprobs, np.float32),
             finish_reason=_finish_reason(status, token_ids, job.request),
             weights_version=self.weights_version,
         )
@@ -377,9 +378,16 @@ def _finish_reason(status: str, token_ids: Sequence[int], request: GenerateReque
     return "length"
 
 
-def _sample_seed(seed: int, place: int) -> int:
-    """64 bits for each sample of a request, unrelated for neighbours."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=8).digest(), "big")
+def _sample_seed(request: GenerateRequest, place: int) -> int:
+    """64 bits for each sample of a group, unrelated for neighbours.
+
+    TurboMind's draws depend on a session's seed and its steps so far: a continuation is drawn with a seed of its own,
+    as with the same one it would draw again what the beginning was drawn with.
+    """
+    key = f"{request.sampling.seed}/{request.first_sample + place}"
+    if request.num_drawn:
+        key += f"/{request.num_drawn}"
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
 def _device_index(device: str) -> int:

@@ -37,7 +37,7 @@ from xrl.rollout.calls import Calls
 from xrl.rollout.connections import Connection, Strangers
 from xrl.rollout.engine import Engine
 from xrl.rollout.gate import Gate
-from xrl.rollout.worker_flags import parse_worker_flags
+from xrl.rollout.worker_flags import embedded_options, parse_worker_flags
 from xrl.rollout.worker_log import set_up_worker_log
 
 # Connections that may wait to show the key: as many as a trainer opens at once, and these.
@@ -154,6 +154,7 @@ def main() -> None:
             max_batch_size=arguments.max_batch_size,
             num_threads=arguments.num_threads,
             max_model_len=arguments.max_model_len,
+            **embedded_options(arguments),
         )
     except SettingsError as error:
         _refuse(error)

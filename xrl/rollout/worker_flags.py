@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from xrl.config import SettingsError
 from xrl.config.errors import unreadable_files_refused
@@ -56,6 +58,14 @@ def parse_worker_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=argparse.SUPPRESS,
         help="longest prompt + response in tokens",
     )
+    parser.add_argument(
+        "--kv-cache-gb",
+        type=float,
+        help="most memory of the embedded engine's keys and values, in GB (10^9 bytes); left out: 90%% of what is free "
+        "on its GPU beside the weights, or half of what is free on the CPU",
+    )
+    # Workers that share the host's memory, as the trainer starts them.
+    parser.add_argument("--num-workers-on-host", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--num-threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)  # of the trainer that it ends with
     flags = parser.parse_args(argv)
@@ -63,9 +73,22 @@ def parse_worker_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # An engine of the user's own may read something else.
     if known_name("engine", flags.engine) in ENGINES and not (flags.model / "config.json").is_file():
         raise SettingsError(f"--model {flags.model} has no config.json: give a Hugging Face folder")
-    for name in ("max_batch_size", "max_model_len", "num_threads"):
+    if flags.kv_cache_gb is not None:
+        if not 0 < flags.kv_cache_gb < math.inf:
+            raise SettingsError(f"--kv-cache-gb must be > 0, got {flags.kv_cache_gb:g}")
+        if known_name("engine", flags.engine) != "embedded":
+            raise SettingsError(f"--kv-cache-gb bounds the embedded engine, --engine {flags.engine} has its own cache")
+    for name in ("max_batch_size", "max_model_len", "num_threads", "num_workers_on_host"):
         if getattr(flags, name) < 1:
             raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(flags, name)}")
     if not 0 <= flags.port < 65536:
         raise SettingsError(f"--port must be in [0, 65535], got {flags.port}")
     return flags
+
+
+def embedded_options(flags: argparse.Namespace) -> dict[str, Any]:
+    """What `create_engine` is told beside the arguments of all engines: of the embedded one's cache."""
+    if known_name("engine", flags.engine) != "embedded":
+        return {}
+    num_bytes = None if flags.kv_cache_gb is None else int(flags.kv_cache_gb * 1e9)
+    return {"kv_cache_bytes": num_bytes, "num_workers_on_host": flags.num_workers_on_host}

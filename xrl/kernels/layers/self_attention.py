@@ -103,8 +103,18 @@ class HeadRules:
 
 def can_run(*, dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
     """Whether `self_attention` has kernels for such heads; `reference_self_attention` is a specification, slow."""
-    fits = dtype in _SUFFIX and device.type == "cpu" and head_dim % HEAD_DIM_MULTIPLE == 0
-    return fits and native_module() is not None
+    return not why_not_attention(dtype=dtype, device=device, head_dim=head_dim)
+
+
+def why_not_attention(*, dtype: torch.dtype, device: torch.device, head_dim: int) -> str:
+    """Why there are no kernels for such heads, in words; empty where there are."""
+    if device.type != "cpu":
+        return f"its kernels are for the CPU, not for {device.type}"
+    if dtype not in _SUFFIX:
+        return f"it takes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if head_dim % HEAD_DIM_MULTIPLE:
+        return f"heads of {head_dim} are no multiple of {HEAD_DIM_MULTIPLE}"
+    return "" if native_module() is not None else "xrl._C is not built"
 
 
 def self_attention(mixed: Tensor, sequences: PackedSequences, rules: HeadRules, *, num_kv_heads: int) -> Tensor:

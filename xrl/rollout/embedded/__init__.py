@@ -7,6 +7,7 @@ model.py      the forward pass: prefill and decode
 mlp.py        its MLPs: gated ones, and mixtures of them
 weights.py    Hugging Face tensors -> packed weights, a layer at a time
 cache.py      the paged KV cache
+cache_size.py how much memory that may take
 sampler.py    tokens and log-probs from logits
 """
 

@@ -33,6 +33,19 @@ class Job:
     def is_done(self) -> bool:
         return len(self.completions) == self.request.num_samples
 
+    @property
+    def prompt(self) -> Sequence[int]:
+        """The tokens before the response."""
+        return self.request.token_ids[: self.prompt_length]
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.token_ids) - self.request.num_drawn
+
+    def new_row(self, sample: int) -> Row:
+        """A sample at its start: with what is drawn of it already, where the request goes on with an answer."""
+        return Row(job=self, sample=sample, token_ids=list(self.request.token_ids[self.prompt_length :]))
+
     def restart(self) -> None:
         """Forget all that was drawn: the batch that it was in is lost. The same tokens will be drawn again."""
         self.completions.clear()
@@ -46,9 +59,14 @@ class Row:
 
     job: Job
     sample: int  # index among the request's samples
-    token_ids: list[int] = field(default_factory=list)  # response so far
-    logprobs: list[float] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)  # KV of the response
+    token_ids: list[int] = field(default_factory=list)  # response so far, with what the request brought of it
+    logprobs: list[float] = field(default_factory=list)  # of those drawn here
+    blocks: list[int] = field(default_factory=list)  # KV of the response, of all its tokens but the newest
+
+    @property
+    def needs_block(self) -> bool:
+        """Whether the newest token begins a block."""
+        return (len(self.token_ids) - 1) % BLOCK_SIZE == 0
 
 
 class SamplingArrays:
@@ -60,7 +78,7 @@ class SamplingArrays:
         self.top_k = torch.tensor([s.top_k for s in settings], dtype=torch.int64, device=device)
         self.top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float32, device=device)
         self._seeds = np.array([s.seed for s in settings], dtype=np.int64)
-        self._samples = np.array([row.sample for row in rows], dtype=np.int64)
+        self._samples = np.array([row.job.request.first_sample + row.sample for row in rows], dtype=np.int64)
         self._device = device
 
     def uniforms(self, positions: np.ndarray) -> Tensor:
@@ -85,16 +103,17 @@ class DecodeBatch:
         if size > num_rows:
             starts.append(num_rows)  # padding rows: a group without a prompt
         prompt_lengths = np.zeros(len(starts), dtype=np.int32)
-        prompt_lengths[: len(groups)] = [len(job.request.token_ids) for job in groups]
+        prompt_lengths[: len(groups)] = [job.prompt_length for job in groups]
         self._group_starts = self._tensor(np.array([*starts, size], dtype=np.int32))
         self._prompt_lengths = self._tensor(prompt_lengths)
         self._prompt_blocks = self._tensor(_table([job.prompt_blocks for job in groups], len(starts)))
 
-        longest = max(row.job.request.sampling.max_new_tokens for row in self.rows)
+        requests = [job.request for job in jobs]
+        longest = max(request.num_drawn + request.sampling.max_new_tokens for request in requests)
         self._row_blocks = _table([row.blocks for row in self.rows], size, -(-longest // BLOCK_SIZE))
         self._lengths = np.zeros(size, dtype=np.int32)
         self._lengths[:num_rows] = [len(row.token_ids) for row in self.rows]
-        self._prompts = np.array([len(job.request.token_ids) for job in jobs], dtype=np.int32)
+        self._prompts = np.array([job.prompt_length for job in jobs], dtype=np.int32)
         self._tokens = np.zeros(size, dtype=np.int32)
         self._positions = np.zeros(size, dtype=np.int32)
         self._slots = np.full(size, -1, dtype=np.int32)
@@ -130,6 +149,48 @@ class DecodeBatch:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def replay_arrays(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor, PagedContext]:
+    """All tokens of the rows but their newest, each as a row of one decode step: (tokens, positions, slots, context).
+
+    Each attends to its prompt and to the tokens of its response up to itself, in the order in which it did when it was
+    new, so that its keys and values come out equal to the bit. They must all be written, a layer at a time, before any
+    is read.
+
+    Args:
+        rows: with at least two tokens each, and blocks for all but the newest.
+    """
+    counts = [len(row.token_ids) - 1 for row in rows]
+    num_tokens, size = sum(counts), padded_rows(sum(counts))
+    tokens, positions, lengths = np.zeros((3, size), dtype=np.int32)
+    slots = np.full(size, -1, dtype=np.int32)
+    blocks = np.zeros((size, max(len(row.blocks) for row in rows)), dtype=np.int32)
+    starts = [0, *np.cumsum(counts).tolist()]
+    for row, start, count in zip(rows, starts, counts, strict=False):
+        place, own = np.arange(count), np.array(row.blocks, dtype=np.int32)
+        span = slice(start, start + count)
+        tokens[span] = row.token_ids[:-1]
+        positions[span] = row.job.prompt_length + place
+        lengths[span] = place + 1
+        slots[span] = own[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
+        blocks[span, : len(own)] = own
+    num_groups = len(rows) + (size > num_tokens)  # padding rows: a group without a prompt
+    prompt_lengths = np.zeros(num_groups, dtype=np.int32)
+    prompt_lengths[: len(rows)] = [row.job.prompt_length for row in rows]
+    group_starts = np.array(starts if size == num_tokens else [*starts, size], dtype=np.int32)
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    context = PagedContext(
+        group_starts=tensor(group_starts),
+        prompt_blocks=tensor(_table([row.job.prompt_blocks for row in rows], num_groups)),
+        prompt_lengths=tensor(prompt_lengths),
+        row_blocks=tensor(blocks),
+        row_lengths=tensor(lengths),
+    )
+    return tensor(tokens), tensor(positions), tensor(slots), context
 
 
 def _table(block_lists: Sequence[Sequence[int]], num_rows: int, width: int = 1) -> np.ndarray:

@@ -6,6 +6,7 @@ import contextlib
 import heapq
 import math
 import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -25,9 +26,12 @@ class KVCache:
     keys[layer], values[layer]: [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]
     """
 
-    def __init__(self, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shape: ModelShape, dtype: torch.dtype, device: torch.device, *, max_blocks: int = sys.maxsize
+    ) -> None:
         self._block_shape = (shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
-        self.bytes_per_block = 2 * shape.num_layers * math.prod(self._block_shape) * dtype.itemsize
+        self.bytes_per_block = bytes_per_block(shape, dtype)
+        self.max_blocks = max_blocks
         empty = torch.empty(0, *self._block_shape, dtype=dtype, device=device)
         self.keys: list[Tensor] = [empty] * shape.num_layers
         self.values: list[Tensor] = [empty] * shape.num_layers
@@ -43,17 +47,24 @@ class KVCache:
     def num_used_blocks(self) -> int:
         return self.num_blocks - len(self._free)
 
+    @property
+    def num_available_blocks(self) -> int:
+        """Blocks that can be taken: those that are free, and those that it may still grow by."""
+        return self.max_blocks - self.num_used_blocks
+
     def reserve(self, count: int) -> None:
         """Make room for `count` more blocks at once, as far as that is cheap, to spare growing step by step."""
         affordable = _RESERVE_BYTES // self.bytes_per_block - self.num_blocks
-        missing = min(count - len(self._free), affordable)
+        missing = min(count - len(self._free), affordable, self.max_blocks - self.num_blocks)
         if missing > 0:
             self._grow(missing)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks; the cache at least doubles if it has too few."""
+        """Take `count` blocks, which must be available; the cache doubles if it has too few, as far as it may."""
+        assert count <= self.num_available_blocks
         if count > len(self._free):
-            self._grow(max(count - len(self._free), self.num_blocks))
+            missing = max(count - len(self._free), self.num_blocks)
+            self._grow(min(missing, self.max_blocks - self.num_blocks))
         blocks = [heapq.heappop(self._free) for _ in range(count)]
         self._num_touched = max(self._num_touched, blocks[-1] + 1) if blocks else self._num_touched
         self._populate()
@@ -87,6 +98,16 @@ class KVCache:
         self._num_populated = self._num_touched  # those that were copied
         for block in range(old, old + count):
             heapq.heappush(self._free, block)
+
+
+def bytes_per_block(shape: ModelShape, dtype: torch.dtype) -> int:
+    """Keys and values of all layers."""
+    return 2 * shape.num_layers * shape.num_kv_heads * BLOCK_SIZE * shape.head_dim * dtype.itemsize
+
+
+def num_blocks(num_tokens: int) -> int:
+    """Blocks that so many tokens take."""
+    return -(-num_tokens // BLOCK_SIZE)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

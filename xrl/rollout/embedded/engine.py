@@ -20,6 +20,7 @@ from xrl.models.shape import ModelShape
 from xrl.rollout.embedded import missing_part
 from xrl.rollout.embedded.batch import Job
 from xrl.rollout.embedded.cache import KVCache
+from xrl.rollout.embedded.cache_size import max_blocks
 from xrl.rollout.embedded.model import Decoder
 from xrl.rollout.embedded.scheduler import Scheduler
 from xrl.rollout.embedded.weights import DecoderWeights
@@ -47,13 +48,29 @@ class EmbeddedEngine:
         max_batch_size: int,
         num_threads: int,
         max_model_len: int,
+        kv_cache_bytes: int | None = None,
+        num_workers_on_host: int = 1,
     ) -> None:
+        """
+        Args:
+            kv_cache_bytes: most that keys and values take; default: a share of the memory that is free now.
+            num_workers_on_host: that divide the CPU's memory among them by default.
+        """
         if dtype not in _DTYPES:
             raise SettingsError(f"the embedded engine runs in {' or '.join(_DTYPES)}, got {dtype!r}")
         self._shape = _read_supported_shape(model_dir, max_model_len)
         self.weights_version = -1
+        self.num_preemptions = 0  # since the start; counted where the cache is given back
         self._max_model_len, self._max_batch_size, self._num_threads = max_model_len, max_batch_size, num_threads
         self._weights = DecoderWeights(self._shape, _DTYPES[dtype], torch.device(device))
+        self._max_blocks = max_blocks(
+            self._shape,
+            _DTYPES[dtype],
+            torch.device(device),
+            max_model_len=max_model_len,
+            num_bytes=kv_cache_bytes,
+            num_workers_on_host=num_workers_on_host,
+        )
 
         # Held over a whole change of state, so that two do not mix; taken before self._changed.
         self._one_at_a_time = threading.Lock()
@@ -170,7 +187,7 @@ class EmbeddedEngine:
                 with self._changed:
                     if not self._changed.wait_for(self._has_work, timeout=IDLE_S):
                         # Between rollouts the trainer needs the memory.
-                        self._scheduler = self._new_scheduler()  # with an empty cache
+                        self._renew_scheduler()
                         return_freed_memory()
                         self._changed.wait_for(self._has_work)  # Unbounded: `close` ends it, if nothing else does.
                     tasks, self._tasks = self._tasks, []
@@ -250,11 +267,19 @@ class EmbeddedEngine:
             raise
 
     def _offload(self) -> None:
-        self._scheduler = self._new_scheduler()  # with an empty cache
+        self._renew_scheduler()
         self._weights.offload()
 
+    def _renew_scheduler(self) -> None:
+        """Start with an empty cache; say how often the one before was too small."""
+        number = self._scheduler.num_preemptions
+        if number:
+            self.num_preemptions += number
+            logger.info("the KV cache was full: %d times a sample gave its place up, to be computed again", number)
+        self._scheduler = self._new_scheduler()
+
     def _new_scheduler(self) -> Scheduler:
-        cache = KVCache(self._shape, self._weights.dtype, self._weights.device)
+        cache = KVCache(self._shape, self._weights.dtype, self._weights.device, max_blocks=self._max_blocks)
         return Scheduler(self._decoder, cache, self._max_batch_size)
 
     def _check_open(self) -> None:

@@ -22,7 +22,7 @@ def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def uniforms(seeds: NDArray[np.int64], samples: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One number in [0, 1) for each (request seed, sample index, token position), whatever else is in the batch.
+    """One number in [0, 1) for each (request seed, sample's ordinal, token position), whatever else is in the batch.
 
     A counter-based generator: no state, so a token's draw depends on its place alone.
     """
