@@ -65,14 +65,14 @@ def on_ranks(num_ranks: int, action: Callable[[int, ProcessGroup], T]) -> list[T
     Raises:
         BaseException: what the first rank that failed has raised.
     """
-    store = dist.HashStore()  # type: ignore[attr-defined]
+    store = dist.HashStore()  # type: ignore[attr-defined, unused-ignore]
     results: list[Any] = [None] * num_ranks
     errors: list[BaseException] = []
     ends: list[ProcessGroup] = []  # all of them until all ranks are done: others may still be in the last collective
 
     def play(rank: int) -> None:
         try:
-            gloo: Any = dist.ProcessGroupGloo  # type: ignore[attr-defined]
+            gloo: Any = dist.ProcessGroupGloo  # type: ignore[attr-defined, unused-ignore]
             options = gloo._Options()
             options._devices = [gloo.create_device(hostname="127.0.0.1")]
             options._timeout = TIMEOUT

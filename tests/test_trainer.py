@@ -335,3 +335,13 @@ def test_workers_of_this_host_read_weights_where_the_ranks_write_them(make_run: 
     run = make_run()
     run.train()
     assert run.actor.memories == [run.stream.memory] * 2
+
+
+def test_an_algorithm_need_not_report_how_far_answers_are_from_the_actor(make_run: MakeRun) -> None:
+    run = make_run()
+    update = report()
+    only_loss = {"loss": update.metrics["loss"]}
+    run.actor.reports = lambda _: [dataclasses.replace(update, metrics=only_loss)]
+    run.train()
+    assert run.journal.rows[1]["loss"] == 0.25 and "mismatch" not in run.journal.rows[1]
+    assert not any(line.startswith("judge mismatch") for line in run.log)

@@ -98,8 +98,8 @@ def _options(num_ranks: int, log_dir: Path) -> list[str]:
 
 def _first_end(failures: Mapping[int, ProcessFailure]) -> str:
     """How the first rank ended of itself; the others were stopped because of it."""
-    by_our_hand = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
-    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode in by_our_hand, item[1].timestamp))
+    stop_codes = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
+    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode in stop_codes, item[1].timestamp))
     if failure.exitcode >= 0:
         return f"rank {rank} ended with exit code {failure.exitcode} and said nothing"
     name = signal.Signals(-failure.exitcode).name

@@ -65,7 +65,8 @@ class Reporter:
             MismatchFailed: the samples are not the actor's. On rank 0.
         """
         self._updates = updates
-        if self._listeners and updates:
+        # An algorithm of a user's own need not report it.
+        if self._listeners and updates and "mismatch" in updates[0].metrics:
             self._listeners.mismatch.judge(updates[0].metrics["mismatch"].value, rollout=step)
 
     def published(self, step: int, published: Published, *, phases: Mapping[str, float], seconds: float) -> None:
@@ -82,7 +83,7 @@ class Reporter:
         row = {
             **self._metrics,
             **published.metrics,
-            **_metrics_of(updates),
+            **_update_metrics(updates),
             **memory,
             **{f"seconds/{phase}": value for phase, value in phases.items()},
             "step_seconds": seconds,
@@ -125,7 +126,7 @@ def peak_memory(group: ProcessGroup) -> dict[str, float]:
     return {**memory, "cuda_memory_gb": on_cuda.item() / 1e9} if on_cuda.item() else memory
 
 
-def _metrics_of(updates: Sequence[UpdateReport]) -> dict[str, float]:
+def _update_metrics(updates: Sequence[UpdateReport]) -> dict[str, float]:
     """Of all updates of a rollout together."""
     metrics: Mapping[str, Mean] = {}
     for update in updates:
@@ -133,7 +134,7 @@ def _metrics_of(updates: Sequence[UpdateReport]) -> dict[str, float]:
     row = {name: mean.value for name, mean in metrics.items()}
     if updates:
         # Later updates no longer see the weights that sampled: only the first one's mismatch is the engines'.
-        row |= {name: updates[0].metrics[name].value for name in ("mismatch", "mismatch_kl")}
+        row |= {name: updates[0].metrics[name].value for name in ("mismatch", "mismatch_kl") if name in row}
         row["grad_norm"] = sum(update.grad_norm for update in updates) / len(updates)
         row["lr"] = updates[-1].lr
         row["train_tokens"] = float(sum(update.num_tokens for update in updates))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 from collections.abc import Sequence
 from types import TracebackType
@@ -47,6 +48,8 @@ from xrl.trainer import Hook, Trainer  # noqa: E402
 if TYPE_CHECKING:
     from xrl.parallel.groups import ParallelGroups
     from xrl.rewards import Judge
+
+logger = logging.getLogger("xrl")
 
 # Beyond the longest wait of rank 0 that its settings bound: what it does itself meanwhile.
 LEAD_GRACE_S = 600.0
@@ -195,6 +198,7 @@ class Session:
         gc.freeze()  # modules and models stay: collections need not go through them again, many times a step
 
     def _publish_again(self) -> None:
+        logger.warning("no rollout worker is ready: weights version %d are published once more", self._version)
         self.publisher.publish(version=self._version)
 
     def _watch_ranks(self) -> Watch:

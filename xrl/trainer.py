@@ -6,6 +6,7 @@ another kind is other parts, or a subclass with another `step`.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
@@ -18,6 +19,7 @@ from xrl.metrics.memory import return_freed_memory
 from xrl.rollout.publisher import Published, Publisher
 from xrl.types import Sample, UpdateReport, WeightBucket
 
+logger = logging.getLogger("xrl")
 T = TypeVar("T")
 
 
@@ -126,6 +128,7 @@ class Trainer:
     def asked(self, ask: Callable[[], T | Need]) -> T:
         """What `ask` comes to; as often as it needs the weights, they are published once more."""
         while isinstance(found := ask(), Need):
+            logger.warning("no rollout worker is ready: weights version %d are published once more", self.version)
             self.publish(version=self.version)
         return found
 

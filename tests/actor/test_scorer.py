@@ -30,7 +30,7 @@ ROWS = torch.tensor([1, 2, 4, 5])
 
 
 def scorer(*, linear: bool = False, upstream: float = 1.0) -> TokenScorer:
-    head = ResponseRows(sequence_parallel=False, tensor_group=groups().tensor, hands_on_hidden=linear)
+    head = ResponseRows(sequence_parallel=False, tensor_group=groups().tensor, returns_hidden=linear)
     if linear:
         head.weight = torch.nn.Parameter(torch.randn(PADDED, WIDTH, generator=torch.Generator().manual_seed(2)))
     return TokenScorer(

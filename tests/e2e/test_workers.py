@@ -203,7 +203,8 @@ def hosts() -> Iterator[list[tuple[str, list[str]]]]:
     with contextlib.ExitStack() as stack:
         try:
             for number, name in enumerate(names):
-                link, network = f"xrl{os.getpid() % 10000}{number}", f"10.213.{number}"
+                # Of this process: hosts of a run that was killed may still be there.
+                link, network = f"xrl{os.getpid() % 10000}{number}", f"10.{os.getpid() % 250 + 1}.{number}"
                 _ip("netns", "add", name)
                 stack.callback(_ip, "netns", "del", name)
                 _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)

@@ -128,3 +128,8 @@ def test_longer_sequences_than_a_sliding_window_are_refused(data: Path, tmp_path
     check(model, data, tmp_path, "--max-response-length", "32")
     with pytest.raises(SettingsError, match="= 65 is more than the 64 positions .* sliding_window"):
         check(model, data, tmp_path, "--max-response-length", "33")
+
+
+def test_kv_cache_that_does_not_hold_one_sequence_is_refused(refusal: Refusal) -> None:
+    words = refusal("--rollout-kv-cache-gb", "1e-6")
+    assert "--rollout-kv-cache-gb 1e-06 does not hold the keys and values of one sequence of" in words

@@ -4,14 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from tests.rollout.engines import generate, request
 from tests.samples import contents
 from tests.tiny_models import make_model
 from xrl.config import SettingsError
 from xrl.models.checks import checked_shape
-from xrl.rollout.embedded.cache import bytes_per_block
+from xrl.rollout.embedded import bytes_per_block
 from xrl.rollout.embedded.scheduler import Scheduler
 from xrl.rollout.engine import Engine
 from xrl.types import Completion
@@ -25,7 +24,7 @@ def small(make_engine: MakeEngine, num_blocks: int = NEEDED, **options: Any) -> 
     model = make_model()
     model.config.architectures = [type(model).__name__]
     shape = checked_shape(model.config.to_dict(), "config.json")
-    return make_engine(model, kv_cache_bytes=num_blocks * bytes_per_block(shape, torch.float32), **options)
+    return make_engine(model, kv_cache_bytes=num_blocks * bytes_per_block(shape, 4), **options)
 
 
 def answers(engine: Engine, **options: Any) -> list[list[Completion]]:

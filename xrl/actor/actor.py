@@ -75,7 +75,7 @@ class Actor:
         head = ResponseRows(
             sequence_parallel=parallel.sequence_parallel,
             tensor_group=groups.tensor,
-            hands_on_hidden=model.fused_linear_logprob,
+            returns_hidden=model.fused_linear_logprob,
         )
         if groups.is_last_stage:
             head.attach(self.model.output_layer)

@@ -24,7 +24,7 @@ class TrainingMemory:
         self._model, self._optimizer, self._reference = model, optimizer, reference or {}
         # Page-locked, used again and again; with what it is for, so that no other can have its id.
         self._host: dict[tuple[int, str], tuple[object, Tensor]] = {}
-        self._away: list[_Away] = []
+        self._away: list[_Offloaded] = []
         self.is_offloaded = False
 
     @torch.no_grad()
@@ -43,7 +43,7 @@ class TrainingMemory:
                 host = torch.empty_like(tensor, device="cpu", pin_memory=True)
                 self._host[id(holder), name] = holder, host
             host.copy_(tensor, non_blocking=True)
-            self._away.append(_Away(holder, name, host, tensor.device))
+            self._away.append(_Offloaded(holder, name, host, tensor.device))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         for away in self._away:
@@ -84,7 +84,7 @@ class TrainingMemory:
         yield from ((self._reference, name, tensor) for name, tensor in self._reference.items())
 
 
-class _Away:
+class _Offloaded:
     """A place whose tensor is on the host."""
 
     def __init__(self, holder: object, name: str, host: Tensor, device: torch.device) -> None:

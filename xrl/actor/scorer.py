@@ -48,7 +48,7 @@ class TokenScorer:
                 tensor rank has its part, [S / tp * B, h], under sequence parallelism.
             entropy_grad: the entropy carries a gradient too.
         """
-        if not self.head.hands_on_hidden:
+        if not self.head.returns_hidden:
             return vocab_parallel_logprob(
                 head_output, microbatch.response_ids, entropy_grad=entropy_grad, **self._arguments(microbatch)
             )
@@ -84,7 +84,7 @@ class TokenScorer:
             rollout_logprobs=microbatch.rollout_logprobs,
             reference_logprobs=reference,
         )
-        if not self.head.hands_on_hidden:
+        if not self.head.returns_hidden:
             found = grpo_token_loss(
                 head_output,
                 microbatch.response_ids,

@@ -36,7 +36,10 @@ class GRPO:
         )
 
     def advantages(self, rewards: Sequence[float]) -> list[float]:
-        """[G] rewards of the answers to one prompt, G >= 2 -> [G] advantages. For a subclass to replace."""
+        """[G] rewards of the answers to one prompt, G >= 2 -> [G] advantages, which need not sum to 0.
+
+        For a subclass to replace.
+        """
         return group_advantages(rewards, normalize=self.settings.normalize_advantages)
 
     def keep(self, group: Group) -> bool:

@@ -143,7 +143,7 @@ class SampledRollouts:
         )
         refuse_useless(step, collected)
         scored = self._score(collected.groups)
-        metrics = {**scored.metrics, **_metrics_of(collected), "epoch": float(self._prompts.epoch)}
+        metrics = {**scored.metrics, **_sampling_metrics(collected), "epoch": float(self._prompts.epoch)}
         return Batch(groups=collected.groups, scored=scored, metrics=metrics)
 
 
@@ -164,7 +164,7 @@ def refuse_useless(step: int, collected: Collected) -> None:
         )
 
 
-def _metrics_of(collected: Collected) -> dict[str, float]:
+def _sampling_metrics(collected: Collected) -> dict[str, float]:
     counts = collected.counts
     episodes = [episode for group in collected.groups for episode in group.episodes]
     turns = [turn for episode in episodes for turn in episode.turns]

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from xrl.config import ModelConfig, ParallelConfig
 from xrl.kernels.layers.choice import why_not_engine
 from xrl.models.choice import layer_kind
-from xrl.models.layers import engine_layers, local_layers
+from xrl.models.layers import local_layers, te_layers
 from xrl.models.rotary import rotary_frequencies
 from xrl.models.shape import ExpertShape, LatentAttention, ModelShape
 from xrl.parallel.groups import ParallelGroups
@@ -59,7 +59,7 @@ def transformer_config(
     if shape.latent is not None:
         further |= _latent_settings(shape.latent)
     make = TransformerConfig if shape.latent is None else MLATransformerConfig
-    with _without_remarks():
+    with _quiet_megatron():
         return make(
             num_layers=shape.num_layers,
             hidden_size=shape.hidden_size,
@@ -148,8 +148,8 @@ def build_model(
 
     With transformer-engine, megatron-core applies rotary positions; otherwise our own attention does.
     """
-    make_layers = engine_layers if transformer_engine else local_layers
-    with _without_remarks():
+    make_layers = te_layers if transformer_engine else local_layers
+    with _quiet_megatron():
         model = GPTModel(
             config=config,
             transformer_layer_spec=make_layers(shape, groups.layout.layers(groups.pipeline_rank, shape.num_layers)),
@@ -169,7 +169,7 @@ def build_model(
 
 
 @contextlib.contextmanager
-def _without_remarks() -> Iterator[None]:
+def _quiet_megatron() -> Iterator[None]:
     """Keep back what megatron-core says of its own defaults, and of layers that are not its own: nothing to act on."""
     logger = logging.getLogger("megatron.core.transformer.transformer_layer")
     level = logger.level

@@ -16,14 +16,14 @@ class ResponseRows:
     """Changes an output layer, so that it keeps to the hidden states that predict response tokens.
 
     Prompts, padding and last tokens have no loss, so their logits, [vocabulary] floats each, are never made. With
-    `hands_on_hidden` no logits are made at all: the layer gives the hidden states as they came, and who computes the
+    `returns_hidden` no logits are made at all: the layer gives the hidden states as they came, and who computes the
     loss picks the rows and multiplies by `weight`.
     """
 
-    def __init__(self, *, sequence_parallel: bool, tensor_group: ProcessGroup, hands_on_hidden: bool = False) -> None:
+    def __init__(self, *, sequence_parallel: bool, tensor_group: ProcessGroup, returns_hidden: bool = False) -> None:
         self.sequence_parallel = sequence_parallel
         self.tensor_group = tensor_group
-        self.hands_on_hidden = hands_on_hidden
+        self.returns_hidden = returns_hidden
         self.rows: Tensor | None = None  # [R] into the flattened [S, B]; None asks for the logits of all
         self.weight: Tensor | None = None  # of the layer, or the embedding's it is tied to; known after a forward pass
 
@@ -44,7 +44,7 @@ class ResponseRows:
         **rest: Any,
     ) -> Any:
         """hidden [S, B, h], or [S / tp, B, h] under sequence parallelism."""
-        if self.hands_on_hidden and self.rows is not None:
+        if self.returns_hidden and self.rows is not None:
             self.weight = layer.weight if weight is None else weight  # type: ignore[assignment]
             return hidden, None
         if self.sequence_parallel:

@@ -42,7 +42,7 @@ def local_layers(shape: ModelShape, layers: Sequence[int]) -> TransformerBlockSu
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 
-def engine_layers(shape: ModelShape, layers: Sequence[int]) -> TransformerBlockSubmodules:
+def te_layers(shape: ModelShape, layers: Sequence[int]) -> TransformerBlockSubmodules:
     """transformer-engine's layers, for CUDA; never of latent attention."""
     specs = [_engine_layer(shape, _num_experts(shape, layer)) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=LayerNormImpl)

@@ -35,7 +35,7 @@ from xrl.preflight.weights import check_weights
 from xrl.preflight.workers import check_workers
 from xrl.rewards import check_judge
 from xrl.rollout import check_engine
-from xrl.rollout.embedded import missing_part
+from xrl.rollout.embedded import bytes_per_block, least_blocks, missing_part
 
 __all__ = ["preflight"]
 
@@ -98,6 +98,16 @@ def _check_lengths(settings: Settings, shape: ModelShape) -> None:
             f"--max-prompt-length {prompt} + --max-response-length {response} = {prompt + response} is more than the "
             f"{shape.max_positions} positions of the model (max_position_embeddings, or sliding_window, in "
             f"{settings.model.model / 'config.json'})"
+        )
+    cache_gb = settings.rollout.rollout_kv_cache_gb
+    # Where the number format is not said, it may be the smaller one: the workers know.
+    is_fp32 = {"float32": True, "bfloat16": False, "auto": settings.model.bf16 is False}[settings.rollout.rollout_dtype]
+    itemsize = 4 if is_fp32 else 2
+    needed = least_blocks(prompt + response) * bytes_per_block(shape, itemsize)
+    if cache_gb is not None and cache_gb * 1e9 < needed:
+        raise SettingsError(
+            f"--rollout-kv-cache-gb {cache_gb:g} does not hold the keys and values of one sequence of "
+            f"{prompt + response} tokens, which take {needed / 1e9:.3g} GB"
         )
 
 

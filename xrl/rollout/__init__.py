@@ -8,8 +8,7 @@
     process.py    one worker process, started and ended; roster.py: many, and who of them is ready
     client.py     how they are called; dispatch.py: the requests of a rollout, spread over them
     fleet.py      all of that behind one face, which the rest of the house uses
-    publish.py    weights to the workers
-    collect.py    prompts -> judged groups; evaluate.py: pass rates
+    publish.py    weights to the workers; publisher.py: checked, and repeated where all were lost
 
 An engine is one row of the table below: its factory, imported only when it is chosen, so that listing the
 names costs nothing. Its name, and other names for it, are in xrl/config/names.py too, for `--help`.

@@ -131,14 +131,14 @@ class WeightStream:
             checksum = bucket.checksum if isinstance(bucket, ProvenBucket) else layer_checksum(bucket.tensors)
             manifest = Manifest.of(bucket, where=where, checksum=checksum)
             parcel = _Parcel(name=f"{name}, {bucket.layer}", bucket=bucket, manifest=manifest)
-            if sending is not None and self._sender.sends:
+            if sending is not None and self._sender.pushes:
                 self._end_of(sending, name)
             # Workers that fetch the bytes themselves are told of a layer while they take the one before.
             following = self._begin(self._send_to_all(workers, parcel))
             if sending is not None:
                 self._end_of(sending, name)
             sending = following
-            if not self._sender.copies:
+            if not self._sender.keeps_copy:
                 self._end_of(sending, name)
             checksums.append(checksum)
             num_layers += 1
@@ -249,7 +249,7 @@ class WeightStream:
         self._taking[worker.number].append(parcel.name)
         for attempt in range(1, MAX_TRIES + 1):
             manifest = parcel.manifest.to_json()
-            if self._sender.sends:
+            if self._sender.pushes:
                 told = self.client.post(worker, protocol.LOAD_LAYER, manifest, timeout_s=self.timeout_s)
                 sent = asyncio.to_thread(self._sender.send, worker.number, parcel.bucket)
                 answer = await _both(told, sent)

@@ -22,7 +22,7 @@ from xrl.parallel.groups import ParallelGroups
 from xrl.parallel.layout import Place
 from xrl.types import WeightBucket
 from xrl.weights.plan import ParameterPlan, Plan, Slice, plan
-from xrl.weights.slices import Weights, find_weight, has_engine_layers, in_parameter, in_tensor
+from xrl.weights.slices import Weights, find_weight, has_te_layers, in_parameter, in_tensor
 
 # Pieces start on borders of a cache line.
 ALIGNMENT = 64
@@ -151,7 +151,7 @@ class WeightExporter:
                 One mapping for each virtual pipeline stage, or the mapping itself where there is one.
         """
         weights = _per_stage(parameters)
-        engine = has_engine_layers(weights[0])
+        engine = has_te_layers(weights[0])
         if engine not in self._plans:
             self._plans[engine] = plan(self.shape, self.groups.layout, transformer_engine=engine)
         dtype = self.dtype or next(iter(weights[0].values())).dtype

@@ -12,7 +12,7 @@ from xrl.models.shape import ModelShape
 from xrl.parallel.groups import ParallelGroups
 from xrl.weights.hf_files import HuggingFaceReader
 from xrl.weights.plan import plan
-from xrl.weights.slices import fill, find_weight, has_engine_layers, named_weights
+from xrl.weights.slices import fill, find_weight, has_te_layers, named_weights
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def load_weights(model: GPTModel, shape: ModelShape, groups: ParallelGroups, mod
         ValueError: the model is not the one the plan describes.
     """
     weights = named_weights(model)
-    planned = plan(shape, groups.layout, transformer_engine=has_engine_layers(weights))
+    planned = plan(shape, groups.layout, transformer_engine=has_te_layers(weights))
     missing = dict(model.named_parameters())
     with HuggingFaceReader(model_dir) as reader:
         for parameter in planned.parameters(groups.layout.place(groups.rank)):

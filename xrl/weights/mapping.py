@@ -34,14 +34,14 @@ class Row:
     tensors: Mapping[str, tuple[str, ...]]
     """Hugging Face name -> shape, in the words of `sizes`."""
 
-    engine_name: str | None = None
+    te_name: str | None = None
     """The parameter's other name, in transformer-engine's layers: they keep a norm inside the linear layer that follows
     it, and the weights of all experts in one module."""
 
     when: Callable[[ModelShape], bool] | None = None
     """Which models have it; None: all."""
 
-    engine_cut: Cut | None = None
+    te_cut: Cut | None = None
     """How transformer-engine's layers cut it, where that differs."""
 
     is_copy: bool = False
@@ -52,7 +52,7 @@ class Row:
 
     def cut_in(self, *, transformer_engine: bool) -> Cut:
         """How its layers cut it."""
-        return self.engine_cut if transformer_engine and self.engine_cut is not None else self.cut
+        return self.te_cut if transformer_engine and self.te_cut is not None else self.cut
 
 
 Rows = tuple[Row, ...]
@@ -71,18 +71,18 @@ class WeightTable:
 
     def layer_rows(self, shape: ModelShape, layer: int) -> list[Row]:
         """The lines of one decoder layer."""
-        return _that_apply((*self.layer, *(self.sparse if shape.has_experts(layer) else self.dense)), shape)
+        return _applicable((*self.layer, *(self.sparse if shape.has_experts(layer) else self.dense)), shape)
 
     def embedding_rows(self, shape: ModelShape) -> list[Row]:
         """The lines before the first layer."""
-        return _that_apply(self.embeddings, shape)
+        return _applicable(self.embeddings, shape)
 
     def final_rows(self, shape: ModelShape) -> list[Row]:
         """The lines after the last layer."""
-        return _that_apply(self.final, shape)
+        return _applicable(self.final, shape)
 
 
-def _that_apply(rows: Rows, shape: ModelShape) -> list[Row]:
+def _applicable(rows: Rows, shape: ModelShape) -> list[Row]:
     return [row for row in rows if row.when is None or row.when(shape)]
 
 

@@ -199,7 +199,7 @@ class Plan:
             per_expert = _experts_of(row, self._experts(place.expert))
             for local, expert in enumerate(per_expert):
                 shape, slices = self._cut(row, place.tensor, source_prefix, expert)
-                names = [row.megatron] if row.engine_name is None else [row.megatron, row.engine_name]
+                names = [row.megatron] if row.te_name is None else [row.megatron, row.te_name]
                 is_first = place.tensor == 0 or row.cut_in(transformer_engine=self.transformer_engine) is not Cut.WHOLE
                 is_first &= place.expert == 0 or expert is not None
                 yield ParameterPlan(

@@ -36,7 +36,7 @@ from xrl.weights.checksum import (
 )
 from xrl.weights.export import share_of
 from xrl.weights.plan import Plan, Slice, plan
-from xrl.weights.slices import Weights, has_engine_layers, in_parameter, in_tensor
+from xrl.weights.slices import Weights, has_te_layers, in_parameter, in_tensor
 from xrl.weights.transport import TensorEntry
 from xrl.weights.transport.shared_memory import Receiver, Sender
 
@@ -148,7 +148,7 @@ class SharedExporter:
     def _prepare(self, weights: Weights) -> Plan:
         """Plan, and agree on the memory for sums and counters, with the first update."""
         if self._plan is None:
-            self._plan = plan(self.shape, self.groups.layout, transformer_engine=has_engine_layers(weights[0]))
+            self._plan = plan(self.shape, self.groups.layout, transformer_engine=has_te_layers(weights[0]))
             dtype = next(iter(weights[0].values())).dtype
             self._parts = [_make_part(self._plan, name, dtype) for name in self._plan.parts]
             size = self.groups.layout.world_size

@@ -20,7 +20,7 @@ def named_weights(model: torch.nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def has_engine_layers(weights: Iterable[str]) -> bool:
+def has_te_layers(weights: Iterable[str]) -> bool:
     """Whether the layers are transformer-engine's, by the norms inside their linear layers."""
     return any(name.endswith(".layer_norm_weight") for name in weights)
 

@@ -182,7 +182,7 @@ def test_weight_gradient_goes_straight_to_megatrons_buffer_where_the_upstream_is
     torch.testing.assert_close(parameter.main_grad, 1 + 4 * weight, rtol=1e-4, atol=1e-5)
 
     out = call_loss(linear_grpo_loss, **arguments, settings=settings, upstream=4.0)
-    with pytest.raises(RuntimeError, match="told upstream=4, and another gradient arrived"):
+    with pytest.raises(RuntimeError, match="expected upstream gradient 4, got another"):
         out.loss.backward()
 
 
@@ -192,7 +192,7 @@ def test_upstream_counts_without_megatrons_buffer_too() -> None:
     _, *scaled = run(inputs, settings, arrives=4.0, upstream=4.0)
     torch.testing.assert_close(scaled[0], 4 * hidden)
     torch.testing.assert_close(scaled[1], 4 * weight)
-    with pytest.raises(RuntimeError, match="told upstream=4, and another gradient arrived"):
+    with pytest.raises(RuntimeError, match="expected upstream gradient 4, got another"):
         run(inputs, settings, arrives=1.0, upstream=4.0)
 
 

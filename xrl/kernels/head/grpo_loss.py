@@ -80,7 +80,7 @@ def grpo_token_loss(
         settings: clip bounds, KL, entropy and importance weights.
         temperature, shard, backend: as in `vocab_parallel_logprob`.
         in_place: let the gradient take the logits' memory; otherwise, and inside `torch.compile`, it gets its own.
-        upstream: the gradient that the backward pass will bring to every token's loss. Told in advance, it costs
+        upstream: the gradient that the backward pass will bring to every token's loss. If it is given, it costs
             nothing; left out, the gradient is multiplied by what arrives, in a pass over it (on the CPU only where that
             is not 1). Inside `torch.compile` the gradient is copied in any case.
 
@@ -327,7 +327,7 @@ def require_upstream(arrived: Tensor, expected: float) -> None:
 
     They may be 1e-5 apart: schedules multiply and divide.
     """
-    message = f"the loss was told upstream={expected:g}, and another gradient arrived"
+    message = f"expected upstream gradient {expected:g}, got another"
     is_expected = ((arrived - expected).abs() <= 1e-5 * abs(expected)).all()
     if arrived.device.type == "cuda":
         torch._assert_async(is_expected, message)  # without waiting for the device

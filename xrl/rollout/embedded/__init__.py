@@ -15,6 +15,27 @@ from __future__ import annotations
 
 from xrl.models.shape import ModelShape
 
+BLOCK_SIZE = 16  # tokens of a block of the KV cache; a sequence wastes half a block on average
+
+
+def num_blocks(num_tokens: int) -> int:
+    """Blocks that so many tokens take."""
+    return -(-num_tokens // BLOCK_SIZE)
+
+
+def bytes_per_block(shape: ModelShape, itemsize: int) -> int:
+    """Keys and values of all layers.
+
+    Args:
+        itemsize: bytes of a number.
+    """
+    return 2 * shape.num_layers * shape.num_kv_heads * BLOCK_SIZE * shape.head_dim * itemsize
+
+
+def least_blocks(max_model_len: int) -> int:
+    """What a sequence of the greatest length takes: prompt and response begin blocks of their own."""
+    return num_blocks(max_model_len) + 1
+
 
 def missing_part(shape: ModelShape) -> str | None:
     """What of the model this engine does not compute; None: it computes all. Torch-free, for checks before a run."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from xrl.kernels.decode.decode_attention import PagedContext
 from xrl.kernels.decode.packed_linear import padded_rows
-from xrl.rollout.embedded.cache import BLOCK_SIZE, KVCache
+from xrl.rollout.embedded import BLOCK_SIZE
+from xrl.rollout.embedded.cache import KVCache
 from xrl.rollout.embedded.sampler import uniforms
 from xrl.types import Completion, GenerateRequest
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from xrl.kernels.native import native_module
 from xrl.kernels.threads import num_threads
 from xrl.models.shape import ModelShape
+from xrl.rollout.embedded import BLOCK_SIZE, bytes_per_block
 
-BLOCK_SIZE = 16  # tokens; a sequence wastes half a block on average
 _RESERVE_BYTES = 1 << 30  # reserve ahead of need up to here
 _LARGE_PAGE_BYTES = 2 << 20
 
@@ -30,7 +30,7 @@ class KVCache:
         self, shape: ModelShape, dtype: torch.dtype, device: torch.device, *, max_blocks: int = sys.maxsize
     ) -> None:
         self._block_shape = (shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
-        self.bytes_per_block = bytes_per_block(shape, dtype)
+        self.bytes_per_block = bytes_per_block(shape, dtype.itemsize)
         self.max_blocks = max_blocks
         empty = torch.empty(0, *self._block_shape, dtype=dtype, device=device)
         self.keys: list[Tensor] = [empty] * shape.num_layers
@@ -98,16 +98,6 @@ class KVCache:
         self._num_populated = self._num_touched  # those that were copied
         for block in range(old, old + count):
             heapq.heappush(self._free, block)
-
-
-def bytes_per_block(shape: ModelShape, dtype: torch.dtype) -> int:
-    """Keys and values of all layers."""
-    return 2 * shape.num_layers * shape.num_kv_heads * BLOCK_SIZE * shape.head_dim * dtype.itemsize
-
-
-def num_blocks(num_tokens: int) -> int:
-    """Blocks that so many tokens take."""
-    return -(-num_tokens // BLOCK_SIZE)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

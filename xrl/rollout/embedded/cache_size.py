@@ -7,7 +7,7 @@ import torch
 
 from xrl.config import SettingsError
 from xrl.models.shape import ModelShape
-from xrl.rollout.embedded.cache import bytes_per_block, num_blocks
+from xrl.rollout.embedded import bytes_per_block, least_blocks
 from xrl.weights.plan import num_parameters
 
 # Of what is free beside the weights. On the CPU others need memory too, and take it later: the trainer, say.
@@ -34,13 +34,12 @@ def max_blocks(
     Raises:
         SettingsError: one sequence of max_model_len tokens does not fit.
     """
-    each = bytes_per_block(shape, dtype)
+    each = bytes_per_block(shape, dtype.itemsize)
     found = f"--kv-cache-gb {(num_bytes or 0) / 1e9:g}"
     if num_bytes is None:
         num_bytes = _free_share(device, num_parameters(shape) * dtype.itemsize, num_workers_on_host)
         found = f"the memory that is free on {device}, of which the KV cache may take {num_bytes / 1e9:.3g} GB,"
-    # Prompt and response begin blocks of their own.
-    needed = num_blocks(max_model_len) + 1
+    needed = least_blocks(max_model_len)
     if num_bytes // each < needed:
         raise SettingsError(
             f"{found} does not hold the keys and values of one sequence of --max-model-len {max_model_len} tokens, "

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from xrl.kernels.decode.decode_layers import LayerStack
 from xrl.kernels.decode.packed_linear import padded_rows
+from xrl.rollout.embedded import BLOCK_SIZE, num_blocks
 from xrl.rollout.embedded.batch import DecodeBatch, Job, Row, SamplingArrays, replay_arrays
-from xrl.rollout.embedded.cache import BLOCK_SIZE, KVCache, num_blocks
+from xrl.rollout.embedded.cache import KVCache
 from xrl.rollout.embedded.model import Decoder
 from xrl.rollout.embedded.sampler import sample
 from xrl.types import Completion, FinishReason

@@ -38,14 +38,14 @@ LATENT_ATTENTION: Rows = (
         Cut.OUTPUTS,
         {"self_attn.q_a_proj.weight": ("query_rank", "hidden")},
         when=_compresses_queries,
-        engine_cut=Cut.WHOLE,
+        te_cut=Cut.WHOLE,
     ),
     Row(
         "self_attention.q_layernorm.weight",
         Cut.WHOLE,
         {"self_attn.q_a_layernorm.weight": ("query_rank",)},
         when=_compresses_queries,
-        engine_name="self_attention.linear_q_up_proj.layer_norm_weight",
+        te_name="self_attention.linear_q_up_proj.layer_norm_weight",
     ),
     Row(
         "self_attention.linear_q_up_proj.weight",
@@ -57,13 +57,13 @@ LATENT_ATTENTION: Rows = (
         "self_attention.linear_kv_down_proj.weight",
         Cut.OUTPUTS,
         {"self_attn.kv_a_proj_with_mqa.weight": ("kv_rank_and_rope", "hidden")},
-        engine_cut=Cut.WHOLE,
+        te_cut=Cut.WHOLE,
     ),
     Row(
         "self_attention.kv_layernorm.weight",
         Cut.WHOLE,
         {"self_attn.kv_a_layernorm.weight": ("kv_rank",)},
-        engine_name="self_attention.linear_kv_up_proj.layer_norm_weight",
+        te_name="self_attention.linear_kv_up_proj.layer_norm_weight",
     ),
     Row(
         "self_attention.linear_kv_up_proj.weight",

@@ -34,7 +34,7 @@ ATTENTION: Rows = (
         "input_layernorm.weight",
         Cut.WHOLE,
         {"input_layernorm.weight": ("hidden",)},
-        engine_name="self_attention.linear_qkv.layer_norm_weight",
+        te_name="self_attention.linear_qkv.layer_norm_weight",
     ),
     Row(
         "self_attention.linear_qkv.weight",
@@ -80,7 +80,7 @@ DENSE_MLP: Rows = (
         "pre_mlp_layernorm.weight",
         Cut.WHOLE,
         {"post_attention_layernorm.weight": ("hidden",)},
-        engine_name="mlp.linear_fc1.layer_norm_weight",
+        te_name="mlp.linear_fc1.layer_norm_weight",
     ),
     Row(
         "mlp.linear_fc1.weight",
@@ -111,12 +111,12 @@ EXPERTS: Rows = (
             "mlp.experts.{expert}.gate_proj.weight": ("expert_ffn", "hidden"),
             "mlp.experts.{expert}.up_proj.weight": ("expert_ffn", "hidden"),
         },
-        engine_name="mlp.experts.linear_fc1.weight{expert}",
+        te_name="mlp.experts.linear_fc1.weight{expert}",
     ),
     Row(
         "mlp.experts.local_experts.{expert}.linear_fc2.weight",
         Cut.INPUTS,
         {"mlp.experts.{expert}.down_proj.weight": ("hidden", "expert_ffn")},
-        engine_name="mlp.experts.linear_fc2.weight{expert}",
+        te_name="mlp.experts.linear_fc2.weight{expert}",
     ),
 )

@@ -156,9 +156,9 @@ class Sender(Protocol):
 
     # Whether a bucket that was put needs its tensors no more (but those that were filled in place): the next one may
     # then be gathered, and be put, while it is being sent. Not the next but one.
-    copies: bool
+    keeps_copy: bool
     # Whether `send` does anything, and so is worth a thread.
-    sends: bool
+    pushes: bool
 
     def invite(self, worker: int, host: str) -> dict[str, Any]:
         """Begin a connection: JSON with which the worker, which listens on `host`, makes its receiver."""

@@ -37,8 +37,8 @@ SECRET_BYTES = 32
 class Sender:
     """Rank 0 of a group with each worker. See `xrl.weights.transport.Sender`."""
 
-    copies = False
-    sends = True
+    keeps_copy = False
+    pushes = True
 
     def __init__(self, *, timeout_s: float, device: torch.device) -> None:
         self._timeout = timedelta(seconds=timeout_s)

@@ -23,8 +23,8 @@ _BYTES_FIELDS = {"handle", "counter_handle", "event_handle"}
 class Sender:
     """Keeps the last two buckets alive. See `xrl.weights.transport.Sender`."""
 
-    copies = False
-    sends = False
+    keeps_copy = False
+    pushes = False
 
     def __init__(self, *, timeout_s: float, device: torch.device) -> None:
         if device.type != "cuda":

@@ -16,8 +16,8 @@ from xrl.weights.transport import Manifest, TransportError
 class Sender:
     """Keeps the last two buckets for receivers to take. See `xrl.weights.transport.Sender`."""
 
-    copies = False
-    sends = False
+    keeps_copy = False
+    pushes = False
 
     def __init__(self, *, timeout_s: float, device: torch.device) -> None:
         self._buckets: dict[str, Mapping[str, Tensor]] = {}

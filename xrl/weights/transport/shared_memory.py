@@ -32,8 +32,8 @@ class Sender:
     grows to three neighbouring parts of the model at most, and is used again for update after update.
     """
 
-    copies = True
-    sends = False
+    keeps_copy = True
+    pushes = False
 
     def __init__(self, *, timeout_s: float = 0.0, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
         self._descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
