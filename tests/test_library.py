@@ -79,6 +79,12 @@ def test_a_loop_of_ones_own_runs_on_one_rank_and_on_four_and_comes_to_the_same(t
 
 
 @pytest.mark.slow
+def test_a_loop_of_ones_own_takes_turns_with_engines_on_the_same_devices(tmp_path: Path) -> None:
+    found = run_example("own_loop.py", tmp_path, "demo_single", 1, "--colocate")
+    assert json.loads(found.splitlines()[-1])["steps"] == 2
+
+
+@pytest.mark.slow
 def test_a_step_of_the_trainer_can_be_changed(tmp_path: Path) -> None:
     found = run_example("own_trainer.py", tmp_path, "demo_single", 1)
     assert found.splitlines()[-1] == "step 2 of 2: the engines have weights version 2"
@@ -89,8 +95,8 @@ def test_a_step_of_the_trainer_can_be_changed(tmp_path: Path) -> None:
     assert max(row.get("response_length/max", 0) for row in rows) > 30
 
 
-def run_example(name: str, work_dir: Path, config: str, num_ranks: int) -> str:
-    flags = ["--config", f"configs/{config}.yaml", "--num-rollouts=2", f"--work-dir={work_dir}"]
+def run_example(name: str, work_dir: Path, config: str, num_ranks: int, *flags: str) -> str:
+    flags = ("--config", f"configs/{config}.yaml", "--num-rollouts=2", f"--work-dir={work_dir}", *flags)
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"] if num_ranks > 1 else []
     command = [sys.executable, *launcher, f"examples/{name}", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

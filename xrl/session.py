@@ -128,9 +128,14 @@ class Session:
         return self._lead is not None
 
     def take(self, step: int) -> Batch:
-        """The batch of a step; the weights are published once more where the workers need it. Collective."""
+        """The batch of a step; the weights are published once more where the workers need it. Collective.
+
+        Where actor and engines share devices, it is the actor's turn from here to the next `publish`.
+        """
         while isinstance(batch := self.experience.take(step), Need):
             self._publish_again()
+        if self._turns is not None:
+            self._turns.to_actor()
         return batch
 
     def publish(self, *, version: int) -> Published:
