@@ -105,7 +105,8 @@ def build_lead(
         if dataset is not None:
             dataset.check_ids(tokenizer, vocab_size=vocab_size)
 
-    folder = RunFolder.create(settings.run.work_dir)
+    run = settings.run
+    folder = RunFolder.create(run.work_dir) if run.run_dir is None else RunFolder.open(run.run_dir, stack)
     if ending is not None:
         ending.begin(folder)
     logger.info("run folder: %s", folder.path)

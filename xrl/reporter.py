@@ -50,6 +50,14 @@ class Reporter:
         self._updates: Sequence[UpdateReport] = ()
         self._num_updates = 0  # of the run
 
+    def state_dict(self) -> dict[str, int]:
+        """How many updates it has seen."""
+        return {"num_updates": self._num_updates}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting."""
+        self._num_updates = state["num_updates"]
+
     def taken(self, step: int, batch: Batch) -> None:
         """A rollout is sampled, judged and scored: every answer is written down."""
         if self._listeners is None or batch.scored is None:

@@ -74,12 +74,14 @@ class Trainer:
         reporter: Reports,
         *,
         num_steps: int,
+        first_step: int = 0,
         hooks: Sequence[Hook] = (),
         progress: Progress | None = None,
     ) -> None:
         """
         Args:
             num_steps: rollouts to learn from.
+            first_step: those of them that were learned from before, by an attempt that this one goes on from.
             hooks: called after the first publication (step 0) and after each step, in order, on every rank.
             progress: is told what this rank is at.
         """
@@ -89,15 +91,19 @@ class Trainer:
         self.publisher = publisher
         self.reporter = reporter
         self.num_steps = num_steps
+        self.first_step = first_step
         self.hooks = tuple(hooks)
         self.progress = progress or Progress()
         self.version = 0  # of the weights that the engines have
 
     def train(self) -> None:
         """Train from the first rollout to the last. Collective, as are all methods."""
-        self.publish(version=0)
-        self.after(0)
-        for step in range(1, self.num_steps + 1):
+        if 0 < self.num_steps <= self.first_step:
+            return
+        self.publish(version=self.first_step)
+        if self.first_step == 0:
+            self.after(0)
+        for step in range(self.first_step + 1, self.num_steps + 1):
             self.step(step)
             self.after(step)
 

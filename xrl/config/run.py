@@ -39,6 +39,21 @@ class RunConfig:
     """How long the end of a run goes on trying to write hf-final where it cannot be written (a full disk, say), before
     it gives up with exit code 1; 0: one try."""
 
+    run_dir: Path | None = None
+    """Folder of this run, shared by all attempts at it: one that was interrupted goes on from its newest saved state;
+    default: a new folder below --work-dir."""
+
+    state_interval: int | None = None
+    """Rollouts between saved states (state/step-<N>), from which the run can go on as if it had not been interrupted;
+    default: none."""
+
+    state_keep: int = 2
+    """How many of the newest saved states to keep."""
+
+    resume: str = "auto"
+    """auto: go on from the newest whole state in --run-dir, if there is one; never: refuse to where there is one; or
+    the path of a state, or of a run's folder."""
+
     tensorboard: bool = True
     """Write TensorBoard events."""
 
@@ -49,7 +64,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if abs(self.seed) > 2**62:  # a rollout's own seed is a little further on, and must be a 64-bit number too
             raise SettingsError(f"--seed must be between -2^62 and 2^62, got {self.seed}")
-        for name in ("log_interval", "save_interval", "save_keep"):
+        for name in ("log_interval", "save_interval", "save_keep", "state_interval", "state_keep"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} must be >= 1, got {value}")

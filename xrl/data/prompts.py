@@ -103,6 +103,12 @@ class PromptDataset:
         """Prompts that batches have held so far, in all epochs: the ordinal of the next one."""
         return self._epoch * len(self) + self._position
 
+    def at(self, ordinal: int) -> Prompt:
+        """The prompt that is, was or will be the so-manieth, over all epochs. Does not move the cursor."""
+        epoch, position = divmod(ordinal, len(self))
+        order = self._order if epoch == self._epoch else self._epoch_order(epoch)
+        return self.prompts[order[position]]
+
     def all(self) -> list[Prompt]:
         """Every prompt in file order, for evaluation. Does not move the cursor."""
         return list(self.prompts)

@@ -6,15 +6,15 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from xrl.experience.asking import Asking, Need
-from xrl.experience.partial import GroupInProgress
+from xrl.experience.partial import GroupInProgress, groups_of_state, groups_state
 from xrl.launch.progress import Progress
 from xrl.rewards import JudgePool
 from xrl.rollout.dispatch import NoneReady, RolloutCounts
@@ -98,6 +98,18 @@ class Collector:
     def num_carried(self) -> int:
         """Groups that were cut off, or came too late, in the last rollout with `enough`."""
         return len(self._carried)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The groups that are carried into the next rollout."""
+        return groups_state(self._carried)
+
+    def load_carried(self, state: Mapping[str, Any], prompt_of: Callable[[int], Prompt]) -> None:
+        """Carry the groups of a saved state.
+
+        Args:
+            prompt_of: the prompt of a group's ordinal.
+        """
+        self._carried = groups_of_state(state, prompt_of)
 
     def collect(
         self,

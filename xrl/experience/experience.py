@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from xrl.algorithms.scored import Scored
 from xrl.experience.asking import Asked, Asking, Need
@@ -74,6 +74,10 @@ class Collects(Protocol):
     @property
     def num_carried(self) -> int: ...
 
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_carried(self, state: Mapping[str, Any], prompt_of: Callable[[int], Prompt]) -> None: ...
+
     def collect(
         self,
         prompts: Sequence[Prompt],
@@ -96,6 +100,12 @@ class Prompts(Protocol):
     def num_taken(self) -> int: ...
 
     def next_batch(self, size: int) -> Sequence[Prompt]: ...
+
+    def at(self, ordinal: int) -> Prompt: ...
+
+    def state_dict(self) -> dict[str, int]: ...
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None: ...
 
 
 class SampledRollouts:
@@ -123,6 +133,19 @@ class SampledRollouts:
         self._prompts, self._collector, self._score = prompts, collector, score
         self._sampling = sampling
         self._num_samples, self._num_in_flight, self._enough = num_samples, num_in_flight, enough
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the data the next rollout begins, and what is carried into it."""
+        return {"prompts": self._prompts.state_dict(), **self._collector.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on there.
+
+        Raises:
+            SettingsError: the state is of other data.
+        """
+        self._prompts.load_state_dict(state["prompts"])
+        self._collector.load_carried(state, self._prompts.at)
 
     def take(self, step: int) -> Asking[Batch]:
         """The rollout of a step, judged and scored.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +67,53 @@ class GroupInProgress:
         if not self.answers:
             return [list(range(num_samples))]
         return [[index] for index, answer in enumerate(self.answers) if not answer.is_whole]
+
+
+def groups_state(groups: Sequence[GroupInProgress]) -> dict[str, Any]:
+    """Groups in progress as values and arrays; a prompt is told by its group's ordinal."""
+    answers = [answer for group in groups for answer in group.answers]
+    return {
+        "groups": [
+            {"ordinal": group.ordinal, "answers": [_answer_state(answer) for answer in group.answers]}
+            for group in groups
+        ],
+        "token_ids": np.concatenate([np.zeros(0, np.int32), *(answer.token_ids for answer in answers)]),
+        "logprobs": np.concatenate([np.zeros(0, np.float32), *(answer.logprobs for answer in answers)]),
+    }
+
+
+def groups_of_state(state: Mapping[str, Any], prompt_of: Callable[[int], Prompt]) -> list[GroupInProgress]:
+    """The groups that `groups_state` was given.
+
+    Args:
+        prompt_of: the prompt of a group's ordinal.
+    """
+    groups, start = [], 0
+    for saved in state["groups"]:
+        answers = []
+        for answer in saved["answers"]:
+            stop = start + answer["num_tokens"]
+            answers.append(
+                Completion(
+                    token_ids=state["token_ids"][start:stop],
+                    logprobs=state["logprobs"][start:stop],
+                    finish_reason=answer["finish_reason"],
+                    weights_version=answer["weights_version"],
+                    parts=tuple((version, count) for version, count in answer["parts"]),
+                )
+            )
+            start = stop
+        groups.append(GroupInProgress(prompt=prompt_of(saved["ordinal"]), ordinal=saved["ordinal"], answers=answers))
+    return groups
+
+
+def _answer_state(answer: Completion) -> dict[str, Any]:
+    return {
+        "num_tokens": len(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+        "weights_version": answer.weights_version,
+        "parts": [list(part) for part in answer.parts],
+    }
 
 
 def joined(first: Completion, second: Completion) -> Completion:

@@ -52,6 +52,25 @@ class Journal:
         self._metrics = MetricsLog(folder, tensorboard=tensorboard, gaps=self._gaps)
         self._first_evaluation: Mapping[str, float] | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """How far metrics.jsonl is written, and the evaluation that later ones are compared with."""
+        self._metrics.flush()
+        first = None if self._first_evaluation is None else dict(self._first_evaluation)
+        return {"metrics_bytes": self._metrics.num_bytes, "first_evaluation": first}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on behind the state: what an interrupted attempt wrote behind it is written anew.
+
+        Raises:
+            NotWritten: the file cannot be cut.
+        """
+        self._first_evaluation = state["first_evaluation"]
+        self._metrics.cut(state["metrics_bytes"])
+
+    def begin_behind(self, step: int) -> None:
+        """Tell TensorBoard that steps behind this one come anew."""
+        self._metrics.begin_behind(step)
+
     def say(self, line: str) -> None:
         """One line on the console."""
         logger.info(one_line(line))

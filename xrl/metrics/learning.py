@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
 
 STOP_AFTER = 10
 WARN_AFTER = 3
@@ -132,6 +132,28 @@ class LearningWatch:
         self._idle: list[RolloutRecord] = []  # the last STOP_AFTER of these
         self._odd: Counter[Oddity] = Counter()  # rollouts in a row, up to the newest
 
+    def state_dict(self) -> dict[str, Any]:
+        """What it has counted; NaN, which JSON does not have, is null."""
+        return {
+            "has_moved": self.has_moved,
+            "has_learned": self._has_learned,
+            "num_seen": self._num_seen,
+            "num_idle": self._num_idle,
+            "idle": [{name: _json(value) for name, value in asdict(record).items()} for record in self._idle],
+            "odd": dict(self._odd),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting."""
+        self.has_moved, self._has_learned = state["has_moved"], state["has_learned"]
+        self._num_seen, self._num_idle = state["num_seen"], state["num_idle"]
+        nan = dict.fromkeys(("truncated_fraction", "reward_mean", "reward_std"), math.nan)
+        self._idle = [
+            RolloutRecord(**{name: nan.get(name) if value is None else value for name, value in record.items()})
+            for record in state["idle"]
+        ]
+        self._odd = Counter(state["odd"])
+
     def see(self, record: RolloutRecord) -> list[str]:
         """Take in a rollout; returns what is to be warned of now."""
         self._num_seen += 1
@@ -175,3 +197,7 @@ class LearningWatch:
             if self._odd[oddity] == WARN_AFTER:
                 warnings.append(self._words.odd(oddity, WARN_AFTER, record))
         return warnings
+
+
+def _json(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import logging
 import re
 import tempfile
 from dataclasses import dataclass
@@ -15,8 +17,11 @@ from xrl.config.numbers import numbered
 from xrl.files.atomic_folder import remove_leftovers
 from xrl.files.disk import NotWritten
 
+logger = logging.getLogger("xrl")
+
 # Names that only a run gives.
 CHECKPOINT_NAME = re.compile(r"hf-([0-9]+|final)")
+_LOCK_FILE = ".xrl-runs-here"
 _RUN_NAME = re.compile(r"[0-9]{14}(-[0-9]+)?")
 
 
@@ -48,6 +53,40 @@ class RunFolder:
                 raise SettingsError(str(NotWritten(path, error, num_bytes=0))) from error
             break
         return cls(path)
+
+    @classmethod
+    def open(cls, path: Path, stack: contextlib.ExitStack) -> RunFolder:
+        """The folder of a run that has one of its own, made where it is not there yet.
+
+        Args:
+            stack: until it ends, no other run may write there.
+
+        Raises:
+            SettingsError: nothing can be written there, another run lives in it, or it is somebody else's folder.
+        """
+        check_run_dir(path)
+        try:
+            (path / "logs").mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((path / _LOCK_FILE).open("a"))
+        except OSError as error:
+            raise SettingsError(str(NotWritten(path, error, num_bytes=0))) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SettingsError(
+                f"--run-dir {path}: another run is live in it, and two would write over each other: end that one first"
+            ) from error
+        except OSError as error:
+            logger.warning(
+                "%s: its file system has no locks (%s), so no second run in it would be noticed",
+                *(path, error.strerror),
+            )
+        return cls(path)
+
+    @property
+    def state(self) -> Path:
+        """Folder of saved states."""
+        return self.path / "state"
 
     @property
     def config(self) -> Path:
@@ -101,6 +140,24 @@ class RunFolder:
         folders = [path for path in self.path.glob("hf-*") if path.is_dir()]
         steps = [step for path in folders if (step := numbered(path.name, "hf-")) is not None]
         return self.checkpoint(max(steps)) if steps else None
+
+
+def check_run_dir(path: Path) -> None:
+    """Refuse a folder that is not a run's.
+
+    Raises:
+        SettingsError: it is a file, or has something in it, and none of that is a run's.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise SettingsError(f"--run-dir {path} must be a folder, found a file")
+    names = {entry.name for entry in path.iterdir()}
+    if names and not names & {"config.yaml", _LOCK_FILE}:
+        raise SettingsError(
+            f"--run-dir {path} must be a run's folder, or empty, or not there yet: found {sorted(names)[0]} in it, and "
+            f"no config.yaml"
+        )
 
 
 def check_writable(work_dir: Path) -> None:

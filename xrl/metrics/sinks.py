@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
 import struct
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from xrl.files.disk import NotWritten
 from xrl.files.whole import WholeRecords
 from xrl.metrics.gaps import LogGaps
 from xrl.metrics.run_folder import RunFolder
@@ -47,6 +49,23 @@ class JsonLinesSink:
         row = {"step": step} | {name: _finite(value) for name, value in metrics.items()}
         self._lines.append(f"{json.dumps(row, allow_nan=False)}\n".encode())
 
+    @property
+    def num_bytes(self) -> int:
+        """Written so far."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def cut(self, num_bytes: int) -> None:
+        """Take back what was written behind the first so many bytes.
+
+        Raises:
+            NotWritten: it cannot be.
+        """
+        if self.num_bytes > num_bytes:
+            try:
+                os.truncate(self.path, num_bytes)
+            except OSError as error:
+                raise NotWritten(self.path, error, num_bytes=0) from error
+
     def close(self) -> None:
         self._lines.flush()
 
@@ -56,13 +75,14 @@ class TensorBoardSink:
 
     def __init__(self, folder: Path) -> None:
         # Imported here: it costs half a second, and runs without TensorBoard need not pay it.
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import masked_crc32c
         from tensorboardX.summary import Summary
 
         # Not SummaryWriter, which queues events for a thread and does not say whether they could be written; nor
         # EventsWriter, which leaves half an event on a full disk, after which TensorBoard reads no other.
         self._event, self._summary, self._checksum = Event, Summary, masked_crc32c
+        self._session, self._START = SessionLog, SessionLog.START
         began = time.time()
         self.path = folder / f"events.out.tfevents.{int(began)}.{socket.gethostname()}"
         version = Event(wall_time=began, file_version="brain.Event:2")
@@ -75,6 +95,13 @@ class TensorBoardSink:
             if math.isfinite(value)
         ]
         event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
+        self._append(event)
+
+    def begin_behind(self, step: int) -> None:
+        """From here on steps are counted from behind this one: TensorBoard forgets later ones of earlier files."""
+        self._append(self._event(wall_time=time.time(), step=step + 1, session_log=self._session(status=self._START)))
+
+    def _append(self, event: Any) -> None:
         self._events.append(self._record(event.SerializeToString()))
 
     def close(self) -> None:
@@ -97,19 +124,37 @@ class MetricsLog:
             gaps: of all logs of the run.
         """
         self._gaps = gaps or LogGaps()
-        self._sinks: list[Sink] = [JsonLinesSink(folder.metrics)]
-        if tensorboard:
-            self._sinks.append(TensorBoardSink(folder.tensorboard))
+        self._lines = JsonLinesSink(folder.metrics)
+        self._events = TensorBoardSink(folder.tensorboard) if tensorboard else None
+        self._sinks: list[Sink] = [self._lines, *([self._events] if self._events else [])]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of metrics.jsonl so far."""
+        return self._lines.num_bytes
+
+    def cut(self, num_bytes: int) -> None:
+        """Take back what metrics.jsonl has behind its first so many bytes. Raises NotWritten."""
+        self._lines.cut(num_bytes)
+
+    def begin_behind(self, step: int) -> None:
+        """Tell TensorBoard that steps behind this one come anew."""
+        if self._events is not None:
+            self._gaps.try_to(partial(self._events.begin_behind, step), self._events.path.name, self._events.path)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step to every sink, or to none where nothing can be written: the run goes on."""
         for sink in self._sinks:
             self._gaps.try_to(partial(sink.write, step, metrics), sink.path.name, sink.path)
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Write what could not be written before, as far as it can be now."""
         for sink in self._sinks:
             self._gaps.try_to(sink.close, sink.path.name, sink.path)
+
+    def close(self) -> None:
+        """The same, at the end."""
+        self.flush()
 
     def __enter__(self) -> MetricsLog:
         return self

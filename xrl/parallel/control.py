@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import json
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,16 @@ class Control:
         self.group = group
         self.leads = leads
 
+    @property
+    def rank(self) -> int:
+        """This one's."""
+        return dist.get_rank(self.group)
+
+    @property
+    def num_ranks(self) -> int:
+        """All of them."""
+        return dist.get_world_size(self.group)
+
     @classmethod
     def of(cls, groups: ParallelGroups) -> Control:
         """Of this rank."""
@@ -36,6 +47,26 @@ class Control:
         dist.broadcast(agreed, group_src=0, group=self.group)
         return type(choice)(int(agreed))
 
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank passes, on every rank, in their order. Collective; see `gather`."""
+        return gather(value, self.group)
+
     def meet(self) -> None:
         """Wait until every rank is here. Collective."""
         dist.barrier(self.group)
+
+
+def gather(value: Any, group: ProcessGroup) -> list[Any]:
+    """What every rank of a group passes, on every rank, in their order. Collective.
+
+    Args:
+        value: what JSON can say, floats to the bit; it travels as text in tensors, since torch's own
+            `all_gather_object` runs what it receives.
+    """
+    mine = json.dumps(value).encode()
+    lengths = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(lengths, torch.tensor([len(mine)]), group=group)
+    longest = max(int(length) for length in lengths)
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
+    dist.all_gather(texts, torch.frombuffer(bytearray(mine.ljust(longest)), dtype=torch.uint8), group=group)
+    return [json.loads(bytes(text.numpy())) for text in texts]

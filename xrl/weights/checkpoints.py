@@ -7,9 +7,10 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -59,12 +60,22 @@ class Checkpoints:
         self._source = source
         self._dtype = dtype
         self._clock = clock or Clock()
+        self.goes_on = False  # an interrupted attempt has written into the same folder
         self._written: list[Path] = []  # hf-<step>, oldest first
         self._failed_at: float | None = None  # time of the last try, if it failed
         self._said: str | None = None  # what the system said of it, once the user knows
         self._unnamed: NotRenamed | None = None  # of a folder that is whole
         self._waiting_since: float | None = None  # at the end of the run
         self._speak_at = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The folders of this run that count among those to keep."""
+        return {"written": [path.name for path in self._written]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with those that are still there."""
+        paths = [self.folder.path / name for name in state["written"]]
+        self._written = [path for path in paths if path.is_dir()]
 
     def is_due(self, index: int) -> bool:
         """Whether a checkpoint is to be written after this rollout: by the interval, or since one could not be."""
@@ -86,6 +97,7 @@ class Checkpoints:
         failure: Exception | None = None
         try:
             if not self._is_there_after_all(target):
+                self._make_way(target)
                 write_hf_folder(target, measured, source=self._source, dtype=self._dtype)
         except (OSError, SafetensorError, SettingsError) as error:  # the last: of the folder that it copies from
             failure = error
@@ -136,6 +148,11 @@ class Checkpoints:
         left = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
         minutes = f"{self._config.save_retry_minutes:g} minutes (--save-retry-minutes)"
         return f"{fault}; it was tried again for {minutes}; {left}"
+
+    def _make_way(self, target: Path) -> None:
+        """Remove what an earlier attempt wrote behind the state that this one went on from: it is written anew."""
+        if self.goes_on and target.is_dir() and not target.is_symlink():
+            remove_folder(target)
 
     def _is_there_after_all(self, target: Path) -> bool:
         """Whether only a folder's last step was missing, and is done now; what failed tries left is removed."""
