@@ -39,7 +39,7 @@ from xrl.models.shape import read_model_shape
 from xrl.parallel.control import Control
 from xrl.parallel.groups import ParallelGroups
 from xrl.reporter import Listeners, Reporter
-from xrl.rewards import InlineJudge, Judge, create_judge
+from xrl.rewards import InlineJudge, Judge, JudgePool, create_judge
 from xrl.rollout.canary import Canary
 from xrl.rollout.fleet import Fleet
 from xrl.rollout.mismatch import MismatchBounds
@@ -90,6 +90,43 @@ def build_lead(
         judge: a function of this process; default: the judge of the settings, behind its bounds.
     """
     # Before anything is started: it is here that a tokenizer, a chat template or too long prompts are refused.
+    data = _load_data(settings)
+    folder = _create_run_folder(settings, ending)
+    fleet = _claim_workers(settings, groups, folder, stack)
+    judges = _open_judge(settings, folder, stack, judge=judge)
+    journal = _open_journal(settings, groups, folder, stack, data=data, ending=ending)
+    stop_ids = stop_token_ids(settings.model.model, data.tokenizer)
+    sampling = _sampling(settings, stop_ids)
+    journal.say(f"sampling parameters: {sampling}")
+    collector = Collector(fleet, data.tokenizer, judges, progress)
+    stream = WeightStream(fleet, device=groups.device)
+    stack.callback(stream.close)
+    return Lead(
+        prompts=data.prompts,
+        sampling=sampling,
+        fleet=fleet,
+        collector=collector,
+        stream=stream,
+        canary=_canary(settings, fleet, sampling),
+        mismatch=MismatchBounds(settings.rollout, dtype=_coarser_dtype(settings)),
+        evaluator=_evaluator(settings, collector, data.held_out, sampling),
+        journal=journal,
+        checkpoints=Checkpoints(folder, settings.run, source=settings.model.model, dtype=train_dtype(settings.model)),
+        watch=_watch(settings, folder, has_stop_tokens=bool(stop_ids)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LeadData:
+    """What the run asks its engines, tokenised and checked."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptDataset
+    held_out: PromptDataset | None  # prompts of evaluations
+    num_rollouts: int  # of the whole run
+
+
+def _load_data(settings: Settings) -> _LeadData:
     tokenizer = load_tokenizer(settings.model.model)
     prompts = PromptDataset(
         settings.data.data,
@@ -104,7 +141,11 @@ def build_lead(
     for dataset in (prompts, held_out):
         if dataset is not None:
             dataset.check_ids(tokenizer, vocab_size=vocab_size)
+    return _LeadData(tokenizer=tokenizer, prompts=prompts, held_out=held_out, num_rollouts=num_rollouts)
 
+
+def _create_run_folder(settings: Settings, ending: HowItEnds | None) -> RunFolder:
+    """A new folder, with the settings and the environment of the run in it."""
     folder = RunFolder.create(settings.run.work_dir)
     if ending is not None:
         ending.begin(folder)
@@ -114,22 +155,49 @@ def build_lead(
         write_environment(folder.environment)
     except NotWritten as error:
         raise SettingsError(str(error)) from error
+    return folder
+
+
+def _claim_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder, stack: contextlib.ExitStack) -> Fleet:
+    """The rollout workers of this run, and of no other; ready where they share devices with the actor."""
     fleet = stack.enter_context(start_workers(settings, groups, folder))
     fleet.claim()
     if settings.rollout.colocate:
         fleet.wait_until_ready()  # an engine needs the device for its start, and gives it up then
+    return fleet
+
+
+def _open_judge(
+    settings: Settings, folder: RunFolder, stack: contextlib.ExitStack, *, judge: Judge | None
+) -> JudgePool:
     judges = create_judge(settings.rewards, log_dir=folder.logs) if judge is None else InlineJudge(judge)
     stack.callback(judges.close)
+    return judges
+
+
+def _open_journal(
+    settings: Settings,
+    groups: ParallelGroups,
+    folder: RunFolder,
+    stack: contextlib.ExitStack,
+    *,
+    data: _LeadData,
+    ending: HowItEnds | None,
+) -> Journal:
+    """The journal, whose first lines say what is trained, where, and by which code."""
     journal = Journal(
         folder,
         tensorboard=settings.run.tensorboard,
         log_interval=settings.run.log_interval,
-        num_rollouts=num_rollouts,
+        num_rollouts=data.num_rollouts,
         ending=ending,
     )
     stack.callback(journal.close)
     for line in start_lines(
-        settings, world_size=groups.layout.world_size, num_prompts=len(prompts), num_rollouts=num_rollouts
+        settings,
+        world_size=groups.layout.world_size,
+        num_prompts=len(data.prompts),
+        num_rollouts=data.num_rollouts,
     ):
         journal.say(line)
     for line in layer_lines(
@@ -139,11 +207,18 @@ def build_lead(
         tensor_size=groups.layout.tensor_size,
     ):
         journal.say(line)
+    return journal
 
-    stop_ids = stop_token_ids(settings.model.model, tokenizer)
+
+def _sampling(settings: Settings, stop_ids: tuple[int, ...]) -> SamplingParams:
+    """How answers are sampled.
+
+    Args:
+        stop_ids: tokens that end an answer, unless --ignore-eos.
+    """
     if not stop_ids and not settings.rollout.ignore_eos:
         logger.warning("%s", no_stop_token(settings.model.model))
-    sampling = SamplingParams(
+    return SamplingParams(
         temperature=settings.rollout.temperature,
         top_k=settings.rollout.top_k,
         top_p=settings.rollout.top_p,
@@ -151,23 +226,14 @@ def build_lead(
         stop_token_ids=() if settings.rollout.ignore_eos else stop_ids,
         seed=settings.run.seed,
     )
-    journal.say(f"sampling parameters: {sampling}")
-    collector = Collector(fleet, tokenizer, judges, progress)
-    stream = WeightStream(fleet, device=groups.device)
-    stack.callback(stream.close)
-    return Lead(
-        prompts=prompts,
-        sampling=sampling,
-        fleet=fleet,
-        collector=collector,
-        stream=stream,
-        canary=_canary(settings, fleet, sampling),
-        mismatch=MismatchBounds(settings.rollout, dtype=_coarser_dtype(settings)),
-        evaluator=None if held_out is None else Evaluator(collector, held_out.all(), settings.evaluation, sampling),
-        journal=journal,
-        checkpoints=Checkpoints(folder, settings.run, source=settings.model.model, dtype=train_dtype(settings.model)),
-        watch=_watch(settings, folder, has_stop_tokens=bool(stop_ids)),
-    )
+
+
+def _evaluator(
+    settings: Settings, collector: Collector, held_out: PromptDataset | None, sampling: SamplingParams
+) -> Evaluator | None:
+    if held_out is None:
+        return None
+    return Evaluator(collector, held_out.all(), settings.evaluation, sampling)
 
 
 def build_experience(settings: Settings, groups: ParallelGroups, algorithm: Algorithm, lead: Lead | None) -> Experience:
