@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xrl.models.shape import ModelShape
-from xrl.weights.families.parts import DENSE_MLP, EMBEDDINGS, EXPERTS, FINAL
+from xrl.weights.families.shared import DENSE_MLP, EMBEDDINGS, EXPERTS, FINAL
 from xrl.weights.mapping import Cut, WeightMapping, WeightMappings, WeightTable
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xrl.weights.families.parts import (
+from xrl.weights.families.shared import (
     ATTENTION,
     DENSE_MLP,
     EMBEDDINGS,
