@@ -28,7 +28,7 @@ from xrl.kernels.arguments import (
 )
 from xrl.kernels.layers.gated_mlp import is_fused, reference_gated_mlp
 from xrl.kernels.layers.layer_ops import reference_rms_norm
-from xrl.kernels.layers.linear import gradient_room
+from xrl.kernels.layers.linear import gradient_destination
 from xrl.kernels.layers.self_attention import (
     HEAD_DIM_MULTIPLE,
     HeadSettings,
@@ -133,8 +133,8 @@ class _TrainLayer(torch.autograd.Function):
         if kept is None:
             raise RuntimeError("train_layer: the backward pass can run once: it overwrites what the forward pass kept")
         grad, grad_x = grads[0].contiguous(), torch.empty_like(x)
-        rooms = [
-            gradient_room(parameter) if needed else None
+        destinations = [
+            gradient_destination(parameter) if needed else None
             for parameter, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True)
         ]
         native_module().train_layer_backward(  # type: ignore[union-attr]
@@ -142,11 +142,11 @@ class _TrainLayer(torch.autograd.Function):
             x=address(x),
             kept=address(kept),
             grad=address(grad),
-            gradients=[0 if room is None else address(room.buffer) for room in rooms],
+            gradients=[0 if each is None else address(each.buffer) for each in destinations],
             grad_x=address(grad_x),
             num_threads=num_threads(),
         )
-        return grad_x, None, *(None if room is None else room.result for room in rooms)
+        return grad_x, None, *(None if each is None else each.result for each in destinations)
 
 
 def _layer(x: Tensor, inputs: LayerInputs, *parameters: Tensor | None) -> tuple[Any, ...]:
