@@ -71,7 +71,7 @@ class HoldingEngine:
     def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
         raise EngineError("this engine holds weights and cannot generate")
 
-    def room(self, layer: str) -> dict[str, Tensor]:
+    def destinations(self, layer: str) -> dict[str, Tensor]:
         return self.tensors.get(layer, {})
 
     def load_layer(self, bucket: WeightBucket) -> None:

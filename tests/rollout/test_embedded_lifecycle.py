@@ -18,7 +18,7 @@ from xrl.config import SettingsError
 from xrl.rollout import create_engine
 from xrl.rollout.embedded.engine import IDLE_S
 from xrl.rollout.embedded.model import Decoder
-from xrl.rollout.engine import Engine, EngineError, EngineNotReady, HasRoom
+from xrl.rollout.engine import Engine, EngineError, EngineNotReady, HasDestinations
 from xrl.types import WeightBucket
 from xrl.weights.checksum import take_layer
 
@@ -92,7 +92,7 @@ def test_embeddings_may_be_written_where_they_stay(make_engine: MakeEngine, tied
     engine = make_engine(models[0], load=False)
     for version, model in enumerate(models):
         for bucket in buckets(model, version=version):
-            _, tensors = take_layer(bucket.tensors, engine.room(bucket.layer))
+            _, tensors = take_layer(bucket.tensors, engine.destinations(bucket.layer))
             in_place = [name for name in tensors if tensors[name] is not bucket.tensors[name]]
             assert in_place == (["model.embed_tokens.weight"] if bucket.layer == "embeddings" else [])
             with pytest.raises(EngineNotReady, match="an update is under way"):
@@ -101,7 +101,7 @@ def test_embeddings_may_be_written_where_they_stay(make_engine: MakeEngine, tied
         engine.finish_update(version)
         other = make_engine(model)
         assert generate(engine, [1, 2])[0].token_ids.tolist() == generate(other, [1, 2])[0].token_ids.tolist()
-    assert isinstance(engine, HasRoom)
+    assert isinstance(engine, HasDestinations)
 
 
 def test_an_update_abandoned_half_way_does_not_count_for_the_next(make_engine: MakeEngine) -> None:

@@ -178,16 +178,16 @@ def test_pieces_that_do_not_fit_are_refused() -> None:
 
 def test_layer_is_copied_where_there_is_room_for_it() -> None:
     tensors = layer() | {"bias": torch.ones(3)}
-    room = {
+    destinations = {
         "up.weight": torch.zeros_like(tensors["up.weight"]),
         "down.weight": torch.zeros(130, 100),  # another dtype
         "bias": torch.zeros(3, 2)[:, 0],  # not contiguous
         "other": torch.zeros(3),
     }
-    found, taken = take_layer(tensors, room)
+    found, taken = take_layer(tensors, destinations)
     assert found == layer_checksum(tensors)
-    assert taken["up.weight"] is room["up.weight"]
-    assert torch.equal(room["up.weight"], tensors["up.weight"])
+    assert taken["up.weight"] is destinations["up.weight"]
+    assert torch.equal(destinations["up.weight"], tensors["up.weight"])
     assert all(taken[name] is tensors[name] for name in ("norm.weight", "down.weight", "bias"))
     assert list(taken) == list(tensors)
 

@@ -20,7 +20,15 @@ from xrl.launch.descriptors import spare_connections
 from xrl.rollout import protocol
 from xrl.rollout.access import RUN_HEADER, AccessDenied, WorkerInUse
 from xrl.rollout.connections import Connection, refusal, short_line
-from xrl.rollout.engine import Engine, EngineBusy, EngineError, EngineNotReady, HasRoom, WrongWeights, check_completion
+from xrl.rollout.engine import (
+    Engine,
+    EngineBusy,
+    EngineError,
+    EngineNotReady,
+    HasDestinations,
+    WrongWeights,
+    check_completion,
+)
 from xrl.rollout.fields import float_of, int_of, object_from_json, object_of, text_of
 from xrl.rollout.gate import Gate, UnknownContent
 from xrl.rollout.receivers import Receivers
@@ -251,10 +259,10 @@ class Calls:
             request.exception()  # seen, so that asyncio does not warn of it
 
     def _load(self, receiver: Receiver, manifest: Manifest) -> str:
-        """The checksum of what arrived; loaded if it is the sender's. An engine's room is written to in any case."""
+        """The checksum of what arrived; loaded if it is the sender's. Destinations are written to in any case."""
         tensors = receiver.receive(manifest)
-        room = self.engine.room(manifest.layer) if isinstance(self.engine, HasRoom) else {}
-        checksum, tensors = take_layer(tensors, room)
+        destinations = self.engine.destinations(manifest.layer) if isinstance(self.engine, HasDestinations) else {}
+        checksum, tensors = take_layer(tensors, destinations)
         if checksum == manifest.checksum:
             self.engine.load_layer(WeightBucket(version=manifest.version, layer=manifest.layer, tensors=tensors))
         return checksum

@@ -99,18 +99,18 @@ def check_completion(completion: Completion) -> None:
 
 
 @runtime_checkable
-class HasRoom(Protocol):
-    """What an engine may offer beside the contract: that bytes are written where they are to stay, as they are checked.
+class HasDestinations(Protocol):
+    """What an engine may offer beside the contract: its own memory, to which bytes are copied as they are checked.
 
     One pass over them instead of two. Only of use to engines that keep weights in the form in which they arrive.
     """
 
-    def room(self, layer: str) -> Mapping[str, Tensor]:
+    def destinations(self, layer: str) -> Mapping[str, Tensor]:
         """The engine's own memory for tensors of a layer: name -> contiguous tensor. May be empty.
 
         It is written to from then on, so the engine cannot generate until an update is complete. When the bytes are
-        those that were sent, `load_layer` comes, with those of these tensors that fitted among the bucket's; nothing of
-        them is left for it to copy. When they are not, the room is asked for again, or the update ends there.
+        those that were sent, `load_layer` comes, with those of these tensors that fitted among the bucket's: they are
+        already in place. When they are not, the destinations are asked for again, or the update ends there.
 
         Raises:
             EngineBusy: requests are in flight.

@@ -52,16 +52,16 @@ def layer_checksum(tensors: Mapping[str, Tensor]) -> str:
     return joined_checksum([partial_checksum(tensors)])
 
 
-def take_layer(tensors: Mapping[str, Tensor], room: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """The checksum of a layer that arrived, and its tensors: those that there is room for are copied there meanwhile.
+def take_layer(tensors: Mapping[str, Tensor], destinations: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """The checksum of a layer that arrived, and its tensors: those with a destination are copied there meanwhile.
 
     Args:
-        room: name -> contiguous tensor. Where it does not fit in shape, dtype or device, the tensor stays where it is.
+        destinations: name -> contiguous tensor. A tensor that differs in shape, dtype or device stays where it is.
     """
     total = np.zeros(1, dtype=np.uint64)
     taken = {}
     for name, tensor in tensors.items():
-        target = room.get(name)
+        target = destinations.get(name)
         if target is not None and _fits(tensor, target):
             total += _mix(_copy_with_checksum(tensor, target), _text_hash(name, tensor.dtype, tuple(tensor.shape)))
             taken[name] = target

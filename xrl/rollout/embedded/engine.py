@@ -132,12 +132,12 @@ class EmbeddedEngine:
             with self._changed:
                 self._is_asleep = False
 
-    def room(self, layer: str) -> dict[str, Tensor]:
+    def destinations(self, layer: str) -> dict[str, Tensor]:
         with self._one_at_a_time:
             with self._changed:
                 self._check_idle("take weights")
                 self._not_ready = f"an update is under way, {layer} is being written"
-            return self._weights.room(layer)
+            return self._weights.destinations(layer)
 
     def load_layer(self, bucket: WeightBucket) -> None:
         with self._one_at_a_time:
