@@ -110,22 +110,22 @@ def test_shared_memory_grows_to_the_largest_bucket_and_two_others() -> None:
     sender.close()
 
 
-def test_shared_memory_is_placed_alike_in_every_update() -> None:
+def test_segments_of_shared_memory_lie_alike_in_every_update() -> None:
     sender, receiver = SharedMemorySender(), SharedMemoryReceiver()
     buckets = [bucket("embeddings", rows=5_000)] + [bucket(f"layers.{index}", rows=900) for index in range(4)]
     entries = [[TensorEntry.of(name, tensor) for name, tensor in each.tensors.items()] for each in buckets]
     places = []
     for version in range(3):
         sender.restart()
-        placed = [sender.place(each) for each in entries]  # all of them ahead
-        for sent, (tensors, _) in zip(buckets, placed, strict=True):  # each holds while the next one is filled
+        reserved = [sender.reserve(each) for each in entries]  # all of them ahead
+        for sent, (tensors, _) in zip(buckets, reserved, strict=True):  # each holds while the next one is filled
             for name, tensor in tensors.items():
                 tensor.copy_(sent.tensors[name] + version)
             filled = WeightBucket(version=version, layer=sent.layer, tensors=tensors)
             manifest = Manifest.of(filled, checksum="", where=sender.put(filled))
             for name, tensor in receiver.receive(manifest).items():
                 assert torch.equal(tensor, sent.tensors[name] + version)
-        places.append([where["offsets"] for _, where in placed])
+        places.append([where["offsets"] for _, where in reserved])
     assert places[0] == places[1] == places[2]
     sender.close()
 
