@@ -127,9 +127,10 @@ def test_every_instruction_set_computes_the_same(isa: str) -> None:
     program = (
         "import torch; from xrl.weights.checksum import SummingCopy, SummedTensor, checksum_from_sums, tensor_checksum;"
         "t = (torch.arange(300 * 200) % 251).to(torch.uint8).view(300, 200); whole = torch.zeros_like(t);"
-        "place = SummedTensor.of('w', t.dtype, t.shape, place=0); sums = torch.zeros(place.num_sums, dtype=torch.long);"
+        "summed = SummedTensor.of('w', t.dtype, t.shape, start=0);"
+        "sums = torch.zeros(summed.num_sums, dtype=torch.long);"
         "[SummingCopy(t[:, c], whole[:, c], whole, sums).run() for c in (slice(0, 72), slice(72, 200))];"
-        "assert torch.equal(t, whole); print(int(tensor_checksum(t)[0]), checksum_from_sums([sums], [place]))"
+        "assert torch.equal(t, whole); print(int(tensor_checksum(t)[0]), checksum_from_sums([sums], [summed]))"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -157,7 +158,7 @@ def test_every_instruction_set_computes_the_same(isa: str) -> None:
 def test_sums_of_pieces_are_those_of_the_whole(cuts: list[tuple[slice, slice]], dtype: torch.dtype) -> None:
     source = torch.randn(96, 100).to(dtype)
     whole = torch.full_like(source, torch.nan)
-    summed = SummedTensor.of("w", dtype, whole.shape, place=5)
+    summed = SummedTensor.of("w", dtype, whole.shape, start=5)
     shares = [torch.zeros(5 + summed.num_sums, dtype=torch.long) for _ in range(2)]
     for number, cut in enumerate(cuts):
         # A parameter holds its rows apart, as where queries, keys and values take turns.
@@ -176,7 +177,7 @@ def test_pieces_that_do_not_fit_are_refused() -> None:
         SummingCopy(torch.zeros(6, 3), whole[:, :3], whole, sums).run()
 
 
-def test_layer_is_copied_where_there_is_room_for_it() -> None:
+def test_tensors_are_copied_to_their_destinations_where_they_fit() -> None:
     tensors = layer() | {"bias": torch.ones(3)}
     destinations = {
         "up.weight": torch.zeros_like(tensors["up.weight"]),

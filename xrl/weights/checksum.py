@@ -86,21 +86,21 @@ def joined_checksum(partial: Iterable[int]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class SummedTensor:
-    """A tensor whose sums are taken as it is copied, and where they lie among those of its layer."""
+    """A tensor whose sums are taken as it is copied, and where they lie among those of its part of the model."""
 
-    place: int
+    start: int  # word at which they begin
     num_sums: int  # words: of its rows, then of its columns
     text_hash: int
 
     @classmethod
-    def of(cls, name: str, dtype: torch.dtype, shape: Sequence[int], *, place: int) -> SummedTensor:
+    def of(cls, name: str, dtype: torch.dtype, shape: Sequence[int], *, start: int) -> SummedTensor:
         num_bytes = math.prod(shape) * dtype.itemsize
         text_hash = int(_text_hash(name, dtype, tuple(shape))[0])
-        return cls(place=place, num_sums=-(-num_bytes // ROW_BYTES) + ROW_WORDS, text_hash=text_hash)
+        return cls(start=start, num_sums=-(-num_bytes // ROW_BYTES) + ROW_WORDS, text_hash=text_hash)
 
     def in_share(self, share: Tensor) -> Tensor:
-        """Its sums, of one who copies a part of it."""
-        return share[self.place : self.place + self.num_sums]
+        """This tensor's slice of one copier's sums."""
+        return share[self.start : self.start + self.num_sums]
 
 
 def checksum_from_sums(shares: Sequence[Tensor], tensors: Iterable[SummedTensor]) -> int:
@@ -113,7 +113,7 @@ def checksum_from_sums(shares: Sequence[Tensor], tensors: Iterable[SummedTensor]
     assert native is not None, "see can_sum"
     total: int = native.checksum_from_sums(
         [share.data_ptr() for share in shares],
-        [(each.place, each.num_sums - ROW_WORDS, each.text_hash) for each in tensors],
+        [(each.start, each.num_sums - ROW_WORDS, each.text_hash) for each in tensors],
     )
     return total
 

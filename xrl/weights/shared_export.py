@@ -251,7 +251,7 @@ def _make_part(planned: Plan, name: str, dtype: torch.dtype) -> _Part:
     summed, end = {}, 0
     for entry in entries:
         if _can_sum(planned, entry):
-            summed[entry.name] = SummedTensor.of(entry.name, entry.torch_dtype, entry.shape, place=end)
+            summed[entry.name] = SummedTensor.of(entry.name, entry.torch_dtype, entry.shape, start=end)
             end += summed[entry.name].num_sums
     layout = planned.layout
     holders = set(planned.holders(name))
