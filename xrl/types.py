@@ -213,10 +213,10 @@ class Mean:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightBucket:
-    """Whole (unsharded) Hugging Face tensors of one decoder layer, or of what is outside the layers."""
+    """Whole (unsharded) Hugging Face tensors of one part of a model: a decoder layer, or what is outside the layers."""
 
     version: int
-    layer: str  # "layers.3" or "embeddings", "final"; names the bucket in errors
+    part: str  # "embeddings", "layers.3" or "final"; names the bucket in errors
     tensors: Mapping[str, Tensor]  # Hugging Face name -> tensor
 
 

@@ -171,20 +171,20 @@ class TurboMindEngine:
             with self._changed:
                 self._is_asleep = False
 
-    def load_layer(self, bucket: WeightBucket) -> None:
+    def load_part(self, bucket: WeightBucket) -> None:
         with self._one_at_a_time:
             with self._changed:
                 self._check_idle("take weights")
-                check_part(bucket.layer, bucket.tensors, self._parts)  # what is refused changes nothing
+                check_part(bucket.part, bucket.tensors, self._parts)  # what is refused changes nothing
                 self._not_ready = f"the update to weights version {bucket.version} is not finished"
             if bucket.version != self._update_version:
                 self._begin_update(bucket.version)
             tensors = dict(bucket.tensors)
-            if bucket.layer == FINAL:
+            if bucket.part == FINAL:
                 self._final_norm = tensors.pop(FINAL_NORM).detach().clone()
             if tensors:  # the head, where it is tied, came with the embeddings
-                self._take(bucket.layer, tensors)
-            self._arrived.add(bucket.layer)
+                self._take(bucket.part, tensors)
+            self._arrived.add(bucket.part)
 
     def finish_update(self, version: int) -> None:
         with self._one_at_a_time:

@@ -1,11 +1,11 @@
-"""A checksum of a layer's bytes that sender and receiver compute alike, at about the speed of reading them once.
+"""A checksum of a bucket's bytes that sender and receiver compute alike, at about the speed of reading them once.
 
 A tensor's bytes are taken as a table of 64-bit words, 1,024 to a row. Modulo 2^64:
 
     row sum    r_i = sum_j w_ij
     column sum c_j = sum_i w_ij
     tensor    t = sum_i mix(r_i, i) + sum_j mix(c_j, -1 - j)
-    layer     s = sum over tensors of mix(t, hash of name, dtype and shape)
+    bucket    s = sum over tensors of mix(t, hash of name, dtype and shape)
 
 A flipped bit changes its row's sum. Two different words that change places change the sums of two columns, or, within
 one column, those of two rows. `mix` is not linear, so rows, columns and tensors that change places do not cancel out.
@@ -43,7 +43,7 @@ _CPU_ROWS = 64
 THREADS_FROM_BYTES = 64 << 20
 
 
-def layer_checksum(tensors: Mapping[str, Tensor]) -> str:
+def bucket_checksum(tensors: Mapping[str, Tensor]) -> str:
     """Checksum of whole tensors and their names, 16 hexadecimal digits; their order does not matter.
 
     Args:
@@ -52,8 +52,8 @@ def layer_checksum(tensors: Mapping[str, Tensor]) -> str:
     return joined_checksum([partial_checksum(tensors)])
 
 
-def take_layer(tensors: Mapping[str, Tensor], destinations: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """The checksum of a layer that arrived, and its tensors: those with a destination are copied there meanwhile.
+def take_bucket(tensors: Mapping[str, Tensor], destinations: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """The checksum of a bucket that arrived, and its tensors: those with a destination are copied there meanwhile.
 
     Args:
         destinations: name -> contiguous tensor. A tensor that differs in shape, dtype or device stays where it is.
@@ -72,7 +72,7 @@ def take_layer(tensors: Mapping[str, Tensor], destinations: Mapping[str, Tensor]
 
 
 def partial_checksum(tensors: Mapping[str, Tensor]) -> int:
-    """The share of some of a layer's tensors in its checksum, in [-2^63, 2^63)."""
+    """The share of some of a bucket's tensors in its checksum, in [-2^63, 2^63)."""
     total = np.zeros(1, dtype=np.uint64)
     for name, tensor in tensors.items():
         total += _mix(tensor_checksum(tensor), _text_hash(name, tensor.dtype, tuple(tensor.shape)))
@@ -80,7 +80,7 @@ def partial_checksum(tensors: Mapping[str, Tensor]) -> int:
 
 
 def joined_checksum(partial: Iterable[int]) -> str:
-    """The layer's checksum from the shares of all its tensors."""
+    """The bucket's checksum from the shares of all its tensors."""
     return f"{sum(partial) % 2**64:016x}"
 
 
@@ -104,7 +104,7 @@ class SummedTensor:
 
 
 def checksum_from_sums(shares: Sequence[Tensor], tensors: Iterable[SummedTensor]) -> int:
-    """The share of some of a layer's tensors in its checksum, as `partial_checksum`, from their row and column sums.
+    """The share of some of a bucket's tensors in its checksum, as `partial_checksum`, from their row and column sums.
 
     Args:
         shares: int64 sums of all who copied a part, to be added up.

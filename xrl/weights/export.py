@@ -191,7 +191,7 @@ class WeightExporter:
             while wave is not None and wave.part == part:
                 wave.lay_out(tensors)
                 wave = next(waves, None)  # arrives while the consumer works on this part
-            yield WeightBucket(version=version, layer=part, tensors=tensors)
+            yield WeightBucket(version=version, part=part, tensors=tensors)
 
     def _waves(self, planned: Plan, dtype: torch.dtype) -> Iterator[_Wave]:
         """Ask the other ranks for their next messages, in the order they send them."""

@@ -1,6 +1,6 @@
 """The model out of its ranks where all of them are on one host: each writes its share straight to where workers read.
 
-Nothing is sent and nothing gathered: a layer's bytes are copied once, by the ranks at the same time, into memory that
+Nothing is sent and nothing gathered: a part's bytes are copied once, by the ranks at the same time, into memory that
 rank 0 keeps (see xrl.weights.transport.shared_memory), and the sums of its checksum are taken in the same pass. The
 ranks tell each other how far they are by counters in memory:
 
@@ -127,7 +127,7 @@ class SharedExporter:
             if rank == 0:
                 self._steps.wait_for_ranks(part.holders)
                 checksum = self._checksum(part, tensors)
-                yield ProvenBucket(version=version, layer=part.name, tensors=tensors, checksum=checksum)
+                yield ProvenBucket(version=version, part=part.name, tensors=tensors, checksum=checksum)
         self._is_under_way = False
 
     def _write(self, planned: Plan, weights: Weights, part: _Part, tensors: Mapping[str, Tensor]) -> None:
