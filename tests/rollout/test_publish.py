@@ -161,8 +161,8 @@ def test_worker_that_dies_with_two_layers_under_way_is_named_with_the_one_it_was
     fails_after_s = {"layers.2": 1.0, "layers.3": 0.0}  # the later one's call fails first
 
     async def dying_post(worker: WorkerHandle, path: str, body: dict[str, Any], *, timeout_s: float) -> object:
-        if worker.number == 0 and path == protocol.LOAD_LAYER and body["layer"] in fails_after_s:
-            await asyncio.sleep(fails_after_s[body["layer"]])
+        if worker.number == 0 and path == protocol.LOAD_PART and body["part"] in fails_after_s:
+            await asyncio.sleep(fails_after_s[body["part"]])
             raise WorkerGone("it died")
         return await post(worker, path, body, timeout_s=timeout_s)
 
@@ -211,7 +211,7 @@ def test_the_only_worker_that_cannot_be_started_again_is_the_end(make_fleet: Mak
         publisher.publish(layers(1), version=1)
 
 
-@pytest.mark.parametrize(("path", "odd"), [(protocol.LOAD_LAYER, {}), (protocol.FINISH_UPDATE, {"weights_version": 2})])
+@pytest.mark.parametrize(("path", "odd"), [(protocol.LOAD_PART, {}), (protocol.FINISH_UPDATE, {"weights_version": 2})])
 def test_a_worker_that_answers_an_update_wrongly_is_lost_and_named(
     make_fleet: MakeFleet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str, odd: object
 ) -> None:

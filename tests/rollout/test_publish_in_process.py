@@ -73,7 +73,7 @@ def told(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]
     post = fleet.client.post
 
     async def noting(worker: Any, path: str, body: Any, **options: Any) -> object:
-        calls.append((path, body.get("layer") or body.get("version")))
+        calls.append((path, body.get("part") or body.get("version")))
         return await post(worker, path, body, **options)
 
     monkeypatch.setattr(fleet.client, "post", noting)
@@ -88,8 +88,8 @@ def test_a_worker_is_told_of_each_layer_in_order_and_then_that_it_has_them_all(
     publisher: WeightStream, fleet: Fleet, engine: Loading, told: list[tuple[str, Any]]
 ) -> None:
     publisher.publish(layers(4), version=4)
-    assert [path for path, _ in told] == [protocol.CONNECT, *[protocol.LOAD_LAYER] * 3, protocol.FINISH_UPDATE]
-    assert told[1:] == [*((protocol.LOAD_LAYER, name) for name in NAMES), (protocol.FINISH_UPDATE, 4)]
+    assert [path for path, _ in told] == [protocol.CONNECT, *[protocol.LOAD_PART] * 3, protocol.FINISH_UPDATE]
+    assert told[1:] == [*((protocol.LOAD_PART, name) for name in NAMES), (protocol.FINISH_UPDATE, 4)]
     assert engine.loaded == [(name, 4) for name in NAMES]
     assert fleet.version == 4 and [worker.number for worker in fleet.ready()] == [0]
     results, _ = generate(fleet, [request(0)])
@@ -169,4 +169,4 @@ def test_a_checksum_that_came_with_a_layer_is_the_one_that_counts(
     fields = {field.name: getattr(layers(1)[0], field.name) for field in dataclasses.fields(WeightBucket)}
     with pytest.raises(CorruptedWeights, match="weights version 1, embeddings: .* 2 times in a row"):
         publisher.publish([ProvenBucket(**fields, checksum="0123456789abcdef")], version=1)
-    assert told[1:] == [(protocol.LOAD_LAYER, "embeddings")] * 2
+    assert told[1:] == [(protocol.LOAD_PART, "embeddings")] * 2

@@ -233,7 +233,7 @@ def test_cuda_ipc_is_refused_where_there_is_no_cuda() -> None:
     "change",
     [
         *({"version": version} for version in (-1, 2**64, True, "1", None)),
-        *({"layer": layer} for layer in (5, "x" * 513, "a\n")),
+        *({"part": part} for part in (5, "x" * 513, "a\n")),
         *({"tensors": tensors} for tensors in ({}, [5], None, [{}])),
         *({"where": where} for where in ([], None, "x")),
         {"checksum": 1},

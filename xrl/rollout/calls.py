@@ -108,7 +108,7 @@ class Calls:
             (protocol.SLEEP, self.sleep),
             (protocol.WAKE, self.wake),
             (protocol.CONNECT, self.connect),
-            (protocol.LOAD_LAYER, self.load_part),
+            (protocol.LOAD_PART, self.load_part),
             (protocol.FINISH_UPDATE, self.finish_update),
             (protocol.SHUTDOWN, self.shutdown),
         ):

@@ -250,12 +250,12 @@ class WeightStream:
         for attempt in range(1, MAX_TRIES + 1):
             manifest = parcel.manifest.to_json()
             if self._sender.pushes:
-                told = self.client.post(worker, protocol.LOAD_LAYER, manifest, timeout_s=self.timeout_s)
+                told = self.client.post(worker, protocol.LOAD_PART, manifest, timeout_s=self.timeout_s)
                 sent = asyncio.to_thread(self._sender.send, worker.number, parcel.bucket)
                 answer = await _both(told, sent)
             else:
                 # It may be at the part before.
-                answer = await self.client.post(worker, protocol.LOAD_LAYER, manifest, timeout_s=2 * self.timeout_s)
+                answer = await self.client.post(worker, protocol.LOAD_PART, manifest, timeout_s=2 * self.timeout_s)
             checksum = checked_checksum(answer, worker=name_of(worker))
             if checksum == parcel.manifest.checksum:
                 self._taking[worker.number].remove(parcel.name)

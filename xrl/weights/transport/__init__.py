@@ -116,7 +116,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         return {
             "version": self.version,
-            "layer": self.part,
+            "part": self.part,
             "tensors": [entry.to_json() for entry in self.tensors],
             "checksum": self.checksum,
             "where": dict(self.where),
@@ -128,7 +128,7 @@ class Manifest:
         match data:
             case {
                 "version": int(version),
-                "layer": str(part),
+                "part": str(part),
                 "tensors": [*tensors],
                 "checksum": str(checksum),
                 "where": dict(),
@@ -137,7 +137,7 @@ class Manifest:
                     raise ValueError("a manifest's version must be a whole number >= 0")
                 if max(len(part), len(checksum)) > MAX_NAME_LENGTH or not (part + checksum).isprintable():
                     raise ValueError(
-                        f"a manifest's layer and checksum must have at most {MAX_NAME_LENGTH} printable characters"
+                        f"a manifest's part and checksum must have at most {MAX_NAME_LENGTH} printable characters"
                     )
                 if len(tensors) > MAX_TENSORS:
                     raise ValueError(f"a manifest has at most {MAX_TENSORS} tensors, found {len(tensors)}")
@@ -145,7 +145,7 @@ class Manifest:
                 if len({entry.name for entry in entries}) < len(entries):
                     raise ValueError(f"the manifest of {part} names a tensor twice")
                 return cls(version=version, part=part, tensors=entries, checksum=checksum, where=data["where"])
-        raise ValueError("a manifest needs a version, a layer, tensors, a checksum and where")
+        raise ValueError("a manifest needs a version, a part, tensors, a checksum and where")
 
 
 class Sender(Protocol):
