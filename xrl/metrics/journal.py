@@ -87,8 +87,8 @@ class Journal:
         self._metrics.write(index, metrics)
         if self._speaks(index):
             for number, update in enumerate(updates, start=1):
-                place = (number, len(updates))
-                self.say(update_line(index, update, num_rollouts=self.num_rollouts, update=place))
+                which = (number, len(updates))
+                self.say(update_line(index, update, num_rollouts=self.num_rollouts, update=which))
             self.say(update_line(index, metrics, num_rollouts=self.num_rollouts))
 
     def first_update(self, metrics: Mapping[str, float]) -> None:

@@ -21,8 +21,8 @@ class Rectangle:
     """Where the t tokens of N sequences stand in an N x Q rectangle."""
 
     num_tokens: int  # t
-    index: Tensor | None  # [N * Q] token at each place, any token where there is padding; None: nothing is padded
-    inverse: Tensor | None  # [t] place of each token
+    index: Tensor | None  # [N * Q] token in each slot, any token where there is padding; None: nothing is padded
+    inverse: Tensor | None  # [t] slot of each token
     shape: tuple[int, int]  # (N, Q)
 
 
@@ -140,9 +140,9 @@ def _rectangle(lengths: tuple[int, ...], device: torch.device) -> Rectangle:
         return Rectangle(num_tokens=total, index=None, inverse=None, shape=shape)
     sizes = torch.tensor(lengths)
     starts = sizes.cumsum(0) - sizes
-    places = torch.arange(width)
-    inside = places < sizes[:, None]  # [N, Q]
-    index = torch.where(inside, starts[:, None] + places, starts[:, None])
+    slots = torch.arange(width)
+    inside = slots < sizes[:, None]  # [N, Q]
+    index = torch.where(inside, starts[:, None] + slots, starts[:, None])
     return Rectangle(
         num_tokens=total,
         index=index.flatten().to(device),

@@ -253,9 +253,9 @@ def _text_hash(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Words:
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), dtype=np.uint64)
 
 
-def _mix(values: Words, places: Words) -> Words:
-    """Hash each value with its place (the finaliser of splitmix64, Steele et al., OOPSLA 2014)."""
-    x = values ^ (places * np.uint64(0x9E3779B97F4A7C15))
+def _mix(values: Words, indices: Words) -> Words:
+    """Hash each value with its index (the finaliser of splitmix64, Steele et al., OOPSLA 2014)."""
+    x = values ^ (indices * np.uint64(0x9E3779B97F4A7C15))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -219,7 +219,7 @@ class _SelfAttention(torch.autograd.Function):
             mixed=address(call.mixed),
             shape=call.shape,
             scale=settings.scale,
-            sequences=call.places,
+            sequences=call.sequences,
             out=address(out),
             log_sums=address(log_sums),
             num_threads=call.num_threads,
@@ -247,7 +247,7 @@ class _SelfAttention(torch.autograd.Function):
             grad_out=address(grad_out),
             shape=call.shape,
             scale=settings.scale,
-            sequences=call.places,
+            sequences=call.sequences,
             grad_query=address(grad_query),
             grad_key=address(grad_key),
             grad_mixed=address(grad_mixed),
@@ -284,7 +284,7 @@ class _Call:
         # They are kept: copies must live until the kernels return.
         self.weights = [None if weight is None else weight.contiguous() for weight in weights]
         self.rope = (address(settings.cos), address(settings.sin), *map(address, self.weights), settings.eps)
-        self.places = sequences.addresses()
+        self.sequences = sequences.addresses()
         self.num_threads = num_threads()
 
     def kernel(self, name: str) -> Callable[..., None]:

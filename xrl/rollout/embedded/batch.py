@@ -173,12 +173,12 @@ def replay_arrays(
     blocks = np.zeros((size, max(len(sequence.blocks) for sequence in sequences)), dtype=np.int32)
     starts = [0, *np.cumsum(counts).tolist()]
     for sequence, start, count in zip(sequences, starts, counts, strict=False):
-        place, own = np.arange(count), np.array(sequence.blocks, dtype=np.int32)
+        index, own = np.arange(count), np.array(sequence.blocks, dtype=np.int32)
         span = slice(start, start + count)
         tokens[span] = sequence.token_ids[:-1]
-        positions[span] = sequence.job.prompt_length + place
-        lengths[span] = place + 1
-        slots[span] = own[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
+        positions[span] = sequence.job.prompt_length + index
+        lengths[span] = index + 1
+        slots[span] = own[index // BLOCK_SIZE] * BLOCK_SIZE + index % BLOCK_SIZE
         blocks[span, : len(own)] = own
     num_groups = len(sequences) + (size > num_tokens)  # padding rows: a group without a prompt
     prompt_lengths = np.zeros(num_groups, dtype=np.int32)

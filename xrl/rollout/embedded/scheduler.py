@@ -179,11 +179,11 @@ class Scheduler:
         start = 0
         for job, length in zip(jobs, lengths, strict=True):
             job.prompt_blocks = self.cache.allocate(num_blocks(length))
-            place = np.arange(length)
+            index = np.arange(length)
             tokens[start : start + length] = job.prompt
-            positions[start : start + length] = place
+            positions[start : start + length] = index
             blocks = np.array(job.prompt_blocks, dtype=np.int32)
-            slots[start : start + length] = blocks[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
+            slots[start : start + length] = blocks[index // BLOCK_SIZE] * BLOCK_SIZE + index % BLOCK_SIZE
             start += length
         inputs = [torch.from_numpy(array).to(self.device) for array in (tokens, positions, slots)]
         hidden = self.decoder.prefill(*inputs, lengths=lengths, cache=self.cache)
