@@ -44,7 +44,7 @@ def local_layers(shape: ModelShape, layers: Sequence[int]) -> TransformerBlockSu
 
 def te_layers(shape: ModelShape, layers: Sequence[int]) -> TransformerBlockSubmodules:
     """transformer-engine's layers, for CUDA; never of latent attention."""
-    specs = [_engine_layer(shape, _num_experts(shape, layer)) for layer in layers]
+    specs = [_te_layer(shape, _num_experts(shape, layer)) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=LayerNormImpl)
 
 
@@ -121,7 +121,7 @@ def _use_our_linear(parts: MLPSubmodules) -> None:
         parts.linear_fc1, parts.linear_fc2 = ColumnParallelLinear, RowParallelLinear
 
 
-def _engine_layer(shape: ModelShape, num_experts: int | None) -> ModuleSpec:
+def _te_layer(shape: ModelShape, num_experts: int | None) -> ModuleSpec:
     layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=num_experts,
         moe_grouped_gemm=num_experts is not None,

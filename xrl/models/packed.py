@@ -9,7 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from xrl.data.packing import Pack, PackedCluster
-from xrl.kernels.layers.choice import why_not_own_attention
+from xrl.kernels.layers.choice import why_not_our_attention
 from xrl.kernels.layers.self_attention import PackedSequences
 from xrl.models.choice import layer_kind
 from xrl.models.rotary import rotary_frequencies, rotary_table
@@ -48,7 +48,7 @@ class AttentionInputs(PackedSeqParams):
 
 def attention_inputs(pack: Pack, shape: ModelShape, *, dtype: torch.dtype, device: torch.device) -> AttentionInputs:
     """Positions and borders of a micro-batch for our own attention."""
-    has_kernels = not why_not_own_attention(layer_kind(shape, dtype=dtype, device=device))
+    has_kernels = not why_not_our_attention(layer_kind(shape, dtype=dtype, device=device))
     # Query heads that share a key/value head; latent attention makes keys and values for each.
     queries_per_key = shape.num_heads // shape.num_kv_heads if shape.latent is None else 1
     positions = torch.from_numpy(pack.position_ids)

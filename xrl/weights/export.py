@@ -151,14 +151,14 @@ class WeightExporter:
                 One mapping for each virtual pipeline stage, or the mapping itself where there is one.
         """
         weights = _per_stage(parameters)
-        engine = has_te_layers(weights[0])
-        if engine not in self._plans:
-            self._plans[engine] = plan(self.shape, self.groups.layout, transformer_engine=engine)
+        te = has_te_layers(weights[0])
+        if te not in self._plans:
+            self._plans[te] = plan(self.shape, self.groups.layout, transformer_engine=te)
         dtype = self.dtype or next(iter(weights[0].values())).dtype
         if self.groups.rank == 0:
-            yield from self._receive(self._plans[engine], weights, dtype, version)
+            yield from self._receive(self._plans[te], weights, dtype, version)
         else:
-            self._send(self._plans[engine], weights, dtype)
+            self._send(self._plans[te], weights, dtype)
 
     def _send(self, planned: Plan, weights: Weights, dtype: torch.dtype) -> None:
         sending: list[dist.Work | None] = [None, None]
