@@ -71,11 +71,11 @@ class HoldingEngine:
     def submit(self, request: GenerateRequest) -> Future[list[Completion]]:
         raise EngineError("this engine holds weights and cannot generate")
 
-    def room(self, layer: str) -> dict[str, Tensor]:
+    def destinations(self, layer: str) -> dict[str, Tensor]:
         return self.tensors.get(layer, {})
 
-    def load_layer(self, bucket: WeightBucket) -> None:
-        own = self.tensors.setdefault(bucket.layer, {})
+    def load_part(self, bucket: WeightBucket) -> None:
+        own = self.tensors.setdefault(bucket.part, {})
         for name, tensor in bucket.tensors.items():
             if name not in own:
                 own[name] = tensor.clone()
@@ -170,7 +170,7 @@ def lead(
     print(f"{engine}: " + " ".join(f"{each:.3f}" for each in seconds), file=sys.stderr, flush=True)
     return {
         "num_bytes": report.num_bytes,
-        "num_layers": report.num_layers,
+        "num_layers": report.num_parts,
         "seconds": median(steady),
         "fastest": min(steady),
         "memcpy": median(memcpy.rates[WARM_UP:]),

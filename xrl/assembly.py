@@ -6,13 +6,16 @@ import contextlib
 import logging
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
 
 from xrl.actor.actor import Actor
 from xrl.algorithms import Algorithm
+from xrl.checkpoint.parts import Stateful
+from xrl.checkpoint.writer import StateWriter
 from xrl.config import Settings, SettingsError
 from xrl.config.parse import dump_settings
 from xrl.config.paths import absolute_paths
@@ -39,12 +42,14 @@ from xrl.models.shape import read_model_shape
 from xrl.parallel.control import Control
 from xrl.parallel.groups import ParallelGroups
 from xrl.reporter import Listeners, Reporter
-from xrl.rewards import InlineJudge, Judge, create_judge
+from xrl.rewards import InlineJudge, Judge, JudgePool, create_judge
 from xrl.rollout.canary import Canary
 from xrl.rollout.fleet import Fleet
 from xrl.rollout.mismatch import MismatchBounds
 from xrl.rollout.publish import WeightStream
 from xrl.rollout.publisher import CheckedPublisher, PersistentPublisher, Publisher, WeightPublisher
+from xrl.run_state import RunState, put_later_states_aside
+from xrl.state_saving import StateKeeper, StateSaving
 from xrl.trainer import Hook
 from xrl.types import SamplingParams
 from xrl.weights.checkpoints import Checkpoints
@@ -90,6 +95,43 @@ def build_lead(
         judge: a function of this process; default: the judge of the settings, behind its bounds.
     """
     # Before anything is started: it is here that a tokenizer, a chat template or too long prompts are refused.
+    data = _load_data(settings)
+    folder = _open_run_folder(settings, stack, ending)
+    fleet = _claim_workers(settings, groups, folder, stack)
+    judges = _open_judge(settings, folder, stack, judge=judge)
+    journal = _open_journal(settings, groups, folder, stack, data=data, ending=ending)
+    stop_ids = stop_token_ids(settings.model.model, data.tokenizer)
+    sampling = _sampling(settings, stop_ids)
+    journal.say(f"sampling parameters: {sampling}")
+    collector = Collector(fleet, data.tokenizer, judges, progress)
+    stream = WeightStream(fleet, device=groups.device)
+    stack.callback(stream.close)
+    return Lead(
+        prompts=data.prompts,
+        sampling=sampling,
+        fleet=fleet,
+        collector=collector,
+        stream=stream,
+        canary=_canary(settings, fleet, sampling),
+        mismatch=MismatchBounds(settings.rollout, dtype=_coarser_dtype(settings)),
+        evaluator=_evaluator(settings, collector, data.held_out, sampling),
+        journal=journal,
+        checkpoints=Checkpoints(folder, settings.run, source=settings.model.model, dtype=train_dtype(settings.model)),
+        watch=_watch(settings, folder, has_stop_tokens=bool(stop_ids)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LeadData:
+    """What the run asks its engines, tokenised and checked."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptDataset
+    held_out: PromptDataset | None  # prompts of evaluations
+    num_rollouts: int  # of the whole run
+
+
+def _load_data(settings: Settings) -> _LeadData:
     tokenizer = load_tokenizer(settings.model.model)
     prompts = PromptDataset(
         settings.data.data,
@@ -104,7 +146,11 @@ def build_lead(
     for dataset in (prompts, held_out):
         if dataset is not None:
             dataset.check_ids(tokenizer, vocab_size=vocab_size)
+    return _LeadData(tokenizer=tokenizer, prompts=prompts, held_out=held_out, num_rollouts=num_rollouts)
 
+
+def _open_run_folder(settings: Settings, stack: contextlib.ExitStack, ending: HowItEnds | None) -> RunFolder:
+    """The run's folder, a new one or that of its earlier attempts, with its settings and environment in it."""
     run = settings.run
     folder = RunFolder.create(run.work_dir) if run.run_dir is None else RunFolder.open(run.run_dir, stack)
     if ending is not None:
@@ -115,22 +161,49 @@ def build_lead(
         write_environment(folder.environment)
     except NotWritten as error:
         raise SettingsError(str(error)) from error
+    return folder
+
+
+def _claim_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder, stack: contextlib.ExitStack) -> Fleet:
+    """The rollout workers of this run, and of no other; ready where they share devices with the actor."""
     fleet = stack.enter_context(start_workers(settings, groups, folder))
     fleet.claim()
     if settings.rollout.colocate:
         fleet.wait_until_ready()  # an engine needs the device for its start, and gives it up then
+    return fleet
+
+
+def _open_judge(
+    settings: Settings, folder: RunFolder, stack: contextlib.ExitStack, *, judge: Judge | None
+) -> JudgePool:
     judges = create_judge(settings.rewards, log_dir=folder.logs) if judge is None else InlineJudge(judge)
     stack.callback(judges.close)
+    return judges
+
+
+def _open_journal(
+    settings: Settings,
+    groups: ParallelGroups,
+    folder: RunFolder,
+    stack: contextlib.ExitStack,
+    *,
+    data: _LeadData,
+    ending: HowItEnds | None,
+) -> Journal:
+    """The journal, whose first lines say what is trained, where, and by which code."""
     journal = Journal(
         folder,
         tensorboard=settings.run.tensorboard,
         log_interval=settings.run.log_interval,
-        num_rollouts=num_rollouts,
+        num_rollouts=data.num_rollouts,
         ending=ending,
     )
     stack.callback(journal.close)
     for line in start_lines(
-        settings, world_size=groups.layout.world_size, num_prompts=len(prompts), num_rollouts=num_rollouts
+        settings,
+        world_size=groups.layout.world_size,
+        num_prompts=len(data.prompts),
+        num_rollouts=data.num_rollouts,
     ):
         journal.say(line)
     for line in layer_lines(
@@ -140,11 +213,18 @@ def build_lead(
         tensor_size=groups.layout.tensor_size,
     ):
         journal.say(line)
+    return journal
 
-    stop_ids = stop_token_ids(settings.model.model, tokenizer)
+
+def _sampling(settings: Settings, stop_ids: tuple[int, ...]) -> SamplingParams:
+    """How answers are sampled.
+
+    Args:
+        stop_ids: tokens that end an answer, unless --ignore-eos.
+    """
     if not stop_ids and not settings.rollout.ignore_eos:
         logger.warning("%s", no_stop_token(settings.model.model))
-    sampling = SamplingParams(
+    return SamplingParams(
         temperature=settings.rollout.temperature,
         top_k=settings.rollout.top_k,
         top_p=settings.rollout.top_p,
@@ -152,23 +232,14 @@ def build_lead(
         stop_token_ids=() if settings.rollout.ignore_eos else stop_ids,
         seed=settings.run.seed,
     )
-    journal.say(f"sampling parameters: {sampling}")
-    collector = Collector(fleet, tokenizer, judges, progress)
-    stream = WeightStream(fleet, device=groups.device)
-    stack.callback(stream.close)
-    return Lead(
-        prompts=prompts,
-        sampling=sampling,
-        fleet=fleet,
-        collector=collector,
-        stream=stream,
-        canary=_canary(settings, fleet, sampling),
-        mismatch=MismatchBounds(settings.rollout, dtype=_coarser_dtype(settings)),
-        evaluator=None if held_out is None else Evaluator(collector, held_out.all(), settings.evaluation, sampling),
-        journal=journal,
-        checkpoints=Checkpoints(folder, settings.run, source=settings.model.model, dtype=train_dtype(settings.model)),
-        watch=_watch(settings, folder, has_stop_tokens=bool(stop_ids)),
-    )
+
+
+def _evaluator(
+    settings: Settings, collector: Collector, held_out: PromptDataset | None, sampling: SamplingParams
+) -> Evaluator | None:
+    if held_out is None:
+        return None
+    return Evaluator(collector, held_out.all(), settings.evaluation, sampling)
 
 
 def build_experience(settings: Settings, groups: ParallelGroups, algorithm: Algorithm, lead: Lead | None) -> Experience:
@@ -236,16 +307,65 @@ def build_reporter(settings: Settings, groups: ParallelGroups, actor: Actor, lea
     return Reporter(listeners, groups.control)
 
 
+def stateful_algorithm(algorithm: Algorithm) -> dict[str, Stateful]:
+    """The algorithm, where it has a state: one of a user's own, say, with a coefficient that adapts."""
+    has_state = hasattr(algorithm, "state_dict") and hasattr(algorithm, "load_state_dict")
+    return {"algorithm": cast(Stateful, algorithm)} if has_state else {}
+
+
+def lead_parts(lead: Lead, experience: Experience, reporter: Reporter) -> dict[str, Stateful]:
+    """What of rank 0's goes on where it was."""
+    return {
+        "experience": experience,
+        "learning": lead.watch,
+        "journal": lead.journal,
+        "checkpoints": lead.checkpoints,
+        "reporter": reporter,
+    }
+
+
+def begin_behind(lead: Lead, step: int, *, is_shared: bool) -> None:
+    """Make room in the run's folder for what comes behind a step: an earlier attempt may have come further.
+
+    Args:
+        is_shared: attempts at the run share its folder.
+    """
+    if not is_shared:
+        return
+    lead.checkpoints.goes_on = True
+    if step == 0:
+        lead.journal.begin_anew()
+    lead.journal.begin_behind(step)
+    put_later_states_aside(lead.journal.folder.state, step)
+
+
+def build_state_saving(
+    settings: Settings, groups: ParallelGroups, state: RunState, lead: Lead | None, progress: Progress
+) -> StateSaving:
+    """Saves the run's state. Collective: rank 0 knows the folder."""
+    control = Control.of(groups)
+    state_dir = control.gather(str(lead.journal.folder.state) if lead else "")[0]
+    writer = StateWriter(Path(state_dir), control, file_name=state.actor.file_name, keep=settings.run.state_keep)
+    keeper = StateKeeper(journal=lead.journal, lead_part=state.lead_part) if lead else None
+    return StateSaving(state, writer, keeper, control, progress, interval=settings.run.state_interval)
+
+
 def build_hooks(
-    settings: Settings, groups: ParallelGroups, actor: Actor, lead: Lead | None, progress: Progress
+    settings: Settings,
+    groups: ParallelGroups,
+    actor: Actor,
+    lead: Lead | None,
+    progress: Progress,
+    state_saving: StateSaving,
 ) -> list[Hook]:
-    """Checkpoints, evaluation, and the end of a run that learns nothing."""
+    """Checkpoints, evaluation, saved states, and the end of a run that learns nothing."""
     control = Control.of(groups)
     keeper = Keeper(journal=lead.journal, checkpoints=lead.checkpoints, watch=lead.watch) if lead else None
     evaluator, journal = (lead.evaluator, lead.journal) if lead else (None, None)
     return [
         Checkpointing(actor, keeper, control, progress),
         Evaluation(evaluator, journal, control, interval=settings.evaluation.eval_interval),
+        state_saving,  # behind the evaluation, which then does not run again when the run goes on from here
         Ending(keeper, control),
     ]
 

@@ -79,9 +79,10 @@ def train(arguments: list[str]) -> None:
         from xrl.train import train as train_here
 
         run_main(lambda: train_here(settings))
-    from xrl.agent import run_ranks
+    from xrl.launch.torchrun import run_ranks
+    from xrl.metrics.ending import words_of_ranks
 
-    sys.exit(run_ranks(arguments, num_ranks=num_ranks))
+    sys.exit(run_ranks(arguments, num_ranks=num_ranks, words_of_ranks=words_of_ranks))
 
 
 def gsm8k(arguments: list[str]) -> None:

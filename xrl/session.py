@@ -17,16 +17,21 @@ prepare_megatron_for_cpu()
 import torch  # noqa: E402
 
 from xrl.actor.actor import Actor  # noqa: E402
+from xrl.actor.state import ActorState  # noqa: E402
 from xrl.algorithms import Algorithm, create_algorithm  # noqa: E402
 from xrl.assembly import (  # noqa: E402
     Lead,
+    begin_behind,
     build_experience,
     build_hooks,
     build_lead,
     build_publisher,
     build_reporter,
+    build_state_saving,
     build_turns,
+    lead_parts,
     share_rollout_count,
+    stateful_algorithm,
 )
 from xrl.config import Settings  # noqa: E402
 from xrl.experience.asking import Need  # noqa: E402
@@ -43,6 +48,8 @@ from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
 from xrl.parallel.watch import Watch, connect_to_store  # noqa: E402
 from xrl.rollout.fleet import Fleet  # noqa: E402
 from xrl.rollout.publisher import Published, Publisher  # noqa: E402
+from xrl.run_state import RunState, choose_state  # noqa: E402
+from xrl.state_saving import StateSaving  # noqa: E402
 from xrl.trainer import Hook, Trainer  # noqa: E402
 
 if TYPE_CHECKING:
@@ -77,6 +84,10 @@ class Session:
     """Gives the actor's weights to the workers."""
     num_steps: int
     """Rollouts that the settings ask for."""
+    first_step: int
+    """Those of them that an earlier attempt has learned from: the next one is behind them."""
+    state_saving: StateSaving
+    """Saves the state of the run; a hook of `trainer`."""
 
     def __init__(
         self,
@@ -156,9 +167,13 @@ class Session:
             learner,
             self.algorithm,
             self.publisher,
-            build_reporter(self.settings, self.groups, self.actor, self._lead),
+            self.reporter,
             num_steps=self.num_steps,
-            hooks=[*build_hooks(self.settings, self.groups, self.actor, self._lead, self.progress), *hooks],
+            first_step=self.first_step,
+            hooks=[
+                *build_hooks(self.settings, self.groups, self.actor, self._lead, self.progress, self.state_saving),
+                *hooks,
+            ],
             progress=self.progress,
         )
 
@@ -194,6 +209,8 @@ class Session:
             progress=self.progress,
         )
         self.experience = build_experience(settings, self.groups, self.algorithm, lead)
+        self.reporter = build_reporter(settings, self.groups, self.actor, lead)
+        self._go_on()
         self._turns = build_turns(settings, self.groups, self.actor, lead)
         self.publisher = build_publisher(settings, self.groups, self.actor, lead, self._turns, self.progress)
         if self.groups.device.type == "cpu":
@@ -201,6 +218,26 @@ class Session:
         gc.collect()
         stack.callback(gc.unfreeze)
         gc.freeze()  # modules and models stay: collections need not go through them again, many times a step
+
+    def _go_on(self) -> None:
+        """From the newest saved state, if there is one. Collective."""
+        control, lead = Control.of(self.groups), self._lead
+        state = RunState(
+            self.settings,
+            self.actor.shape,
+            ActorState(self.actor),
+            control,
+            everywhere=stateful_algorithm(self.algorithm),
+            on_lead=lead_parts(lead, self.experience, self.reporter) if lead else {},
+            keeps_reference=self.actor.reference is not None,
+        )
+        saved = choose_state(self.settings.run, control)
+        if saved is not None:
+            state.load(saved)
+        self.first_step = saved.manifest.step if saved else 0
+        if lead:
+            begin_behind(lead, self.first_step, is_shared=self.settings.run.run_dir is not None)
+        self.state_saving = build_state_saving(self.settings, self.groups, state, lead, self.progress)
 
     def _publish_again(self) -> None:
         logger.warning("no rollout worker is ready: weights version %d are published once more", self._version)

@@ -53,7 +53,7 @@ class SamplingParams:
 class GenerateRequest:
     """One prompt and how many answers to draw for it, or to go on with.
 
-    What is drawn depends on the seed, the sample's ordinal and the token's place in the response, so a group that is
+    What is drawn depends on the seed, the sample's ordinal and the token's index in the response, so a group that is
     asked for in several requests, or an answer that goes on in another, draws what one request would have drawn.
     """
 
@@ -99,7 +99,7 @@ class Verdict:
     reward: float | None  # None: nobody could say, so it is in no mean and is not trained on
     failure: str = ""  # kind of failure: the exception's name, "time-out", "process died", ...; empty: judged
     detail: str = ""  # what happened
-    place: str = ""  # in the judge's own file: "my_reward.py, line 12, in reward"
+    location: str = ""  # in the judge's own file: "my_reward.py, line 12, in reward"
 
     @property
     def failed(self) -> bool:
@@ -109,8 +109,8 @@ class Verdict:
     @property
     def error(self) -> str:
         """One line: the kind, what happened and where; empty where it was judged."""
-        place = f" ({self.place})" if self.place else ""
-        return f"{self.failure}: {self.detail}{place}" if self.failure else ""
+        location = f" ({self.location})" if self.location else ""
+        return f"{self.failure}: {self.detail}{location}" if self.failure else ""
 
 
 EpisodeStatus = Literal["done", "length", "max_turns", "timeout", "env_died", "aborted"]
@@ -213,10 +213,10 @@ class Mean:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightBucket:
-    """Whole (unsharded) Hugging Face tensors of one decoder layer, or of what is outside the layers."""
+    """Whole (unsharded) Hugging Face tensors of one part of a model: a decoder layer, or what is outside the layers."""
 
     version: int
-    layer: str  # "layers.3" or "embeddings", "final"; names the bucket in errors
+    part: str  # "embeddings", "layers.3" or "final"; names the bucket in errors
     tensors: Mapping[str, Tensor]  # Hugging Face name -> tensor
 
 

@@ -292,7 +292,7 @@ def test_an_advantage_that_is_no_number_ends_the_run(make_actor) -> None:
 
 def test_weights_come_out_under_the_names_and_with_the_bits_of_the_checkpoint(make_actor, checkpoint: Path) -> None:
     actor = make_actor()
-    buckets = [(each.layer, each.version) for each in actor.weights(version=7)]
+    buckets = [(each.part, each.version) for each in actor.weights(version=7)]
     assert buckets == [("embeddings", 7), ("layers.0", 7), ("layers.1", 7), ("final", 7)]
     expected, found = load_file(checkpoint / "model.safetensors"), tensors(actor)
     assert found.keys() == expected.keys()

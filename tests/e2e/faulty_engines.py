@@ -30,19 +30,19 @@ class DyingEngine(EmbeddedEngine):
             threading.Timer(0.01, _die).start()
         return future
 
-    def load_layer(self, bucket: WeightBucket) -> None:
-        if (bucket.version, bucket.layer) == (DIES_LOADING, "layers.2") and _is_first("loading"):
+    def load_part(self, bucket: WeightBucket) -> None:
+        if (bucket.version, bucket.part) == (DIES_LOADING, "layers.2") and _is_first("loading"):
             _die()
-        super().load_layer(bucket)
+        super().load_part(bucket)
 
 
 class TwiceDyingEngine(EmbeddedEngine):
     """Dies in an update, is started again, and dies in the same one, at the next layer."""
 
-    def load_layer(self, bucket: WeightBucket) -> None:
-        if (bucket.version, bucket.layer) in ((2, "layers.1"), (2, "layers.2")) and _is_first(bucket.layer):
+    def load_part(self, bucket: WeightBucket) -> None:
+        if (bucket.version, bucket.part) in ((2, "layers.1"), (2, "layers.2")) and _is_first(bucket.part):
             _die()
-        super().load_layer(bucket)
+        super().load_part(bucket)
 
 
 class MisstatingEngine(EmbeddedEngine):
@@ -76,9 +76,9 @@ def _die() -> None:
 class SwappingEngine(EmbeddedEngine):
     """Takes each of a layer's two norms for the other."""
 
-    def load_layer(self, bucket: WeightBucket) -> None:
+    def load_part(self, bucket: WeightBucket) -> None:
         swapped = {_other_norm(name): tensor for name, tensor in bucket.tensors.items()}
-        super().load_layer(dataclasses.replace(bucket, tensors=swapped))
+        super().load_part(dataclasses.replace(bucket, tensors=swapped))
 
 
 def _other_norm(name: str) -> str:
@@ -89,9 +89,9 @@ def _other_norm(name: str) -> str:
 class MendingEngine(EmbeddedEngine):
     """Samples with 0 where a weight is not a number."""
 
-    def load_layer(self, bucket: WeightBucket) -> None:
+    def load_part(self, bucket: WeightBucket) -> None:
         mended = {name: tensor.nan_to_num() for name, tensor in bucket.tensors.items()}
-        super().load_layer(dataclasses.replace(bucket, tensors=mended))
+        super().load_part(dataclasses.replace(bucket, tensors=mended))
 
 
 class NotingEngine(EmbeddedEngine):
@@ -101,9 +101,9 @@ class NotingEngine(EmbeddedEngine):
         self._note("submit")
         return super().submit(request)
 
-    def load_layer(self, bucket: WeightBucket) -> None:
+    def load_part(self, bucket: WeightBucket) -> None:
         self._note("load")
-        super().load_layer(bucket)
+        super().load_part(bucket)
 
     def sleep(self, *, keep_weights: bool = True) -> None:
         self._note("sleep with weights" if keep_weights else "sleep")

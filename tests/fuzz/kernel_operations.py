@@ -25,8 +25,8 @@ from xrl.kernels.head.logprob import reference_logprob, vocab_parallel_logprob
 from xrl.kernels.layers import layer_ops
 from xrl.kernels.layers.gated_mlp import gated_mlp, reference_gated_mlp
 from xrl.kernels.layers.linear import linear
-from xrl.kernels.layers.self_attention import HeadRules, PackedSequences, reference_self_attention, self_attention
-from xrl.kernels.layers.train_layer import LayerParameters, LayerRules, reference_train_layer, train_layer
+from xrl.kernels.layers.self_attention import HeadSettings, PackedSequences, reference_self_attention, self_attention
+from xrl.kernels.layers.train_layer import LayerInputs, LayerParameters, reference_train_layer, train_layer
 from xrl.kernels.matmul import matmul, matmul_into
 
 Arguments = dict[str, Any]
@@ -227,10 +227,10 @@ def _self_attention() -> Arguments:
     }
 
 
-def _with_rules(compute: Callable[..., object]) -> Callable[..., object]:
+def _with_head_settings(compute: Callable[..., object]) -> Callable[..., object]:
     def call(**arguments: Any) -> object:
-        sequences, rules = _some(PackedSequences, arguments), _some(HeadRules, arguments)
-        return compute(arguments["mixed"], sequences, rules, num_kv_heads=arguments["num_kv_heads"])
+        sequences, settings = _some(PackedSequences, arguments), _some(HeadSettings, arguments)
+        return compute(arguments["mixed"], sequences, settings, num_kv_heads=arguments["num_kv_heads"])
 
     return call
 
@@ -252,12 +252,12 @@ def _train_layer() -> Arguments:
     return {"x": normal(11, hidden), **{name: normal(*size) * size[-1] ** -0.5 for name, size in sizes.items()}, **rest}
 
 
-def _with_layer_rules(compute: Callable[..., object]) -> Callable[..., object]:
+def _with_layer_inputs(compute: Callable[..., object]) -> Callable[..., object]:
     def call(**arguments: Any) -> object:
         parameters = _some(LayerParameters, arguments)
         arguments["sequences"] = _some(PackedSequences, arguments)
-        rules = _some(LayerRules, arguments)
-        return compute(arguments["x"], parameters, rules)
+        inputs = _some(LayerInputs, arguments)
+        return compute(arguments["x"], parameters, inputs)
 
     return call
 
@@ -468,8 +468,8 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             differentiable=("x", "gate_up", "down"),
         ),
         "self_attention": Operation(
-            call=_with_rules(self_attention),
-            reference=_with_rules(reference_self_attention),
+            call=_with_head_settings(self_attention),
+            reference=_with_head_settings(reference_self_attention),
             arguments=_self_attention,
             shapes={
                 "mixed": "bf",
@@ -486,8 +486,8 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             differentiable=("mixed", "q_weight", "k_weight"),
         ),
         "train_layer": Operation(
-            call=_with_layer_rules(train_layer),
-            reference=_with_layer_rules(reference_train_layer),
+            call=_with_layer_inputs(train_layer),
+            reference=_with_layer_inputs(reference_train_layer),
             arguments=_train_layer,
             shapes={
                 "x": "bb",

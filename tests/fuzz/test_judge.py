@@ -44,7 +44,13 @@ ODD_VALUES: list[Any] = [
 
 def message(rng: random.Random) -> bytes:
     """A verdict, right or damaged."""
-    fields: dict[Any, Any] = {"number": NUMBER, "reward": rng.uniform(-2, 2), "failure": "", "detail": "", "place": ""}
+    fields: dict[Any, Any] = {
+        "number": NUMBER,
+        "reward": rng.uniform(-2, 2),
+        "failure": "",
+        "detail": "",
+        "location": "",
+    }
     for _ in range(rng.choice((0, 0, 1, 2))):
         fields[rng.choice([*fields, "more"])] = rng.choice(ODD_VALUES)
     if rng.random() < 0.2:

@@ -40,7 +40,7 @@ NO_HTTP = (
     b"POST /generate HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
 )
 PATHS = ("/", "/generate/", "//generate", "/xrl/v1/../generate", "/%00", "/health?x=" + "y" * 2000, "/sleep?level=9")
-CALLED = (protocol.GENERATE, protocol.ABORT, protocol.CONNECT, protocol.LOAD_LAYER, protocol.FINISH_UPDATE)
+CALLED = (protocol.GENERATE, protocol.ABORT, protocol.CONNECT, protocol.LOAD_PART, protocol.FINISH_UPDATE)
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "X" * 40)
 
 
@@ -83,7 +83,7 @@ def odd_body(draw: random.Random) -> dict[str, Any]:
     entry = {"name": "x", "dtype": "float32", "shape": [2]}
     body = draw.choice(
         (
-            {"version": 1, "layer": "layers.0", "tensors": [entry], "checksum": "0", "where": {}},
+            {"version": 1, "part": "layers.0", "tensors": [entry], "checksum": "0", "where": {}},
             {"transport": "shared_memory", "invitation": {}, "timeout_s": 0.2},
             {"transport": "broadcast", "invitation": {"host": "127.0.0.1", "port": 9}, "timeout_s": 0.2},
             {"version": draw.choice(ODD)},

@@ -36,7 +36,7 @@ def write_and_hang(data: bytes) -> None:
 
 
 def framed(**fields: object) -> bytes:
-    verdict = {"number": 1, "reward": 1.0, "failure": "", "detail": "", "place": "", **fields}
+    verdict = {"number": 1, "reward": 1.0, "failure": "", "detail": "", "location": "", **fields}
     message = json.dumps(verdict).encode()
     return struct.pack("!I", len(message)) + message
 

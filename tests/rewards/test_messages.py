@@ -26,7 +26,7 @@ from xrl.rewards.messages import (
 )
 from xrl.types import Prompt, Verdict
 
-VERDICT: dict[str, Any] = {"number": 7, "reward": 0.5, "failure": "", "detail": "", "place": ""}
+VERDICT: dict[str, Any] = {"number": 7, "reward": 0.5, "failure": "", "detail": "", "location": ""}
 
 
 @pytest.mark.parametrize("text", ["", "é 中 🎂 \0\x1b\u2028", "\ud83d", "\ud83d\ude00", "\udc80\ud800"], ids=ascii)
@@ -87,7 +87,7 @@ def test_failure_arrives_with_its_reason_and_place() -> None:
                 ("failure", "both"),
                 ("failure", 1),
                 ("detail", None),
-                ("place", {}),
+                ("location", {}),
             ]
         ),
     ],
@@ -105,8 +105,8 @@ def test_answer_to_another_question_is_none() -> None:
 
 def test_text_of_a_judge_is_one_short_line_without_commands() -> None:
     odd = {**VERDICT, "reward": None, "failure": "E\x1b\n", "detail": "a\nb\u2028\x9b\u202e\ud800" + "x" * 10_000}
-    verdict = decode_verdict(json.dumps({**odd, "place": "\tp"}).encode(), 7)
-    assert verdict.failure == "E\\x1b\\n" and verdict.place == "\\tp"
+    verdict = decode_verdict(json.dumps({**odd, "location": "\tp"}).encode(), 7)
+    assert verdict.failure == "E\\x1b\\n" and verdict.location == "\\tp"
     assert verdict.detail.startswith("a\\nb\\u2028\\x9b\\u202e\\ud800x") and len(verdict.detail) < 2 * MAX_DETAIL_CHARS
     assert verdict.error.isprintable()
 

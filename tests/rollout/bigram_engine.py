@@ -49,7 +49,7 @@ FAULTS = (
     "the engine takes weights while it generates",
     "an unknown tensor is an error of Python",
     "an incomplete update is accepted",
-    "tensors are used after load_layer",
+    "tensors are used after load_part",
     "a request that cannot run is cut short",
     "answers after close",
 )
@@ -167,17 +167,17 @@ class BigramEngine:
             self.weights = {name: -tensor for name, tensor in self.weights.items()}
         self.is_asleep = False
 
-    def load_layer(self, bucket: WeightBucket) -> None:
+    def load_part(self, bucket: WeightBucket) -> None:
         self._check_idle()
         if bucket.version != self.updating:
             self.updating, self.arriving = bucket.version, {}
         for name, tensor in bucket.tensors.items():
-            expected = PARTS[bucket.layer].get(name)
+            expected = PARTS[bucket.part].get(name)
             if expected is None and self.has("an unknown tensor is an error of Python"):
                 raise KeyError(name)
             if expected != tuple(tensor.shape):
-                raise EngineError(f"{bucket.layer}: {name} is unknown or of the wrong shape")
-            self.arriving[name] = tensor if self.has("tensors are used after load_layer") else tensor.clone()
+                raise EngineError(f"{bucket.part}: {name} is unknown or of the wrong shape")
+            self.arriving[name] = tensor if self.has("tensors are used after load_part") else tensor.clone()
 
     def finish_update(self, version: int) -> None:
         missing = [name for names in PARTS.values() for name in names if name not in self.arriving]

@@ -43,7 +43,7 @@ class Case:
         self.version += 1
         self.model = self.make_model(seed)
         for bucket in self.model.buckets(self.version):
-            self.engine.load_layer(bucket)
+            self.engine.load_part(bucket)
         self.engine.finish_update(self.version)
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
@@ -112,7 +112,7 @@ def buckets_come_in_any_order_and_their_memory_is_used_again(case: Case) -> None
     case.model = case.make_model(5)
     for bucket in reversed(case.model.buckets(case.version)):
         tensors = {name: tensor.clone() for name, tensor in bucket.tensors.items()}
-        case.engine.load_layer(WeightBucket(version=bucket.version, layer=bucket.layer, tensors=tensors))
+        case.engine.load_part(WeightBucket(version=bucket.version, part=bucket.part, tensors=tensors))
         for tensor in tensors.values():
             tensor.fill_(torch.nan)
     case.engine.finish_update(case.version)
@@ -198,7 +198,7 @@ def changes_of_state_are_refused_while_requests_run(case: Case) -> None:
     with pytest.raises(EngineError):
         case.engine.sleep()
     with pytest.raises(EngineError):
-        case.engine.load_layer(case.model.buckets(case.version + 1)[0])
+        case.engine.load_part(case.model.buckets(case.version + 1)[0])
     with pytest.raises(ValueError):
         case.engine.submit(request(PROMPTS[0]))
     case.engine.abort()
@@ -212,14 +212,14 @@ def wrong_tensors_are_refused_and_the_update_can_go_on(case: Case) -> None:
     first, *others = case.model.buckets(case.version)
     for name, tensor in (("no.such.tensor", torch.ones(3)), (next(iter(first.tensors)), torch.ones(3, 5))):
         with pytest.raises(EngineError, match=name.replace(".", r"\.")):
-            case.engine.load_layer(WeightBucket(version=case.version, layer=first.layer, tensors={name: tensor}))
+            case.engine.load_part(WeightBucket(version=case.version, part=first.part, tensors={name: tensor}))
     for bucket in others:
-        case.engine.load_layer(bucket)
+        case.engine.load_part(bucket)
     with pytest.raises(EngineError, match=next(iter(first.tensors))):
         case.engine.finish_update(case.version)
     with pytest.raises(EngineNotReady):
         generate(case.engine, PROMPTS[0])
-    case.engine.load_layer(first)
+    case.engine.load_part(first)
     case.engine.finish_update(case.version)
     case.check_answers()
 

@@ -20,7 +20,7 @@ def buckets(model: PreTrainedModel, version: int = 0) -> list[WeightBucket]:
         else:
             part = "embeddings" if "embed_tokens" in name else "final"
         parts.setdefault(part, {})[name] = tensor
-    return [WeightBucket(version=version, layer=part, tensors=tensors) for part, tensors in parts.items()]
+    return [WeightBucket(version=version, part=part, tensors=tensors) for part, tensors in parts.items()]
 
 
 def checkpoint_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -41,7 +41,7 @@ def checkpoint_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 def push(engine: Engine, model: PreTrainedModel, version: int = 0) -> None:
     """One whole weight update."""
     for bucket in buckets(model, version):
-        engine.load_layer(bucket)
+        engine.load_part(bucket)
     engine.finish_update(version)
 
 

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 MakeFleet = Callable[..., Fleet]
 
 
-def bucket(layer: str, value: float, *, version: int = 0, size: int = 3) -> WeightBucket:
-    return WeightBucket(version=version, layer=layer, tensors={"w": torch.full((size,), value)})
+def bucket(part: str, value: float, *, version: int = 0, size: int = 3) -> WeightBucket:
+    return WeightBucket(version=version, part=part, tensors={"w": torch.full((size,), value)})
 
 
 def request(place: int, action: int = ANSWER, *, num_samples: int = 2) -> GenerateRequest:

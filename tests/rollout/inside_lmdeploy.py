@@ -79,7 +79,7 @@ def update_by_hand(turbomind: TurboMind, model: PreTrainedModel, *, mended: bool
     turbomind.wakeup(["weights"])
     if mended and hasattr(turbomind, "_export_iter"):
         del turbomind._export_iter
-    parts = {bucket.layer: dict(bucket.tensors) for bucket in buckets(model)}
+    parts = {bucket.part: dict(bucket.tensors) for bucket in buckets(model)}
     misc = parts.pop("embeddings") | parts.pop("final")
     for layer in parts.values():
         turbomind.update_params(UpdateParamsRequest(serialized_named_tensors=layer, finished=False))
@@ -167,8 +167,8 @@ def test_a_part_may_come_twice_and_the_last_one_counts(make_engine: MakeEngine) 
     engine, model = make_engine(), tiny_model(1)
     for bucket in buckets(model, 1):
         wrong = {name: torch.full_like(tensor, 7.0) for name, tensor in bucket.tensors.items()}
-        engine.load_layer(WeightBucket(version=1, layer=bucket.layer, tensors=wrong))
-        engine.load_layer(bucket)
+        engine.load_part(WeightBucket(version=1, part=bucket.part, tensors=wrong))
+        engine.load_part(bucket)
     engine.finish_update(1)
     assert answer(engine) == greedy(model)
 
@@ -178,12 +178,12 @@ def test_an_update_that_turbomind_fails_at_begins_anew(
 ) -> None:
     engine, model = make_engine(), tiny_model(1)
     first, second, *_ = buckets(model, 1)
-    engine.load_layer(first)
+    engine.load_part(first)
     with monkeypatch.context() as patch:
         patch.setattr("lmdeploy.turbomind.deploy.module.permute_v2", lambda *_: 1 / 0)
         with pytest.raises(EngineError, match=r"layers\.0: TurboMind failed: ZeroDivisionError"):
-            engine.load_layer(second)
-    engine.load_layer(second)
+            engine.load_part(second)
+    engine.load_part(second)
     with pytest.raises(EngineError, match=r"missing lm_head\.weight, model\.embed_tokens\.weight"):
         engine.finish_update(1)
     push(engine, model, 1)
@@ -194,7 +194,7 @@ def test_an_abandoned_update_leaves_nothing_to_the_next(make_engine: MakeEngine)
     engine = make_engine()
     push(engine, tiny_model(1), 1)
     for bucket in buckets(tiny_model(2), 2)[:2]:
-        engine.load_layer(bucket)
+        engine.load_part(bucket)
     push(engine, tiny_model(3), 3)
     assert answer(engine) == greedy(tiny_model(3))
 

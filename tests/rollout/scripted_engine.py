@@ -88,10 +88,10 @@ class ScriptedEngine:
     def wake(self) -> None:
         pass
 
-    def load_layer(self, bucket: WeightBucket) -> None:
+    def load_part(self, bucket: WeightBucket) -> None:
         if self.in_flight:
             raise EngineError(f"cannot take weights with {len(self.in_flight)} requests in flight")
-        if bucket.layer == "bad":
+        if bucket.part == "bad":
             raise EngineError("tensor w has the wrong shape")
         self.pending += float(sum(tensor.sum() for tensor in bucket.tensors.values()))
 

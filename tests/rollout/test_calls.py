@@ -22,7 +22,7 @@ from tests.rollout.served import Served, served
 from xrl.rollout import protocol, receivers
 from xrl.rollout.engine import check_request
 from xrl.types import Completion, FinishReason, GenerateRequest, WeightBucket
-from xrl.weights.checksum import layer_checksum
+from xrl.weights.checksum import bucket_checksum
 from xrl.weights.transport import Manifest
 from xrl.weights.transport.shared_memory import Sender
 
@@ -32,7 +32,7 @@ CALLS = (
     ("POST", protocol.SLEEP),
     ("POST", protocol.WAKE),
     ("POST", protocol.CONNECT),
-    ("POST", protocol.LOAD_LAYER),
+    ("POST", protocol.LOAD_PART),
     ("POST", protocol.FINISH_UPDATE),
     ("POST", protocol.SHUTDOWN),
     *((method, protocol.LEASE) for method in ("GET", "POST", "DELETE")),
@@ -61,12 +61,12 @@ def worker() -> Iterator[Served]:
 def update(worker: Served, version: int, *, value: float = 1.0, run_id: str | None = None) -> tuple[int, Any]:
     """What the worker answers to the last call of a whole update, or to the first that it refuses."""
     sender = Sender()
-    bucket = WeightBucket(version=version, layer="layers.0", tensors={"w": torch.full((3,), value)})
+    bucket = WeightBucket(version=version, part="layers.0", tensors={"w": torch.full((3,), value)})
     where = sender.put(bucket)
-    manifest = Manifest.of(bucket, where=where, checksum=layer_checksum(bucket.tensors))
+    manifest = Manifest.of(bucket, where=where, checksum=bucket_checksum(bucket.tensors))
     for path, body in (
         (protocol.CONNECT, {"transport": "shared_memory", "invitation": {}, "timeout_s": 5}),
-        (protocol.LOAD_LAYER, manifest.to_json()),
+        (protocol.LOAD_PART, manifest.to_json()),
         (protocol.FINISH_UPDATE, {"version": version}),
     ):
         status, answer = worker.call(path, body, run_id=run_id)
@@ -244,7 +244,7 @@ def test_request_that_cannot_run_is_the_callers_fault_and_named(
     ids=range(10),
 )
 def test_body_that_is_no_object_is_the_callers_fault(worker: Served, body: bytes) -> None:
-    for path in (protocol.GENERATE, protocol.CONNECT, protocol.LOAD_LAYER, protocol.FINISH_UPDATE, protocol.ABORT):
+    for path in (protocol.GENERATE, protocol.CONNECT, protocol.LOAD_PART, protocol.FINISH_UPDATE, protocol.ABORT):
         status, answer = worker.call(path, body)
         assert (status, answer["type"]) == (400, "ValueError")
 
@@ -268,9 +268,9 @@ def test_refused_connect_costs_the_present_trainer_nothing(worker: Served, body:
     sender = Sender()
     assert worker.call(protocol.CONNECT, {"transport": "shared_memory", "invitation": {}, "timeout_s": 5})[0] == 200
     assert worker.call(protocol.CONNECT, body)[0] == 400
-    bucket = WeightBucket(version=4, layer="layers.0", tensors={"w": torch.ones(3)})
-    manifest = Manifest.of(bucket, where=sender.put(bucket), checksum=layer_checksum(bucket.tensors))
-    assert worker.call(protocol.LOAD_LAYER, manifest.to_json())[0] == 200
+    bucket = WeightBucket(version=4, part="layers.0", tensors={"w": torch.ones(3)})
+    manifest = Manifest.of(bucket, where=sender.put(bucket), checksum=bucket_checksum(bucket.tensors))
+    assert worker.call(protocol.LOAD_PART, manifest.to_json())[0] == 200
     sender.close()
 
 
@@ -290,14 +290,14 @@ def test_waits_for_trainers_that_never_come_hold_nothing_else_up(
 
 def test_layer_whose_bytes_are_not_there_is_told_from_one_that_cannot_be(worker: Served) -> None:
     sender = Sender()
-    bucket = WeightBucket(version=4, layer="layers.0", tensors={"w": torch.ones(3)})
-    data = Manifest.of(bucket, where=sender.put(bucket), checksum=layer_checksum(bucket.tensors)).to_json()
+    bucket = WeightBucket(version=4, part="layers.0", tensors={"w": torch.ones(3)})
+    data = Manifest.of(bucket, where=sender.put(bucket), checksum=bucket_checksum(bucket.tensors)).to_json()
     gone = data | {"where": data["where"] | {"descriptor": 10**6}}
-    assert worker.call(protocol.LOAD_LAYER, gone)[1]["type"] == "TransportError"
+    assert worker.call(protocol.LOAD_PART, gone)[1]["type"] == "TransportError"
     for where in ({"offsets": [2**60]}, {"num_bytes": 2**60}, {"inode": 0}, {"pid": "1/../.."}, {"offsets": []}):
-        status, answer = worker.call(protocol.LOAD_LAYER, data | {"where": data["where"] | where})
+        status, answer = worker.call(protocol.LOAD_PART, data | {"where": data["where"] | where})
         assert (status, answer["type"]) == (400, "ValueError")
-    assert worker.call(protocol.LOAD_LAYER, data)[0] == 200
+    assert worker.call(protocol.LOAD_PART, data)[0] == 200
     sender.close()
 
 

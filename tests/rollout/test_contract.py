@@ -49,7 +49,7 @@ FINDS = {
     "the engine takes weights while it generates": contract.changes_of_state_are_refused_while_requests_run,
     "an unknown tensor is an error of Python": contract.wrong_tensors_are_refused_and_the_update_can_go_on,
     "an incomplete update is accepted": contract.wrong_tensors_are_refused_and_the_update_can_go_on,
-    "tensors are used after load_layer": contract.buckets_come_in_any_order_and_their_memory_is_used_again,
+    "tensors are used after load_part": contract.buckets_come_in_any_order_and_their_memory_is_used_again,
     "a request that cannot run is cut short": contract.requests_that_cannot_run_are_refused,
     "answers after close": contract.a_closed_engine_refuses,
 }
@@ -77,7 +77,7 @@ class BigramModel:
 
     def buckets(self, version: int) -> list[WeightBucket]:
         halves = {"embeddings": {"even": self.matrix[::2]}, "final": {"odd": self.matrix[1::2]}}
-        return [WeightBucket(version=version, layer=part, tensors=tensors) for part, tensors in halves.items()]
+        return [WeightBucket(version=version, part=part, tensors=tensors) for part, tensors in halves.items()]
 
     def logits(self, token_ids: list[int]) -> Tensor:
         return self.matrix[token_ids]

@@ -18,9 +18,9 @@ from xrl.config import SettingsError
 from xrl.rollout import create_engine
 from xrl.rollout.embedded.engine import IDLE_S
 from xrl.rollout.embedded.model import Decoder
-from xrl.rollout.engine import Engine, EngineError, EngineNotReady, HasRoom
+from xrl.rollout.engine import Engine, EngineError, EngineNotReady, HasDestinations
 from xrl.types import WeightBucket
-from xrl.weights.checksum import take_layer
+from xrl.weights.checksum import take_bucket
 
 MakeEngine = Callable[..., Engine]
 
@@ -64,12 +64,12 @@ def test_an_incomplete_update_names_what_is_missing_and_can_be_completed(make_en
     engine = make_engine(model)
     *most, last = buckets(model, version=1)
     for bucket in most:
-        engine.load_layer(bucket)
+        engine.load_part(bucket)
     with pytest.raises(EngineError, match=r"missing model\.norm\.weight"):
         engine.finish_update(1)
     with pytest.raises(EngineNotReady, match="version 1 is not finished"):
         engine.submit(request([1]))
-    engine.load_layer(last)
+    engine.load_part(last)
     engine.finish_update(1)
     assert generate(engine, [1])[0].weights_version == 1
 
@@ -80,7 +80,7 @@ def test_a_layer_may_arrive_in_pieces_whose_memory_is_reused(make_engine: MakeEn
     for bucket in buckets(model):
         for name, tensor in bucket.tensors.items():
             piece = tensor.clone()
-            pieces.load_layer(WeightBucket(version=0, layer=bucket.layer, tensors={name: piece}))
+            pieces.load_part(WeightBucket(version=0, part=bucket.part, tensors={name: piece}))
             piece.fill_(float("nan"))
     pieces.finish_update(0)
     assert generate(pieces, [1, 2])[0].token_ids.tolist() == generate(whole, [1, 2])[0].token_ids.tolist()
@@ -92,24 +92,24 @@ def test_embeddings_may_be_written_where_they_stay(make_engine: MakeEngine, tied
     engine = make_engine(models[0], load=False)
     for version, model in enumerate(models):
         for bucket in buckets(model, version=version):
-            _, tensors = take_layer(bucket.tensors, engine.room(bucket.layer))
+            _, tensors = take_bucket(bucket.tensors, engine.destinations(bucket.part))
             in_place = [name for name in tensors if tensors[name] is not bucket.tensors[name]]
-            assert in_place == (["model.embed_tokens.weight"] if bucket.layer == "embeddings" else [])
+            assert in_place == (["model.embed_tokens.weight"] if bucket.part == "embeddings" else [])
             with pytest.raises(EngineNotReady, match="an update is under way"):
                 engine.submit(request([1]))
-            engine.load_layer(dataclasses.replace(bucket, tensors=tensors))
+            engine.load_part(dataclasses.replace(bucket, tensors=tensors))
         engine.finish_update(version)
         other = make_engine(model)
         assert generate(engine, [1, 2])[0].token_ids.tolist() == generate(other, [1, 2])[0].token_ids.tolist()
-    assert isinstance(engine, HasRoom)
+    assert isinstance(engine, HasDestinations)
 
 
 def test_an_update_abandoned_half_way_does_not_count_for_the_next(make_engine: MakeEngine) -> None:
     model = make_model()
     engine = make_engine(model)
-    engine.load_layer(buckets(model, version=1)[0])
+    engine.load_part(buckets(model, version=1)[0])
     for bucket in buckets(model, version=2)[1:]:
-        engine.load_layer(bucket)
+        engine.load_part(bucket)
     with pytest.raises(EngineError, match="embed_tokens"):
         engine.finish_update(2)
 
@@ -117,9 +117,9 @@ def test_an_update_abandoned_half_way_does_not_count_for_the_next(make_engine: M
 def test_unknown_and_misshapen_tensors_are_refused_by_name(make_engine: MakeEngine) -> None:
     engine = make_engine(make_model())
     with pytest.raises(EngineError, match=r"layers\.0: the model has no tensor 'model\.layers\.0\.extra'"):
-        engine.load_layer(WeightBucket(version=1, layer="layers.0", tensors={"model.layers.0.extra": torch.ones(1)}))
+        engine.load_part(WeightBucket(version=1, part="layers.0", tensors={"model.layers.0.extra": torch.ones(1)}))
     with pytest.raises(EngineError, match=r"model\.norm\.weight must be of size \[64\], got \[3\]"):
-        engine.load_layer(WeightBucket(version=1, layer="final", tensors={"model.norm.weight": torch.ones(3)}))
+        engine.load_part(WeightBucket(version=1, part="final", tensors={"model.norm.weight": torch.ones(3)}))
 
 
 def test_answered_requests_hold_no_weights(make_engine: MakeEngine) -> None:
@@ -128,7 +128,7 @@ def test_answered_requests_hold_no_weights(make_engine: MakeEngine) -> None:
     assert weight() is not None
     generate(engine, [5, 6, 7])
     for bucket in buckets(make_model(seed=1), version=1):  # at once, before an idle engine gives everything back
-        engine.load_layer(bucket)
+        engine.load_part(bucket)
     assert weight() is None
 
 

@@ -81,8 +81,8 @@ def test_who_came_first_is_never_preempted_for_who_came_last(make_engine: MakeEn
 
     def look(scheduler: Scheduler) -> None:
         running, preempted, waiting = (
-            [(int(row.job.request.id), row.sample) for row in rows]
-            for rows in (scheduler._running, scheduler._preempted, ())
+            [(int(sequence.job.request.id), sequence.sample) for sequence in sequences]
+            for sequences in (scheduler._running, scheduler._preempted, ())
         )
         waiting = [(int(job.request.id), job.num_started) for job in scheduler._waiting]
         order = running + preempted + waiting

@@ -30,14 +30,14 @@ TRANSPORTS = ["shared_memory", "broadcast"]
 
 
 class FaultyNetwork(broadcast.Sender):
-    """Flips a bit of one layer's bytes on their way, so many times."""
+    """Flips a bit of one part's bytes on their way, so many times."""
 
-    def __init__(self, layer: str, *, times: int) -> None:
+    def __init__(self, part: str, *, times: int) -> None:
         super().__init__(timeout_s=20.0, device=torch.device("cpu"))
-        self.layer, self.times = layer, times
+        self.part, self.times = part, times
 
     def send(self, worker: int, bucket: WeightBucket) -> None:
-        if bucket.layer == self.layer and self.times:
+        if bucket.part == self.part and self.times:
             self.times -= 1
             changed = {name: tensor.clone() for name, tensor in bucket.tensors.items()}
             changed["w"].view(torch.uint8)[1] ^= 4
@@ -50,7 +50,7 @@ class FaultyMemory(shared_memory.Sender):
 
     def put(self, bucket: WeightBucket) -> Mapping[str, Any]:
         where = super().put(bucket)
-        if bucket.layer == "layers.2":
+        if bucket.part == "layers.2":
             assert self._memory is not None
             self._memory[where["offsets"][0] + 1] ^= 4
         return where
@@ -106,7 +106,7 @@ def test_flipped_bit_is_noticed_and_the_layer_sent_again(
     publisher = WeightStream(fleet)
     publisher._sender = FaultyNetwork("layers.2", times=1)
     report = publisher.publish(layers(1), version=1)
-    assert (report.num_resent, report.num_layers) == (1, 4)
+    assert (report.num_resent, report.num_parts) == (1, 4)
     assert "weights version 1, layers.2: rollout worker 0 got bytes with checksum" in caplog.text
     check_answers(fleet, 1)
 
@@ -161,8 +161,8 @@ def test_worker_that_dies_with_two_layers_under_way_is_named_with_the_one_it_was
     fails_after_s = {"layers.2": 1.0, "layers.3": 0.0}  # the later one's call fails first
 
     async def dying_post(worker: WorkerHandle, path: str, body: dict[str, Any], *, timeout_s: float) -> object:
-        if worker.number == 0 and path == protocol.LOAD_LAYER and body["layer"] in fails_after_s:
-            await asyncio.sleep(fails_after_s[body["layer"]])
+        if worker.number == 0 and path == protocol.LOAD_PART and body["part"] in fails_after_s:
+            await asyncio.sleep(fails_after_s[body["part"]])
             raise WorkerGone("it died")
         return await post(worker, path, body, timeout_s=timeout_s)
 
@@ -211,7 +211,7 @@ def test_the_only_worker_that_cannot_be_started_again_is_the_end(make_fleet: Mak
         publisher.publish(layers(1), version=1)
 
 
-@pytest.mark.parametrize(("path", "odd"), [(protocol.LOAD_LAYER, {}), (protocol.FINISH_UPDATE, {"weights_version": 2})])
+@pytest.mark.parametrize(("path", "odd"), [(protocol.LOAD_PART, {}), (protocol.FINISH_UPDATE, {"weights_version": 2})])
 def test_a_worker_that_answers_an_update_wrongly_is_lost_and_named(
     make_fleet: MakeFleet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str, odd: object
 ) -> None:
@@ -341,6 +341,6 @@ def test_workers_of_other_hosts_are_used_taken_back_and_left_running(
 def test_bf16_arrives_bit_by_bit(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(1, weight_transport="broadcast", update=False)
     tensors = {"w": torch.arange(-3, 4).bfloat16(), "b": torch.tensor(0.5), "none": torch.empty(0, 3)}
-    WeightStream(fleet).publish([WeightBucket(version=0, layer="layers.0", tensors=tensors)], version=0)
+    WeightStream(fleet).publish([WeightBucket(version=0, part="layers.0", tensors=tensors)], version=0)
     results, _ = generate(fleet, [request(0)])
     assert results[0] is not None and results[0][0].logprobs[0] == -0.5

@@ -18,7 +18,7 @@ from xrl.rollout import protocol
 from xrl.rollout.fleet import Fleet
 from xrl.rollout.publish import CorruptedWeights, PublishReport, WeightStream
 from xrl.types import WeightBucket
-from xrl.weights.checksum import layer_checksum
+from xrl.weights.checksum import bucket_checksum
 from xrl.weights.shared_export import ProvenBucket
 
 NAMES = ("embeddings", "layers.0", "final")
@@ -31,9 +31,9 @@ class Loading(ScriptedEngine):
         super().__init__()
         self.loaded: list[tuple[str, int]] = []
 
-    def load_layer(self, bucket: WeightBucket) -> None:
-        super().load_layer(bucket)
-        self.loaded.append((bucket.layer, bucket.version))
+    def load_part(self, bucket: WeightBucket) -> None:
+        super().load_part(bucket)
+        self.loaded.append((bucket.part, bucket.version))
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def told(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]
     post = fleet.client.post
 
     async def noting(worker: Any, path: str, body: Any, **options: Any) -> object:
-        calls.append((path, body.get("layer") or body.get("version")))
+        calls.append((path, body.get("part") or body.get("version")))
         return await post(worker, path, body, **options)
 
     monkeypatch.setattr(fleet.client, "post", noting)
@@ -88,8 +88,8 @@ def test_a_worker_is_told_of_each_layer_in_order_and_then_that_it_has_them_all(
     publisher: WeightStream, fleet: Fleet, engine: Loading, told: list[tuple[str, Any]]
 ) -> None:
     publisher.publish(layers(4), version=4)
-    assert [path for path, _ in told] == [protocol.CONNECT, *[protocol.LOAD_LAYER] * 3, protocol.FINISH_UPDATE]
-    assert told[1:] == [*((protocol.LOAD_LAYER, name) for name in NAMES), (protocol.FINISH_UPDATE, 4)]
+    assert [path for path, _ in told] == [protocol.CONNECT, *[protocol.LOAD_PART] * 3, protocol.FINISH_UPDATE]
+    assert told[1:] == [*((protocol.LOAD_PART, name) for name in NAMES), (protocol.FINISH_UPDATE, 4)]
     assert engine.loaded == [(name, 4) for name in NAMES]
     assert fleet.version == 4 and [worker.number for worker in fleet.ready()] == [0]
     results, _ = generate(fleet, [request(0)])
@@ -98,8 +98,8 @@ def test_a_worker_is_told_of_each_layer_in_order_and_then_that_it_has_them_all(
 
 def test_an_update_is_reported_with_what_went_out_and_what_it_was(publisher: WeightStream) -> None:
     one = [
-        WeightBucket(version=1, layer="layers.0", tensors={"w": torch.ones(3), "b": torch.zeros(2, dtype=torch.int8)}),
-        WeightBucket(version=1, layer="final", tensors={"w": torch.ones(5, dtype=torch.bfloat16)}),
+        WeightBucket(version=1, part="layers.0", tensors={"w": torch.ones(3), "b": torch.zeros(2, dtype=torch.int8)}),
+        WeightBucket(version=1, part="final", tensors={"w": torch.ones(5, dtype=torch.bfloat16)}),
     ]
     report = publisher.publish(one, version=1)
     assert report == PublishReport(
@@ -107,9 +107,9 @@ def test_an_update_is_reported_with_what_went_out_and_what_it_was(publisher: Wei
         num_bytes=3 * 4 + 2 + 5 * 2,
         num_tensors=3,
         num_workers=1,
-        num_layers=2,
+        num_parts=2,
         num_resent=0,
-        checksums=tuple(layer_checksum(each.tensors) for each in one),
+        checksums=tuple(bucket_checksum(each.tensors) for each in one),
     )
 
 
@@ -159,7 +159,7 @@ def test_an_error_of_the_actor_s_ends_the_update_and_not_the_next_one(publisher:
     with pytest.raises(RuntimeError, match="a rank is gone"):
         publisher.publish(breaks(), version=1)
     assert fleet.version is None
-    assert publisher.publish(layers(2), version=2).num_layers == 3
+    assert publisher.publish(layers(2), version=2).num_parts == 3
     assert fleet.version == 2
 
 
@@ -169,4 +169,4 @@ def test_a_checksum_that_came_with_a_layer_is_the_one_that_counts(
     fields = {field.name: getattr(layers(1)[0], field.name) for field in dataclasses.fields(WeightBucket)}
     with pytest.raises(CorruptedWeights, match="weights version 1, embeddings: .* 2 times in a row"):
         publisher.publish([ProvenBucket(**fields, checksum="0123456789abcdef")], version=1)
-    assert told[1:] == [(protocol.LOAD_LAYER, "embeddings")] * 2
+    assert told[1:] == [(protocol.LOAD_PART, "embeddings")] * 2

@@ -59,7 +59,7 @@ class Stream:
             num_bytes=3_000_000_000,
             num_tensors=9,
             num_workers=2,
-            num_layers=3,
+            num_parts=3,
             num_resent=1,
             checksums=(f"of {version}",),
         )

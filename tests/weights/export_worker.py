@@ -19,7 +19,7 @@ from xrl.models.build import build_model, transformer_config  # noqa: E402
 from xrl.models.shape import read_model_shape  # noqa: E402
 from xrl.parallel.groups import ParallelGroups  # noqa: E402
 from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
-from xrl.weights.checksum import layer_checksum  # noqa: E402
+from xrl.weights.checksum import bucket_checksum  # noqa: E402
 from xrl.weights.export import WeightExporter  # noqa: E402
 from xrl.weights.load import load_weights  # noqa: E402
 from xrl.weights.megatron_files import rank_file  # noqa: E402
@@ -83,8 +83,8 @@ def check_shared_export(model: torch.nn.Module, folder: Path, groups: ParallelGr
         parts = []
         for bucket in exporter.stream([named_weights(model)], sender, version=version):
             assert bucket.version == version
-            parts.append(bucket.layer)
-            assert bucket.checksum == layer_checksum(bucket.tensors), f"{folder.name}: {bucket.layer}"
+            parts.append(bucket.part)
+            assert bucket.checksum == bucket_checksum(bucket.tensors), f"{folder.name}: {bucket.part}"
             for name, tensor in bucket.tensors.items():
                 expected = source[name] * (2.0 if version == 2 else 1.0)
                 assert torch.equal(tensor, expected), f"{folder.name}, version {version}: {name}"

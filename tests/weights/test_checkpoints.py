@@ -52,7 +52,7 @@ class Stream:
     def __iter__(self) -> Iterator[WeightBucket]:
         for layer in ("embeddings", "layers.0"):
             tensor = torch.full((NUM_BYTES // 8,), self.value)
-            yield WeightBucket(version=0, layer=layer, tensors={f"{layer}.weight": tensor})
+            yield WeightBucket(version=0, part=layer, tensors={f"{layer}.weight": tensor})
         self.is_at_end = True
 
 

@@ -16,11 +16,11 @@ from xrl.weights.checksum import (
     ROW_BYTES,
     SummedTensor,
     SummingCopy,
+    bucket_checksum,
     checksum_from_sums,
     joined_checksum,
-    layer_checksum,
     partial_checksum,
-    take_layer,
+    take_bucket,
     tensor_checksum,
 )
 
@@ -38,14 +38,14 @@ def layer() -> dict[str, Tensor]:
 
 def test_order_of_tensors_does_not_matter() -> None:
     tensors = layer()
-    found = {layer_checksum({name: tensors[name] for name in names}) for names in itertools.permutations(tensors)}
+    found = {bucket_checksum({name: tensors[name] for name in names}) for names in itertools.permutations(tensors)}
     assert len(found) == 1
 
 
 def test_checksum_may_be_computed_in_parts() -> None:
     tensors = layer()
     parts = [partial_checksum({name: tensor}) for name, tensor in tensors.items()]
-    assert joined_checksum(reversed(parts)) == layer_checksum(tensors)
+    assert joined_checksum(reversed(parts)) == bucket_checksum(tensors)
 
 
 def test_every_flipped_bit_is_noticed() -> None:
@@ -81,7 +81,7 @@ def test_swapped_tensors_wrong_names_dtypes_and_shapes_are_noticed() -> None:
     other_shape = tensors | {"up.weight": tensors["up.weight"].view(100, 130)}
     other_dtype = tensors | {"norm.weight": tensors["norm.weight"].view(torch.int16)}
     missing = {name: tensors[name] for name in ("up.weight", "down.weight")}
-    assert len({layer_checksum(each) for each in (tensors, swapped, renamed, other_shape, other_dtype, missing)}) == 6
+    assert len({bucket_checksum(each) for each in (tensors, swapped, renamed, other_shape, other_dtype, missing)}) == 6
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 8, ROW_BYTES - 1, ROW_BYTES, 3 * ROW_BYTES + 5, 200 * ROW_BYTES + 17])
@@ -127,9 +127,10 @@ def test_every_instruction_set_computes_the_same(isa: str) -> None:
     program = (
         "import torch; from xrl.weights.checksum import SummingCopy, SummedTensor, checksum_from_sums, tensor_checksum;"
         "t = (torch.arange(300 * 200) % 251).to(torch.uint8).view(300, 200); whole = torch.zeros_like(t);"
-        "place = SummedTensor.of('w', t.dtype, t.shape, place=0); sums = torch.zeros(place.num_sums, dtype=torch.long);"
+        "summed = SummedTensor.of('w', t.dtype, t.shape, start=0);"
+        "sums = torch.zeros(summed.num_sums, dtype=torch.long);"
         "[SummingCopy(t[:, c], whole[:, c], whole, sums).run() for c in (slice(0, 72), slice(72, 200))];"
-        "assert torch.equal(t, whole); print(int(tensor_checksum(t)[0]), checksum_from_sums([sums], [place]))"
+        "assert torch.equal(t, whole); print(int(tensor_checksum(t)[0]), checksum_from_sums([sums], [summed]))"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -157,14 +158,14 @@ def test_every_instruction_set_computes_the_same(isa: str) -> None:
 def test_sums_of_pieces_are_those_of_the_whole(cuts: list[tuple[slice, slice]], dtype: torch.dtype) -> None:
     source = torch.randn(96, 100).to(dtype)
     whole = torch.full_like(source, torch.nan)
-    summed = SummedTensor.of("w", dtype, whole.shape, place=5)
+    summed = SummedTensor.of("w", dtype, whole.shape, start=5)
     shares = [torch.zeros(5 + summed.num_sums, dtype=torch.long) for _ in range(2)]
     for number, cut in enumerate(cuts):
         # A parameter holds its rows apart, as where queries, keys and values take turns.
         parameter = torch.stack([source[cut], torch.zeros_like(source[cut])], dim=1)[:, 0]
         SummingCopy(parameter, whole[cut], whole, summed.in_share(shares[number % 2])).run()
     assert torch.equal(whole, source)
-    assert joined_checksum([checksum_from_sums(shares, [summed])]) == layer_checksum({"w": source})
+    assert joined_checksum([checksum_from_sums(shares, [summed])]) == bucket_checksum({"w": source})
     assert not any(share[:5].any() for share in shares)
 
 
@@ -176,18 +177,18 @@ def test_pieces_that_do_not_fit_are_refused() -> None:
         SummingCopy(torch.zeros(6, 3), whole[:, :3], whole, sums).run()
 
 
-def test_layer_is_copied_where_there_is_room_for_it() -> None:
+def test_tensors_are_copied_to_their_destinations_where_they_fit() -> None:
     tensors = layer() | {"bias": torch.ones(3)}
-    room = {
+    destinations = {
         "up.weight": torch.zeros_like(tensors["up.weight"]),
         "down.weight": torch.zeros(130, 100),  # another dtype
         "bias": torch.zeros(3, 2)[:, 0],  # not contiguous
         "other": torch.zeros(3),
     }
-    found, taken = take_layer(tensors, room)
-    assert found == layer_checksum(tensors)
-    assert taken["up.weight"] is room["up.weight"]
-    assert torch.equal(room["up.weight"], tensors["up.weight"])
+    found, taken = take_bucket(tensors, destinations)
+    assert found == bucket_checksum(tensors)
+    assert taken["up.weight"] is destinations["up.weight"]
+    assert torch.equal(destinations["up.weight"], tensors["up.weight"])
     assert all(taken[name] is tensors[name] for name in ("norm.weight", "down.weight", "bias"))
     assert list(taken) == list(tensors)
 
@@ -195,4 +196,4 @@ def test_layer_is_copied_where_there_is_room_for_it() -> None:
 @pytest.mark.gpu
 def test_gpu_computes_the_same() -> None:
     tensors = layer() | {"big": torch.randn(5000, 1000)}
-    assert layer_checksum({name: tensor.cuda() for name, tensor in tensors.items()}) == layer_checksum(tensors)
+    assert bucket_checksum({name: tensor.cuda() for name, tensor in tensors.items()}) == bucket_checksum(tensors)

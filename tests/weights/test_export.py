@@ -62,7 +62,7 @@ def test_a_rank_that_has_ended_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     child.wait()
     counters = torch.zeros(3, shared_export.CACHE_LINE, dtype=torch.int32)
     steps = shared_export._Steps(counters, SimpleNamespace(rank=0, control=None), 0.3)
-    steps.give_room()
+    steps.free_segment()
     steps.finish()
     counters[1, 1] = child.pid
     steps.wait_for_ranks([0])

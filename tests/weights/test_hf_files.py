@@ -22,7 +22,7 @@ def buckets_of(folder: Path) -> Iterator[WeightBucket]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight" or not model.config.tie_word_embeddings:
-            yield WeightBucket(version=0, layer=name, tensors={name: tensor})
+            yield WeightBucket(version=0, part=name, tensors={name: tensor})
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from xrl.types import WeightBucket
-from xrl.weights.checksum import layer_checksum
+from xrl.weights.checksum import bucket_checksum
 from xrl.weights.transport import (
     Manifest,
     Receiver,
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 ON_CPU = ["in_process", "shared_memory", "broadcast"]
 
 
-def bucket(layer: str, *, rows: int = 3, seed: int = 0) -> WeightBucket:
+def bucket(part: str, *, rows: int = 3, seed: int = 0) -> WeightBucket:
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         "a": torch.randn(rows, 5, generator=generator),
@@ -39,7 +39,7 @@ def bucket(layer: str, *, rows: int = 3, seed: int = 0) -> WeightBucket:
         "scalar": torch.tensor(float(seed)),
         "empty": torch.empty(0, 3),
     }
-    return WeightBucket(version=seed, layer=layer, tensors=tensors)
+    return WeightBucket(version=seed, part=part, tensors=tensors)
 
 
 def connect(name: str, *, timeout_s: float = 20.0, worker: int = 0) -> tuple[Sender, Receiver]:
@@ -57,13 +57,13 @@ def meet(sender: Sender, name: str, *, timeout_s: float = 20.0, worker: int = 0)
 
 
 def deliver(sender: Sender, receiver: Receiver, sent: WeightBucket, *, worker: int = 0) -> dict[str, torch.Tensor]:
-    manifest = Manifest.of(sent, checksum=layer_checksum(sent.tensors), where=sender.put(sent))
+    manifest = Manifest.of(sent, checksum=bucket_checksum(sent.tensors), where=sender.put(sent))
     sending = threading.Thread(target=sender.send, args=(worker, sent))
     sending.start()
     read = Manifest.from_json(json.loads(json.dumps(manifest.to_json())))
     tensors = receiver.receive(read)
     sending.join()
-    assert layer_checksum(tensors) == read.checksum
+    assert bucket_checksum(tensors) == read.checksum
     return tensors
 
 
@@ -90,9 +90,9 @@ def test_shared_memory_holds_a_bucket_while_the_next_one_is_put() -> None:
     buckets = [bucket(f"layers.{seed}", rows=rows, seed=seed) for seed, rows in enumerate((900, 50, 60, 70, 80, 900))]
     manifests = []
     for sent in buckets:
-        manifests.append(Manifest.of(sent, checksum=layer_checksum(sent.tensors), where=sender.put(sent)))
+        manifests.append(Manifest.of(sent, checksum=bucket_checksum(sent.tensors), where=sender.put(sent)))
         for manifest in manifests[-2:]:
-            assert layer_checksum(receiver.receive(manifest)) == manifest.checksum
+            assert bucket_checksum(receiver.receive(manifest)) == manifest.checksum
     sender.close()
 
 
@@ -110,22 +110,22 @@ def test_shared_memory_grows_to_the_largest_bucket_and_two_others() -> None:
     sender.close()
 
 
-def test_shared_memory_is_placed_alike_in_every_update() -> None:
+def test_segments_of_shared_memory_lie_alike_in_every_update() -> None:
     sender, receiver = SharedMemorySender(), SharedMemoryReceiver()
     buckets = [bucket("embeddings", rows=5_000)] + [bucket(f"layers.{index}", rows=900) for index in range(4)]
     entries = [[TensorEntry.of(name, tensor) for name, tensor in each.tensors.items()] for each in buckets]
     places = []
     for version in range(3):
         sender.restart()
-        placed = [sender.place(each) for each in entries]  # all of them ahead
-        for sent, (tensors, _) in zip(buckets, placed, strict=True):  # each holds while the next one is filled
+        reserved = [sender.reserve(each) for each in entries]  # all of them ahead
+        for sent, (tensors, _) in zip(buckets, reserved, strict=True):  # each holds while the next one is filled
             for name, tensor in tensors.items():
                 tensor.copy_(sent.tensors[name] + version)
-            filled = WeightBucket(version=version, layer=sent.layer, tensors=tensors)
+            filled = WeightBucket(version=version, part=sent.part, tensors=tensors)
             manifest = Manifest.of(filled, checksum="", where=sender.put(filled))
             for name, tensor in receiver.receive(manifest).items():
                 assert torch.equal(tensor, sent.tensors[name] + version)
-        places.append([where["offsets"] for _, where in placed])
+        places.append([where["offsets"] for _, where in reserved])
     assert places[0] == places[1] == places[2]
     sender.close()
 
@@ -233,7 +233,7 @@ def test_cuda_ipc_is_refused_where_there_is_no_cuda() -> None:
     "change",
     [
         *({"version": version} for version in (-1, 2**64, True, "1", None)),
-        *({"layer": layer} for layer in (5, "x" * 513, "a\n")),
+        *({"part": part} for part in (5, "x" * 513, "a\n")),
         *({"tensors": tensors} for tensors in ({}, [5], None, [{}])),
         *({"where": where} for where in ([], None, "x")),
         {"checksum": 1},
@@ -274,8 +274,8 @@ def test_cuda_ipc_shares_memory_with_another_process() -> None:
 
     sender = create_sender("cuda_ipc", timeout_s=20.0, device=torch.device("cuda"))
     tensors = {"a": torch.randn(300, 5, device="cuda"), "b": torch.arange(7.0, device="cuda").bfloat16()}
-    sent = WeightBucket(version=0, layer="layers.0", tensors=tensors)
-    manifest = Manifest.of(sent, checksum=layer_checksum(tensors), where=sender.put(sent)).to_json()
+    sent = WeightBucket(version=0, part="layers.0", tensors=tensors)
+    manifest = Manifest.of(sent, checksum=bucket_checksum(tensors), where=sender.put(sent)).to_json()
     with multiprocessing.get_context("spawn").Pool(1) as other:
         assert other.apply(_received_checksum, (json.dumps(manifest),)) == manifest["checksum"]
 
@@ -283,4 +283,4 @@ def test_cuda_ipc_shares_memory_with_another_process() -> None:
 def _received_checksum(text: str) -> str:
     manifest = Manifest.from_json(json.loads(text))
     receiver = create_receiver("cuda_ipc", {}, timeout_s=20.0, device=torch.device("cuda"))
-    return layer_checksum(receiver.receive(manifest))
+    return bucket_checksum(receiver.receive(manifest))

@@ -98,13 +98,13 @@ def _received(sizes: Sequence[SampleSize], own: Sequence[int], group: ProcessGro
         parts[name] = np.split(array, borders)
     return {
         index: Sample(
-            **{name: arrays[place] for name, arrays in parts.items()},
+            **{name: arrays[number] for name, arrays in parts.items()},
             prompt_length=sizes[index].prompt_length,
             group_id=sizes[index].group_id,
             episode_id=sizes[index].episode_id,
             temperature=sizes[index].temperature,
         )
-        for place, index in enumerate(own)
+        for number, index in enumerate(own)
     }
 
 

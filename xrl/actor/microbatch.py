@@ -36,7 +36,7 @@ class Microbatch:
     input_ids: Tensor  # [B, S] int64
     position_ids: Tensor  # [B, S] int64
     attention: PackedSeqParams | None  # positions and borders, for the attention in use
-    rows: Tensor  # [R] place in the flattened [S, B] that predicts each trained token
+    rows: Tensor  # [R] index in the flattened [S, B] that predicts each trained token
     response_ids: Tensor  # [R] int64
     rollout_logprobs: Tensor  # [R] fp32
     advantages: Tensor  # [R] fp32
@@ -72,7 +72,7 @@ class MicrobatchMaker:
             share_prompts=self.shares_prompts,
             samples_per_microbatch=self.packing.micro_batch_size,
         )
-        return [[[update[place] for place in places] for places in replica] for replica in plan]
+        return [[[update[index] for index in indices] for indices in replica] for replica in plan]
 
     @property
     def shares_prompts(self) -> bool:
@@ -104,7 +104,9 @@ class MicrobatchMaker:
         ordered = [samples[index] for index in packed.order]
         device = self.groups.device
         lengths = [np.count_nonzero(sample.trained) for sample in ordered]
-        places = {episode_id: place for place, episode_id in enumerate(dict.fromkeys(s.episode_id for s in ordered))}
+        sequence_ids = {
+            episode_id: index for index, episode_id in enumerate(dict.fromkeys(s.episode_id for s in ordered))
+        }
 
         def repeated(values: Sequence[float], dtype: type[np.generic]) -> Tensor:
             return torch.from_numpy(np.repeat(np.array(values, dtype), lengths)).to(device)
@@ -123,8 +125,8 @@ class MicrobatchMaker:
             rollout_logprobs=of_trained([sample.rollout_logprobs for sample in ordered]),
             advantages=of_trained([sample.advantages for sample in ordered]),
             token_shares=repeated([token_shares[index] for index in packed.order], np.float32),
-            sequence_ids=repeated([places[sample.episode_id] for sample in ordered], np.int64),
-            num_sequences=len(places),
+            sequence_ids=repeated([sequence_ids[sample.episode_id] for sample in ordered], np.int64),
+            num_sequences=len(sequence_ids),
             temperature=temperatures.pop(),
             num_tokens=height * width,
         )

@@ -14,7 +14,7 @@ def split_groups(group_ids: Sequence[int], num_parts: int) -> list[list[int]]:
     Returns:
         [update] -> indices of samples
     """
-    part_of = {group_id: place % num_parts for place, group_id in enumerate(dict.fromkeys(group_ids))}
+    part_of = {group_id: index % num_parts for index, group_id in enumerate(dict.fromkeys(group_ids))}
     parts: list[list[int]] = [[] for _ in range(num_parts)]
     for index, group_id in enumerate(group_ids):
         parts[part_of[group_id]].append(index)

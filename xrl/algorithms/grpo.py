@@ -9,7 +9,7 @@ from torch import Tensor
 from xrl.algorithms.advantages import group_advantages
 from xrl.algorithms.aggregation import token_shares
 from xrl.algorithms.clipped import ClippedSurrogate
-from xrl.algorithms.importance import ImportanceWeights, mismatch, mismatch_kl
+from xrl.algorithms.importance import TokenImportance, mismatch, mismatch_kl
 from xrl.algorithms.kl import k3
 from xrl.algorithms.loss_settings import TokenLossSettings
 from xrl.algorithms.scored import Scored
@@ -113,7 +113,7 @@ def _mismatch_metrics(actor_logprobs: Tensor, rollout_logprobs: Tensor) -> dict[
     }
 
 
-def _importance_metrics(importance: ImportanceWeights) -> dict[str, Mean]:
+def _importance_metrics(importance: TokenImportance) -> dict[str, Mean]:
     return {
         "importance/mean": token_mean(importance.raw),
         "importance/bounded_fraction": token_mean(importance.bounded),

@@ -12,22 +12,22 @@ from xrl.algorithms.kl import k3
 
 ImportanceCorrection = Literal["off", "truncate", "mask"]
 
-# exp of more than this is beyond any bound in use; it keeps the mean weight that is reported finite.
-MAX_LOG_WEIGHT = 20.0
+# exp of more than this is beyond any bound in use; it keeps the mean that is reported finite.
+MAX_LOG_IMPORTANCE = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportanceWeights:
+class TokenImportance:
     """What the correction made of each token, all [R], without gradient."""
 
-    weights: Tensor  # factor of the token's surrogate loss
+    factor: Tensor  # of the token's surrogate loss: its importance weight
     raw: Tensor  # actor / rollout probability before the bound
     bounded: Tensor  # bool: capped (truncate) or dropped (mask)
 
 
-def importance_weights(
+def token_importance(
     actor_logprobs: Tensor, rollout_logprobs: Tensor, *, kind: ImportanceCorrection, bound: float
-) -> ImportanceWeights:
+) -> TokenImportance:
     """Correct, token by token, for sampling from the rollout engine instead of the actor.
 
         raw = exp(actor - rollout)
@@ -43,15 +43,15 @@ def importance_weights(
         kind: `--importance-correction`.
         bound: > 1.
     """
-    log_weight = (actor_logprobs.detach() - rollout_logprobs.detach()).clamp(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT)
-    raw = log_weight.exp()
+    log_raw = actor_logprobs.detach() - rollout_logprobs.detach()
+    raw = log_raw.clamp(-MAX_LOG_IMPORTANCE, MAX_LOG_IMPORTANCE).exp()
     if kind == "off":
-        return ImportanceWeights(weights=torch.ones_like(raw), raw=raw, bounded=torch.zeros_like(raw, dtype=torch.bool))
+        return TokenImportance(factor=torch.ones_like(raw), raw=raw, bounded=torch.zeros_like(raw, dtype=torch.bool))
     if kind == "truncate":
-        return ImportanceWeights(weights=raw.clamp(max=bound), raw=raw, bounded=raw > bound)
+        return TokenImportance(factor=raw.clamp(max=bound), raw=raw, bounded=raw > bound)
     if kind == "mask":
         outside = (raw > bound) | (raw < 1.0 / bound)
-        return ImportanceWeights(weights=raw.masked_fill(outside, 0.0), raw=raw, bounded=outside)
+        return TokenImportance(factor=raw.masked_fill(outside, 0.0), raw=raw, bounded=outside)
     raise ValueError(f"importance correction must be off, truncate or mask, got {kind!r}")
 
 

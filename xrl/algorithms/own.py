@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from xrl.config import AlgorithmConfig, SettingsError
-from xrl.files.blame import place_raised, words_of
+from xrl.files.blame import location_raised, words_of
 from xrl.files.references import ReferenceKind
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ def create_own(config: AlgorithmConfig) -> Algorithm:
     except SettingsError:
         raise
     except (Exception, SystemExit) as error:
-        place = place_raised(error)
+        location = location_raised(error)
         raise SettingsError(
             f"{start} cannot be built from the settings: {type(error).__name__}: {words_of(error)}"
-            f"{f' ({place})' if place else ''}"
+            f"{f' ({location})' if location else ''}"
         ) from error
     lacking = _lacking(algorithm)
     if lacking:

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from xrl.algorithms.clipped import ClippedSurrogate, clipped_surrogate
-from xrl.algorithms.importance import ImportanceWeights, importance_weights
+from xrl.algorithms.importance import TokenImportance, token_importance
 from xrl.algorithms.kl import KL_ESTIMATORS
 from xrl.algorithms.loss_settings import TokenLossSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTerms:
-    """The loss of each token and what it is made of, all [R]."""
+    """The loss of each token and its terms, all [R]."""
 
-    loss: Tensor  # before weights; carries the gradient
+    loss: Tensor  # before token shares; carries the gradient
     surrogate: ClippedSurrogate
-    importance: ImportanceWeights
+    importance: TokenImportance
     actor_logprobs: Tensor  # the importance weights' numerator, detached
     kl: Tensor | None  # to the reference; None without one
 
@@ -56,10 +56,10 @@ def token_terms(
         dual_clip=settings.dual_clip,
     )
     actor_logprobs = (logprobs if settings.importance_from_current else old_logprobs).detach()
-    importance = importance_weights(
+    importance = token_importance(
         actor_logprobs, rollout_logprobs, kind=settings.importance_correction, bound=settings.importance_bound
     )
-    loss = importance.weights * surrogate.loss
+    loss = importance.factor * surrogate.loss
     kl = None
     if reference_logprobs is not None:
         kl = KL_ESTIMATORS[settings.kl_type](logprobs, reference_logprobs.detach())

@@ -1,8 +1,8 @@
 """What differs between the run that saved a state and the one that goes on from it. No torch.
 
-    identity        data, order, tokenizer, model: another one is another run, and is refused
-    settings        any may change; those that its numbers depend on are named, since the run no longer repeats
-    circumstances   layout, threads, processor, versions: the same
+identity        data, order, tokenizer, model: another one is another run, and is refused
+settings        any may change; those that its numbers depend on are named, since the run no longer repeats
+circumstances   layout, threads, processor, versions: the same
 """
 
 from __future__ import annotations

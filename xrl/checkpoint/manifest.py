@@ -1,4 +1,4 @@
-"""What a saved state is made of, in words and numbers, and which of a run's states is the newest whole one. No torch."""
+"""What a saved state is made of, in words and numbers. No torch."""
 
 from __future__ import annotations
 

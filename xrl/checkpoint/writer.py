@@ -234,5 +234,3 @@ def _write(path: Path, tensors: Mapping[str, Tensor], result: dict[str, Any]) ->
     except BaseException as error:  # no thread ends without a word: the others would wait for it
         found = {"errno": None, "error": f"{type(error).__name__}: {error}"}
     result.update(found)
-
-

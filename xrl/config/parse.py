@@ -186,10 +186,10 @@ def _take_config_files(typed: list[str]) -> tuple[list[str], list[Path]]:
 def _normalize(typed: list[str]) -> list[str]:
     """Check typed flags one by one, and write them the way tyro wants them."""
     arguments: list[str] = []
-    place = 0
-    while place < len(typed):
-        option, equals, value = typed[place].partition("=")
-        place += 1
+    index = 0
+    while index < len(typed):
+        option, equals, value = typed[index].partition("=")
+        index += 1
         if not option.startswith("--"):
             _refuse_word(option)
         name = option.removeprefix("--").replace("-", "_")
@@ -201,12 +201,12 @@ def _normalize(typed: list[str]) -> list[str]:
         if flag is None:
             _refuse_unknown(f"flag {option}", name)
         if not equals:
-            has_value = place < len(typed) and not typed[place].startswith("--")
-            if flag.is_switch and not (has_value and typed[place].lower() in ("true", "false", "none", "null")):
+            has_value = index < len(typed) and not typed[index].startswith("--")
+            if flag.is_switch and not (has_value and typed[index].lower() in ("true", "false", "none", "null")):
                 value = "True"
             elif has_value:
-                value = typed[place]
-                place += 1
+                value = typed[index]
+                index += 1
             else:
                 raise SettingsError(f"{flag.option} needs {flag.needed} after it")
         arguments += flag.arguments(value, where=flag.option)

@@ -104,12 +104,12 @@ def _convert_splits(files: dict[str, list[Path]]) -> dict[str, list[str]]:
     problems: list[str] = []
     for split, paths in files.items():
         rows: list[str] = []
-        for place, source in tqdm(list(_read_sources(paths)), desc=f"converting {split}", unit="row", disable=None):
+        for location, source in tqdm(list(_read_sources(paths)), desc=f"converting {split}", unit="row", disable=None):
             try:
                 question, answer = _question_and_answer(source)
                 row = convert_row(question, answer, split=split, index=len(rows))
             except ValueError as error:
-                problems.append(f"{place} is {error}")
+                problems.append(f"{location} is {error}")
                 continue
             rows.append(json.dumps(row, ensure_ascii=False))
         contents[split] = rows
@@ -123,7 +123,7 @@ def _convert_splits(files: dict[str, list[Path]]) -> dict[str, list[str]]:
 
 
 def _read_sources(paths: list[Path]) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
-    """Rows with the place that names them: JSON lines unparsed, parquet rows as dictionaries."""
+    """Rows with the location that names them: JSON lines unparsed, parquet rows as dictionaries."""
     for path in paths:
         if path.suffix == ".jsonl":
             for number, line in numbered_lines(path):

@@ -51,7 +51,7 @@ class Pack:
     position_ids: LongArray  # the same shape
     clusters: tuple[PackedCluster, ...]  # empty when padded; tokens behind them only fill the row up
     padded_shape: tuple[int, int] | None  # (B, S) of a padded micro-batch
-    rows: LongArray  # [R] place in token_ids whose output predicts each trained token
+    rows: LongArray  # [R] index in token_ids whose output predicts each trained token
     targets: LongArray  # [R] the trained tokens
     order: tuple[int, ...]  # indices of the samples, in the order of their trained tokens
 
@@ -62,17 +62,17 @@ def size_of(sample: Sample) -> SampleSize:
     Raises:
         ValueError: a token of its prompt is trained, or it has no prompt.
     """
-    places = np.flatnonzero(sample.trained)
-    if sample.prompt_length < 1 or (len(places) and places[0] < sample.prompt_length):
+    trained = np.flatnonzero(sample.trained)
+    if sample.prompt_length < 1 or (len(trained) and trained[0] < sample.prompt_length):
         raise ValueError(
             f"a sample's prompt must have a token, and none that is trained; found {sample.prompt_length} tokens, "
-            f"the first trained token at {places[:1].tolist()}"
+            f"the first trained token at {trained[:1].tolist()}"
         )
     return SampleSize(
         num_tokens=len(sample.token_ids),
         prompt_length=sample.prompt_length,
-        input_length=int(places[-1]) if len(places) else sample.prompt_length,
-        num_trained=len(places),
+        input_length=int(trained[-1]) if len(trained) else sample.prompt_length,
+        num_trained=len(trained),
         group_id=sample.group_id,
         episode_id=sample.episode_id,
         temperature=sample.temperature,
@@ -174,16 +174,16 @@ def _fill(
         pieces.append(piece)
     sized = [(num_tokens(sizes, piece, share_prompts=share_prompts), piece) for piece in pieces]
     bins: list[list[int]] = []
-    room: list[int] = []
+    remaining: list[int] = []
     for size, piece in sorted(sized, key=lambda entry: -entry[0]):
-        for place, free in enumerate(room):
+        for index, free in enumerate(remaining):
             if size <= free:
-                bins[place].extend(piece)
-                room[place] -= size
+                bins[index].extend(piece)
+                remaining[index] -= size
                 break
         else:
             bins.append(list(piece))
-            room.append(max_tokens - size)
+            remaining.append(max_tokens - size)
     return bins
 
 
@@ -206,12 +206,12 @@ def _split_largest(
 
 def _middle(sizes: Sequence[SampleSize], indices: list[int], *, share_prompts: bool) -> int:
     """Where to cut a bin: half of its tokens, at a group's border if it has one."""
-    places = range(1, len(indices))
-    borders = [i for i in places if sizes[indices[i]].group_id != sizes[indices[i - 1]].group_id]
+    cuts = range(1, len(indices))
+    borders = [i for i in cuts if sizes[indices[i]].group_id != sizes[indices[i - 1]].group_id]
     half = num_tokens(sizes, indices, share_prompts=share_prompts) / 2
     return min(
-        borders if share_prompts and borders else places,
-        key=lambda place: abs(num_tokens(sizes, indices[:place], share_prompts=share_prompts) - half),
+        borders if share_prompts and borders else cuts,
+        key=lambda cut: abs(num_tokens(sizes, indices[:cut], share_prompts=share_prompts) - half),
     )
 
 
@@ -318,7 +318,7 @@ def _padded_area(roots: list[_Root]) -> int:
 
 
 class _PackBuilder:
-    """Lays clusters one behind the other and keeps count of places."""
+    """Lays clusters one behind the other and keeps count of tokens."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = samples
@@ -350,9 +350,9 @@ class _PackBuilder:
             for index in root.samples:
                 sample, length = self.samples[index], self.sizes[index].input_length - root.length
                 start = self._add_tokens(sample.token_ids[root.length : root.length + length], position=root.length)
-                places = np.flatnonzero(sample.trained) - root.length  # in the answer
+                trained = np.flatnonzero(sample.trained) - root.length  # in the answer
                 # The prompt's last token predicts the first token of every answer to it.
-                self._add_trained(index, np.where(places > 0, start + places - 1, last_tokens[parent]))
+                self._add_trained(index, np.where(trained > 0, start + trained - 1, last_tokens[parent]))
                 if length:
                     branch_lengths.append(length)
                     parents.append(parent)

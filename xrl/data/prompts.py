@@ -202,7 +202,9 @@ def _tokenize(rows: list[PromptRow], tokenizer: PreTrainedTokenizerBase, path: P
             encoded: Any = tokenizer(texts, add_special_tokens=False)
             for row, text, token_ids in zip(chunk, texts, encoded["input_ids"], strict=True):
                 if not token_ids:
-                    raise SettingsError(f"{path}, {row.place}: the prompt has no tokens, so that nothing can follow it")
+                    raise SettingsError(
+                        f"{path}, {row.location}: the prompt has no tokens, so that nothing can follow it"
+                    )
                 yield Prompt(
                     id=row.id,
                     token_ids=token_ids,
@@ -238,7 +240,7 @@ def _render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, path: Path) -> s
             text = str(tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=False))
     except TimeoutError as error:
         raise SettingsError(
-            f"{path}, {row.place}: the model's chat template has not ended after {TEMPLATE_LIMIT_S:g} s: it loops"
+            f"{path}, {row.location}: the model's chat template has not ended after {TEMPLATE_LIMIT_S:g} s: it loops"
         ) from error
     except TemplateSyntaxError as error:
         raise SettingsError(
@@ -246,9 +248,11 @@ def _render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, path: Path) -> s
         ) from error
     except Exception as error:  # a template is somebody else's program: it raises what it likes
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SettingsError(f"{path}, {row.place}: the model's chat template refuses the prompt: {reason}") from error
+        raise SettingsError(
+            f"{path}, {row.location}: the model's chat template refuses the prompt: {reason}"
+        ) from error
     try:
         check_text(text)  # what the template itself adds has been seen by nobody yet
     except ValueError as error:
-        raise SettingsError(f"{path}, {row.place}: the model's chat template gives {error}") from error
+        raise SettingsError(f"{path}, {row.location}: the model's chat template gives {error}") from error
     return text

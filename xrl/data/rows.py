@@ -1,4 +1,4 @@
-"""Rows of a prompt file (JSONL or parquet), checked, with errors that name file and place.
+"""Rows of a prompt file (JSONL or parquet), checked, with errors that name file and line.
 
 A row holds `prompt` (chat messages, or a string) and `reward_model.ground_truth` (or a top-level
 `ground_truth`); `data_source` and `extra_info` may be there too.
@@ -28,7 +28,7 @@ class PromptRow:
     """One row, before its tokens."""
 
     id: int  # row number in the file, from 0; blank lines do not count
-    place: str  # where it stands, for messages: "line 3" of JSON lines, "row 3" of parquet
+    location: str  # where it stands, for messages: "line 3" of JSON lines, "row 3" of parquet
     prompt: str | list[dict[str, Any]]
     ground_truth: str
     data_source: str
@@ -43,7 +43,7 @@ def check_dataset(
     Args:
         min_rows: rows that one batch needs.
         what: the flag that named the file.
-        see: is given each row, with the place that names it, and may refuse it.
+        see: is given each row, with the location that names it, and may refuse it.
 
     Raises:
         SettingsError: the file is missing, empty, too small, not JSON or not parquet, or one of its rows is wrong.
@@ -52,7 +52,7 @@ def check_dataset(
     num_rows = 0
     for row in _read_rows(path):
         if see is not None:
-            see(f"{path}, {row.place}", row)
+            see(f"{path}, {row.location}", row)
         num_rows += 1
     if num_rows == 0:
         raise SettingsError(f"{what} {path} is empty: it needs one prompt a line")
@@ -93,8 +93,8 @@ def _read_rows(path: Path) -> Iterator[PromptRow]:
     rows = _parquet_rows(path) if path.suffix in PARQUET_SUFFIXES else _json_rows(path)
     try:
         with contextlib.closing(rows):  # at a bad row the process that reads a table ends at once
-            for row_id, (place, row) in enumerate(rows):
-                yield _parse_row(row, row_id, path, place)
+            for row_id, (location, row) in enumerate(rows):
+                yield _parse_row(row, row_id, path, location)
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -115,8 +115,8 @@ def _parquet_rows(path: Path) -> Generator[tuple[str, dict[str, Any]], None, Non
         raise SettingsError(f"{path} {error}") from error
 
 
-def _parse_row(row: Mapping[str, Any], row_id: int, path: Path, place: str) -> PromptRow:
-    where = f"{path}, {place}"
+def _parse_row(row: Mapping[str, Any], row_id: int, path: Path, location: str) -> PromptRow:
+    where = f"{path}, {location}"
     for name in COLUMNS:
         try:
             check_text(row.get(name))
@@ -124,7 +124,7 @@ def _parse_row(row: Mapping[str, Any], row_id: int, path: Path, place: str) -> P
             raise SettingsError(f"{where}: `{name}` has {error}") from error
     return PromptRow(
         id=row_id,
-        place=place,
+        location=location,
         prompt=_parse_prompt(row.get("prompt"), where),
         ground_truth=_parse_ground_truth(row, where),
         data_source=str(row.get("data_source") or ""),

@@ -36,6 +36,10 @@ class Source(Protocol):
         """One rollout."""
         ...
 
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
 
 class Experience:
     """Rank 0 samples, judges and scores; the others wait for it.
@@ -50,6 +54,19 @@ class Experience:
         """
         self._source = source
         self._asked: Asked[Batch] = Asked(control)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next rollout begins; on rank 0, nothing on the others."""
+        return {} if self._source is None else self._source.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on there, on rank 0.
+
+        Raises:
+            SettingsError: the state is of other data.
+        """
+        if self._source is not None:
+            self._source.load_state_dict(state)
 
     def take(self, step: int) -> Batch | Need:
         """The batch of a step. Collective.

@@ -28,10 +28,10 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} that cannot be shown"
 
 
-def place_raised(error: BaseException) -> str:
+def location_raised(error: BaseException) -> str:
     """Where it was raised in the user's own code, else where a package of theirs was entered; empty for our own."""
     if isinstance(error, SyntaxError) and error.filename:
-        return ""  # its message names the place
+        return ""  # its message names the location
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     others = [(code, line) for code, line in frames if not _is_below(code, [_OURS])]
     own = [(code, line) for code, line in others if not _is_below(code, _library_folders())]
@@ -42,7 +42,7 @@ def place_raised(error: BaseException) -> str:
     return f"{_shown(code)}, line {line}{function}"
 
 
-def place_of(function: Callable[..., object]) -> str:
+def location_of(function: Callable[..., object]) -> str:
     """Where a function is written; empty where Python does not know."""
     try:
         inner = inspect.unwrap(function)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from xrl.config import SettingsError
-from xrl.files.blame import place_raised, words_of
+from xrl.files.blame import location_raised, words_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +59,10 @@ class ReferenceKind:
         except SettingsError:
             raise
         except (Exception, SystemExit) as error:
-            place = place_raised(error)
+            location = location_raised(error)
             raise SettingsError(
                 f"{self.flag} {reference}: cannot import {source}: {type(error).__name__}: {words_of(error)}"
-                f"{f' ({place})' if place else ''}"
+                f"{f' ({location})' if location else ''}"
             ) from error
         if not hasattr(module, name):
             raise SettingsError(f"{self.flag} {reference}: {source} has no {self.noun} {name!r}")

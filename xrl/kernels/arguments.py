@@ -139,12 +139,12 @@ def address(tensor: Tensor | None) -> int:
     """
     if tensor is None:
         return 0
-    place = tensor.data_ptr()
-    if place and not place & 7:  # as nearly always: aligned to the largest element
-        return place
-    if (place == 0 and tensor.numel()) or place % tensor.element_size():
+    found = tensor.data_ptr()
+    if found and not found & 7:  # as nearly always: aligned to the largest element
+        return found
+    if (found == 0 and tensor.numel()) or found % tensor.element_size():
         raise ValueError(f"{_describe(tensor)} has no memory, or memory that its elements are not aligned in")
-    return place
+    return found
 
 
 def _no_tensor(name: str, value: object) -> TypeError:

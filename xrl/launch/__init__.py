@@ -1,1 +1,1 @@
-"""How processes of a run start and end. Imports no torch."""
+"""How processes of a run start and end. Imports no torch but where torchrun is started."""

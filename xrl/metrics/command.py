@@ -31,14 +31,14 @@ def readable_command(words: Sequence[str]) -> list[str]:
 
     `/env/bin/python -P /env/bin/xrl train --lr 1` -> `xrl train --lr 1`, and so for `python -m xrl.cli train --lr 1`.
     """
-    place = 1
-    while place < len(words) and words[place].startswith("-") and words[place] not in ("-m", "-c"):
-        place += 2 if words[place] in _WITH_VALUE else 1
-    if words[place : place + 1] == ["-m"] and place + 1 < len(words):
-        module, rest = words[place + 1], list(words[place + 2 :])
+    index = 1
+    while index < len(words) and words[index].startswith("-") and words[index] not in ("-m", "-c"):
+        index += 2 if words[index] in _WITH_VALUE else 1
+    if words[index : index + 1] == ["-m"] and index + 1 < len(words):
+        module, rest = words[index + 1], list(words[index + 2 :])
         return [_SCRIPTS[module], *rest] if module in _SCRIPTS else ["python", "-m", module, *rest]
-    if place < len(words) and words[place] != "-c":
-        script, rest = Path(words[place]), list(words[place + 1 :])
+    if index < len(words) and words[index] != "-c":
+        script, rest = Path(words[index]), list(words[index + 1 :])
         # Scripts of an environment have no ending, and are typed by their name.
         return [script.name, *rest] if not script.suffix else ["python", str(script), *rest]
     return list(words)

@@ -29,7 +29,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 def whole_ticks(first: int, last: int, *, most: int = 7) -> list[int]:
     """At most so many whole numbers from first to last, both among them, about evenly spread: there is no half step."""
-    return sorted({round(first + (last - first) * place / (most - 1)) for place in range(most)})
+    return sorted({round(first + (last - first) * index / (most - 1)) for index in range(most)})
 
 
 def save_curve(

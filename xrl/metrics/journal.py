@@ -67,6 +67,14 @@ class Journal:
         self._first_evaluation = state["first_evaluation"]
         self._metrics.cut(state["metrics_bytes"])
 
+    def begin_anew(self) -> None:
+        """An attempt that saved no state has written into the same folder: all of it is written anew.
+
+        Raises:
+            NotWritten: metrics.jsonl cannot be cut.
+        """
+        self._metrics.cut(0)
+
     def begin_behind(self, step: int) -> None:
         """Tell TensorBoard that steps behind this one come anew."""
         self._metrics.begin_behind(step)
@@ -106,8 +114,8 @@ class Journal:
         self._metrics.write(index, metrics)
         if self._speaks(index):
             for number, update in enumerate(updates, start=1):
-                place = (number, len(updates))
-                self.say(update_line(index, update, num_rollouts=self.num_rollouts, update=place))
+                which = (number, len(updates))
+                self.say(update_line(index, update, num_rollouts=self.num_rollouts, update=which))
             self.say(update_line(index, metrics, num_rollouts=self.num_rollouts))
 
     def first_update(self, metrics: Mapping[str, float]) -> None:

@@ -110,9 +110,9 @@ def update_line(
         num_rollouts: rollouts in the whole run, where known.
         update: (2, 4) for the second of the rollout's four updates; left out: the rollout as a whole.
     """
-    place = f"rollout_idx {rollout_id}" if num_rollouts is None else f"rollout_idx {rollout_id}/{num_rollouts}"
+    step = f"rollout_idx {rollout_id}" if num_rollouts is None else f"rollout_idx {rollout_id}/{num_rollouts}"
     if update is not None:
-        place += f", update {update[0]}/{update[1]}"
+        step += f", update {update[0]}/{update[1]}"
     parts = [f"{words} {_shown(show, metrics[name])}" for name, words, show in UPDATE_FIELDS if name in metrics]
     phases = {
         name.removeprefix(SECONDS_PREFIX): value
@@ -122,7 +122,7 @@ def update_line(
     if phases:
         listed = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items())
         parts.append(f"{sum(phases.values()):.1f} s ({listed})")
-    return f"{place}: " + " | ".join(parts)
+    return f"{step}: " + " | ".join(parts)
 
 
 # A loss this near 0 is one that only rounding keeps from it.

@@ -137,7 +137,7 @@ def _unpad(x: Tensor, rectangle: Rectangle) -> Tensor:
 
 
 class _Pad(torch.autograd.Function):
-    """Gather tokens to their places. Each has one place, so the backward is a gather too, not a scatter-add."""
+    """Gather tokens to their slots. Each has one slot, so the backward is a gather too, not a scatter-add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -151,16 +151,16 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """Gather tokens from their places; padding gets a zero gradient."""
+    """Gather tokens from their slots; padding gets a zero gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        ctx.num_places = x.shape[0]
+        ctx.num_slots = x.shape[0]
         return x.index_select(0, inverse)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (inverse,) = ctx.saved_tensors
-        padded = grads[0].new_zeros(ctx.num_places, *grads[0].shape[1:])
+        padded = grads[0].new_zeros(ctx.num_slots, *grads[0].shape[1:])
         return padded.index_copy_(0, inverse, grads[0]), None

@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from xrl.config import ModelConfig, ParallelConfig
-from xrl.kernels.layers.choice import why_not_engine
+from xrl.kernels.layers.choice import why_not_te
 from xrl.models.choice import layer_kind
 from xrl.models.layers import local_layers, te_layers
 from xrl.models.rotary import rotary_frequencies
@@ -28,7 +28,7 @@ def uses_transformer_engine(config: ModelConfig, shape: ModelShape) -> bool:
 
     Latent attention is always our own.
     """
-    return not why_not_engine(layer_kind(shape, transformer_impl=config.transformer_impl))
+    return not why_not_te(layer_kind(shape, transformer_impl=config.transformer_impl))
 
 
 def train_dtype(config: ModelConfig) -> torch.dtype:

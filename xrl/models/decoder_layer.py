@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from xrl.kernels.layers.train_layer import LayerParameters, LayerRules, has_train_layer, train_layer
+from xrl.kernels.layers.train_layer import LayerInputs, LayerParameters, has_train_layer, train_layer
 from xrl.models.mlp import GatedMLP
 from xrl.models.norm import RMSNorm
 from xrl.models.packed import AttentionInputs
@@ -29,26 +29,26 @@ class DecoderLayer(TransformerLayer):
         self, hidden_states: Tensor, *args: Any, packed_seq_params: AttentionInputs | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """[S, B, H] -> [S, B, H], and no context."""
-        rules = None if packed_seq_params is None else self._rules(packed_seq_params)
-        if rules is not None:
+        inputs = None if packed_seq_params is None else self._layer_inputs(packed_seq_params)
+        if inputs is not None:
             parameters = self._layer_parameters()
-            if has_train_layer(hidden_states, parameters, rules):
-                return train_layer(hidden_states, parameters, rules), None
+            if has_train_layer(hidden_states, parameters, inputs):
+                return train_layer(hidden_states, parameters, inputs), None
         output: tuple[Tensor, Tensor | None] = super().forward(
             hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
         )
         return output
 
-    def _rules(self, inputs: AttentionInputs) -> LayerRules | None:
-        if inputs.sequences is None or inputs.cos is None or inputs.sin is None:
+    def _layer_inputs(self, packed: AttentionInputs) -> LayerInputs | None:
+        if packed.sequences is None or packed.cos is None or packed.sin is None:
             return None
         attention = self.self_attention
         if attention.linear_proj.tp_group.size() > 1:
             return None
-        return LayerRules(
-            sequences=inputs.sequences,
-            cos=inputs.cos,
-            sin=inputs.sin,
+        return LayerInputs(
+            sequences=packed.sequences,
+            cos=packed.cos,
+            sin=packed.sin,
             num_kv_heads=attention.num_query_groups_per_partition,
             eps=self.config.layernorm_epsilon,
             scale=attention.core_attention.scale,

@@ -44,7 +44,7 @@ def local_layers(shape: ModelShape, layers: Sequence[int]) -> TransformerBlockSu
 
 def te_layers(shape: ModelShape, layers: Sequence[int]) -> TransformerBlockSubmodules:
     """transformer-engine's layers, for CUDA; never of latent attention."""
-    specs = [_engine_layer(shape, _num_experts(shape, layer)) for layer in layers]
+    specs = [_te_layer(shape, _num_experts(shape, layer)) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=LayerNormImpl)
 
 
@@ -63,15 +63,15 @@ def _local_layer(shape: ModelShape, num_experts: int | None, kind: LayerKind) ->
         layer.module = DecoderLayer
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    _own_attention(layer.submodules.self_attention, shape)
+    _use_our_attention(layer.submodules.self_attention, shape)
     if num_experts is None:
-        layer.submodules.mlp = _own_mlp(layer.submodules.mlp, shape)
+        layer.submodules.mlp = _use_our_mlp(layer.submodules.mlp, shape)
     else:
-        _own_experts(layer.submodules.mlp)
+        _use_our_experts(layer.submodules.mlp)
     return layer
 
 
-def _own_attention(spec: ModuleSpec, shape: ModelShape) -> None:
+def _use_our_attention(spec: ModuleSpec, shape: ModelShape) -> None:
     parts = spec.submodules
     parts.core_attention = PackedAttention
     if shape.latent is not None:
@@ -91,17 +91,17 @@ def _own_attention(spec: ModuleSpec, shape: ModelShape) -> None:
         parts.linear_q_proj = parts.linear_q_up_proj = parts.linear_kv_up_proj = ColumnParallelLinear
 
 
-def _own_mlp(spec: Spec, shape: ModelShape) -> Spec:
-    _own_linear(_parts(spec))
+def _use_our_mlp(spec: Spec, shape: ModelShape) -> Spec:
+    _use_our_linear(_parts(spec))
     if shape.mlp_bias:
         return _of_module(spec, _with_bias(MLP))
     return spec if torch.cuda.is_available() else _of_module(spec, GatedMLP)
 
 
-def _own_experts(spec: Spec) -> None:
+def _use_our_experts(spec: Spec) -> None:
     parts = _parts(spec)
-    _own_linear(_parts(parts.experts))
-    _own_linear(_parts(parts.shared_experts))
+    _use_our_linear(_parts(parts.experts))
+    _use_our_linear(_parts(parts.shared_experts))
 
 
 def _parts(spec: Spec) -> Any:
@@ -115,13 +115,13 @@ def _of_module(spec: Spec, module: type[MLP]) -> Spec:
     return functools.partial(module.as_mlp_submodule, *spec.args, **spec.keywords)
 
 
-def _own_linear(parts: MLPSubmodules) -> None:
+def _use_our_linear(parts: MLPSubmodules) -> None:
     parts.activation_func = SwiGLU
     if not torch.cuda.is_available():
         parts.linear_fc1, parts.linear_fc2 = ColumnParallelLinear, RowParallelLinear
 
 
-def _engine_layer(shape: ModelShape, num_experts: int | None) -> ModuleSpec:
+def _te_layer(shape: ModelShape, num_experts: int | None) -> ModuleSpec:
     layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=num_experts,
         moe_grouped_gemm=num_experts is not None,

@@ -9,7 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from xrl.data.packing import Pack, PackedCluster
-from xrl.kernels.layers.choice import why_not_own_attention
+from xrl.kernels.layers.choice import why_not_our_attention
 from xrl.kernels.layers.self_attention import PackedSequences
 from xrl.models.choice import layer_kind
 from xrl.models.rotary import rotary_frequencies, rotary_table
@@ -21,8 +21,8 @@ class Rectangle:
     """Where the t tokens of N sequences stand in an N x Q rectangle."""
 
     num_tokens: int  # t
-    index: Tensor | None  # [N * Q] token at each place, any token where there is padding; None: nothing is padded
-    inverse: Tensor | None  # [t] place of each token
+    index: Tensor | None  # [N * Q] token in each slot, any token where there is padding; None: nothing is padded
+    inverse: Tensor | None  # [t] slot of each token
     shape: tuple[int, int]  # (N, Q)
 
 
@@ -48,7 +48,7 @@ class AttentionInputs(PackedSeqParams):
 
 def attention_inputs(pack: Pack, shape: ModelShape, *, dtype: torch.dtype, device: torch.device) -> AttentionInputs:
     """Positions and borders of a micro-batch for our own attention."""
-    has_kernels = not why_not_own_attention(layer_kind(shape, dtype=dtype, device=device))
+    has_kernels = not why_not_our_attention(layer_kind(shape, dtype=dtype, device=device))
     # Query heads that share a key/value head; latent attention makes keys and values for each.
     queries_per_key = shape.num_heads // shape.num_kv_heads if shape.latent is None else 1
     positions = torch.from_numpy(pack.position_ids)
@@ -140,9 +140,9 @@ def _rectangle(lengths: tuple[int, ...], device: torch.device) -> Rectangle:
         return Rectangle(num_tokens=total, index=None, inverse=None, shape=shape)
     sizes = torch.tensor(lengths)
     starts = sizes.cumsum(0) - sizes
-    places = torch.arange(width)
-    inside = places < sizes[:, None]  # [N, Q]
-    index = torch.where(inside, starts[:, None] + places, starts[:, None])
+    slots = torch.arange(width)
+    inside = slots < sizes[:, None]  # [N, Q]
+    index = torch.where(inside, starts[:, None] + slots, starts[:, None])
     return Rectangle(
         num_tokens=total,
         index=index.flatten().to(device),

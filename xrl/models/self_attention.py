@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.transformer import attention as megatron
 from torch import Tensor
 
-from xrl.kernels.layers.self_attention import HeadRules, self_attention
+from xrl.kernels.layers.self_attention import HeadSettings, self_attention
 from xrl.models.packed import AttentionInputs
 
 
@@ -30,7 +30,7 @@ class SelfAttention(megatron.SelfAttention):
             )
             return output
         mixed, _ = self.linear_qkv(hidden_states)
-        rules = HeadRules(
+        settings = HeadSettings(
             cos=inputs.cos,
             sin=inputs.sin,
             # Without QK norm the modules are identities, which have no weight.
@@ -40,7 +40,7 @@ class SelfAttention(megatron.SelfAttention):
             scale=self.core_attention.scale,
         )
         out = self_attention(
-            mixed.flatten(0, 1), inputs.sequences, rules, num_kv_heads=self.num_query_groups_per_partition
+            mixed.flatten(0, 1), inputs.sequences, settings, num_kv_heads=self.num_query_groups_per_partition
         )
         projected: tuple[Tensor, Tensor | None] = self.linear_proj(out.view(*mixed.shape[:2], -1))
         return projected

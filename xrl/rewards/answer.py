@@ -37,9 +37,9 @@ def final_answer(response: str, prompt: Prompt | None = None) -> str | None:
     said = without_thinking(response, prompt)
     if said is None:
         return None
-    box_place, boxed = _last_box(said)
+    box_start, boxed = _last_box(said)
     heading: str | None = None
-    for place, line, below in _marked(said):
+    for start, line, below in _marked(said):
         if read_number(line) is None and _WORD.search(line):
             answer = _answer_under(line, below)
             if answer is None:
@@ -48,7 +48,7 @@ def final_answer(response: str, prompt: Prompt | None = None) -> str | None:
             gives_way = True
         else:
             answer, gives_way = line, heading is not None
-        return boxed if gives_way and boxed is not None and box_place > place else answer
+        return boxed if gives_way and boxed is not None and box_start > start else answer
     return heading if boxed is None else boxed
 
 
@@ -60,13 +60,13 @@ def without_thinking(response: str, prompt: Prompt | None = None) -> str | None:
 
 
 def _marked(text: str) -> Iterator[tuple[int, str, list[str]]]:
-    """What is behind each marker, from the last to the first: its place, its first line, the other lines."""
-    place = len(text)
-    while (start := text.rfind(MARKER, 0, place)) >= 0:
-        lines = [line.strip() for line in text[start:place].strip(" \t\r\n#").splitlines()]
+    """What is behind each marker, from the last to the first: its start, its first line, the other lines."""
+    end = len(text)
+    while (start := text.rfind(MARKER, 0, end)) >= 0:
+        lines = [line.strip() for line in text[start:end].strip(" \t\r\n#").splitlines()]
         if lines:
             yield start, lines[0], [line for line in lines[1:] if line]
-        place = start
+        end = start
 
 
 def _answer_under(heading: str, below: list[str]) -> str | None:
@@ -80,17 +80,17 @@ def _answer_under(heading: str, below: list[str]) -> str | None:
 
 def _last_box(text: str) -> tuple[int, str | None]:
     r"""Where the last box begins, and what it holds: `\boxed{7}`, `\boxed {7}`, `\fbox{7}`, `\boxed 7`."""
-    place = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
-    box = _BOX.match(text, place) if place >= 0 else None
+    start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
+    box = _BOX.match(text, start) if start >= 0 else None
     if box is None:
         return -1, None
-    start = box.end()
-    if text[start : start + 1] != "{":
-        bare = _UNBRACED.match(text, start)
-        return place, bare[0].rstrip(".,/") if bare else None
+    inside = box.end()
+    if text[inside : inside + 1] != "{":
+        bare = _UNBRACED.match(text, inside)
+        return start, bare[0].rstrip(".,/") if bare else None
     depth = 0
-    for end in range(start, len(text)):
+    for end in range(inside, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         if depth == 0:
-            return place, text[start + 1 : end].strip() or None
-    return place, None
+            return start, text[inside + 1 : end].strip() or None
+    return start, None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import SupportsFloat
 
-from xrl.files.blame import place_of, place_raised, shown, words_of
+from xrl.files.blame import location_of, location_raised, shown, words_of
 from xrl.launch.terminal import one_line
 from xrl.types import Prompt, Verdict
 
@@ -36,13 +36,13 @@ MAX_KINDS = 32
 OTHER_KIND = "other failures"
 
 
-def failed_verdict(failure: str, detail: str, place: str = "") -> Verdict:
+def failed_verdict(failure: str, detail: str, location: str = "") -> Verdict:
     """No reward, and why."""
     return Verdict(
         reward=None,
         failure=clean(failure, MAX_FAILURE_CHARS) or "failed",
         detail=clean(detail, MAX_DETAIL_CHARS),
-        place=clean(place, MAX_DETAIL_CHARS),
+        location=clean(location, MAX_DETAIL_CHARS),
     )
 
 
@@ -62,14 +62,14 @@ def ask(judge: Judge, response: str, prompt: Prompt, *, catches: type[BaseExcept
         reward = judge(response, prompt)
         number = None if reward is None else _as_reward(reward)
     except (catches, SystemExit) as error:  # a judge may be anyone's code: one bad answer must not end the run
-        return failed_verdict(type(error).__name__, words_of(error), place_raised(error))
+        return failed_verdict(type(error).__name__, words_of(error), location_raised(error))
     if reward is None:
-        return failed_verdict("None", "the judge could not say", place_of(judge))
+        return failed_verdict("None", "the judge could not say", location_of(judge))
     if number is None:
         return failed_verdict(
             "bad reward",
             f"a judge must return a number from -{MAX_REWARD:,.0f} to {MAX_REWARD:,.0f}, got {shown(reward)}",
-            place_of(judge),
+            location_of(judge),
         )
     return Verdict(reward=number)
 

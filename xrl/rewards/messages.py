@@ -2,7 +2,7 @@
 
     judge  -> pool   {"error", "checks_truths"}                                  once: why it did not start, or ""
     pool   -> judge  {"number", "response", "prompt": {a Prompt's fields}}       a question
-    judge  -> pool   {"number", "reward", "failure", "detail", "place"}          the verdict on it
+    judge  -> pool   {"number", "reward", "failure", "detail", "location"}          the verdict on it
     keeper -> pool   {"code", "failure", "detail"}                               once: how it ended
 
 Questions are numbered, so that an answer to another one is none. Nothing that a judge's process sends is ever run, and
@@ -30,7 +30,7 @@ _VERDICT = {
     "reward": (int, float, type(None)),
     "failure": (str,),
     "detail": (str,),
-    "place": (str,),
+    "location": (str,),
 }
 _END = {"code": (int, type(None)), "failure": (str,), "detail": (str,)}
 
@@ -104,7 +104,7 @@ def encode_verdict(number: int, verdict: Verdict) -> bytes:
             "reward": verdict.reward,
             "failure": verdict.failure,
             "detail": verdict.detail,
-            "place": verdict.place,
+            "location": verdict.location,
         }
     ).encode()
 
@@ -122,7 +122,7 @@ def decode_verdict(message: bytes, number: int) -> Verdict:
     if (reward is None) != bool(found["failure"]):
         raise BadMessage("it gave both a reward and a failure, or neither")
     if reward is None:
-        return failed_verdict(found["failure"], found["detail"], found["place"])
+        return failed_verdict(found["failure"], found["detail"], found["location"])
     if not abs(reward) <= MAX_REWARD:  # so is NaN refused
         raise BadMessage(f"it gave a reward that is not between -{MAX_REWARD:,.0f} and {MAX_REWARD:,.0f}")
     return Verdict(reward=float(reward))

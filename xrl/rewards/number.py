@@ -113,10 +113,10 @@ def _without_remark(text: str) -> str | None:
 def _opening(text: str) -> int | None:
     """Where the bracket that the last character closes was opened."""
     depth = 0
-    for place in range(len(text) - 1, -1, -1):
-        depth += {text[-1]: 1, _BRACKETS[text[-1]]: -1}.get(text[place], 0)
+    for index in range(len(text) - 1, -1, -1):
+        depth += {text[-1]: 1, _BRACKETS[text[-1]]: -1}.get(text[index], 0)
         if depth == 0:
-            return place
+            return index
     return None
 
 

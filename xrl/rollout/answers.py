@@ -300,11 +300,11 @@ def _check_arrays(ids: IntArray, logprobs: FloatArray, vocab_size: int) -> None:
     if not ids.size:
         return
     if ids.min() < 0 or ids.max() >= vocab_size:
-        place = int(np.argmax((ids < 0) | (ids >= vocab_size)))
-        raise _Wrong(f"output_ids[{place}] is {ids[place]}, not a token of the model ({vocab_size})")
+        index = int(np.argmax((ids < 0) | (ids >= vocab_size)))
+        raise _Wrong(f"output_ids[{index}] is {ids[index]}, not a token of the model ({vocab_size})")
     if not (logprobs.min() >= LOWEST_LOGPROB and logprobs.max() <= HIGHEST_LOGPROB):  # NaN is neither
-        place = int(np.argmin((logprobs >= LOWEST_LOGPROB) & (logprobs <= HIGHEST_LOGPROB)))
-        raise _Wrong(f"{_LOGPROBS}[{place}] has log-prob {logprobs[place]:g}, not a finite number <= 0")
+        index = int(np.argmin((logprobs >= LOWEST_LOGPROB) & (logprobs <= HIGHEST_LOGPROB)))
+        raise _Wrong(f"{_LOGPROBS}[{index}] has log-prob {logprobs[index]:g}, not a finite number <= 0")
 
 
 def _finish_reason(meta: dict[str, Any], ids: IntArray, request: GenerateRequest) -> FinishReason:
@@ -316,8 +316,8 @@ def _finish_reason(meta: dict[str, Any], ids: IntArray, request: GenerateRequest
     longest = request.sampling.max_new_tokens
     is_stop = np.isin(ids, np.array(request.sampling.stop_token_ids, np.int64))
     if is_stop[:-1].any():
-        place = int(np.argmax(is_stop))
-        raise _Wrong(f"output_ids[{place}] is the stop token {ids[place]}, and the answer goes on after it")
+        index = int(np.argmax(is_stop))
+        raise _Wrong(f"output_ids[{index}] is the stop token {ids[index]}, and the answer goes on after it")
     ends_with_stop = bool(is_stop[-1:].any())
     if reason == "stop" and not ends_with_stop:
         last = f"output_ids ends with {ids[-1]}" if ids.size else "output_ids is empty"
@@ -339,8 +339,8 @@ def _ids(ids: object, longest: int, vocab_size: int) -> list[int]:
         raise _Wrong(f"output_ids holds {len(ids)} tokens, more than the {longest} asked for")
     # A bool is an int to isinstance, and 3.0 is equal to 3.
     if ids and (set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= vocab_size):
-        place = next(n for n, token in enumerate(ids) if type(token) is not int or not 0 <= token < vocab_size)
-        raise _Wrong(f"output_ids[{place}] is {shown(ids[place])}, not a token of the model ({vocab_size})")
+        index = next(n for n, token in enumerate(ids) if type(token) is not int or not 0 <= token < vocab_size)
+        raise _Wrong(f"output_ids[{index}] is {shown(ids[index])}, not a token of the model ({vocab_size})")
     return ids
 
 
@@ -357,8 +357,8 @@ def _logprobs(pairs: object, ids: list[int]) -> FloatArray:
     except (TypeError, ValueError) as error:
         raise _Wrong(f"{where} does not hold pairs [log-prob, id] alone") from error
     if set(map(type, of_ids)) != {int} or list(of_ids) != ids:
-        place = next(n for n, pair in enumerate(zip(of_ids, ids, strict=True)) if not _same(*pair))
-        raise _Wrong(f"{where}[{place}] is of token {shown(of_ids[place])}, output_ids[{place}] is {ids[place]}")
+        index = next(n for n, pair in enumerate(zip(of_ids, ids, strict=True)) if not _same(*pair))
+        raise _Wrong(f"{where}[{index}] is of token {shown(of_ids[index])}, output_ids[{index}] is {ids[index]}")
     # Where NaN is among them, the least and the largest depend on their order; the sum is NaN in any.
     kinds = set(map(type, values))
     if (
@@ -367,8 +367,8 @@ def _logprobs(pairs: object, ids: list[int]) -> FloatArray:
         or max(values) > HIGHEST_LOGPROB
         or not math.isfinite(sum(values))
     ):
-        place = next(n for n, value in enumerate(values) if not _is_logprob(value))
-        raise _Wrong(f"{where}[{place}] has log-prob {shown(values[place])}, not a finite number <= 0")
+        index = next(n for n, value in enumerate(values) if not _is_logprob(value))
+        raise _Wrong(f"{where}[{index}] has log-prob {shown(values[index])}, not a finite number <= 0")
     return np.array(values, np.float32)
 
 

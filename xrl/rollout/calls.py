@@ -20,12 +20,20 @@ from xrl.launch.descriptors import spare_connections
 from xrl.rollout import protocol
 from xrl.rollout.access import RUN_HEADER, AccessDenied, WorkerInUse
 from xrl.rollout.connections import Connection, refusal, short_line
-from xrl.rollout.engine import Engine, EngineBusy, EngineError, EngineNotReady, HasRoom, WrongWeights, check_completion
+from xrl.rollout.engine import (
+    Engine,
+    EngineBusy,
+    EngineError,
+    EngineNotReady,
+    HasDestinations,
+    WrongWeights,
+    check_completion,
+)
 from xrl.rollout.fields import float_of, int_of, object_from_json, object_of, text_of
 from xrl.rollout.gate import Gate, UnknownContent
 from xrl.rollout.receivers import Receivers
 from xrl.types import Completion, WeightBucket
-from xrl.weights.checksum import take_layer
+from xrl.weights.checksum import take_bucket
 from xrl.weights.transport import Manifest, Receiver, TransportError
 
 logger = logging.getLogger("xrl")
@@ -100,7 +108,7 @@ class Calls:
             (protocol.SLEEP, self.sleep),
             (protocol.WAKE, self.wake),
             (protocol.CONNECT, self.connect),
-            (protocol.LOAD_LAYER, self.load_layer),
+            (protocol.LOAD_PART, self.load_part),
             (protocol.FINISH_UPDATE, self.finish_update),
             (protocol.SHUTDOWN, self.shutdown),
         ):
@@ -217,10 +225,10 @@ class Calls:
             self._receivers.install(receiver, _run_of(http))
         return web.json_response({})
 
-    async def load_layer(self, http: web.Request) -> web.Response:
+    async def load_part(self, http: web.Request) -> web.Response:
         manifest = Manifest.from_json(await _body(http))
         async with self._one_layer:
-            receiver = self._receivers.of(_run_of(http), layer=manifest.layer)
+            receiver = self._receivers.of(_run_of(http), part=manifest.part)
             await self._end_of_abandoned()
             checksum = await self._in_engine_thread(lambda: self._load(receiver, manifest))
         return web.json_response({"checksum": checksum})
@@ -251,12 +259,12 @@ class Calls:
             request.exception()  # seen, so that asyncio does not warn of it
 
     def _load(self, receiver: Receiver, manifest: Manifest) -> str:
-        """The checksum of what arrived; loaded if it is the sender's. An engine's room is written to in any case."""
+        """The checksum of what arrived; loaded if it is the sender's. Destinations are written to in any case."""
         tensors = receiver.receive(manifest)
-        room = self.engine.room(manifest.layer) if isinstance(self.engine, HasRoom) else {}
-        checksum, tensors = take_layer(tensors, room)
+        destinations = self.engine.destinations(manifest.part) if isinstance(self.engine, HasDestinations) else {}
+        checksum, tensors = take_bucket(tensors, destinations)
         if checksum == manifest.checksum:
-            self.engine.load_layer(WeightBucket(version=manifest.version, layer=manifest.layer, tensors=tensors))
+            self.engine.load_part(WeightBucket(version=manifest.version, part=manifest.part, tensors=tensors))
         return checksum
 
 

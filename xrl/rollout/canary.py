@@ -55,7 +55,7 @@ class Canary:
         self.warn = warn if config.canary_warn is None else config.canary_warn
         self.stop = stop if config.canary_stop is None else config.canary_stop
         num_prompt = min(PROMPT_TOKENS, max_model_len - 1)
-        self._prompt = [(place + 1) * _SPREAD % vocab_size for place in range(num_prompt)]
+        self._prompt = [(index + 1) * _SPREAD % vocab_size for index in range(num_prompt)]
         # The whole distribution: the actor does not score a filtered one. No stop token: always as many tokens.
         self._sampling = dataclasses.replace(
             sampling,
@@ -79,10 +79,10 @@ class Canary:
                 completion,
                 advantage=0.0,
                 group_id=worker.number,
-                episode_id=place,
+                episode_id=index,
                 temperature=self._sampling.temperature,
             )
-            for place, (worker, (completion,)) in enumerate(answers)
+            for index, (worker, (completion,)) in enumerate(answers)
         ]
 
     def judge(self, differences: Sequence[float]) -> float:

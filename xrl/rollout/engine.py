@@ -99,18 +99,18 @@ def check_completion(completion: Completion) -> None:
 
 
 @runtime_checkable
-class HasRoom(Protocol):
-    """What an engine may offer beside the contract: that bytes are written where they are to stay, as they are checked.
+class HasDestinations(Protocol):
+    """What an engine may offer beside the contract: its own memory, to which bytes are copied as they are checked.
 
     One pass over them instead of two. Only of use to engines that keep weights in the form in which they arrive.
     """
 
-    def room(self, layer: str) -> Mapping[str, Tensor]:
-        """The engine's own memory for tensors of a layer: name -> contiguous tensor. May be empty.
+    def destinations(self, part: str) -> Mapping[str, Tensor]:
+        """The engine's own memory for tensors of a part of the model: name -> contiguous tensor. May be empty.
 
         It is written to from then on, so the engine cannot generate until an update is complete. When the bytes are
-        those that were sent, `load_layer` comes, with those of these tensors that fitted among the bucket's; nothing of
-        them is left for it to copy. When they are not, the room is asked for again, or the update ends there.
+        those that were sent, `load_part` comes, with those of these tensors that fitted among the bucket's: they are
+        already in place. When they are not, the destinations are asked for again, or the update ends there.
 
         Raises:
             EngineBusy: requests are in flight.
@@ -119,9 +119,9 @@ class HasRoom(Protocol):
 
 
 class Engine(Protocol):
-    """Samples completions, and takes new weights one decoder layer at a time.
+    """Samples completions, and takes new weights one part of the model at a time.
 
-    One update: `load_layer` once for each bucket, in any order, then `finish_update`. An engine starts without
+    One update: `load_part` once for each bucket, in any order, then `finish_update`. An engine starts without
     weights, so the first update comes before the first request. All methods may be called from any thread.
     """
 
@@ -159,8 +159,8 @@ class Engine(Protocol):
         """Take requests again after `sleep`: the KV cache comes back, so memory for it must be free by now."""
         ...
 
-    def load_layer(self, bucket: WeightBucket) -> None:
-        """Take the whole tensors of one decoder layer, of the embeddings or of the final norm and head.
+    def load_part(self, bucket: WeightBucket) -> None:
+        """Take the whole tensors of one part: a decoder layer, the embeddings, or the final norm and head.
 
         Raises:
             EngineBusy: requests are in flight.
@@ -169,7 +169,7 @@ class Engine(Protocol):
         ...
 
     def finish_update(self, version: int) -> None:
-        """All layers are loaded: completions sampled from here on carry this version.
+        """All parts are loaded: completions sampled from here on carry this version.
 
         Raises:
             WrongWeights: tensors are missing; the message names them.

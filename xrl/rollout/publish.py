@@ -1,7 +1,7 @@
-"""The actor's new weights into every rollout worker, one decoder layer at a time, each proven by its checksum.
+"""The actor's new weights into every rollout worker, one part of the model at a time, each proven by its checksum.
 
-One layer: its manifest goes to each worker as JSON, its bytes through the transport. The worker answers with the
-checksum of what it got, and loads it if that is the manifest's. Where the transport keeps a copy of a layer, the next
+One part: its manifest goes to each worker as JSON, its bytes through the transport. The worker answers with the
+checksum of what it got, and loads it if that is the manifest's. Where the transport keeps a copy of a part, the next
 one is gathered from the ranks while the workers take it.
 """
 
@@ -31,20 +31,20 @@ from xrl.rollout.answers import (
 from xrl.rollout.fleet import Fleet
 from xrl.rollout.process import WorkerGone, WorkerHandle
 from xrl.types import WeightBucket
-from xrl.weights.checksum import layer_checksum
+from xrl.weights.checksum import bucket_checksum
 from xrl.weights.shared_export import ProvenBucket
 from xrl.weights.transport import Manifest, TransportError, create_sender, shared_memory
 
 logger = logging.getLogger("xrl")
 
-# A layer whose bytes arrive changed is sent so many times in all.
+# A part whose bytes arrive changed is sent so many times in all.
 MAX_TRIES = 2
 # What is done with one worker.
 Action: TypeAlias = Callable[[WorkerHandle], Awaitable[None]]
 
 
 class CorruptedWeights(RunFailed):
-    """A layer arrived with other bytes than were sent, every time."""
+    """A part arrived with other bytes than were sent, every time."""
 
 
 class NoneUpdated(WorkerGone):
@@ -59,9 +59,9 @@ class PublishReport:
     num_bytes: int
     num_tensors: int
     num_workers: int  # that took it whole
-    num_layers: int  # buckets whose checksum every one of these workers confirmed
+    num_parts: int  # buckets whose checksum every one of these workers confirmed
     num_resent: int  # buckets that had to be sent to a worker again
-    checksums: tuple[str, ...]  # of the layers, in order: equal where no weight has changed
+    checksums: tuple[str, ...]  # of the parts, in order: equal where no weight has changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class WeightStream:
     ) -> None:
         """
         Args:
-            timeout_s: longest that a worker may take over a layer; left out: as the fleet's settings say.
+            timeout_s: longest that a worker may take over a part; left out: as the fleet's settings say.
             device: where the weights are.
         """
         config = fleet.config
@@ -93,14 +93,14 @@ class WeightStream:
         self.transport = config.chosen_transport
         self._sender = create_sender(self.transport, timeout_s=self.timeout_s, device=device)
         self._connected: dict[int, int] = {}  # worker -> its generation that was connected
-        self._taking: dict[int, list[str]] = {}  # worker -> layers it was told of and has not confirmed, in order
+        self._taking: dict[int, list[str]] = {}  # worker -> parts it was told of and has not confirmed, in order
         self._under_way: list[Future[None]] = []  # in the client's thread, of this update
         self._num_resent = 0
 
     def publish(self, buckets: Iterable[WeightBucket], *, version: int) -> PublishReport:
         """Send every bucket; completions sampled from then on carry `version`.
 
-        A worker that dies or does not take a layer in time is lost, and named with the layer; the others go on, or the
+        A worker that dies or does not take a part in time is lost, and named with the part; the others go on, or the
         run stops, as `on_lost_worker` says.
 
         Args:
@@ -108,13 +108,13 @@ class WeightStream:
                 ProvenBucket, which is sent from where it lies, until the next but one is.
 
         Raises:
-            CorruptedWeights: a layer's checksum was wrong twice.
-            WorkerRefused: a worker refused a layer: names both.
+            CorruptedWeights: a part's checksum was wrong twice.
+            WorkerRefused: a worker refused a part: names both.
             NoneUpdated: all workers were lost meanwhile. `buckets` may not have come to their end.
             WorkerGone: no worker is left, or one is lost and `on_lost_worker` is "stop".
         """
         start = time.perf_counter()
-        self._num_resent = num_bytes = num_tensors = num_layers = 0
+        self._num_resent = num_bytes = num_tensors = num_parts = 0
         workers = {worker.number: worker for worker in self.fleet.reachable()}
         self._taking = {number: [] for number in workers}
         if self.memory is not None:
@@ -128,12 +128,12 @@ class WeightStream:
         checksums: list[str] = []
         for bucket in buckets:
             where = self._sender.put(bucket)
-            checksum = bucket.checksum if isinstance(bucket, ProvenBucket) else layer_checksum(bucket.tensors)
+            checksum = bucket.checksum if isinstance(bucket, ProvenBucket) else bucket_checksum(bucket.tensors)
             manifest = Manifest.of(bucket, where=where, checksum=checksum)
-            parcel = _Parcel(name=f"{name}, {bucket.layer}", bucket=bucket, manifest=manifest)
+            parcel = _Parcel(name=f"{name}, {bucket.part}", bucket=bucket, manifest=manifest)
             if sending is not None and self._sender.pushes:
                 self._end_of(sending, name)
-            # Workers that fetch the bytes themselves are told of a layer while they take the one before.
+            # Workers that fetch the bytes themselves are told of a part while they take the one before.
             following = self._begin(self._send_to_all(workers, parcel))
             if sending is not None:
                 self._end_of(sending, name)
@@ -141,7 +141,7 @@ class WeightStream:
             if not self._sender.keeps_copy:
                 self._end_of(sending, name)
             checksums.append(checksum)
-            num_layers += 1
+            num_parts += 1
             num_tensors += len(bucket.tensors)
             num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in bucket.tensors.values())
         if sending is not None:
@@ -155,7 +155,7 @@ class WeightStream:
             num_bytes=num_bytes,
             num_tensors=num_tensors,
             num_workers=len(workers),
-            num_layers=num_layers,
+            num_parts=num_parts,
             num_resent=self._num_resent,
             checksums=tuple(checksums),
         )
@@ -174,7 +174,7 @@ class WeightStream:
         return self._under_way[-1]
 
     def _end_of(self, running: Future[None], name: str) -> None:
-        """Wait for what was begun: each try of a layer has a time-out, twice as long where it waits for the one before.
+        """Wait for what was begun: each try of a part has a time-out, twice as long where it waits for the one before.
 
         Raises:
             RunFailed: it does not end.
@@ -211,9 +211,9 @@ class WeightStream:
                 await action(worker)
             except (WorkerGone, WorkerFault, TransportError, TimeoutError) as error:
                 if workers.pop(worker.number, None) is None:
-                    return  # it was lost over another layer
+                    return  # it was lost over another part
                 self._disconnect(worker)
-                # Of two layers under way either may fail first; it is the earlier one that the worker was at.
+                # Of two parts under way either may fail first; it is the earlier one that the worker was at.
                 at = self._taking[worker.number][0] if self._taking[worker.number] else doing
                 what = error.detail if isinstance(error, WorkerFault) else str(error)
                 self.roster.lose(worker, f"{at}: {what or 'no answer in time'}", generation=generation)
@@ -250,12 +250,12 @@ class WeightStream:
         for attempt in range(1, MAX_TRIES + 1):
             manifest = parcel.manifest.to_json()
             if self._sender.pushes:
-                told = self.client.post(worker, protocol.LOAD_LAYER, manifest, timeout_s=self.timeout_s)
+                told = self.client.post(worker, protocol.LOAD_PART, manifest, timeout_s=self.timeout_s)
                 sent = asyncio.to_thread(self._sender.send, worker.number, parcel.bucket)
                 answer = await _both(told, sent)
             else:
-                # It may be at the layer before.
-                answer = await self.client.post(worker, protocol.LOAD_LAYER, manifest, timeout_s=2 * self.timeout_s)
+                # It may be at the part before.
+                answer = await self.client.post(worker, protocol.LOAD_PART, manifest, timeout_s=2 * self.timeout_s)
             checksum = checked_checksum(answer, worker=name_of(worker))
             if checksum == parcel.manifest.checksum:
                 self._taking[worker.number].remove(parcel.name)

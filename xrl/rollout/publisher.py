@@ -113,7 +113,7 @@ class WeightPublisher:
                 checksums = report.checksums
                 metrics = {
                     "sync/gigabytes": report.num_bytes / 1e9,
-                    "sync/layers": float(report.num_layers),
+                    "sync/layers": float(report.num_parts),
                     "sync/resent": float(report.num_resent),
                     "workers/updated": float(report.num_workers),
                 }

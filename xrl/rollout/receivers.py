@@ -64,14 +64,14 @@ class Receivers:
         if previous is not None:
             previous.close()
 
-    def of(self, run_id: str, *, layer: str) -> Receiver:
-        """The receiver, for a layer of this run.
+    def of(self, run_id: str, *, part: str) -> Receiver:
+        """The receiver, for a part of this run's weights.
 
         Raises:
             TransportError: the run has not connected.
         """
         if self._receiver is None or self._run_id != run_id:
-            raise TransportError(f"no trainer of this run has connected before it sent {layer}")
+            raise TransportError(f"no trainer of this run has connected before it sent {part}")
         return self._receiver
 
     def _is_unstuck(self, connecting: asyncio.Future[Receiver]) -> None:

@@ -171,20 +171,20 @@ class TurboMindEngine:
             with self._changed:
                 self._is_asleep = False
 
-    def load_layer(self, bucket: WeightBucket) -> None:
+    def load_part(self, bucket: WeightBucket) -> None:
         with self._one_at_a_time:
             with self._changed:
                 self._check_idle("take weights")
-                check_part(bucket.layer, bucket.tensors, self._parts)  # what is refused changes nothing
+                check_part(bucket.part, bucket.tensors, self._parts)  # what is refused changes nothing
                 self._not_ready = f"the update to weights version {bucket.version} is not finished"
             if bucket.version != self._update_version:
                 self._begin_update(bucket.version)
             tensors = dict(bucket.tensors)
-            if bucket.layer == FINAL:
+            if bucket.part == FINAL:
                 self._final_norm = tensors.pop(FINAL_NORM).detach().clone()
             if tensors:  # the head, where it is tied, came with the embeddings
-                self._take(bucket.layer, tensors)
-            self._arrived.add(bucket.layer)
+                self._take(bucket.part, tensors)
+            self._arrived.add(bucket.part)
 
     def finish_update(self, version: int) -> None:
         with self._one_at_a_time:
@@ -267,7 +267,7 @@ class TurboMindEngine:
     # Requests, on the loop thread.
 
     async def _answer(self, job: _Job) -> None:
-        samples = [asyncio.ensure_future(self._sample(job, place)) for place in range(job.request.num_samples)]
+        samples = [asyncio.ensure_future(self._sample(job, index)) for index in range(job.request.num_samples)]
         try:
             completions = await asyncio.gather(*samples)
         except Exception as error:
@@ -288,7 +288,7 @@ class TurboMindEngine:
         with self._changed:
             del self._in_flight[job.request.id]
 
-    async def _sample(self, job: _Job, place: int) -> Completion:
+    async def _sample(self, job: _Job, index: int) -> Completion:
         """One answer, in a session of its own. A cancelled session ends with what it has."""
         token_ids: list[int] = []
         logprobs: list[float] = []
@@ -301,7 +301,7 @@ class TurboMindEngine:
                 answer = handle.async_stream_infer(
                     session_id,
                     input_ids=list(job.request.token_ids),
-                    gen_config=self._driver.generation_config(sampling, seed=_sample_seed(job.request, place)),
+                    gen_config=self._driver.generation_config(sampling, seed=_sample_seed(job.request, index)),
                     sequence_start=True,
                     sequence_end=True,
                     step=0,
@@ -378,13 +378,13 @@ def _finish_reason(status: str, token_ids: Sequence[int], request: GenerateReque
     return "length"
 
 
-def _sample_seed(request: GenerateRequest, place: int) -> int:
+def _sample_seed(request: GenerateRequest, index: int) -> int:
     """64 bits for each sample of a group, unrelated for neighbours.
 
     TurboMind's draws depend on a session's seed and its steps so far: a continuation is drawn with a seed of its own,
     as with the same one it would draw again what the beginning was drawn with.
     """
-    key = f"{request.sampling.seed}/{request.first_sample + place}"
+    key = f"{request.sampling.seed}/{request.first_sample + index}"
     if request.num_drawn:
         key += f"/{request.num_drawn}"
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")

@@ -1,11 +1,11 @@
-"""A checksum of a layer's bytes that sender and receiver compute alike, at about the speed of reading them once.
+"""A checksum of a bucket's bytes that sender and receiver compute alike, at about the speed of reading them once.
 
 A tensor's bytes are taken as a table of 64-bit words, 1,024 to a row. Modulo 2^64:
 
     row sum    r_i = sum_j w_ij
     column sum c_j = sum_i w_ij
     tensor    t = sum_i mix(r_i, i) + sum_j mix(c_j, -1 - j)
-    layer     s = sum over tensors of mix(t, hash of name, dtype and shape)
+    bucket    s = sum over tensors of mix(t, hash of name, dtype and shape)
 
 A flipped bit changes its row's sum. Two different words that change places change the sums of two columns, or, within
 one column, those of two rows. `mix` is not linear, so rows, columns and tensors that change places do not cancel out.
@@ -43,7 +43,7 @@ _CPU_ROWS = 64
 THREADS_FROM_BYTES = 64 << 20
 
 
-def layer_checksum(tensors: Mapping[str, Tensor]) -> str:
+def bucket_checksum(tensors: Mapping[str, Tensor]) -> str:
     """Checksum of whole tensors and their names, 16 hexadecimal digits; their order does not matter.
 
     Args:
@@ -52,16 +52,16 @@ def layer_checksum(tensors: Mapping[str, Tensor]) -> str:
     return joined_checksum([partial_checksum(tensors)])
 
 
-def take_layer(tensors: Mapping[str, Tensor], room: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """The checksum of a layer that arrived, and its tensors: those that there is room for are copied there meanwhile.
+def take_bucket(tensors: Mapping[str, Tensor], destinations: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """The checksum of a bucket that arrived, and its tensors: those with a destination are copied there meanwhile.
 
     Args:
-        room: name -> contiguous tensor. Where it does not fit in shape, dtype or device, the tensor stays where it is.
+        destinations: name -> contiguous tensor. A tensor that differs in shape, dtype or device stays where it is.
     """
     total = np.zeros(1, dtype=np.uint64)
     taken = {}
     for name, tensor in tensors.items():
-        target = room.get(name)
+        target = destinations.get(name)
         if target is not None and _fits(tensor, target):
             total += _mix(_copy_with_checksum(tensor, target), _text_hash(name, tensor.dtype, tuple(tensor.shape)))
             taken[name] = target
@@ -72,7 +72,7 @@ def take_layer(tensors: Mapping[str, Tensor], room: Mapping[str, Tensor]) -> tup
 
 
 def partial_checksum(tensors: Mapping[str, Tensor]) -> int:
-    """The share of some of a layer's tensors in its checksum, in [-2^63, 2^63)."""
+    """The share of some of a bucket's tensors in its checksum, in [-2^63, 2^63)."""
     total = np.zeros(1, dtype=np.uint64)
     for name, tensor in tensors.items():
         total += _mix(tensor_checksum(tensor), _text_hash(name, tensor.dtype, tuple(tensor.shape)))
@@ -80,31 +80,31 @@ def partial_checksum(tensors: Mapping[str, Tensor]) -> int:
 
 
 def joined_checksum(partial: Iterable[int]) -> str:
-    """The layer's checksum from the shares of all its tensors."""
+    """The bucket's checksum from the shares of all its tensors."""
     return f"{sum(partial) % 2**64:016x}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SummedTensor:
-    """A tensor whose sums are taken as it is copied, and where they lie among those of its layer."""
+    """A tensor whose sums are taken as it is copied, and where they lie among those of its part of the model."""
 
-    place: int
+    start: int  # word at which they begin
     num_sums: int  # words: of its rows, then of its columns
     text_hash: int
 
     @classmethod
-    def of(cls, name: str, dtype: torch.dtype, shape: Sequence[int], *, place: int) -> SummedTensor:
+    def of(cls, name: str, dtype: torch.dtype, shape: Sequence[int], *, start: int) -> SummedTensor:
         num_bytes = math.prod(shape) * dtype.itemsize
         text_hash = int(_text_hash(name, dtype, tuple(shape))[0])
-        return cls(place=place, num_sums=-(-num_bytes // ROW_BYTES) + ROW_WORDS, text_hash=text_hash)
+        return cls(start=start, num_sums=-(-num_bytes // ROW_BYTES) + ROW_WORDS, text_hash=text_hash)
 
     def in_share(self, share: Tensor) -> Tensor:
-        """Its sums, of one who copies a part of it."""
-        return share[self.place : self.place + self.num_sums]
+        """This tensor's slice of one copier's sums."""
+        return share[self.start : self.start + self.num_sums]
 
 
 def checksum_from_sums(shares: Sequence[Tensor], tensors: Iterable[SummedTensor]) -> int:
-    """The share of some of a layer's tensors in its checksum, as `partial_checksum`, from their row and column sums.
+    """The share of some of a bucket's tensors in its checksum, as `partial_checksum`, from their row and column sums.
 
     Args:
         shares: int64 sums of all who copied a part, to be added up.
@@ -113,7 +113,7 @@ def checksum_from_sums(shares: Sequence[Tensor], tensors: Iterable[SummedTensor]
     assert native is not None, "see can_sum"
     total: int = native.checksum_from_sums(
         [share.data_ptr() for share in shares],
-        [(each.place, each.num_sums - ROW_WORDS, each.text_hash) for each in tensors],
+        [(each.start, each.num_sums - ROW_WORDS, each.text_hash) for each in tensors],
     )
     return total
 
@@ -253,9 +253,9 @@ def _text_hash(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Words:
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), dtype=np.uint64)
 
 
-def _mix(values: Words, places: Words) -> Words:
-    """Hash each value with its place (the finaliser of splitmix64, Steele et al., OOPSLA 2014)."""
-    x = values ^ (places * np.uint64(0x9E3779B97F4A7C15))
+def _mix(values: Words, indices: Words) -> Words:
+    """Hash each value with its index (the finaliser of splitmix64, Steele et al., OOPSLA 2014)."""
+    x = values ^ (indices * np.uint64(0x9E3779B97F4A7C15))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

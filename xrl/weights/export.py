@@ -107,7 +107,7 @@ class _OwnShare:
 
     whole: dict[str, Tensor]  # tensors that its weights hold as they are
     copies: list[tuple[Slice, Tensor]]  # slices of the others, and the parameter they are in
-    places: dict[str, tuple[int, tuple[int, ...], torch.dtype]]  # where the others lie: byte, shape, number format
+    others: dict[str, tuple[int, tuple[int, ...], torch.dtype]]  # in the buffer: first byte, shape, number format
     num_bytes: int  # of those
     order: list[str]  # names of all
 
@@ -151,14 +151,14 @@ class WeightExporter:
                 One mapping for each virtual pipeline stage, or the mapping itself where there is one.
         """
         weights = _per_stage(parameters)
-        engine = has_te_layers(weights[0])
-        if engine not in self._plans:
-            self._plans[engine] = plan(self.shape, self.groups.layout, transformer_engine=engine)
+        te = has_te_layers(weights[0])
+        if te not in self._plans:
+            self._plans[te] = plan(self.shape, self.groups.layout, transformer_engine=te)
         dtype = self.dtype or next(iter(weights[0].values())).dtype
         if self.groups.rank == 0:
-            yield from self._receive(self._plans[engine], weights, dtype, version)
+            yield from self._receive(self._plans[te], weights, dtype, version)
         else:
-            self._send(self._plans[engine], weights, dtype)
+            self._send(self._plans[te], weights, dtype)
 
     def _send(self, planned: Plan, weights: Weights, dtype: torch.dtype) -> None:
         sending: list[dist.Work | None] = [None, None]
@@ -191,7 +191,7 @@ class WeightExporter:
             while wave is not None and wave.part == part:
                 wave.lay_out(tensors)
                 wave = next(waves, None)  # arrives while the consumer works on this part
-            yield WeightBucket(version=version, layer=part, tensors=tensors)
+            yield WeightBucket(version=version, part=part, tensors=tensors)
 
     def _waves(self, planned: Plan, dtype: torch.dtype) -> Iterator[_Wave]:
         """Ask the other ranks for their next messages, in the order they send them."""
@@ -213,7 +213,7 @@ class WeightExporter:
     def _whole_tensors(self, share: _OwnShare, buffer: Tensor) -> dict[str, Tensor]:
         """The part's tensors with this rank's slices in them: where one is a whole tensor already, without a copy."""
         tensors = dict(share.whole)
-        for name, (start, shape, dtype) in share.places.items():
+        for name, (start, shape, dtype) in share.others.items():
             num_bytes = math.prod(shape) * dtype.itemsize
             tensors[name] = buffer[start : start + num_bytes].view(dtype).view(shape)
         for piece, source in share.copies:
@@ -234,13 +234,13 @@ class WeightExporter:
                     whole[piece.tensor] = source.narrow(piece.dim, piece.target, piece.block)
                 else:
                     copies.append((piece, source))
-        places: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
+        others: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
         end = 0
         for name, shape in shapes.items():
             if name not in whole:
-                places[name] = (end, shape, formats[name])
+                others[name] = (end, shape, formats[name])
                 end += _aligned(math.prod(shape) * formats[name].itemsize)
-        return _OwnShare(whole=whole, copies=copies, places=places, num_bytes=end, order=list(shapes))
+        return _OwnShare(whole=whole, copies=copies, others=others, num_bytes=end, order=list(shapes))
 
     def _messages_of(self, planned: Plan, part: str, place: Place, dtype: torch.dtype) -> list[Message]:
         """What a rank sends of a part: sender and receiver work it out alike."""

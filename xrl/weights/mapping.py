@@ -23,10 +23,10 @@ class Cut(Enum):
 
 
 @dataclass(frozen=True)
-class Row:
+class WeightMapping:
     """One line of a table: a Megatron parameter and the Hugging Face tensors it holds.
 
-    Names are those within a decoder layer; with `{expert}` in them the line stands for every expert.
+    Names are those within a decoder layer; with `{expert}` in them the mapping stands for every expert.
     """
 
     megatron: str
@@ -55,35 +55,35 @@ class Row:
         return self.te_cut if transformer_engine and self.te_cut is not None else self.cut
 
 
-Rows = tuple[Row, ...]
+WeightMappings = tuple[WeightMapping, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightTable:
     """All parameters of a family."""
 
-    layer: Rows  # in every decoder layer
-    dense: Rows  # in layers with a plain MLP
-    sparse: Rows = ()  # in layers with experts
-    embeddings: Rows
-    final: Rows
+    layer: WeightMappings  # in every decoder layer
+    dense: WeightMappings  # in layers with a plain MLP
+    sparse: WeightMappings = ()  # in layers with experts
+    embeddings: WeightMappings
+    final: WeightMappings
     layer_prefix: str = "model.layers.{layer}."  # of Hugging Face names within a layer
 
-    def layer_rows(self, shape: ModelShape, layer: int) -> list[Row]:
-        """The lines of one decoder layer."""
+    def layer_mappings(self, shape: ModelShape, layer: int) -> list[WeightMapping]:
+        """The mappings of one decoder layer."""
         return _applicable((*self.layer, *(self.sparse if shape.has_experts(layer) else self.dense)), shape)
 
-    def embedding_rows(self, shape: ModelShape) -> list[Row]:
-        """The lines before the first layer."""
+    def embedding_mappings(self, shape: ModelShape) -> list[WeightMapping]:
+        """The mappings before the first layer."""
         return _applicable(self.embeddings, shape)
 
-    def final_rows(self, shape: ModelShape) -> list[Row]:
-        """The lines after the last layer."""
+    def final_mappings(self, shape: ModelShape) -> list[WeightMapping]:
+        """The mappings after the last layer."""
         return _applicable(self.final, shape)
 
 
-def _applicable(rows: Rows, shape: ModelShape) -> list[Row]:
-    return [row for row in rows if row.when is None or row.when(shape)]
+def _applicable(mappings: WeightMappings, shape: ModelShape) -> list[WeightMapping]:
+    return [mapping for mapping in mappings if mapping.when is None or mapping.when(shape)]
 
 
 def sizes(shape: ModelShape) -> dict[str, int]:

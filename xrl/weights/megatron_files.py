@@ -134,7 +134,7 @@ class RankFileWriter:
         }
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(content, file)
-        self._places = {
+        self._offsets = {
             (stage, name): offset
             for stage, names in enumerate(_stored_tensors(file, planned.layout))
             for name, (_, offset) in names.items()
@@ -149,7 +149,7 @@ class RankFileWriter:
 
     def put(self, parameter: ParameterPlan, tensor: Tensor) -> None:
         """Write one parameter."""
-        offset = self._places[parameter.virtual_stage, self.name(parameter, self._planned)]
+        offset = self._offsets[parameter.virtual_stage, self.name(parameter, self._planned)]
         content = raw_bytes(tensor)
         while content:
             written = os.pwrite(self._descriptor, content, offset)

@@ -104,11 +104,11 @@ def _is_foreign(folder: Path) -> bool:
     """Whether a folder holds weights (of another format, of a checkpoint in training), is large, or cannot be read."""
     num_bytes = 0
     try:
-        for place, _, names in os.walk(folder, onerror=_raise):
+        for parent, _, names in os.walk(folder, onerror=_raise):
             for name in names:
                 if is_weights(name):
                     return True
-                path = Path(place, name)
+                path = Path(parent, name)
                 num_bytes += path.stat().st_size if path.is_file() else 0
                 if num_bytes > MAX_FOLDER_BYTES:
                     return True

@@ -16,7 +16,7 @@ from xrl.config import SettingsError
 from xrl.models.shape import ModelShape
 from xrl.parallel.layout import Layout, Place
 from xrl.weights.families import TABLES
-from xrl.weights.mapping import Cut, Row, WeightTable, sizes
+from xrl.weights.mapping import Cut, WeightMapping, WeightTable, sizes
 
 EMBEDDINGS, FINAL = "embeddings", "final"
 LAYERS = "decoder.layers."
@@ -93,11 +93,11 @@ def tensor_shapes(shape: ModelShape, part: str) -> dict[str, TensorShape]:
     words = sizes(shape)
     prefix = _prefix(table, part)
     shapes = {}
-    for row in _rows(table, shape, part):
-        if row.is_copy:
+    for mapping in _mappings(table, shape, part):
+        if mapping.is_copy:
             continue
-        for name, dims in row.tensors.items():
-            for expert in _experts_of(row, range(shape.experts.num_experts) if shape.experts else range(0)):
+        for name, dims in mapping.tensors.items():
+            for expert in _experts_of(mapping, range(shape.experts.num_experts) if shape.experts else range(0)):
                 shapes[prefix + name.format(expert=expert)] = tuple(words[word] for word in dims)
     return shapes
 
@@ -131,9 +131,9 @@ class Plan:
 
     def keeping_dtype(self, part: str) -> frozenset[str]:
         """Those of them that stay fp32, whatever number format the others are exported in."""
-        rows = [row for row in _rows(self._table, self.shape, part) if row.keeps_dtype]
+        mappings = [mapping for mapping in _mappings(self._table, self.shape, part) if mapping.keeps_dtype]
         prefix = _prefix(self._table, part)
-        return frozenset(prefix + name for row in rows for name in row.tensors)
+        return frozenset(prefix + name for mapping in mappings for name in mapping.tensors)
 
     def stage(self, part: str) -> int:
         """The pipeline rank that holds a part."""
@@ -193,24 +193,25 @@ class Plan:
         source_prefix, target_prefix = _prefix(self._table, part), ""
         if part.startswith("layers."):
             target_prefix = f"{LAYERS}{_layer_of(part) - self._chunks[chunk].start}."
-        for row in _rows(self._table, self.shape, part):
-            if row.is_copy and len(self._chunks) == 1:
+        for mapping in _mappings(self._table, self.shape, part):
+            if mapping.is_copy and len(self._chunks) == 1:
                 continue  # the embedding itself serves as head
-            per_expert = _experts_of(row, self._experts(place.expert))
+            per_expert = _experts_of(mapping, self._experts(place.expert))
             for local, expert in enumerate(per_expert):
-                shape, slices = self._cut(row, place.tensor, source_prefix, expert)
-                names = [row.megatron] if row.te_name is None else [row.megatron, row.te_name]
-                is_first = place.tensor == 0 or row.cut_in(transformer_engine=self.transformer_engine) is not Cut.WHOLE
+                shape, slices = self._cut(mapping, place.tensor, source_prefix, expert)
+                names = [mapping.megatron] if mapping.te_name is None else [mapping.megatron, mapping.te_name]
+                cut = mapping.cut_in(transformer_engine=self.transformer_engine)
+                is_first = place.tensor == 0 or cut is not Cut.WHOLE
                 is_first &= place.expert == 0 or expert is not None
                 yield ParameterPlan(
                     part=part,
                     names=tuple(target_prefix + name.format(expert=local) for name in names),
                     virtual_stage=chunk // self.layout.pipeline_size,
-                    tensors=tuple(source_prefix + name.format(expert=expert) for name in row.tensors),
+                    tensors=tuple(source_prefix + name.format(expert=expert) for name in mapping.tensors),
                     shape=shape,
                     slices=slices,
-                    is_exported=is_first and not row.is_copy,
-                    keeps_dtype=row.keeps_dtype,
+                    is_exported=is_first and not mapping.is_copy,
+                    keeps_dtype=mapping.keeps_dtype,
                 )
 
     def _experts(self, expert_rank: int) -> range:
@@ -220,11 +221,13 @@ class Plan:
         share = self.shape.experts.num_experts // self.layout.expert_size
         return range(share * expert_rank, share * (expert_rank + 1))
 
-    def _cut(self, row: Row, rank: int, prefix: str, expert: int | None) -> tuple[TensorShape, tuple[Slice, ...]]:
+    def _cut(
+        self, mapping: WeightMapping, rank: int, prefix: str, expert: int | None
+    ) -> tuple[TensorShape, tuple[Slice, ...]]:
         """Shape and slices of the parameter on one tensor rank."""
-        cut, size = row.cut_in(transformer_engine=self.transformer_engine), self.layout.tensor_size
-        names = [prefix + name.format(expert=expert) for name in row.tensors]
-        shapes = [tuple(self._words[word] for word in dims) for dims in row.tensors.values()]
+        cut, size = mapping.cut_in(transformer_engine=self.transformer_engine), self.layout.tensor_size
+        names = [prefix + name.format(expert=expert) for name in mapping.tensors]
+        shapes = [tuple(self._words[word] for word in dims) for dims in mapping.tensors.values()]
         dim = 1 if cut is Cut.INPUTS else 0
         lengths = [shape[dim] for shape in shapes]
         if cut is Cut.WHOLE:
@@ -266,17 +269,17 @@ def _layer_of(part: str) -> int:
     return int(part.removeprefix("layers."))
 
 
-def _rows(table: WeightTable, shape: ModelShape, part: str) -> list[Row]:
+def _mappings(table: WeightTable, shape: ModelShape, part: str) -> list[WeightMapping]:
     if part == EMBEDDINGS:
-        return table.embedding_rows(shape)
+        return table.embedding_mappings(shape)
     if part == FINAL:
-        return table.final_rows(shape)
-    return table.layer_rows(shape, _layer_of(part))
+        return table.final_mappings(shape)
+    return table.layer_mappings(shape, _layer_of(part))
 
 
-def _experts_of(row: Row, experts: range) -> list[int | None]:
-    """The experts that a line stands for; [None] where it stands for itself."""
-    return list(experts) if "{expert}" in row.megatron else [None]
+def _experts_of(mapping: WeightMapping, experts: range) -> list[int | None]:
+    """The experts that a mapping stands for; [None] where it stands for itself."""
+    return list(experts) if "{expert}" in mapping.megatron else [None]
 
 
 def _check_divides(shape: ModelShape, layout: Layout, table: WeightTable, transformer_engine: bool) -> None:
@@ -285,13 +288,13 @@ def _check_divides(shape: ModelShape, layout: Layout, table: WeightTable, transf
     words = sizes(shape)
     lengths: dict[str, int] = {}
     for part in part_names(shape):
-        for row in _rows(table, shape, part):
-            cut = row.cut_in(transformer_engine=transformer_engine)
+        for mapping in _mappings(table, shape, part):
+            cut = mapping.cut_in(transformer_engine=transformer_engine)
             if cut is Cut.HEADS:
                 lengths["key/value heads"] = shape.num_kv_heads
             elif cut in (Cut.OUTPUTS, Cut.INPUTS):
                 dim = 1 if cut is Cut.INPUTS else 0
-                lengths |= {name: words[dims[dim]] for name, dims in row.tensors.items()}
+                lengths |= {name: words[dims[dim]] for name, dims in mapping.tensors.items()}
     if shape.latent is not None:
         lengths["attention heads"] = shape.num_heads
     for what, length in lengths.items():

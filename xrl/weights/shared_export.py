@@ -1,11 +1,13 @@
 """The model out of its ranks where all of them are on one host: each writes its share straight to where workers read.
 
-Nothing is sent and nothing gathered: a layer's bytes are copied once, by the ranks at the same time, into memory that
+Nothing is sent and nothing gathered: a part's bytes are copied once, by the ranks at the same time, into memory that
 rank 0 keeps (see xrl.weights.transport.shared_memory), and the sums of its checksum are taken in the same pass. The
 ranks tell each other how far they are by counters in memory:
 
-    rank 0    room for i | write | all have written | checksum | yield i, the consumer sends it | room for i + 1 | ...
-    rank r                 write | wait for room for i + 1 ..............................................| write | ...
+    rank 0    free segment i | write | all have written | checksum | yield i, the consumer sends it | free i + 1 | ...
+    rank r                     write | wait for segment i + 1 ..........................................| write | ...
+
+A segment is where one part of the model lies in that memory.
 """
 
 from __future__ import annotations
@@ -113,19 +115,19 @@ class SharedExporter:
         planned = self._prepare(weights)
         assert self._steps is not None
         rank, mine = self.groups.rank, self._sums[self.groups.rank]
-        rooms = self._rooms(sender, self._receiver, [part.entries for part in self._parts])
-        for part, tensors in zip(self._parts, rooms, strict=True):
+        segments = self._segments(sender, self._receiver, [part.entries for part in self._parts])
+        for part, tensors in zip(self._parts, segments, strict=True):
             if rank == 0:
-                self._steps.give_room()
+                self._steps.free_segment()
             if rank in part.holders:
-                self._steps.wait_for_room()
+                self._steps.wait_for_segment()
                 mine[: part.num_sums].zero_()
                 self._write(planned, weights, part, tensors)
             self._steps.finish()
             if rank == 0:
                 self._steps.wait_for_ranks(part.holders)
                 checksum = self._checksum(part, tensors)
-                yield ProvenBucket(version=version, layer=part.name, tensors=tensors, checksum=checksum)
+                yield ProvenBucket(version=version, part=part.name, tensors=tensors, checksum=checksum)
         self._is_under_way = False
 
     def _write(self, planned: Plan, weights: Weights, part: _Part, tensors: Mapping[str, Tensor]) -> None:
@@ -155,7 +157,7 @@ class SharedExporter:
             sums = TensorEntry(name="sums", dtype="int64", shape=(size, max(part.num_sums for part in self._parts)))
             steps = TensorEntry(name="steps", dtype="int32", shape=(size + 1, CACHE_LINE))
             self._own_sender = Sender() if self.groups.rank == 0 else None
-            (shared,) = self._rooms(self._own_sender, Receiver(), [[sums, steps]])
+            (shared,) = self._segments(self._own_sender, Receiver(), [[sums, steps]])
             self._sums = shared["sums"]
             self._steps = _Steps(shared["steps"], self.groups, self.timeout_s)
         return self._plan
@@ -165,27 +167,27 @@ class SharedExporter:
         others = {name: tensor for name, tensor in tensors.items() if name not in part.summed}
         return joined_checksum([summed, partial_checksum(others)])
 
-    def _rooms(
+    def _segments(
         self, sender: Sender | None, receiver: Receiver, buckets: Sequence[Sequence[TensorEntry]]
     ) -> list[Mapping[str, Tensor]]:
-        """Rooms that rank 0 gives, on every rank. What is sent: four numbers and an offset for each tensor."""
+        """Segments that rank 0 reserves, on every rank. What is sent: four numbers and an offset for each tensor."""
         numbers = torch.zeros(4 + sum(map(len, buckets)), dtype=torch.long)
-        rooms: list[Mapping[str, Tensor]] = []
+        segments: list[Mapping[str, Tensor]] = []
         if sender is not None:
             sender.restart()
-            placed = [sender.place(entries) for entries in buckets]
-            rooms = [tensors for tensors, _ in placed]
-            last = placed[-1][1]
-            offsets = [offset for _, where in placed for offset in where["offsets"]]
+            reserved = [sender.reserve(entries) for entries in buckets]
+            segments = [tensors for tensors, _ in reserved]
+            last = reserved[-1][1]
+            offsets = [offset for _, where in reserved for offset in where["offsets"]]
             numbers = torch.tensor([last["pid"], last["descriptor"], last["inode"], sender.num_bytes, *offsets])
         dist.broadcast(numbers, group_src=0, group=self.groups.control)
         if sender is None:
             pid, descriptor, inode, num_bytes, *offsets = numbers.tolist()
             memory = {"pid": pid, "descriptor": descriptor, "inode": inode, "num_bytes": num_bytes}
             for entries in buckets:
-                rooms.append(receiver.views(entries, {**memory, "offsets": offsets[: len(entries)]}))
+                segments.append(receiver.views(entries, {**memory, "offsets": offsets[: len(entries)]}))
                 del offsets[: len(entries)]
-        return rooms
+        return segments
 
 
 class _Steps:
@@ -193,7 +195,7 @@ class _Steps:
 
     Args:
         counters: [world size + 1, CACHE_LINE] int32. Of each rank the parts it has written, and its process; in the
-            last row the parts that there was room for.
+            last row the parts whose segments were free.
     """
 
     def __init__(self, counters: Tensor, groups: ParallelGroups, timeout_s: float) -> None:
@@ -203,11 +205,12 @@ class _Steps:
         counters[groups.rank, 1] = os.getpid()
         dist.barrier(groups.control)
 
-    def give_room(self) -> None:
+    def free_segment(self) -> None:
         """Rank 0: the next part may be written."""
         self._set(-1, self._step + 1)
 
-    def wait_for_room(self) -> None:
+    def wait_for_segment(self) -> None:
+        """Until the next part may be written."""
         self._wait(-1, self._step + 1, process=0, timeout_s=math.inf)
 
     def finish(self) -> None:
@@ -248,7 +251,7 @@ def _make_part(planned: Plan, name: str, dtype: torch.dtype) -> _Part:
     summed, end = {}, 0
     for entry in entries:
         if _can_sum(planned, entry):
-            summed[entry.name] = SummedTensor.of(entry.name, entry.torch_dtype, entry.shape, place=end)
+            summed[entry.name] = SummedTensor.of(entry.name, entry.torch_dtype, entry.shape, start=end)
             end += summed[entry.name].num_sums
     layout = planned.layout
     holders = set(planned.holders(name))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.layers.test_train_layer import HEAD_DIM, HIDDEN, make_layer, make_rules, normal
+from tests.kernels.layers.test_train_layer import HEAD_DIM, HIDDEN, make_layer, make_layer_inputs, normal
 from xrl.kernels.layers.choice import (
     ONE_BY_ONE,
     ONE_CALL,
@@ -80,14 +80,14 @@ def test_one_call_is_chosen_where_the_kernel_says_that_it_serves(
     dtype: torch.dtype, head_dim: int, most_packed_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("xrl.kernels.layers.gated_mlp._MOST_PACKED_BYTES", most_packed_bytes)
-    layer, rules = make_layer(), make_rules(6, [6], [], [])
-    rules = dataclasses.replace(
-        rules, cos=rules.cos[:, :head_dim].contiguous(), sin=rules.sin[:, :head_dim].contiguous()
+    layer, inputs = make_layer(), make_layer_inputs(6, [6], [], [])
+    inputs = dataclasses.replace(
+        inputs, cos=inputs.cos[:, :head_dim].contiguous(), sin=inputs.sin[:, :head_dim].contiguous()
     )
     kind = LayerKind(
         device=CPU, dtype=dtype, head_dim=head_dim, mlp_bytes=4 * (layer.gate_up.numel() + layer.down.numel())
     )
-    serves = has_train_layer(normal(6, HIDDEN, seed=10).to(dtype), layer, rules)
+    serves = has_train_layer(normal(6, HIDDEN, seed=10).to(dtype), layer, inputs)
     assert (choose_layer(kind).name == ONE_CALL) == serves
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xrl.kernels.layers.self_attention import (
-    HeadRules,
+    HeadSettings,
     PackedSequences,
     can_run,
     reference_self_attention,
@@ -49,8 +49,8 @@ def packed(roots: list[int], branches: list[int], parents: list[int]) -> PackedS
 
 def make_inputs(
     heads: tuple[int, int, int], num_tokens: int, *, normed: bool, dtype: torch.dtype
-) -> tuple[Tensor, HeadRules, Tensor]:
-    """mixed, rules and an upstream gradient."""
+) -> tuple[Tensor, HeadSettings, Tensor]:
+    """mixed, settings and an upstream gradient."""
     num_heads, num_kv_heads, dim = heads
     generator = torch.Generator().manual_seed(0)
 
@@ -58,7 +58,7 @@ def make_inputs(
         return torch.randn(*shape, generator=generator).to(dtype)
 
     angles = (torch.arange(num_tokens)[:, None] * torch.rand(dim // 2, generator=generator)).repeat(1, 2)
-    rules = HeadRules(
+    settings = HeadSettings(
         cos=angles.cos().to(dtype),
         sin=angles.sin().to(dtype),
         q_weight=1 + 0.3 * random(dim) if normed else None,
@@ -66,14 +66,14 @@ def make_inputs(
         eps=1e-6,
         scale=dim**-0.5,
     )
-    return random(num_tokens, (num_heads + 2 * num_kv_heads) * dim), rules, random(num_tokens, num_heads * dim)
+    return random(num_tokens, (num_heads + 2 * num_kv_heads) * dim), settings, random(num_tokens, num_heads * dim)
 
 
 def run(
     attention: Callable[..., Tensor],
     mixed: Tensor,
     sequences: PackedSequences,
-    rules: HeadRules,
+    settings: HeadSettings,
     upstream: Tensor,
     num_kv_heads: int,
     dtype: torch.dtype,
@@ -83,25 +83,25 @@ def run(
     def leaf(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().to(dtype).requires_grad_()
 
-    rules = dataclasses.replace(
-        rules,
-        cos=rules.cos.to(dtype),
-        sin=rules.sin.to(dtype),
-        q_weight=leaf(rules.q_weight),
-        k_weight=leaf(rules.k_weight),
+    settings = dataclasses.replace(
+        settings,
+        cos=settings.cos.to(dtype),
+        sin=settings.sin.to(dtype),
+        q_weight=leaf(settings.q_weight),
+        k_weight=leaf(settings.k_weight),
     )
     given = leaf(mixed)
-    out = attention(given, sequences, rules, num_kv_heads=num_kv_heads)
-    leaves = [tensor for tensor in (given, rules.q_weight, rules.k_weight) if tensor is not None]
+    out = attention(given, sequences, settings, num_kv_heads=num_kv_heads)
+    leaves = [tensor for tensor in (given, settings.q_weight, settings.k_weight) if tensor is not None]
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(dtype))]
 
 
 def compare(sequences: PackedSequences, heads: tuple[int, int, int], *, normed: bool, dtype: torch.dtype) -> None:
     num_tokens = sequences.num_tokens + 3 * (sequences.step == 1)  # some that belong to no sequence
-    mixed, rules, upstream = make_inputs(heads, num_tokens, normed=normed, dtype=dtype)
+    mixed, settings, upstream = make_inputs(heads, num_tokens, normed=normed, dtype=dtype)
     assert can_run(dtype=dtype, device=mixed.device, head_dim=heads[2])
-    ours = run(self_attention, mixed, sequences, rules, upstream, heads[1], dtype)
-    exact = run(reference_self_attention, mixed, sequences, rules, upstream, heads[1], torch.float64)
+    ours = run(self_attention, mixed, sequences, settings, upstream, heads[1], dtype)
+    exact = run(reference_self_attention, mixed, sequences, settings, upstream, heads[1], torch.float64)
     assert len(ours) == (4 if normed else 2)
     for mine, expected in zip(ours, exact, strict=True):
         assert mine.dtype == dtype and mine.shape == expected.shape
@@ -128,13 +128,13 @@ def test_padded_rows_side_by_side_equal_the_reference() -> None:
 
 def test_the_gradient_does_not_depend_on_the_number_of_threads() -> None:
     sequences = packed([20, 3], [9, 30, 1, 5], [0, 0, 1, 0])
-    mixed, rules, upstream = make_inputs(HEADS["grouped"], sequences.num_tokens, normed=False, dtype=torch.float32)
+    mixed, settings, upstream = make_inputs(HEADS["grouped"], sequences.num_tokens, normed=False, dtype=torch.float32)
     threads = torch.get_num_threads()
     found = []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            found.append(run(self_attention, mixed, sequences, rules, upstream, 2, torch.float32))
+            found.append(run(self_attention, mixed, sequences, settings, upstream, 2, torch.float32))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
@@ -143,18 +143,18 @@ def test_the_gradient_does_not_depend_on_the_number_of_threads() -> None:
 
 def test_large_scores_do_not_overflow() -> None:
     sequences = packed([4], [6, 2], [0, 0])
-    mixed, rules, upstream = make_inputs(HEADS["grouped"], sequences.num_tokens, normed=False, dtype=torch.float32)
-    ours = run(self_attention, 100 * mixed, sequences, rules, upstream, 2, torch.float32)
-    exact = run(reference_self_attention, 100 * mixed, sequences, rules, upstream, 2, torch.float64)
+    mixed, settings, upstream = make_inputs(HEADS["grouped"], sequences.num_tokens, normed=False, dtype=torch.float32)
+    ours = run(self_attention, 100 * mixed, sequences, settings, upstream, 2, torch.float32)
+    exact = run(reference_self_attention, 100 * mixed, sequences, settings, upstream, 2, torch.float64)
     assert all(tensor.isfinite().all() for tensor in ours)
     torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-4, atol=1e-2)
 
 
 def test_a_token_that_is_not_a_number_spoils_no_other_sequence() -> None:
     sequences = packed([4], [6, 2], [0, 0])
-    mixed, rules, upstream = make_inputs(HEADS["grouped"], sequences.num_tokens, normed=False, dtype=torch.float32)
+    mixed, settings, upstream = make_inputs(HEADS["grouped"], sequences.num_tokens, normed=False, dtype=torch.float32)
     mixed[5] = torch.nan  # the second token of the first answer
-    out = run(self_attention, mixed, sequences, rules, upstream, 2, torch.float32)[0]
+    out = run(self_attention, mixed, sequences, settings, upstream, 2, torch.float32)[0]
     assert out[5:10].isnan().all()
     assert not out[:4].isnan().any() and not out[10:].isnan().any()
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.kernels.layers.test_self_attention import packed
 from xrl.kernels.layers.train_layer import (
+    LayerInputs,
     LayerParameters,
-    LayerRules,
     has_train_layer,
     reference_train_layer,
     train_layer,
@@ -50,9 +50,9 @@ def make_layer(*, qk_norm: bool = True, qkv_bias: bool = False) -> LayerParamete
     return LayerParameters(**tensors)
 
 
-def make_rules(num_rows: int, roots: list[int], branches: list[int], parents: list[int]) -> LayerRules:
+def make_layer_inputs(num_rows: int, roots: list[int], branches: list[int], parents: list[int]) -> LayerInputs:
     angles = (torch.arange(num_rows)[:, None] * normal(HEAD_DIM // 2, seed=20)).repeat(1, 2)
-    return LayerRules(
+    return LayerInputs(
         sequences=packed(roots, branches, parents),
         cos=angles.cos(),
         sin=angles.sin(),
@@ -62,12 +62,12 @@ def make_rules(num_rows: int, roots: list[int], branches: list[int], parents: li
     )
 
 
-def exact(layer: LayerParameters, rules: LayerRules) -> tuple[LayerParameters, LayerRules]:
+def exact(layer: LayerParameters, inputs: LayerInputs) -> tuple[LayerParameters, LayerInputs]:
     double = {
         name: None if tensor is None else tensor.detach().double().requires_grad_()
         for name, tensor in vars(layer).items()
     }
-    return LayerParameters(**double), dataclasses.replace(rules, cos=rules.cos.double(), sin=rules.sin.double())
+    return LayerParameters(**double), dataclasses.replace(inputs, cos=inputs.cos.double(), sin=inputs.sin.double())
 
 
 def assert_equal(found: Tensor | None, expected: Tensor | None) -> None:
@@ -81,20 +81,20 @@ def assert_equal(found: Tensor | None, expected: Tensor | None) -> None:
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_output_and_gradients_equal_the_reference(model: dict[str, bool], num_padding: int, num_threads: int) -> None:
     num_rows = 9 + 3 * 20 + 17 + num_padding
-    rules = make_rules(num_rows, [9, 17], [20, 20, 20], [0, 0, 0])
+    inputs = make_layer_inputs(num_rows, [9, 17], [20, 20, 20], [0, 0, 0])
     layer = make_layer(**model)
     x = normal(num_rows, 1, HIDDEN, seed=10).requires_grad_()
     upstream = normal(num_rows, 1, HIDDEN, seed=11)
-    assert has_train_layer(x, layer, rules)
-    layer64, rules64 = exact(layer, rules)
+    assert has_train_layer(x, layer, inputs)
+    layer64, inputs64 = exact(layer, inputs)
     x64 = x.detach().double().requires_grad_()
-    expected = reference_train_layer(x64, layer64, rules64)
+    expected = reference_train_layer(x64, layer64, inputs64)
     expected.backward(upstream.double())
 
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        out = train_layer(x, layer, rules)
+        out = train_layer(x, layer, inputs)
         out.backward(upstream)
     finally:
         torch.set_num_threads(threads_before)
@@ -106,14 +106,14 @@ def test_output_and_gradients_equal_the_reference(model: dict[str, bool], num_pa
 
 
 def test_gradients_that_megatron_keeps_are_added_there() -> None:
-    rules = make_rules(12, [12], [], [])
+    inputs = make_layer_inputs(12, [12], [], [])
     layer, x = make_layer(), normal(12, HIDDEN, seed=10)
-    layer64, rules64 = exact(layer, rules)
+    layer64, inputs64 = exact(layer, inputs)
     for tensor in layer.tensors():
         if tensor is not None:
             tensor.main_grad = torch.ones_like(tensor)  # type: ignore[attr-defined]
-    train_layer(x, layer, rules).sum().backward()
-    reference_train_layer(x.double(), layer64, rules64).sum().backward()
+    train_layer(x, layer, inputs).sum().backward()
+    reference_train_layer(x.double(), layer64, inputs64).sum().backward()
     for tensor, reference in zip(layer.tensors(), layer64.tensors(), strict=True):
         if tensor is not None and reference is not None:
             assert tensor.grad is None and reference.grad is not None
@@ -124,79 +124,79 @@ def test_frozen_parameters_get_no_gradient() -> None:
     layer, x = make_layer(), normal(6, HIDDEN, seed=10).requires_grad_()
     for tensor in (layer.qkv, layer.mlp_norm, layer.down):
         tensor.requires_grad_(False)
-    train_layer(x, layer, make_rules(6, [6], [], [])).sum().backward()
+    train_layer(x, layer, make_layer_inputs(6, [6], [], [])).sum().backward()
     frozen = [name for name, tensor in vars(layer).items() if tensor is not None and tensor.grad is None]
     assert frozen == ["qkv", "mlp_norm", "down"]
     assert x.grad is not None
 
 
 def test_what_the_kernel_lacks_is_computed_by_the_reference() -> None:
-    rules = make_rules(6, [6], [], [])
-    layer, rules64 = exact(make_layer(), rules)
+    inputs = make_layer_inputs(6, [6], [], [])
+    layer, inputs64 = exact(make_layer(), inputs)
     x = normal(6, HIDDEN, seed=10).double()
-    out = train_layer(x, layer, rules64)
+    out = train_layer(x, layer, inputs64)
     assert out.dtype == torch.float64
-    torch.testing.assert_close(out, reference_train_layer(x, layer, rules64))
-    assert_equal(train_layer(x.float(), make_layer(), rules), out)
+    torch.testing.assert_close(out, reference_train_layer(x, layer, inputs64))
+    assert_equal(train_layer(x.float(), make_layer(), inputs), out)
 
 
 def test_second_backward_pass_is_refused() -> None:
     x = normal(6, HIDDEN, seed=10).requires_grad_()
-    out = train_layer(x, make_layer(), make_rules(6, [6], [], [])).sum()
+    out = train_layer(x, make_layer(), make_layer_inputs(6, [6], [], [])).sum()
     out.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="can run once"):
         out.backward()
 
 
 def test_it_is_known_what_the_kernel_lacks() -> None:
-    layer, rules, x = make_layer(), make_rules(6, [6], [], []), normal(6, HIDDEN, seed=10)
-    assert has_train_layer(x, layer, rules)
-    assert not has_train_layer(x.bfloat16(), layer, rules)
-    assert not has_train_layer(x[:0], layer, rules)
-    assert not has_train_layer(x, dataclasses.replace(layer, down=layer.down.detach().t().contiguous().t()), rules)
-    narrow = dataclasses.replace(rules, cos=rules.cos[:, :8].contiguous(), sin=rules.sin[:, :8].contiguous())
+    layer, inputs, x = make_layer(), make_layer_inputs(6, [6], [], []), normal(6, HIDDEN, seed=10)
+    assert has_train_layer(x, layer, inputs)
+    assert not has_train_layer(x.bfloat16(), layer, inputs)
+    assert not has_train_layer(x[:0], layer, inputs)
+    assert not has_train_layer(x, dataclasses.replace(layer, down=layer.down.detach().t().contiguous().t()), inputs)
+    narrow = dataclasses.replace(inputs, cos=inputs.cos[:, :8].contiguous(), sin=inputs.sin[:, :8].contiguous())
     assert not has_train_layer(x, layer, narrow)
 
 
 def test_bad_arguments_are_refused() -> None:
-    layer, rules, x = make_layer(), make_rules(6, [6], [], []), normal(6, HIDDEN, seed=10)
-    sequences = rules.sequences
+    layer, inputs, x = make_layer(), make_layer_inputs(6, [6], [], []), normal(6, HIDDEN, seed=10)
+    sequences = inputs.sequences
     for match, change in {
         r"input_norm must be torch.float32 \[40\] on cpu, got torch.float32 \[3\]": {"input_norm": torch.ones(3)},
         "qkv must be": {"qkv": torch.ones(32, HIDDEN)},
         "needed together": {"k_norm": None},
     }.items():
         with pytest.raises(ValueError, match=match):
-            train_layer(x, dataclasses.replace(layer, **change), rules)
+            train_layer(x, dataclasses.replace(layer, **change), inputs)
     for match, change in {
-        r"cos must be torch.float32 \[6, \*\]": {"cos": rules.cos[:5], "sin": rules.sin[:5]},
+        r"cos must be torch.float32 \[6, \*\]": {"cos": inputs.cos[:5], "sin": inputs.sin[:5]},
         "a row for each of the 7 tokens": {"sequences": dataclasses.replace(sequences, num_tokens=7)},
         "must give each of 5 tokens to one sequence": {"sequences": dataclasses.replace(sequences, num_tokens=5)},
-        "sin must be": {"sin": rules.sin[:, :8]},
+        "sin must be": {"sin": inputs.sin[:, :8]},
         "starts must be int32": {"sequences": dataclasses.replace(sequences, starts=sequences.starts.long())},
     }.items():
         with pytest.raises(ValueError, match=match):
-            train_layer(x, layer, dataclasses.replace(rules, **change))
+            train_layer(x, layer, dataclasses.replace(inputs, **change))
 
 
 def test_sequences_side_by_side_in_memory() -> None:
     length, num_sequences = 7, 3
-    rules = make_rules(length * num_sequences, [length] * num_sequences, [], [])
-    side_by_side = dataclasses.replace(rules.sequences, starts=torch.arange(num_sequences).int(), step=num_sequences)
+    inputs = make_layer_inputs(length * num_sequences, [length] * num_sequences, [], [])
+    side_by_side = dataclasses.replace(inputs.sequences, starts=torch.arange(num_sequences).int(), step=num_sequences)
     layer = make_layer()
     x = normal(num_sequences, length, HIDDEN, seed=10)
-    one_after_another = train_layer(x.flatten(0, 1), layer, rules).view(x.shape)
+    one_after_another = train_layer(x.flatten(0, 1), layer, inputs).view(x.shape)
     places = torch.arange(num_sequences * length).view(num_sequences, length).t().flatten()
     padded = dataclasses.replace(
-        rules, sequences=side_by_side, cos=rules.cos[places].contiguous(), sin=rules.sin[places].contiguous()
+        inputs, sequences=side_by_side, cos=inputs.cos[places].contiguous(), sin=inputs.sin[places].contiguous()
     )
     out = train_layer(x.transpose(0, 1).contiguous(), layer, padded).transpose(0, 1)
     torch.testing.assert_close(out, one_after_another, rtol=1e-6, atol=1e-6)
 
 
 def test_buffer_of_another_type_is_left_to_megatron() -> None:
-    layer, rules, x = make_layer(), make_rules(6, [6], [], []), normal(6, HIDDEN, seed=10)
+    layer, inputs, x = make_layer(), make_layer_inputs(6, [6], [], []), normal(6, HIDDEN, seed=10)
     layer.down.main_grad = torch.zeros_like(layer.down, dtype=torch.float64)  # type: ignore[attr-defined]
-    train_layer(x, layer, rules).sum().backward()
+    train_layer(x, layer, inputs).sum().backward()
     assert layer.down.grad is not None and layer.down.grad.count_nonzero() > 0
     assert layer.down.main_grad.count_nonzero() == 0  # type: ignore[attr-defined]

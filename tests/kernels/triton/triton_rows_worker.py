@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xrl.algorithms.clipped import clipped_surrogate
-from xrl.algorithms.importance import importance_weights
+from xrl.algorithms.importance import token_importance
 from xrl.algorithms.kl import KL_ESTIMATORS
 from xrl.algorithms.loss_settings import TokenLossSettings
 from xrl.kernels.head.grpo_rows import ROW_OUTPUTS
@@ -69,13 +69,13 @@ def expected_rows(rows: dict[str, Tensor | None], settings: TokenLossSettings, d
         dual_clip=settings.dual_clip,
     )
     numerator = logprob if settings.importance_from_current else old
-    importance = importance_weights(
+    importance = token_importance(
         numerator,
         numerator if rows["rollout_logprobs"] is None else rows["rollout_logprobs"],
         kind=settings.importance_correction,
         bound=settings.importance_bound,
     )
-    loss = importance.weights * surrogate.loss
+    loss = importance.factor * surrogate.loss
     kl = torch.zeros_like(logprob)
     if rows["reference_logprobs"] is not None:
         kl = KL_ESTIMATORS[settings.kl_type](logprob, rows["reference_logprobs"])

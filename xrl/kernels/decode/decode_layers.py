@@ -186,7 +186,7 @@ class _Checked:
 
     sizes: _Sizes
     tensors: list[Tensor]  # all that the layers have
-    places: list[int]  # of each
+    pointers: list[int]  # to each
     unpacked: list[Tensor]  # those of them that are checked: packed weights come from where they were packed
     lengths: list[int]  # of each of these
     addresses: Sequence[tuple[int, ...]] | None
@@ -198,7 +198,7 @@ class _Checked:
         return _Checked(
             sizes=sizes,
             tensors=tensors,
-            places=list(map(Tensor.data_ptr, tensors)),
+            pointers=list(map(Tensor.data_ptr, tensors)),
             unpacked=unpacked,
             lengths=list(map(Tensor.numel, unpacked)),
             addresses=addresses,
@@ -208,7 +208,7 @@ class _Checked:
         """Whether it is still so, and for such sizes; that x is of the layers' kind, every step looks at itself."""
         return (
             self.sizes == sizes
-            and list(map(Tensor.data_ptr, self.tensors)) == self.places
+            and list(map(Tensor.data_ptr, self.tensors)) == self.pointers
             and list(map(Tensor.numel, self.unpacked)) == self.lengths
         )
 

@@ -38,14 +38,14 @@ def prefill_attention(qkv: Tensor, lengths: Sequence[int], *, num_heads: int) ->
     if not lengths or not can_run(dtype=qkv.dtype, device=qkv.device, head_dim=qkv.shape[2]):
         return reference_prefill_attention(qkv, lengths, num_heads=num_heads)
     starts = [*accumulate(lengths, initial=0)][:-1]
-    places = torch.tensor([starts, list(lengths), [-1] * len(lengths)], dtype=torch.int32)  # they continue none
+    sequences = torch.tensor([starts, list(lengths), [-1] * len(lengths)], dtype=torch.int32)  # they continue none
     num_tokens, dim = sum(lengths), qkv.shape[2]
     out = qkv.new_empty(len(qkv), num_heads, dim)
     log_sums = torch.empty(num_heads, num_tokens)  # for a backward pass, which there is none of
     getattr(native_module(), f"prefill_attention_{_SUFFIX[qkv.dtype]}")(
         qkv=address(qkv),
         shape=(num_heads, (qkv.shape[1] - num_heads) // 2, dim, num_tokens, dim**-0.5),
-        sequences=(*(address(row) for row in places), len(lengths), 1),
+        sequences=(*(address(row) for row in sequences), len(lengths), 1),
         out=address(out),
         log_sums=address(log_sums),
         num_threads=num_threads(),

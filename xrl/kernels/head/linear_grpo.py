@@ -150,7 +150,7 @@ def reference_linear_grpo_loss(
 class _Chunk:
     """A chunk between its logits and its gradient."""
 
-    place: slice  # among the unmasked rows
+    span: slice  # among the unmasked rows
     hidden: Tensor  # [C, H]
     logits: Tensor  # [C, V]
     softmax: Callable[[], TokenSoftmax]  # waits for the other shards
@@ -171,15 +171,15 @@ class _Call:
 
     def begin(self, rows: Tensor, token_ids: Tensor) -> Iterator[_Chunk]:
         """Each chunk as soon as its statistics are under way to the other shards."""
-        for place in cut(len(rows), most=self.chunk_rows):
-            yield self._begin(place, rows[place], token_ids[place])
+        for span in cut(len(rows), most=self.chunk_rows):
+            yield self._begin(span, rows[span], token_ids[span])
 
-    def _begin(self, place: slice, rows: Tensor, token_ids: Tensor) -> _Chunk:
+    def _begin(self, span: slice, rows: Tensor, token_ids: Tensor) -> _Chunk:
         hidden = self.head.pick(rows)
         logits = self.head.logits(hidden)
         statistics = self.choose(logits).statistics(logits, token_ids, self.columns)
         softmax = start_combining(statistics, token_ids, self.columns)
-        return _Chunk(place=place, hidden=hidden, logits=logits, softmax=softmax)
+        return _Chunk(span=span, hidden=hidden, logits=logits, softmax=softmax)
 
     def add_gradient(
         self,
@@ -222,14 +222,14 @@ class _Call:
         some_rows, some_ids = rows[unmasked], token_ids[unmasked]
         results = tokens.shares.new_zeros(len(SINGLE_PASS_OUTPUTS), len(unmasked))
         for chunk in one_ahead(self.begin(some_rows, some_ids), ahead=self.head.group is not None):
-            place, softmax = chunk.place, chunk.softmax()
-            ids = some_ids[place]
+            span, softmax = chunk.span, chunk.softmax()
+            ids = some_ids[span]
             backend = self.choose(chunk.logits)
-            logprob, entropy, outputs = row_outputs(backend, softmax, ids, some.select(place), self.settings)
-            results[0, place], results[1, place], results[2:, place] = logprob, entropy, outputs
+            logprob, entropy, outputs = row_outputs(backend, softmax, ids, some.select(span), self.settings)
+            results[0, span], results[1, span], results[2:, span] = logprob, entropy, outputs
             if gradients is not None:
                 grad_logprob, grad_entropy = factor * outputs[1], factor * outputs[2]
-                self.add_gradient(gradients, chunk, some_rows[place], ids, softmax, grad_logprob, grad_entropy)
+                self.add_gradient(gradients, chunk, some_rows[span], ids, softmax, grad_logprob, grad_entropy)
             del chunk  # and its logits, before the next one's are made
         everything = results.new_zeros(len(results), len(rows))
         everything[:, unmasked] = results

@@ -159,7 +159,7 @@ class _Call:
         )
 
     def chunks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(place in `rows`, hidden states [C, H], logits [C, V]) of each chunk."""
+        """(span of `rows`, hidden states [C, H], logits [C, V]) of each chunk."""
         for chunk in cut(len(rows), most=self.chunk_rows):
             hidden = self.head.pick(rows[chunk])
             yield chunk, hidden, self.head.logits(hidden)

@@ -25,11 +25,11 @@ _NOWHERE = MappingProxyType({"gradient": 0, "gradient_stride": 0, "num_gradient_
 
 def statistics(logits: Tensor, token_ids: Tensor, columns: ShardColumns) -> Tensor:
     """See `Backend.statistics`."""
-    place = _rows(logits, columns.num_columns)
+    logit_rows = _rows(logits, columns.num_columns)
     ids = _ids(token_ids, len(logits))
     out = torch.empty(4, logits.shape[0], dtype=torch.float32)
     _kernel("logprob_statistics", logits)(
-        **place,
+        **logit_rows,
         token_ids=address(ids),
         vocab_start=columns.vocab_start,
         inverse_temperature=columns.inverse_temperature,
@@ -50,7 +50,7 @@ def gradient(
     grad_entropy: Tensor | None,
 ) -> None:
     """See `Backend.gradient`."""
-    place = _rows(logits, columns.num_columns)
+    logit_rows = _rows(logits, columns.num_columns)
     ids = _ids(token_ids, len(logits))
     rows = _floats(
         len(logits),
@@ -61,7 +61,7 @@ def gradient(
         grad_entropy=grad_entropy,
     )
     _kernel("logprob_gradient", logits)(
-        **place,
+        **logit_rows,
         token_ids=address(ids),
         vocab_start=columns.vocab_start,
         inverse_temperature=columns.inverse_temperature,
@@ -100,12 +100,12 @@ def grpo_single_pass(
     factor: float,
 ) -> Tensor:
     """See `SinglePassBackend.grpo_single_pass`."""
-    place = _rows(logits, columns.num_columns)
+    logit_rows = _rows(logits, columns.num_columns)
     ids = _ids(token_ids, len(logits))
     rows = _floats(len(logits), **_named(tokens))
     out = torch.empty(len(SINGLE_PASS_OUTPUTS), logits.shape[0], dtype=torch.float32)
     _kernel("grpo_single_pass", logits)(
-        **place,
+        **logit_rows,
         token_ids=address(ids),
         vocab_start=columns.vocab_start,
         inverse_temperature=columns.inverse_temperature,

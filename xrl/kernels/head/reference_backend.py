@@ -28,10 +28,10 @@ def statistics(logits: Tensor, token_ids: Tensor, columns: ShardColumns) -> Tens
     exp = shifted.exp()
     # A token of probability 0 adds nothing; 0 * -inf would be NaN.
     exp_shifted = exp * shifted.masked_fill(shifted == -math.inf, 0.0)
-    owned, place = _place(token_ids, columns)
+    owned, column = _column(token_ids, columns)
     target = x.new_zeros(x.shape[0])
     if columns.num_columns:
-        target = torch.where(owned, shifted.gather(1, place[:, None])[:, 0], target)
+        target = torch.where(owned, shifted.gather(1, column[:, None])[:, 0], target)
     return torch.stack([maximum, exp.sum(1), exp_shifted.sum(1), target])
 
 
@@ -55,8 +55,8 @@ def gradient(
         spread = logp.masked_fill(logp == -math.inf, 0.0) + softmax.entropy[:, None]
         wanted = wanted - grad_entropy[:, None] * p * spread
     if num_columns:
-        owned, place = _place(token_ids, columns)
-        wanted.scatter_add_(1, place[:, None], (grad_logprob * owned)[:, None])
+        owned, column = _column(token_ids, columns)
+        wanted.scatter_add_(1, column[:, None], (grad_logprob * owned)[:, None])
     idle = grad_logprob == 0
     if grad_entropy is not None:
         idle = idle & (grad_entropy == 0)
@@ -128,7 +128,7 @@ def _widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _place(token_ids: Tensor, columns: ShardColumns) -> tuple[Tensor, Tensor]:
+def _column(token_ids: Tensor, columns: ShardColumns) -> tuple[Tensor, Tensor]:
     """Whether each token is on this shard, and its column there (any column where it isn't)."""
     local = token_ids.long() - columns.vocab_start
     owned = (local >= 0) & (local < columns.num_columns)

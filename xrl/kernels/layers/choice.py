@@ -51,7 +51,7 @@ class LayerChoice:
         return ", ".join([self.name, *(f"not {name} because {reason}" for name, reason in self.refused)])
 
 
-def why_not_engine(kind: LayerKind) -> str:
+def why_not_te(kind: LayerKind) -> str:
     """Why transformer-engine's layers are not taken; empty where they are."""
     if kind.has_latent_attention:
         return "latent attention is always our own"
@@ -75,7 +75,7 @@ def why_not_dense(kind: LayerKind) -> str:
     return "" if kind.device.type == "cpu" else f"it is on {kind.device.type}"
 
 
-def why_not_own_attention(kind: LayerKind) -> str:
+def why_not_our_attention(kind: LayerKind) -> str:
     """Why our own attention does not run; empty where it does."""
     if kind.has_latent_attention:
         return "it is latent"
@@ -92,14 +92,14 @@ def _why_not_one_call(kind: LayerKind) -> str:
         return f"it is {str(kind.dtype).removeprefix('torch.')}"
     if not is_packed_whole(kind.mlp_bytes):
         return f"its MLP of {kind.mlp_bytes >> 20} MiB is too large to be packed at each call"
-    return why_not_own_attention(kind) or why_not_matmul()
+    return why_not_our_attention(kind) or why_not_matmul()
 
 
 # The order is that in which they are asked. A new way is a row here and a test.
 WAYS: tuple[tuple[str, Callable[[LayerKind], str]], ...] = (
-    (TRANSFORMER_ENGINE, why_not_engine),
+    (TRANSFORMER_ENGINE, why_not_te),
     (ONE_CALL, _why_not_one_call),
-    (ONE_BY_ONE, why_not_own_attention),
+    (ONE_BY_ONE, why_not_our_attention),
     (PYTORCH, lambda _: ""),
 )
 

@@ -52,21 +52,21 @@ class _CpuLinear(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class GradientRoom:
+class GradientDestination:
     """Where a kernel adds a parameter's gradient, and what autograd then gets of it."""
 
     buffer: Tensor
     result: Tensor | None
 
 
-def gradient_room(parameter: Tensor) -> GradientRoom:
+def gradient_destination(parameter: Tensor) -> GradientDestination:
     """Megatron's gradient buffer where there is one of the same type, which autograd does not see; else zeros."""
     main_grad: Tensor | None = getattr(parameter, "main_grad", None)
     if main_grad is not None and main_grad.dtype == parameter.dtype and main_grad.is_contiguous():
         check_tensor("main_grad", main_grad, parameter.shape, like=parameter)
-        return GradientRoom(main_grad, None)
+        return GradientDestination(main_grad, None)
     zeros = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-    return GradientRoom(zeros, zeros)
+    return GradientDestination(zeros, zeros)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:

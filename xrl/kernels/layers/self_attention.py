@@ -90,7 +90,7 @@ class PackedSequences:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadRules:
+class HeadSettings:
     """What happens to query and key heads before they meet."""
 
     cos: Tensor  # [T, d] contiguous
@@ -117,7 +117,7 @@ def why_not_attention(*, dtype: torch.dtype, device: torch.device, head_dim: int
     return "" if native_module() is not None else "xrl._C is not built"
 
 
-def self_attention(mixed: Tensor, sequences: PackedSequences, rules: HeadRules, *, num_kv_heads: int) -> Tensor:
+def self_attention(mixed: Tensor, sequences: PackedSequences, settings: HeadSettings, *, num_kv_heads: int) -> Tensor:
     """Causal attention of every sequence over its prompt and itself; differentiable in `mixed` and the norms' weights.
 
     Args:
@@ -130,37 +130,37 @@ def self_attention(mixed: Tensor, sequences: PackedSequences, rules: HeadRules, 
         ValueError: shapes, types or devices that do not fit together, or sequences that do not share out the tokens.
         TypeError: an argument is of another kind.
     """
-    _check(mixed, sequences, rules, num_kv_heads)
-    if not can_run(dtype=mixed.dtype, device=mixed.device, head_dim=rules.cos.shape[1]) or mixed.numel() == 0:
+    _check(mixed, sequences, settings, num_kv_heads)
+    if not can_run(dtype=mixed.dtype, device=mixed.device, head_dim=settings.cos.shape[1]) or mixed.numel() == 0:
         sequences.check_values()
-        return reference_self_attention(mixed, sequences, rules, num_kv_heads=num_kv_heads)
-    out: Tensor = _SelfAttention.apply(mixed, rules.q_weight, rules.k_weight, sequences, rules, num_kv_heads)
+        return reference_self_attention(mixed, sequences, settings, num_kv_heads=num_kv_heads)
+    out: Tensor = _SelfAttention.apply(mixed, settings.q_weight, settings.k_weight, sequences, settings, num_kv_heads)
     return out
 
 
-def _check(mixed: Tensor, sequences: PackedSequences, rules: HeadRules, num_kv_heads: int) -> None:
+def _check(mixed: Tensor, sequences: PackedSequences, settings: HeadSettings, num_kv_heads: int) -> None:
     check_floats("mixed", mixed, (None, None))
     check_instance("sequences", sequences, PackedSequences)
-    check_instance("rules", rules, HeadRules)
+    check_instance("settings", settings, HeadSettings)
     check_count("num_kv_heads", num_kv_heads)
     num_rows, width = mixed.shape
-    check_tensor("cos", rules.cos, (num_rows, None), like=mixed)
-    check_tensor("sin", rules.sin, rules.cos.shape, like=mixed)
-    for name, table in (("cos", rules.cos), ("sin", rules.sin)):
+    check_tensor("cos", settings.cos, (num_rows, None), like=mixed)
+    check_tensor("sin", settings.sin, settings.cos.shape, like=mixed)
+    for name, table in (("cos", settings.cos), ("sin", settings.sin)):
         if not table.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {list(table.stride())}")
-    dim = rules.cos.shape[1]
+    dim = settings.cos.shape[1]
     if dim < 2 or dim % 2:
-        raise ValueError(f"cos must be [T, an even head size], got {list(rules.cos.shape)}")
+        raise ValueError(f"cos must be [T, an even head size], got {list(settings.cos.shape)}")
     if width % (num_kv_heads * dim) or width < 3 * num_kv_heads * dim:
         raise ValueError(
             f"mixed must be [T, g * (r + 2) * d] with g = {num_kv_heads} KV heads of size d = {dim}, "
             f"got {list(mixed.shape)}"
         )
-    check_head_norms(rules.q_weight, rules.k_weight, (dim,), like=mixed, names=("q_weight", "k_weight"))
-    check_number("eps", rules.eps, lowest=0.0)
-    check_number("scale", rules.scale)
-    check_no_gradient("self_attention", cos=rules.cos, sin=rules.sin)
+    check_head_norms(settings.q_weight, settings.k_weight, (dim,), like=mixed, names=("q_weight", "k_weight"))
+    check_number("eps", settings.eps, lowest=0.0)
+    check_number("scale", settings.scale)
+    check_no_gradient("self_attention", cos=settings.cos, sin=settings.sin)
     sequences.check(num_rows)
 
 
@@ -176,23 +176,23 @@ def check_head_norms(
 
 
 def reference_self_attention(
-    mixed: Tensor, sequences: PackedSequences, rules: HeadRules, *, num_kv_heads: int
+    mixed: Tensor, sequences: PackedSequences, settings: HeadSettings, *, num_kv_heads: int
 ) -> Tensor:
     """The specification of `self_attention`."""
-    dim = rules.cos.shape[-1]
+    dim = settings.cos.shape[-1]
     heads = mixed.view(len(mixed), num_kv_heads, -1, dim)
     repeats = heads.shape[2] - 2
     query, key, value = heads[:, :, :repeats].flatten(1, 2), heads[:, :, -2], heads[:, :, -1]
-    if rules.q_weight is not None and rules.k_weight is not None:
-        query = reference_rms_norm(query, rules.q_weight, rules.eps)
-        key = reference_rms_norm(key, rules.k_weight, rules.eps)
-    query, key = (reference_rotary(x, rules.cos, rules.sin) for x in (query, key))
+    if settings.q_weight is not None and settings.k_weight is not None:
+        query = reference_rms_norm(query, settings.q_weight, settings.eps)
+        key = reference_rms_norm(key, settings.k_weight, settings.eps)
+    query, key = (reference_rotary(x, settings.cos, settings.sin) for x in (query, key))
     indices = sequences.indices()
     out = torch.zeros_like(query)
     for own, parent in zip(indices, sequences.parents.tolist(), strict=True):
         seen = own if parent < 0 else torch.cat([indices[parent], own])
         k, v = (x[seen].repeat_interleave(repeats, dim=1) for x in (key, value))
-        scores = torch.einsum("qnd,knd->nqk", query[own], k) * rules.scale
+        scores = torch.einsum("qnd,knd->nqk", query[own], k) * settings.scale
         hidden = torch.ones(len(own), len(seen), dtype=torch.bool).triu(len(seen) - len(own) + 1)
         out[own] = torch.einsum("nqk,knd->qnd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
     return out.flatten(1)
@@ -206,10 +206,10 @@ class _SelfAttention(torch.autograd.Function):
         q_weight: Tensor | None,
         k_weight: Tensor | None,
         sequences: PackedSequences,
-        rules: HeadRules,
+        settings: HeadSettings,
         num_kv_heads: int,
     ) -> Tensor:
-        call = _Call(mixed.contiguous(), sequences, rules, num_kv_heads)
+        call = _Call(mixed.contiguous(), sequences, settings, num_kv_heads)
         query, key = call.rotated_heads()
         out = torch.empty(len(mixed), call.num_heads * call.dim, dtype=mixed.dtype)
         log_sums = torch.empty(call.num_heads, sequences.num_tokens)
@@ -218,23 +218,23 @@ class _SelfAttention(torch.autograd.Function):
             key=address(key),
             mixed=address(call.mixed),
             shape=call.shape,
-            scale=rules.scale,
-            sequences=call.places,
+            scale=settings.scale,
+            sequences=call.sequences,
             out=address(out),
             log_sums=address(log_sums),
             num_threads=call.num_threads,
         )
         _clear_behind(out, sequences.num_tokens)
         ctx.save_for_backward(call.mixed, out, log_sums)
-        ctx.arguments = sequences, rules, num_kv_heads
+        ctx.arguments = sequences, settings, num_kv_heads
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         mixed, out, log_sums = ctx.saved_tensors
-        sequences, rules, num_kv_heads = ctx.arguments
-        call = _Call(mixed, sequences, rules, num_kv_heads)
+        sequences, settings, num_kv_heads = ctx.arguments
+        call = _Call(mixed, sequences, settings, num_kv_heads)
         query, key = call.rotated_heads()
         grad_out = grads[0].contiguous()
         grad_query, grad_key, grad_mixed = torch.empty_like(query), torch.empty_like(key), torch.empty_like(mixed)
@@ -246,8 +246,8 @@ class _SelfAttention(torch.autograd.Function):
             log_sums=address(log_sums),
             grad_out=address(grad_out),
             shape=call.shape,
-            scale=rules.scale,
-            sequences=call.places,
+            scale=settings.scale,
+            sequences=call.sequences,
             grad_query=address(grad_query),
             grad_key=address(grad_key),
             grad_mixed=address(grad_mixed),
@@ -265,26 +265,26 @@ class _SelfAttention(torch.autograd.Function):
             num_threads=call.num_threads,
         )
         _clear_behind(grad_mixed, sequences.num_tokens)
-        if rules.q_weight is None:
+        if settings.q_weight is None:
             return grad_mixed, None, None, None, None, None
-        grad_q_weight, grad_k_weight = grad_weights.sum(0).to(rules.q_weight.dtype)
+        grad_q_weight, grad_k_weight = grad_weights.sum(0).to(settings.q_weight.dtype)
         return grad_mixed, grad_q_weight, grad_k_weight, None, None, None
 
 
 class _Call:
     """The arguments that the kernels have in common."""
 
-    def __init__(self, mixed: Tensor, sequences: PackedSequences, rules: HeadRules, num_kv_heads: int) -> None:
+    def __init__(self, mixed: Tensor, sequences: PackedSequences, settings: HeadSettings, num_kv_heads: int) -> None:
         self.mixed = mixed
-        self.dim = rules.cos.shape[-1]
+        self.dim = settings.cos.shape[-1]
         repeats = mixed.shape[-1] // (num_kv_heads * self.dim) - 2
         self.num_heads, self.num_kv_heads = num_kv_heads * repeats, num_kv_heads
         self.shape = (sequences.num_tokens, num_kv_heads, repeats, self.dim)
-        weights = (rules.q_weight, rules.k_weight)
+        weights = (settings.q_weight, settings.k_weight)
         # They are kept: copies must live until the kernels return.
         self.weights = [None if weight is None else weight.contiguous() for weight in weights]
-        self.rope = (address(rules.cos), address(rules.sin), *map(address, self.weights), rules.eps)
-        self.places = sequences.addresses()
+        self.rope = (address(settings.cos), address(settings.sin), *map(address, self.weights), settings.eps)
+        self.sequences = sequences.addresses()
         self.num_threads = num_threads()
 
     def kernel(self, name: str) -> Callable[..., None]:

@@ -168,8 +168,8 @@ def statistics_kernel(
     for start in range(0, end_group, T):
         group = start + tl.arange(0, T)
         complete = (group >= first_group) & (group < end_group)
-        places = _places(row_logits, row_phase, group, W)
-        x = tl.load(places, mask=complete[:, None], other=-float("inf")).to(tl.float32)  # [T, W]
+        addresses = _addresses(row_logits, row_phase, group, W)
+        x = tl.load(addresses, mask=complete[:, None], other=-float("inf")).to(tl.float32)  # [T, W]
         grown = tl.maximum(maximum, tl.max(x, 1))
         # Where all was -inf so far, sums are 0 and stay it.
         growth = tl.where(maximum == -float("inf"), 0.0, (maximum - grown) * scale)
@@ -278,14 +278,14 @@ def gradient_kernel(
         for start in range(0, end_group, T):
             group = start + tl.arange(0, T)
             complete = ((group >= first_group) & (group < end_group))[:, None]
-            x = tl.load(_places(row_logits, row_phase, group, W), mask=complete, other=0.0).to(tl.float32)
+            x = tl.load(_addresses(row_logits, row_phase, group, W), mask=complete, other=0.0).to(tl.float32)
             columns = group[:, None] * W + tl.arange(0, W)[None, :] - row_phase
             wanted = _slopes(
                 x, columns == target, row_maximum, scale, log2_sum, on_target, level, tilt, grad_entropy is not None
             )
             wanted = wanted.to(out.dtype.element_ty)
             if SAME_PHASE:
-                tl.store(_places(row_out, row_phase, group, W), wanted, mask=complete)
+                tl.store(_addresses(row_out, row_phase, group, W), wanted, mask=complete)
             else:
                 tl.store(row_out + columns, wanted, mask=complete)
 
@@ -342,7 +342,7 @@ def _complete_groups(row_phase, num_columns, W: tl.constexpr):
 
 
 @triton.jit
-def _places(row, row_phase, group, W: tl.constexpr):
+def _addresses(row, row_phase, group, W: tl.constexpr):
     """Addresses of the columns of groups, [T, W]; `row` is that of column 0."""
     # Tells the compiler what it cannot know, and without which it would load column by column.
     aligned = tl.multiple_of(row - row_phase, 16)
@@ -368,6 +368,6 @@ def _fill_zeros(row, row_phase, num_columns, T: tl.constexpr, W: tl.constexpr):
         group = start + tl.arange(0, T)
         complete = (group >= first_group) & (group < end_group)
         zeros = tl.zeros([T, W], row.dtype.element_ty)
-        tl.store(_places(row, row_phase, group, W), zeros, mask=complete[:, None])
+        tl.store(_addresses(row, row_phase, group, W), zeros, mask=complete[:, None])
     edge = _edges(row_phase, num_columns, first_group, end_group, W)
     tl.store(row + edge, tl.zeros([2 * W], row.dtype.element_ty), mask=edge >= 0)

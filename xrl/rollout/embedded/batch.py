@@ -1,4 +1,4 @@
-"""The rows that decode together, and their arrays: built when rows join or leave, advanced in place otherwise."""
+"""The sequences that decode together, and their arrays: built when one joins or leaves, advanced in place otherwise."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Job:
     def prompt_length(self) -> int:
         return len(self.request.token_ids) - self.request.num_drawn
 
-    def new_row(self, sample: int) -> Row:
+    def new_sequence(self, sample: int) -> SequenceState:
         """A sample at its start: with what is drawn of it already, where the request goes on with an answer."""
-        return Row(job=self, sample=sample, token_ids=list(self.request.token_ids[self.prompt_length :]))
+        return SequenceState(job=self, sample=sample, token_ids=list(self.request.token_ids[self.prompt_length :]))
 
     def restart(self) -> None:
         """Forget all that was drawn: the batch that it was in is lost. The same tokens will be drawn again."""
@@ -55,8 +55,8 @@ class Job:
 
 
 @dataclass(kw_only=True, eq=False, slots=True)
-class Row:
-    """One sample being decoded."""
+class SequenceState:
+    """One sample, while it is decoded: a row of every batch that it is in."""
 
     job: Job
     sample: int  # index among the request's samples
@@ -71,15 +71,17 @@ class Row:
 
 
 class SamplingArrays:
-    """Sampling settings of rows, one entry a row."""
+    """Sampling settings of sequences, one entry a sequence."""
 
-    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
-        settings = [row.job.request.sampling for row in rows]
+    def __init__(self, sequences: Sequence[SequenceState], device: torch.device) -> None:
+        settings = [sequence.job.request.sampling for sequence in sequences]
         self.temperatures = torch.tensor([s.temperature for s in settings], dtype=torch.float32, device=device)
         self.top_k = torch.tensor([s.top_k for s in settings], dtype=torch.int64, device=device)
         self.top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float32, device=device)
         self._seeds = np.array([s.seed for s in settings], dtype=np.int64)
-        self._samples = np.array([row.job.request.first_sample + row.sample for row in rows], dtype=np.int64)
+        self._samples = np.array(
+            [sequence.job.request.first_sample + sequence.sample for sequence in sequences], dtype=np.int64
+        )
         self._device = device
 
     def uniforms(self, positions: np.ndarray) -> Tensor:
@@ -88,17 +90,17 @@ class SamplingArrays:
 
 
 class DecodeBatch:
-    """Arrays of one decode step over `rows`, padded to few distinct sizes.
+    """Arrays of one decode step over `sequences`, padded to few distinct sizes.
 
-    Rows of one job are neighbours, so that they can read their prompt's keys and values together.
+    Sequences of one job are neighbours, so that they can read their prompt's keys and values together.
     """
 
-    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
-        self.rows = list(rows)
-        self.sampling = SamplingArrays(self.rows, device)
+    def __init__(self, sequences: Sequence[SequenceState], device: torch.device) -> None:
+        self.sequences = list(sequences)
+        self.sampling = SamplingArrays(self.sequences, device)
         self._device = device
-        num_rows, size = len(self.rows), padded_rows(len(self.rows))
-        jobs = [row.job for row in self.rows]
+        num_rows, size = len(self.sequences), padded_rows(len(self.sequences))
+        jobs = [sequence.job for sequence in self.sequences]
         starts = [i for i in range(num_rows) if i == 0 or jobs[i] is not jobs[i - 1]]
         groups = [jobs[i] for i in starts]
         if size > num_rows:
@@ -111,24 +113,24 @@ class DecodeBatch:
 
         requests = [job.request for job in jobs]
         longest = max(request.num_drawn + request.sampling.max_new_tokens for request in requests)
-        self._row_blocks = _table([row.blocks for row in self.rows], size, -(-longest // BLOCK_SIZE))
+        self._row_blocks = _table([sequence.blocks for sequence in self.sequences], size, -(-longest // BLOCK_SIZE))
         self._lengths = np.zeros(size, dtype=np.int32)
-        self._lengths[:num_rows] = [len(row.token_ids) for row in self.rows]
+        self._lengths[:num_rows] = [len(sequence.token_ids) for sequence in self.sequences]
         self._prompts = np.array([job.prompt_length for job in jobs], dtype=np.int32)
         self._tokens = np.zeros(size, dtype=np.int32)
         self._positions = np.zeros(size, dtype=np.int32)
         self._slots = np.full(size, -1, dtype=np.int32)
 
     def prepare(self, cache: KVCache) -> tuple[Tensor, Tensor, Tensor, PagedContext]:
-        """Give each row's newest token a place in the cache: (tokens, positions, slots, context) of this step."""
-        num_rows = len(self.rows)
+        """Give each sequence's newest token a place in the cache: (tokens, positions, slots, context) of this step."""
+        num_rows = len(self.sequences)
         newest = self._lengths[:num_rows] - 1  # index of the newest token in the response
         block, offset = newest // BLOCK_SIZE, newest % BLOCK_SIZE
         for i in (offset == 0).nonzero()[0]:
-            row = self.rows[i]
-            row.blocks += cache.allocate(1)
-            self._row_blocks[i, block[i]] = row.blocks[-1]
-        self._tokens[:num_rows] = [row.token_ids[-1] for row in self.rows]
+            sequence = self.sequences[i]
+            sequence.blocks += cache.allocate(1)
+            self._row_blocks[i, block[i]] = sequence.blocks[-1]
+        self._tokens[:num_rows] = [sequence.token_ids[-1] for sequence in self.sequences]
         self._positions[:num_rows] = self._prompts + newest
         self._slots[:num_rows] = self._row_blocks[np.arange(num_rows), block] * BLOCK_SIZE + offset
         context = PagedContext(
@@ -141,44 +143,46 @@ class DecodeBatch:
         return self._tensor(self._tokens), self._tensor(self._positions), self._tensor(self._slots), context
 
     def uniforms(self) -> Tensor:
-        """[num rows] random numbers for the tokens that this step draws."""
-        return self.sampling.uniforms(self._lengths[: len(self.rows)].astype(np.int64))
+        """[num sequences] random numbers for the tokens that this step draws."""
+        return self.sampling.uniforms(self._lengths[: len(self.sequences)].astype(np.int64))
 
     def advance(self) -> None:
-        """Every row has one token more."""
-        self._lengths[: len(self.rows)] += 1
+        """Every sequence has one token more."""
+        self._lengths[: len(self.sequences)] += 1
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
 
-def replay_arrays(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor, PagedContext]:
-    """All tokens of the rows but their newest, each as a row of one decode step: (tokens, positions, slots, context).
+def replay_arrays(
+    sequences: Sequence[SequenceState], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, PagedContext]:
+    """All tokens of the sequences but the newest, each a row of one decode step: (tokens, positions, slots, context).
 
     Each attends to its prompt and to the tokens of its response up to itself, in the order in which it did when it was
     new, so that its keys and values come out equal to the bit. They must all be written, a layer at a time, before any
     is read.
 
     Args:
-        rows: with at least two tokens each, and blocks for all but the newest.
+        sequences: with at least two tokens each, and blocks for all but the newest.
     """
-    counts = [len(row.token_ids) - 1 for row in rows]
+    counts = [len(sequence.token_ids) - 1 for sequence in sequences]
     num_tokens, size = sum(counts), padded_rows(sum(counts))
     tokens, positions, lengths = np.zeros((3, size), dtype=np.int32)
     slots = np.full(size, -1, dtype=np.int32)
-    blocks = np.zeros((size, max(len(row.blocks) for row in rows)), dtype=np.int32)
+    blocks = np.zeros((size, max(len(sequence.blocks) for sequence in sequences)), dtype=np.int32)
     starts = [0, *np.cumsum(counts).tolist()]
-    for row, start, count in zip(rows, starts, counts, strict=False):
-        place, own = np.arange(count), np.array(row.blocks, dtype=np.int32)
+    for sequence, start, count in zip(sequences, starts, counts, strict=False):
+        index, own = np.arange(count), np.array(sequence.blocks, dtype=np.int32)
         span = slice(start, start + count)
-        tokens[span] = row.token_ids[:-1]
-        positions[span] = row.job.prompt_length + place
-        lengths[span] = place + 1
-        slots[span] = own[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
+        tokens[span] = sequence.token_ids[:-1]
+        positions[span] = sequence.job.prompt_length + index
+        lengths[span] = index + 1
+        slots[span] = own[index // BLOCK_SIZE] * BLOCK_SIZE + index % BLOCK_SIZE
         blocks[span, : len(own)] = own
-    num_groups = len(rows) + (size > num_tokens)  # padding rows: a group without a prompt
+    num_groups = len(sequences) + (size > num_tokens)  # padding rows: a group without a prompt
     prompt_lengths = np.zeros(num_groups, dtype=np.int32)
-    prompt_lengths[: len(rows)] = [row.job.prompt_length for row in rows]
+    prompt_lengths[: len(sequences)] = [sequence.job.prompt_length for sequence in sequences]
     group_starts = np.array(starts if size == num_tokens else [*starts, size], dtype=np.int32)
 
     def tensor(array: np.ndarray) -> Tensor:
@@ -186,7 +190,7 @@ def replay_arrays(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Te
 
     context = PagedContext(
         group_starts=tensor(group_starts),
-        prompt_blocks=tensor(_table([row.job.prompt_blocks for row in rows], num_groups)),
+        prompt_blocks=tensor(_table([sequence.job.prompt_blocks for sequence in sequences], num_groups)),
         prompt_lengths=tensor(prompt_lengths),
         row_blocks=tensor(blocks),
         row_lengths=tensor(lengths),

@@ -132,18 +132,18 @@ class EmbeddedEngine:
             with self._changed:
                 self._is_asleep = False
 
-    def room(self, layer: str) -> dict[str, Tensor]:
+    def destinations(self, part: str) -> dict[str, Tensor]:
         with self._one_at_a_time:
             with self._changed:
                 self._check_idle("take weights")
-                self._not_ready = f"an update is under way, {layer} is being written"
-            return self._weights.room(layer)
+                self._not_ready = f"an update is under way, {part} is being written"
+            return self._weights.destinations(part)
 
-    def load_layer(self, bucket: WeightBucket) -> None:
+    def load_part(self, bucket: WeightBucket) -> None:
         with self._one_at_a_time:
             with self._changed:
                 self._check_idle("take weights")
-                self._weights.check(bucket.tensors, source=bucket.layer)  # what is refused changes nothing
+                self._weights.check(bucket.tensors, source=bucket.part)  # what is refused changes nothing
                 self._not_ready = f"the update to weights version {bucket.version} is not finished"
                 done = self._on_loop(lambda: self._weights.load(bucket.tensors, version=bucket.version))
             done.result()  # Unbounded: the trainer bounds its call.

@@ -57,10 +57,10 @@ class Experts:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         out = other.clone()
         for expert in chosen.unique().tolist():
-            rows, place = (chosen == expert).nonzero(as_tuple=True)
+            rows, choice = (chosen == expert).nonzero(as_tuple=True)
             tokens = F.pad(h[rows], (0, 0, 0, padded_rows(len(rows)) - len(rows)))
             y = self.experts[expert](tokens)[: len(rows)]
-            out.index_add_(0, rows, (y * weights[rows, place, None]).to(out.dtype))
+            out.index_add_(0, rows, (y * weights[rows, choice, None]).to(out.dtype))
         return out
 
     def to(self, device: torch.device) -> Experts:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from xrl.kernels.decode.decode_layers import LayerStack
 from xrl.kernels.decode.packed_linear import padded_rows
 from xrl.rollout.embedded import BLOCK_SIZE, num_blocks
-from xrl.rollout.embedded.batch import DecodeBatch, Job, Row, SamplingArrays, replay_arrays
+from xrl.rollout.embedded.batch import DecodeBatch, Job, SamplingArrays, SequenceState, replay_arrays
 from xrl.rollout.embedded.cache import KVCache
 from xrl.rollout.embedded.model import Decoder
 from xrl.rollout.embedded.sampler import sample
@@ -30,13 +30,13 @@ class Scheduler:
         self.decoder, self.cache, self.max_batch_size = decoder, cache, max_batch_size
         self.device = decoder.weights.device
         self._waiting: deque[Job] = deque()  # with samples that have not joined yet
-        self._preempted: deque[Row] = (
-            deque()
-        )  # those that gave up their blocks, the oldest first; older than any waiting
+        # Those that gave up their blocks, the oldest first; older than any waiting.
+        self._preempted: deque[SequenceState] = deque()
         self.num_preemptions = 0
-        self._running: list[Row] = []  # rows of one job are neighbours: jobs join first come, first served
+        # Those of one job are neighbours: jobs join first come, first served.
+        self._running: list[SequenceState] = []
         self._batch: DecodeBatch | None = None  # of self._running; None when that has changed
-        # Of the cache and the weights, while there are rows: between them both may go, and must not be held here.
+        # Of the cache and the weights, while there are sequences: between them both may go, and must not be held here.
         self._layers: LayerStack | None = None
 
     @property
@@ -63,16 +63,16 @@ class Scheduler:
         for job in [job for job in self._waiting if job.aborted]:
             self._waiting.remove(job)
             while job.num_started < job.request.num_samples:
-                row = job.new_row(job.num_started)
+                sequence = job.new_sequence(job.num_started)
                 job.num_started += 1
-                self._finish(row, "abort", weights_version, done)
-        kept: list[list[Row]] = [[], []]
-        for rows, left in zip((self._running, self._preempted), kept, strict=True):
-            for row in rows:
-                if row.job.aborted:
-                    self._finish(row, "abort", weights_version, done)
+                self._finish(sequence, "abort", weights_version, done)
+        kept: list[list[SequenceState]] = [[], []]
+        for sequences, left in zip((self._running, self._preempted), kept, strict=True):
+            for sequence in sequences:
+                if sequence.job.aborted:
+                    self._finish(sequence, "abort", weights_version, done)
                 else:
-                    left.append(row)
+                    left.append(sequence)
         self._preempted = deque(kept[1])
         self._set_running(kept[0])
         return done
@@ -82,70 +82,72 @@ class Scheduler:
 
         New ones get their first token drawn. Of others, what they have drawn is computed again.
         """
-        rows = self._admit()
-        if not rows:
+        sequences = self._admit()
+        if not sequences:
             return False
-        self._prefill(_jobs_without_prompt(rows))
-        self._replay([row for row in rows if len(row.token_ids) > 1])
-        new = [row for row in rows if not row.token_ids]
+        self._prefill(_jobs_without_prompt(sequences))
+        self._replay([sequence for sequence in sequences if len(sequence.token_ids) > 1])
+        new = [sequence for sequence in sequences if not sequence.token_ids]
         if new:
-            hidden = torch.stack([row.job.last_hidden for row in new])  # type: ignore[misc]
+            hidden = torch.stack([sequence.job.last_hidden for sequence in new])  # type: ignore[misc]
             hidden = F.pad(hidden, (0, 0, 0, padded_rows(len(new)) - len(new)))
             settings = SamplingArrays(new, self.device)
             drawn = self._sample(hidden, settings, settings.uniforms(np.zeros(len(new), dtype=np.int64)))
             ended = set(new).difference(self._extend(new, drawn, weights_version, done))
-            rows = [row for row in rows if row not in ended]
-        self._set_running(self._running + rows)
+            sequences = [sequence for sequence in sequences if sequence not in ended]
+        self._set_running(self._running + sequences)
         return True
 
-    def _admit(self) -> list[Row]:
+    def _admit(self) -> list[SequenceState]:
         """Take those that come next off the queues: as many as there are places, blocks and tokens of one pass for."""
-        rows: list[Row] = []
+        sequences: list[SequenceState] = []
         job: Job | None = None
         num_tokens = num_taken = 0
-        while (self._preempted or self._waiting) and len(self._running) + len(rows) < self.max_batch_size:
-            row = self._preempted[0] if self._preempted else self._next_sample()
-            needs_prompt = row.job is not job and not row.job.prompt_blocks
-            tokens = max(0, len(row.token_ids) - 1) + (row.job.prompt_length if needs_prompt else 0)
-            if rows and tokens and num_tokens + tokens > _PREFILL_TOKENS:
+        while (self._preempted or self._waiting) and len(self._running) + len(sequences) < self.max_batch_size:
+            sequence = self._preempted[0] if self._preempted else self._next_sample()
+            needs_prompt = sequence.job is not job and not sequence.job.prompt_blocks
+            tokens = max(0, len(sequence.token_ids) - 1) + (sequence.job.prompt_length if needs_prompt else 0)
+            if sequences and tokens and num_tokens + tokens > _PREFILL_TOKENS:
                 break
-            blocks = num_blocks(max(1, len(row.token_ids))) + (num_blocks(row.job.prompt_length) if needs_prompt else 0)
-            others = len(self._running) + len(rows)  # each may need a block soon: none is to go for the newcomer's sake
+            blocks = num_blocks(max(1, len(sequence.token_ids)))
+            blocks += num_blocks(sequence.job.prompt_length) if needs_prompt else 0
+            # Each may need a block soon: none is to go for the newcomer's sake.
+            others = len(self._running) + len(sequences)
             if not others and blocks > self.cache.num_available_blocks:
-                self._free_idle_prompts(but=row.job)
+                self._free_idle_prompts(but=sequence.job)
             if num_taken + blocks + others > self.cache.num_available_blocks:
                 break
-            job, num_tokens, num_taken = row.job, num_tokens + tokens, num_taken + blocks
-            rows.append(row)
+            job, num_tokens, num_taken = sequence.job, num_tokens + tokens, num_taken + blocks
+            sequences.append(sequence)
             if self._preempted:
                 self._preempted.popleft()
                 continue
             job.num_started += 1
             if job.num_started == job.request.num_samples:
                 self._waiting.popleft()
-        return rows
+        return sequences
 
-    def _next_sample(self) -> Row:
-        return self._waiting[0].new_row(self._waiting[0].num_started)
+    def _next_sample(self) -> SequenceState:
+        return self._waiting[0].new_sequence(self._waiting[0].num_started)
 
     def _make_room(self) -> None:
-        """See that every running row can have the block that it needs: those that came last give theirs up for it."""
+        """See that every running sequence can have the block it needs: those that came last give theirs up for it."""
         while self.cache.num_available_blocks < len(self._running):  # quickly told, where there is enough
-            if self.cache.num_available_blocks >= sum(row.needs_block for row in self._running):
+            if self.cache.num_available_blocks >= sum(sequence.needs_block for sequence in self._running):
                 return
             if self._free_idle_prompts():
                 continue
-            row = self._running[-1]
+            sequence = self._running[-1]
             self._set_running(self._running[:-1])
-            self.cache.free(row.blocks)
-            row.blocks = []
-            self._preempted.appendleft(row)
+            self.cache.free(sequence.blocks)
+            sequence.blocks = []
+            self._preempted.appendleft(sequence)
             self.num_preemptions += 1
 
     def _free_idle_prompts(self, but: Job | None = None) -> bool:
         """Free the prompts of jobs none of whose samples runs; return whether there was any."""
-        running = {row.job for row in self._running}
-        idle = {*self._waiting, *(row.job for row in self._preempted)} - running - {but}
+        running = {sequence.job for sequence in self._running}
+        idle = {*self._waiting, *(sequence.job for sequence in self._preempted)} - running - {but}
         freed = False
         for job in idle:
             if job is not None and job.prompt_blocks:
@@ -153,14 +155,14 @@ class Scheduler:
                 job.prompt_blocks, freed = [], True
         return freed
 
-    def _replay(self, rows: Sequence[Row]) -> None:
-        """Compute again, together, the keys and values of what the rows have drawn, in blocks of their own."""
-        if not rows:
+    def _replay(self, sequences: Sequence[SequenceState]) -> None:
+        """Compute again, together, the keys and values of what the sequences have drawn, in blocks of their own."""
+        if not sequences:
             return
-        for row in rows:
-            row.blocks = self.cache.allocate(num_blocks(len(row.token_ids) - 1))
-        # Layer by layer: the decoder's way through all layers at once takes the rows through in pieces.
-        self.decoder.decode(*replay_arrays(rows, self.device), cache=self.cache)
+        for sequence in sequences:
+            sequence.blocks = self.cache.allocate(num_blocks(len(sequence.token_ids) - 1))
+        # Layer by layer: the decoder's way through all layers at once takes the sequences through in pieces.
+        self.decoder.decode(*replay_arrays(sequences, self.device), cache=self.cache)
 
     def _prefill(self, jobs: Sequence[Job]) -> None:
         """Compute the prompts of `jobs`, together, each once."""
@@ -171,17 +173,17 @@ class Scheduler:
         tokens, positions = np.zeros((2, size), dtype=np.int32)
         slots = np.full(size, -1, dtype=np.int32)
         responses = sum(min(job.request.num_samples, self.max_batch_size) * _longest(job) for job in jobs)
-        # Rows that run have taken only the blocks they have filled: the rest is theirs too.
-        running = sum(_longest(row.job) - len(row.blocks) for row in self._running)
+        # Sequences that run have taken only the blocks they have filled: the rest is theirs too.
+        running = sum(_longest(sequence.job) - len(sequence.blocks) for sequence in self._running)
         self.cache.reserve(running + responses + sum(map(num_blocks, lengths)))
         start = 0
         for job, length in zip(jobs, lengths, strict=True):
             job.prompt_blocks = self.cache.allocate(num_blocks(length))
-            place = np.arange(length)
+            index = np.arange(length)
             tokens[start : start + length] = job.prompt
-            positions[start : start + length] = place
+            positions[start : start + length] = index
             blocks = np.array(job.prompt_blocks, dtype=np.int32)
-            slots[start : start + length] = blocks[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
+            slots[start : start + length] = blocks[index // BLOCK_SIZE] * BLOCK_SIZE + index % BLOCK_SIZE
             start += length
         inputs = [torch.from_numpy(array).to(self.device) for array in (tokens, positions, slots)]
         hidden = self.decoder.prefill(*inputs, lengths=lengths, cache=self.cache)
@@ -189,7 +191,7 @@ class Scheduler:
             job.last_hidden = last
 
     def _decode(self, weights_version: int, done: list[Job]) -> None:
-        """Draw one more token for every running row."""
+        """Draw one more token for every running sequence."""
         if self._batch is None:
             self._batch = DecodeBatch(self._running, self.device)
         batch = self._batch
@@ -198,12 +200,12 @@ class Scheduler:
         hidden = self.decoder.decode(*step, cache=self.cache, layers=self._layers)
         drawn = self._sample(hidden, batch.sampling, batch.uniforms())
         batch.advance()
-        remaining = self._extend(batch.rows, drawn, weights_version, done)
-        if len(remaining) < len(batch.rows):
+        remaining = self._extend(batch.sequences, drawn, weights_version, done)
+        if len(remaining) < len(batch.sequences):
             self._set_running(remaining)
 
     def _sample(self, hidden: Tensor, settings: SamplingArrays, uniforms: Tensor) -> tuple[list[int], list[float]]:
-        """Tokens and log-probs of N rows from the first N final hidden states, a bounded number of logits at a time."""
+        """Tokens and log-probs of N sequences from the first N hidden states, a bounded number of logits at a time."""
         step = max(32, _LOGITS_BYTES // (4 * self.decoder.shape.vocab_size) // 32 * 32)
         tokens: list[int] = []
         logprobs: list[float] = []
@@ -221,47 +223,51 @@ class Scheduler:
         return tokens, logprobs
 
     def _extend(
-        self, rows: Sequence[Row], drawn: tuple[list[int], list[float]], weights_version: int, done: list[Job]
-    ) -> list[Row]:
-        """Append a drawn token to each row; return the rows that go on."""
+        self,
+        sequences: Sequence[SequenceState],
+        drawn: tuple[list[int], list[float]],
+        weights_version: int,
+        done: list[Job],
+    ) -> list[SequenceState]:
+        """Append a drawn token to each sequence; return the sequences that go on."""
         remaining = []
-        for row, token, logprob in zip(rows, *drawn, strict=True):
-            row.token_ids.append(token)
-            row.logprobs.append(logprob)
-            sampling = row.job.request.sampling
+        for sequence, token, logprob in zip(sequences, *drawn, strict=True):
+            sequence.token_ids.append(token)
+            sequence.logprobs.append(logprob)
+            sampling = sequence.job.request.sampling
             if token in sampling.stop_token_ids:
-                self._finish(row, "stop", weights_version, done)
-            elif len(row.logprobs) == sampling.max_new_tokens:
-                self._finish(row, "length", weights_version, done)
+                self._finish(sequence, "stop", weights_version, done)
+            elif len(sequence.logprobs) == sampling.max_new_tokens:
+                self._finish(sequence, "length", weights_version, done)
             else:
-                remaining.append(row)
+                remaining.append(sequence)
         return remaining
 
-    def _finish(self, row: Row, reason: FinishReason, weights_version: int, done: list[Job]) -> None:
-        """Turn a row into its completion and give its memory back; the job's too, after its last row."""
-        job = row.job
-        job.completions[row.sample] = Completion(
-            token_ids=np.array(row.token_ids[job.request.num_drawn :], np.int32),
-            logprobs=np.array(row.logprobs, np.float32),
+    def _finish(self, sequence: SequenceState, reason: FinishReason, weights_version: int, done: list[Job]) -> None:
+        """Turn a sequence into its completion and give its memory back; the job's too, after its last sequence."""
+        job = sequence.job
+        job.completions[sequence.sample] = Completion(
+            token_ids=np.array(sequence.token_ids[job.request.num_drawn :], np.int32),
+            logprobs=np.array(sequence.logprobs, np.float32),
             finish_reason=reason,
             weights_version=weights_version,
         )
-        self.cache.free(row.blocks)
+        self.cache.free(sequence.blocks)
         if job.is_done:
             self.cache.free(job.prompt_blocks)
             job.prompt_blocks, job.last_hidden = [], None
             done.append(job)
 
-    def _set_running(self, rows: list[Row]) -> None:
-        self._running = rows
+    def _set_running(self, sequences: list[SequenceState]) -> None:
+        self._running = sequences
         self._batch = None
-        if not rows:
+        if not sequences:
             self._layers = None
 
 
-def _jobs_without_prompt(rows: Sequence[Row]) -> list[Job]:
-    """The rows' jobs, each once, whose prompts are not in the cache."""
-    return [job for job in dict.fromkeys(row.job for row in rows) if not job.prompt_blocks]
+def _jobs_without_prompt(sequences: Sequence[SequenceState]) -> list[Job]:
+    """The sequences' jobs, each once, whose prompts are not in the cache."""
+    return [job for job in dict.fromkeys(sequence.job for sequence in sequences) if not job.prompt_blocks]
 
 
 def _longest(job: Job) -> int:

@@ -82,8 +82,8 @@ class DecoderWeights:
             else:
                 self._arrived[part] = {name: tensor.clone() for name, tensor in self._arrived[part].items()}
 
-    def room(self, part: str) -> dict[str, Tensor]:
-        """Where tensors stay as they arrive: the embeddings on the CPU."""
+    def destinations(self, part: str) -> dict[str, Tensor]:
+        """Memory of tensors that are kept as they arrive: the embeddings, on the CPU."""
         if part != EMBEDDINGS or self.device.type != "cpu":
             return {}
         shape = self._expected[EMBEDDINGS][EMBEDDING]
@@ -138,7 +138,8 @@ class DecoderWeights:
 
     def _install(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         if part == EMBEDDINGS:
-            if tensors[EMBEDDING].data_ptr() != self.embedding.data_ptr():  # as it does where it was given room
+            # It is there already where it was copied to its destination.
+            if tensors[EMBEDDING].data_ptr() != self.embedding.data_ptr():
                 self.embedding = self._copy(tensors[EMBEDDING])
             if self.shape.tied_embeddings:
                 self.head = PackedLinear(self.embedding)

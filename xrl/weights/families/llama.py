@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xrl.weights.families.parts import ATTENTION, DENSE_MLP, EMBEDDINGS, FINAL, MLP_BIAS, OUT_BIAS, QKV_BIAS
+from xrl.weights.families.shared import ATTENTION, DENSE_MLP, EMBEDDINGS, FINAL, MLP_BIAS, OUT_BIAS, QKV_BIAS
 from xrl.weights.mapping import WeightTable
 
 LLAMA = WeightTable(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xrl.weights.families.parts import (
+from xrl.weights.families.shared import (
     ATTENTION,
     DENSE_MLP,
     EMBEDDINGS,
@@ -12,7 +12,7 @@ from xrl.weights.families.parts import (
     QK_NORM,
     QKV_BIAS,
 )
-from xrl.weights.mapping import Cut, Row, Rows, WeightTable
+from xrl.weights.mapping import Cut, WeightMapping, WeightMappings, WeightTable
 
 QWEN2 = WeightTable(layer=ATTENTION + QKV_BIAS, dense=DENSE_MLP, embeddings=EMBEDDINGS, final=FINAL)
 
@@ -29,8 +29,8 @@ QWEN3_MOE = WeightTable(
 )
 
 # One expert that every token passes, weighted by a gate of its own.
-SHARED_EXPERT: Rows = (
-    Row(
+SHARED_EXPERT: WeightMappings = (
+    WeightMapping(
         "mlp.shared_experts.linear_fc1.weight",
         Cut.OUTPUTS,
         {
@@ -38,12 +38,12 @@ SHARED_EXPERT: Rows = (
             "mlp.shared_expert.up_proj.weight": ("shared_ffn", "hidden"),
         },
     ),
-    Row(
+    WeightMapping(
         "mlp.shared_experts.linear_fc2.weight",
         Cut.INPUTS,
         {"mlp.shared_expert.down_proj.weight": ("hidden", "shared_ffn")},
     ),
-    Row("mlp.shared_experts.gate_weight", Cut.WHOLE, {"mlp.shared_expert_gate.weight": ("one", "hidden")}),
+    WeightMapping("mlp.shared_experts.gate_weight", Cut.WHOLE, {"mlp.shared_expert_gate.weight": ("one", "hidden")}),
 )
 
 QWEN2_MOE = WeightTable(

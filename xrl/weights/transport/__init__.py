@@ -41,8 +41,8 @@ DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
     *("int64", "int32", "int16", "int8", "uint8", "bool"),
 )
-# Bounds of a manifest, far above any layer's: (most tensors, longest name, most dimensions, most bytes).
-MAX_TENSORS, MAX_NAME_LENGTH, MAX_DIMENSIONS, MAX_LAYER_BYTES = 2**16, 512, 8, 2**44
+# Bounds of a manifest, far above any bucket's: (most tensors, longest name, most dimensions, most bytes).
+MAX_TENSORS, MAX_NAME_LENGTH, MAX_DIMENSIONS, MAX_PART_BYTES = 2**16, 512, 8, 2**44
 
 # Tensors that lie in one piece of memory start on borders of a cache line.
 ALIGNMENT = 64
@@ -92,8 +92,8 @@ class TensorEntry:
                 if len(shape) > MAX_DIMENSIONS or any(type(d) is not int or not 0 <= d < 2**40 for d in shape):
                     raise ValueError(f"{name} must have a shape of at most {MAX_DIMENSIONS} lengths in [0, 2^40)")
                 entry = cls(name=name, dtype=dtype, shape=tuple(shape))
-                if entry.num_bytes > MAX_LAYER_BYTES:
-                    raise ValueError(f"{name} of {entry.num_bytes} bytes is larger than any layer")
+                if entry.num_bytes > MAX_PART_BYTES:
+                    raise ValueError(f"{name} of {entry.num_bytes} bytes is larger than any part of a model")
                 return entry
         raise ValueError("each tensor of a manifest needs a name, a dtype and a shape")
 
@@ -103,7 +103,7 @@ class Manifest:
     """What a receiver is told of a bucket."""
 
     version: int
-    layer: str
+    part: str
     tensors: tuple[TensorEntry, ...]
     checksum: str  # of the sender's bytes, see xrl.weights.checksum
     where: Mapping[str, Any]  # the transport's own
@@ -111,12 +111,12 @@ class Manifest:
     @classmethod
     def of(cls, bucket: WeightBucket, *, checksum: str, where: Mapping[str, Any]) -> Manifest:
         entries = tuple(TensorEntry.of(name, tensor) for name, tensor in bucket.tensors.items())
-        return cls(version=bucket.version, layer=bucket.layer, tensors=entries, checksum=checksum, where=where)
+        return cls(version=bucket.version, part=bucket.part, tensors=entries, checksum=checksum, where=where)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "version": self.version,
-            "layer": self.layer,
+            "part": self.part,
             "tensors": [entry.to_json() for entry in self.tensors],
             "checksum": self.checksum,
             "where": dict(self.where),
@@ -128,24 +128,24 @@ class Manifest:
         match data:
             case {
                 "version": int(version),
-                "layer": str(layer),
+                "part": str(part),
                 "tensors": [*tensors],
                 "checksum": str(checksum),
                 "where": dict(),
             }:
                 if isinstance(version, bool) or not 0 <= version < 2**53:
                     raise ValueError("a manifest's version must be a whole number >= 0")
-                if max(len(layer), len(checksum)) > MAX_NAME_LENGTH or not (layer + checksum).isprintable():
+                if max(len(part), len(checksum)) > MAX_NAME_LENGTH or not (part + checksum).isprintable():
                     raise ValueError(
-                        f"a manifest's layer and checksum must have at most {MAX_NAME_LENGTH} printable characters"
+                        f"a manifest's part and checksum must have at most {MAX_NAME_LENGTH} printable characters"
                     )
                 if len(tensors) > MAX_TENSORS:
                     raise ValueError(f"a manifest has at most {MAX_TENSORS} tensors, found {len(tensors)}")
                 entries = tuple(map(TensorEntry.from_json, tensors))
                 if len({entry.name for entry in entries}) < len(entries):
-                    raise ValueError(f"the manifest of {layer} names a tensor twice")
-                return cls(version=version, layer=layer, tensors=entries, checksum=checksum, where=data["where"])
-        raise ValueError("a manifest needs a version, a layer, tensors, a checksum and where")
+                    raise ValueError(f"the manifest of {part} names a tensor twice")
+                return cls(version=version, part=part, tensors=entries, checksum=checksum, where=data["where"])
+        raise ValueError("a manifest needs a version, a part, tensors, a checksum and where")
 
 
 class Sender(Protocol):

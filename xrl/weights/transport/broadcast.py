@@ -1,9 +1,9 @@
 """Weight buckets over the network: a process group of the publisher and one worker, for each worker.
 
 The groups have nothing to do with the trainer's: they meet at a store that the publisher keeps, and rank 0 of each is
-the publisher. One group a worker, not one for all: with one for all, a worker that dies in the middle of a layer breaks
+the publisher. One group a worker, not one for all: with one for all, a worker that dies in the middle of a part breaks
 the collective for everybody, and everybody has to meet again. Here it breaks its own pair and nobody else notices. The
-price is that the publisher sends each layer once for each worker, at the same time, instead of into a tree of them.
+price is that the publisher sends each part once for each worker, at the same time, instead of into a tree of them.
 
 A pair begins with a handshake over its own connection (handshake.py): with a secret that only the invited worker was
 told, over HTTP. What it exchanges to find each other is under a name that nobody else was told either.
@@ -139,7 +139,7 @@ class Receiver:
             try:
                 self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
             except RuntimeError as error:  # torch's way of saying that memory is short
-                raise ValueError(f"{manifest.layer} of {size} bytes is more than fits here") from error
+                raise ValueError(f"{manifest.part} of {size} bytes is more than fits here") from error
         deadline = time.monotonic() + self._timeout.total_seconds()
         tensors, start = {}, 0
         for entry in manifest.tensors:

@@ -31,7 +31,7 @@ class Sender:
 
     def put(self, bucket: WeightBucket) -> Mapping[str, Any]:
         kept = list(self._buckets.items())[-1:]
-        self._buckets = {**dict(kept), bucket.layer: bucket.tensors}
+        self._buckets = {**dict(kept), bucket.part: bucket.tensors}
         return {}
 
     def send(self, worker: int, bucket: WeightBucket) -> None:
@@ -43,15 +43,15 @@ class Sender:
     def close(self) -> None:
         self._buckets.clear()
 
-    def take(self, layer: str) -> Mapping[str, Tensor]:
+    def take(self, part: str) -> Mapping[str, Tensor]:
         """The tensors of a bucket that was put.
 
         Raises:
             TransportError: it was not.
         """
-        if layer not in self._buckets:
-            raise TransportError(f"the sender holds no {layer}")
-        return self._buckets[layer]
+        if part not in self._buckets:
+            raise TransportError(f"the sender holds no {part}")
+        return self._buckets[part]
 
 
 class Receiver:
@@ -65,10 +65,10 @@ class Receiver:
         self._sender = sender
 
     def receive(self, manifest: Manifest) -> dict[str, Tensor]:
-        tensors = self._sender.take(manifest.layer)
+        tensors = self._sender.take(manifest.part)
         missing = [entry.name for entry in manifest.tensors if entry.name not in tensors]
         if missing:
-            raise ValueError(f"the sender's {manifest.layer} has no {missing[0]}")
+            raise ValueError(f"the sender's {manifest.part} has no {missing[0]}")
         return {entry.name: tensors[entry.name] for entry in manifest.tensors}
 
     def close(self) -> None:

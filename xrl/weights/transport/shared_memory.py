@@ -23,10 +23,10 @@ MADV_POPULATE_WRITE = 23  # of Linux 5.14; mmap has no name for it before Python
 
 
 class Sender:
-    """One piece of shared memory with room for two buckets. See `xrl.weights.transport.Sender`.
+    """One piece of shared memory that holds two buckets, each in a segment. See `xrl.weights.transport.Sender`.
 
-    Ranks of this host may also write a bucket where it is to lie (see xrl.weights.shared_export): `place` gives it
-    room, and `put` then finds it there.
+    Ranks of this host may also write a bucket where it is to lie (see xrl.weights.shared_export): `reserve` gives it a
+    segment, and `put` then finds it there.
 
     A bucket goes to the start of the memory, or behind the bucket before it where that is in the way. So the memory
     grows to three neighbouring parts of the model at most, and is used again for update after update.
@@ -39,8 +39,8 @@ class Sender:
         self._descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
         self._memory: mmap.mmap | None = None
         self._last = (0, 0)  # where the bucket before lies: start, end
-        # Rooms that are being filled in place, by the identity of their tensors, and what the memory was like then.
-        self._placed: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+        # Segments that are being filled in place, by the identity of their tensors, and what the memory was like then.
+        self._reserved: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -54,17 +54,17 @@ class Sender:
         pass
 
     def put(self, bucket: WeightBucket) -> Mapping[str, Any]:
-        placed = self._placed.pop(id(bucket.tensors), None)
-        if placed is not None:
-            return placed[1] | {"num_bytes": self.num_bytes}
-        tensors, where = self.place([TensorEntry.of(name, tensor) for name, tensor in bucket.tensors.items()])
-        del self._placed[id(tensors)]
+        reserved = self._reserved.pop(id(bucket.tensors), None)
+        if reserved is not None:
+            return reserved[1] | {"num_bytes": self.num_bytes}
+        tensors, where = self.reserve([TensorEntry.of(name, tensor) for name, tensor in bucket.tensors.items()])
+        del self._reserved[id(tensors)]
         for name, tensor in bucket.tensors.items():
             tensors[name].copy_(tensor)
         return where
 
-    def place(self, entries: Sequence[TensorEntry]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Room for a bucket: its tensors, and where others find them, as `views` takes it.
+    def reserve(self, entries: Sequence[TensorEntry]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A segment for a bucket: its tensors, and where others find them, as `views` takes it.
 
         Several may be asked for ahead. Each lies where the next but one may lie again.
         """
@@ -85,13 +85,13 @@ class Sender:
         }
         assert self._memory is not None
         tensors = _views(self._memory, entries, where)
-        self._placed[id(tensors)] = tensors, where
+        self._reserved[id(tensors)] = tensors, where
         return tensors, where
 
     def restart(self) -> None:
         """All buckets so far have been taken: the next ones lie where those of every update lie."""
         self._last = (0, 0)
-        self._placed.clear()
+        self._reserved.clear()
 
     def send(self, worker: int, bucket: WeightBucket) -> None:
         pass  # it is there
@@ -101,7 +101,7 @@ class Sender:
 
     def close(self) -> None:
         """Free the memory (receivers keep what they have mapped)."""
-        self._placed.clear()
+        self._reserved.clear()
         self._memory = None
         os.close(self._descriptor)
 

@@ -1,14 +1,16 @@
-"""Lines that the tables of several families share."""
+"""Mappings that the tables of several families share."""
 
 from __future__ import annotations
 
 from operator import attrgetter
 
 from xrl.models.shape import ModelShape
-from xrl.weights.mapping import Cut, Row, Rows
+from xrl.weights.mapping import Cut, WeightMapping, WeightMappings
 
-EMBEDDINGS: Rows = (
-    Row("embedding.word_embeddings.weight", Cut.VOCABULARY, {"model.embed_tokens.weight": ("vocabulary", "hidden")}),
+EMBEDDINGS: WeightMappings = (
+    WeightMapping(
+        "embedding.word_embeddings.weight", Cut.VOCABULARY, {"model.embed_tokens.weight": ("vocabulary", "hidden")}
+    ),
 )
 
 
@@ -17,10 +19,12 @@ def _has_own_head(shape: ModelShape) -> bool:
 
 
 # A tied head is the embedding under a second name; it exists as a parameter only where another stage has the embedding.
-FINAL: Rows = (
-    Row("decoder.final_layernorm.weight", Cut.WHOLE, {"model.norm.weight": ("hidden",)}),
-    Row("output_layer.weight", Cut.VOCABULARY, {"lm_head.weight": ("vocabulary", "hidden")}, when=_has_own_head),
-    Row(
+FINAL: WeightMappings = (
+    WeightMapping("decoder.final_layernorm.weight", Cut.WHOLE, {"model.norm.weight": ("hidden",)}),
+    WeightMapping(
+        "output_layer.weight", Cut.VOCABULARY, {"lm_head.weight": ("vocabulary", "hidden")}, when=_has_own_head
+    ),
+    WeightMapping(
         "output_layer.weight",
         Cut.VOCABULARY,
         {"model.embed_tokens.weight": ("vocabulary", "hidden")},
@@ -29,14 +33,14 @@ FINAL: Rows = (
     ),
 )
 
-ATTENTION: Rows = (
-    Row(
+ATTENTION: WeightMappings = (
+    WeightMapping(
         "input_layernorm.weight",
         Cut.WHOLE,
         {"input_layernorm.weight": ("hidden",)},
         te_name="self_attention.linear_qkv.layer_norm_weight",
     ),
-    Row(
+    WeightMapping(
         "self_attention.linear_qkv.weight",
         Cut.HEADS,
         {
@@ -45,11 +49,11 @@ ATTENTION: Rows = (
             "self_attn.v_proj.weight": ("keys", "hidden"),
         },
     ),
-    Row("self_attention.linear_proj.weight", Cut.INPUTS, {"self_attn.o_proj.weight": ("hidden", "queries")}),
+    WeightMapping("self_attention.linear_proj.weight", Cut.INPUTS, {"self_attn.o_proj.weight": ("hidden", "queries")}),
 )
 
-QKV_BIAS: Rows = (
-    Row(
+QKV_BIAS: WeightMappings = (
+    WeightMapping(
         "self_attention.linear_qkv.bias",
         Cut.HEADS,
         {
@@ -61,8 +65,8 @@ QKV_BIAS: Rows = (
     ),
 )
 
-OUT_BIAS: Rows = (
-    Row(
+OUT_BIAS: WeightMappings = (
+    WeightMapping(
         "self_attention.linear_proj.bias",
         Cut.WHOLE,
         {"self_attn.o_proj.bias": ("hidden",)},
@@ -70,41 +74,41 @@ OUT_BIAS: Rows = (
     ),
 )
 
-QK_NORM: Rows = (
-    Row("self_attention.q_layernorm.weight", Cut.WHOLE, {"self_attn.q_norm.weight": ("head",)}),
-    Row("self_attention.k_layernorm.weight", Cut.WHOLE, {"self_attn.k_norm.weight": ("head",)}),
+QK_NORM: WeightMappings = (
+    WeightMapping("self_attention.q_layernorm.weight", Cut.WHOLE, {"self_attn.q_norm.weight": ("head",)}),
+    WeightMapping("self_attention.k_layernorm.weight", Cut.WHOLE, {"self_attn.k_norm.weight": ("head",)}),
 )
 
-DENSE_MLP: Rows = (
-    Row(
+DENSE_MLP: WeightMappings = (
+    WeightMapping(
         "pre_mlp_layernorm.weight",
         Cut.WHOLE,
         {"post_attention_layernorm.weight": ("hidden",)},
         te_name="mlp.linear_fc1.layer_norm_weight",
     ),
-    Row(
+    WeightMapping(
         "mlp.linear_fc1.weight",
         Cut.OUTPUTS,
         {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
     ),
-    Row("mlp.linear_fc2.weight", Cut.INPUTS, {"mlp.down_proj.weight": ("hidden", "ffn")}),
+    WeightMapping("mlp.linear_fc2.weight", Cut.INPUTS, {"mlp.down_proj.weight": ("hidden", "ffn")}),
 )
 
-MLP_BIAS: Rows = (
-    Row(
+MLP_BIAS: WeightMappings = (
+    WeightMapping(
         "mlp.linear_fc1.bias",
         Cut.OUTPUTS,
         {"mlp.gate_proj.bias": ("ffn",), "mlp.up_proj.bias": ("ffn",)},
         when=attrgetter("mlp_bias"),
     ),
-    Row("mlp.linear_fc2.bias", Cut.WHOLE, {"mlp.down_proj.bias": ("hidden",)}, when=attrgetter("mlp_bias")),
+    WeightMapping("mlp.linear_fc2.bias", Cut.WHOLE, {"mlp.down_proj.bias": ("hidden",)}, when=attrgetter("mlp_bias")),
 )
 
 # The router sees the same normalised input as the experts, so this norm is a module of its own everywhere.
-EXPERTS: Rows = (
-    Row("pre_mlp_layernorm.weight", Cut.WHOLE, {"post_attention_layernorm.weight": ("hidden",)}),
-    Row("mlp.router.weight", Cut.WHOLE, {"mlp.gate.weight": ("experts", "hidden")}),
-    Row(
+EXPERTS: WeightMappings = (
+    WeightMapping("pre_mlp_layernorm.weight", Cut.WHOLE, {"post_attention_layernorm.weight": ("hidden",)}),
+    WeightMapping("mlp.router.weight", Cut.WHOLE, {"mlp.gate.weight": ("experts", "hidden")}),
+    WeightMapping(
         "mlp.experts.local_experts.{expert}.linear_fc1.weight",
         Cut.OUTPUTS,
         {
@@ -113,7 +117,7 @@ EXPERTS: Rows = (
         },
         te_name="mlp.experts.linear_fc1.weight{expert}",
     ),
-    Row(
+    WeightMapping(
         "mlp.experts.local_experts.{expert}.linear_fc2.weight",
         Cut.INPUTS,
         {"mlp.experts.{expert}.down_proj.weight": ("hidden", "expert_ffn")},

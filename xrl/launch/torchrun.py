@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,16 +23,18 @@ from xrl.launch.start import without_collections
 from xrl.launch.temporary import own_folder
 from xrl.launch.terminal import say
 from xrl.launch.threads import set_thread_waiting
-from xrl.metrics.ending import words_of_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
-def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
+def run_ranks(arguments: Sequence[str], *, num_ranks: int, words_of_ranks: Callable[[Path], str]) -> int:
     """Run `xrl.train` on `num_ranks` ranks of this machine; returns the exit code.
 
     The ranks show the first error themselves. A rank that could not (killed by a signal, say) is named here.
+
+    Args:
+        words_of_ranks: reads what the ranks have left to say in the file of `prepare_agents_file`; empty: nothing.
     """
     _prepare_process(num_ranks)
     # torch reads the environment, and is slow to import: only when ranks are started.
