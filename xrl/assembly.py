@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from xrl.actor.actor import Actor
 from xrl.algorithms import Algorithm
+from xrl.checkpoint.manifest import STEP_NAME
 from xrl.checkpoint.parts import Stateful
 from xrl.checkpoint.writer import StateWriter
 from xrl.config import Settings, SettingsError
@@ -25,6 +26,7 @@ from xrl.experience.collect import Collector
 from xrl.experience.evaluate import Evaluator
 from xrl.experience.experience import Experience, SampledRollouts
 from xrl.experience.turns import DeviceTurns, TurnTakingPublisher
+from xrl.files.atomic_folder import remove_leftovers
 from xrl.files.disk import NotWritten
 from xrl.files.whole import write_whole
 from xrl.hooks import Checkpointing, Ending, Evaluation, Keeper
@@ -35,7 +37,7 @@ from xrl.metrics.journal import Journal
 from xrl.metrics.learning import LearningWatch
 from xrl.metrics.learning_words import LearningWords, no_stop_token
 from xrl.metrics.report import start_lines
-from xrl.metrics.run_folder import RunFolder
+from xrl.metrics.run_folder import CHECKPOINT_NAME, RunFolder
 from xrl.models.build import train_dtype
 from xrl.models.choice import layer_lines
 from xrl.models.shape import read_model_shape
@@ -53,6 +55,7 @@ from xrl.state_saving import StateKeeper, StateSaving
 from xrl.trainer import Hook
 from xrl.types import SamplingParams
 from xrl.weights.checkpoints import Checkpoints
+from xrl.weights.plan import num_parameters
 from xrl.weights.source import WeightSource
 
 if TYPE_CHECKING:
@@ -332,11 +335,14 @@ def begin_behind(lead: Lead, step: int, *, is_shared: bool) -> None:
     """
     if not is_shared:
         return
+    folder = lead.journal.folder
+    remove_leftovers(folder.path, CHECKPOINT_NAME)
+    remove_leftovers(folder.state, STEP_NAME)
     lead.checkpoints.goes_on = True
     if step == 0:
         lead.journal.begin_anew()
     lead.journal.begin_behind(step)
-    put_later_states_aside(lead.journal.folder.state, step)
+    put_later_states_aside(folder.state, step)
 
 
 def build_state_saving(
@@ -345,7 +351,11 @@ def build_state_saving(
     """Saves the run's state. Collective: rank 0 knows the folder."""
     control = Control.of(groups)
     state_dir = control.gather(str(lead.journal.folder.state) if lead else "")[0]
-    writer = StateWriter(Path(state_dir), control, file_name=state.actor.file_name, keep=settings.run.state_keep)
+    shape = read_model_shape(settings.model.model)
+    reserve = num_parameters(shape) * train_dtype(settings.model).itemsize
+    writer = StateWriter(
+        Path(state_dir), control, file_name=state.actor.file_name, keep=settings.run.state_keep, reserve_bytes=reserve
+    )
     keeper = StateKeeper(journal=lead.journal, lead_part=state.lead_part) if lead else None
     return StateSaving(state, writer, keeper, control, progress, interval=settings.run.state_interval)
 

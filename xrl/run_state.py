@@ -21,6 +21,7 @@ from xrl.checkpoint.writer import LeadPart
 from xrl.config import RunConfig, Settings
 from xrl.config.paths import absolute_paths
 from xrl.kernels.threads import num_threads
+from xrl.launch.exit import RunEnded
 from xrl.models.shape import ModelShape
 from xrl.parallel.control import Control
 from xrl.weights.weight_files import SINGLE_FILE, weight_map
@@ -130,22 +131,23 @@ def choose_state(run: RunConfig, control: Control) -> SavedState | None:
     Raises:
         SettingsError: see `state_to_resume`; and Unusable: the named state is damaged. On rank 0.
     """
+    damaged: dict[Path, str] = {}
     while True:
-        choice = state_to_resume(run) if control.leads else Choice(state=None)
-        for folder, why in choice.damaged:
-            _leave_out(folder, why)
+        choice = state_to_resume(run, without=damaged) if control.leads else Choice(state=None)
+        damaged |= dict(choice.damaged)
         found = control.gather(None if choice.state is None else str(choice.state.folder))[0]
         if found is None:
             return None
         state = SavedState.at(Path(found))
         fault = _damaged_file(state, control)
         if fault is None:
-            return state
-        if control.leads:
-            if run.resume != "auto":
-                raise Unusable(fault)
-            _leave_out(state.folder, fault)
-        control.meet()
+            break
+        if run.resume != "auto":
+            raise Unusable(fault) if control.leads else RunEnded()
+        damaged[state.folder] = fault
+    for folder, why in damaged.items() if control.leads else ():
+        logger.warning("%s: it is not used, and is %s from now on", why, put_aside(folder, "damaged").name)
+    return state
 
 
 def put_later_states_aside(state_dir: Path, step: int) -> None:
@@ -154,10 +156,6 @@ def put_later_states_aside(state_dir: Path, step: int) -> None:
         if later > step:
             aside = put_aside(step_folder(state_dir, later), "superseded")
             logger.warning("%s is newer than the state that the run goes on from: it is %s now", later, aside)
-
-
-def _leave_out(folder: Path, why: str) -> None:
-    logger.warning("%s; it is not used: %s is it now", why, put_aside(folder, "damaged"))
 
 
 def _damaged_file(state: SavedState, control: Control) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +40,15 @@ class Choice:
     damaged: tuple[tuple[Path, str], ...] = ()  # newer ones that cannot be used, and why
 
 
-def state_to_resume(run: RunConfig) -> Choice:
+def state_to_resume(run: RunConfig, *, without: Collection[Path] = ()) -> Choice:
     """What the settings ask for.
+
+    Args:
+        without: folders of states that are known to be damaged.
 
     Raises:
         SettingsError: --resume never, and there is a state; or --resume PATH, and there is no whole one.
+        Unusable: there are states, and none is whole: to begin anew would write over what they were made of.
     """
     if run.resume not in ("auto", "never"):
         return Choice(state=_named(Path(run.resume)))
@@ -59,11 +64,18 @@ def state_to_resume(run: RunConfig) -> Choice:
     damaged = []
     for step in steps:
         folder = step_folder(state_dir, step)
+        if folder in without:
+            continue
         try:
             return Choice(state=SavedState.at(folder), damaged=tuple(damaged))
         except Unusable as error:
             damaged.append((folder, str(error)))
-    return Choice(state=None, damaged=tuple(damaged))
+    if steps:
+        why = damaged[0][1] if damaged else f"{step_folder(state_dir, steps[0])} is damaged"
+        raise Unusable(
+            f"{why}, and --run-dir {run.run_dir} has no other whole state: use another --run-dir, or --resume PATH"
+        )
+    return Choice(state=None)
 
 
 def put_aside(folder: Path, ending: str) -> Path:

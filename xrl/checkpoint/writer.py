@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -80,15 +82,16 @@ class _UnderWay:
 class StateWriter:
     """Writes the states of a run. Every rank has one; its methods are collective."""
 
-    def __init__(self, state_dir: Path, control: Control, *, file_name: str, keep: int) -> None:
+    def __init__(self, state_dir: Path, control: Control, *, file_name: str, keep: int, reserve_bytes: int = 0) -> None:
         """
         Args:
             state_dir: of all ranks.
             file_name: of this rank's file.
             keep: how many of the newest states stay.
+            reserve_bytes: of the disk, for what comes at the end: no state takes them.
         """
         self.state_dir = state_dir
-        self._control, self._file_name, self._keep = control, file_name, keep
+        self._control, self._file_name, self._keep, self._reserve = control, file_name, keep, reserve_bytes
         self._under_way: _UnderWay | None = None
 
     @property
@@ -168,9 +171,10 @@ class StateWriter:
         return found
 
     def _opened(self, folder: contextlib.ExitStack, target: Path, num_bytes: int) -> Path:
-        free = free_bytes(self.state_dir)
-        if free is not None and free < num_bytes:
-            raise NotWritten(target, OSError(28, "No space left on device"), num_bytes=num_bytes)
+        free, needed = free_bytes(self.state_dir), num_bytes + self._reserve
+        if free is not None and free < needed:
+            why = OSError(errno.ENOSPC, f"with room left for hf-final, {os.strerror(errno.ENOSPC).lower()}")
+            raise NotWritten(target, why, num_bytes=needed)
         self.state_dir.mkdir(parents=True, exist_ok=True)
         return folder.enter_context(atomic_folder(target))
 

@@ -61,6 +61,16 @@ class RunConfig:
     """What a run does when no rollout teaches it anything: warn after 3 in a row, and with stop end after 10 with exit
     code 1 (at the end of a shorter run too, if it has 3 rollouts and none taught it anything)."""
 
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes: its own folder, or the one in which it gets one."""
+        return self.work_dir if self.run_dir is None else self.run_dir
+
+    @property
+    def output_flag(self) -> str:
+        """How that is told on the command line."""
+        return f"--work-dir {self.work_dir}" if self.run_dir is None else f"--run-dir {self.run_dir}"
+
     def __post_init__(self) -> None:
         if abs(self.seed) > 2**62:  # a rollout's own seed is a little further on, and must be a 64-bit number too
             raise SettingsError(f"--seed must be between -2^62 and 2^62, got {self.seed}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xrl.config import SettingsError
+from xrl.config.numbers import numbered
 from xrl.launch.exit import RunEnded, agents_file
 from xrl.metrics.run_folder import RunFolder
 from xrl.metrics.sinks import read_rows
@@ -101,6 +102,22 @@ def saved_models(folder: RunFolder) -> str:
         newest = folder.newest_checkpoint
     except OSError as error:
         return f"whose checkpoints cannot be read: {error.strerror or error}"
-    if newest is None:
-        return "no checkpoint yet (--save-interval N writes one every N rollouts)"
-    return f"saved: {newest.name} (the newest); a new run can start from it with --model {newest}"
+    state = newest_state(folder)
+    words = []
+    if state is not None:
+        words.append(f"the same flags with --run-dir {folder.path} go on from {state}")
+    if newest is not None:
+        words.append(f"saved: {newest.name} (the newest); a new run can start from it with --model {newest}")
+    return "; ".join(words) or (
+        "no checkpoint yet (--state-interval N saves the run's state every N rollouts, --save-interval N its model)"
+    )
+
+
+def newest_state(folder: RunFolder) -> str | None:
+    """The name of the newest saved state in a run's folder."""
+    try:
+        names = [path.name for path in folder.state.iterdir()]
+    except OSError:
+        return None
+    steps = [step for name in names if (step := numbered(name, "step-")) is not None]
+    return f"step-{max(steps)}" if steps else None

@@ -65,6 +65,7 @@ class RunFolder:
             SettingsError: nothing can be written there, another run lives in it, or it is somebody else's folder.
         """
         check_run_dir(path)
+        check_writable(path, flag="--run-dir")
         try:
             (path / "logs").mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((path / _LOCK_FILE).open("a"))
@@ -160,19 +161,19 @@ def check_run_dir(path: Path) -> None:
         )
 
 
-def check_writable(work_dir: Path) -> None:
-    """Make work_dir where it is missing, and try to write into it: permissions alone do not tell on every file system.
+def check_writable(folder: Path, *, flag: str = "--work-dir") -> None:
+    """Make a folder where it is missing, and try to write into it: permissions alone do not tell on every file system.
 
     Raises:
         SettingsError: nothing can be written there.
     """
     try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=work_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise SettingsError(
-            f"--work-dir {work_dir} must be a folder that can be written to: {error.strerror or error}"
+            f"{flag} {folder} must be a folder that can be written to: {error.strerror or error}"
         ) from error
 
 

@@ -9,6 +9,7 @@ data.py        rows of the data files, and whether the judge can use their groun
 layout.py      ranks and how the model is cut over them
 machine.py     packages and hardware that were asked for by name
 processes.py   no more processes and threads than the machine can run
+resume.py      the run's folder, and the saved state that it goes on from
 disk.py        room for the checkpoints that will be written
 workers.py     rollout workers that somebody started: their key, and who has them
 """
@@ -30,6 +31,7 @@ from xrl.preflight.layout import check_layout
 from xrl.preflight.machine import check_machine
 from xrl.preflight.model import check_model
 from xrl.preflight.processes import check_processes
+from xrl.preflight.resume import check_resume
 from xrl.preflight.tokenizer import check_tokenizer
 from xrl.preflight.weights import check_weights
 from xrl.preflight.workers import check_workers
@@ -69,9 +71,11 @@ def preflight(settings: Settings, *, world_size: int, tries_prompts: bool = True
         num_prompts = trial.num_prompts() if trial is not None else None
     if num_prompts is not None:
         rollouts_of(settings, num_prompts)
+    check_resume(settings, shape)
     remove_leftovers_of_runs(settings.run.work_dir)
     check_disk(settings, shape, num_rows=num_rows)
-    check_writable(settings.run.work_dir)
+    if settings.run.run_dir is None:
+        check_writable(settings.run.work_dir)
 
 
 def _question(settings: Settings, shape: ModelShape) -> Question:

@@ -29,23 +29,22 @@ def check_disk(settings: Settings, shape: ModelShape, *, num_rows: int) -> None:
         SettingsError: too little space, with what is needed and what is free, or a disk that takes no writes.
     """
     run, folder = settings.run, settings.model.model
-    if is_read_only(run.work_dir):  # what is free there says nothing
-        raise SettingsError(
-            f"--work-dir {run.work_dir} must be a folder that can be written to: {os.strerror(errno.EROFS)}"
-        )
+    if is_read_only(run.output_dir):  # what is free there says nothing
+        raise SettingsError(f"{run.output_flag} must be a folder that can be written to: {os.strerror(errno.EROFS)}")
     num_saves = _num_saves(settings, num_rows)
     # One more than are kept: the oldest is removed when the newest is whole.
     num_folders = 1 + (num_saves if run.save_keep is None else min(num_saves, run.save_keep))
-    weight_bytes, others = _weight_bytes(settings, shape), find_other_files(folder, target=run.work_dir)
+    weight_bytes, others = _weight_bytes(settings, shape), find_other_files(folder, target=run.output_dir)
     num_files = len(others.copied) + 2 + weight_bytes // MAX_SHARD_BYTES  # the folder, weights
-    what = f"--work-dir {run.work_dir} (for {num_folders:,} Hugging Face checkpoint{'s' if num_folders > 1 else ''})"
+    what = f"{run.output_flag} (for {num_folders:,} Hugging Face checkpoint{'s' if num_folders > 1 else ''})"
     check_file_size(min(weight_bytes, MAX_SHARD_BYTES), what=what)
     check_space(
-        run.work_dir,
+        run.output_dir,
         num_folders * (weight_bytes + others.num_bytes()) + RECORD_BYTES,
         what=what,
         num_files=num_folders * num_files + RECORD_FILES,
-        instead=": free some, use another --work-dir" + (", or --save-keep" if num_folders > 2 else ""),
+        instead=f": free some, use another {run.output_flag.split()[0]}"
+        + (", or --save-keep" if num_folders > 2 else ""),
     )
 
 

@@ -1,0 +1,30 @@
+"""The run's folder, and the saved state that it goes on from: nothing of another run's is mixed with it."""
+
+from __future__ import annotations
+
+from xrl.checkpoint.changes import identity, refuse_another_run
+from xrl.checkpoint.choose import state_to_resume
+from xrl.config import Settings, SettingsError
+from xrl.metrics.run_folder import RunFolder, check_run_dir
+from xrl.models.shape import ModelShape
+
+
+def check_resume(settings: Settings, shape: ModelShape) -> None:
+    """Refuse a state that this run cannot go on from, and a folder in which it would write over a finished one.
+
+    Raises:
+        SettingsError: with the file or flag, what was found, and what is needed.
+    """
+    run = settings.run
+    if run.run_dir is not None:
+        check_run_dir(run.run_dir)
+    state = state_to_resume(run).state
+    if state is not None:
+        refuse_another_run(state.manifest.identity, identity(settings, shape), state.folder)
+        return
+    newest = None if run.run_dir is None else RunFolder(run.run_dir).newest_checkpoint
+    if newest is not None:
+        raise SettingsError(
+            f"--run-dir {run.run_dir} has a model ({newest.name}) and no saved state to go on from: a run would write "
+            f"over it: use another --run-dir, and --state-interval to save states"
+        )
