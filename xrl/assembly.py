@@ -354,7 +354,11 @@ def build_state_saving(
     shape = read_model_shape(settings.model.model)
     reserve = num_parameters(shape) * train_dtype(settings.model).itemsize
     writer = StateWriter(
-        Path(state_dir), control, file_name=state.actor.file_name, keep=settings.run.state_keep, reserve_bytes=reserve
+        Path(state_dir),
+        control,
+        file_name=state.actor.file_name,
+        keep=settings.run.state_keep,
+        reserve_bytes=reserve,
     )
     keeper = StateKeeper(journal=lead.journal, lead_part=state.lead_part) if lead else None
     return StateSaving(state, writer, keeper, control, progress, interval=settings.run.state_interval)
