@@ -257,6 +257,7 @@ def build_experience(settings: Settings, groups: ParallelGroups, algorithm: Algo
             num_samples=settings.data.samples_per_prompt,
             num_in_flight=settings.prompts_in_flight,
             enough=settings.data.rollout_batch_size if settings.rollout.partial_rollout else None,
+            most_tokens=settings.rollout.partial_rollout_tokens,
         )
     return Experience(source, Control.of(groups))
 

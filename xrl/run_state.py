@@ -183,6 +183,6 @@ def _why_not_repeatable(settings: Settings) -> str:
         return f"--engine {settings.rollout.engine} computes an answer differently beside others"
     if torch.cuda.is_available():
         return "sums on a GPU are taken in no fixed order"
-    if settings.rollout.partial_rollout:
+    if settings.rollout.partial_rollout and settings.rollout.partial_rollout_tokens is None:
         return "--partial-rollout ends rollouts by the clock"
     return ""

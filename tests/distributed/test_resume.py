@@ -26,6 +26,7 @@ RUNS: dict[str, tuple[str, int, tuple[str, ...]]] = {
         1,
         ("--fused-linear-logprob", "--updates-per-rollout", "4", "--kl-coef", "0.1"),
     ),
+    "partial rollouts, cut by counts": ("dense", 1, ("--partial-rollout", "--partial-rollout-tokens", "4")),
     "tp2pp2": ("dense", 4, ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")),
     "dp2, distributed optimizer": ("dense", 2, ("--use-distributed-optimizer", "--lr-warmup-iters", "3")),
     "ep2": ("experts", 2, ("--expert-model-parallel-size", "2")),
@@ -52,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags(model: Path, data: Path, run_dir: Path, *more: str) -> list[str]:
     return [
         *("--model", str(model), "--data", str(data), "--run-dir", str(run_dir)),
-        *("--judge", f"{JUDGE}:judge", "--judge-num-workers", "1", "--rollout-num-workers", "1"),
+        *("--judge", f"{JUDGE}:reward", "--judge-num-workers", "1", "--rollout-num-workers", "1"),
         *("--rollout-num-threads", "1", "--rollout-batch-size", "4", "--samples-per-prompt", "4"),
         *("--max-prompt-length", "32", "--max-response-length", "16", "--max-tokens-per-microbatch", "512"),
         *("--num-rollouts", str(NUM_ROLLOUTS), "--lr", "1e-3", "--state-interval", "1"),

@@ -61,13 +61,11 @@ def prompts(*first_tokens: int) -> list[Prompt]:
 
 
 def take(
-    collector: Collector, asked: list[Prompt], *, seed: int = 1234, num_samples: int = 2, enough: int | None = None
+    collector: Collector, asked: list[Prompt], *, seed: int = 1234, num_samples: int = 2, **ends: int
 ) -> Collected:
     sampling = dataclasses.replace(SAMPLING, seed=seed)
     return finished(
-        collector.collect(
-            asked, sampling=sampling, num_samples=num_samples, description="training samples", enough=enough
-        )
+        collector.collect(asked, sampling=sampling, num_samples=num_samples, description="training samples", **ends)
     )
 
 
@@ -319,3 +317,30 @@ def test_run_ends_where_every_prompt_failed_and_says_why_the_first_did() -> None
     assert caught.value.sentence == (
         "rollout 3: all of its prompts failed, the first with rollout worker 0 (10.0.0.2:80): out of memory"
     )
+
+
+def growing(request: GenerateRequest) -> list[Completion]:
+    """Answers of as many tokens as their prompt's first token says, tens apart; what is asked for at most."""
+    length, num_drawn = request.token_ids[0] % 10, request.num_drawn
+    left = length - num_drawn
+    most = request.sampling.max_new_tokens
+    tokens = [40 + num_drawn + index for index in range(min(left, most))]
+    return [answer(*tokens, reason="stop" if left <= most else "length") for _ in range(request.num_samples)]
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_with_counts_the_first_whole_groups_are_taken_whichever_end_first(step: int) -> None:
+    workers = ScriptedWorkers(growing, order=lambda number: list(range(number))[::step])
+    one = collector(workers)
+    asked = {"enough": 2, "most_tokens": 2}
+    found = take(one, prompts(17, 12, 15, 14), **asked)
+    # After 2 tokens one group is whole, after 4 there are two: by then 15 has 4 tokens, and 17 too.
+    assert first_tokens(found) == [12, 14]
+    assert [len(group.answers[0].token_ids) for group in one._carried] == [4, 4]
+    assert found.counts.unfinished == 2
+    assert workers.num_cuts == 0
+    found = take(one, prompts(11, 11), **asked)
+    # 15 is whole first by its place; one of the new groups is whole too, and judged in this rollout.
+    assert first_tokens(found) == [15, 11]
+    found = take(one, prompts(13), **asked)
+    assert first_tokens(found) == [17, 11]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
-from tests.samples import answer, prompt
-from xrl.experience.partial import GroupInProgress, joined
+from tests.samples import answer, contents, prompt
+from xrl.experience.partial import GroupInProgress, groups_of_state, groups_state, joined
 from xrl.types import GenerateRequest, SamplingParams
 
 SAMPLING = SamplingParams(temperature=0.7, top_k=5, top_p=0.9, max_new_tokens=8, stop_token_ids=(2,), seed=1000)
@@ -135,3 +136,42 @@ def test_a_continuation_may_be_cut_off_again_and_then_asks_for_less() -> None:
     group.take([0], [answer(8, 9, 10, reason="length", version=2)])
     assert group.is_whole and len(group.answers[0].token_ids) == SAMPLING.max_new_tokens
     assert group.answers[0].parts == ((0, 2), (1, 3), (2, 3))
+
+
+def test_an_answer_grows_by_so_many_tokens_at_most_and_by_no_more_than_are_left_of_its_length() -> None:
+    (request,) = started().requests(SAMPLING, 2, "1234-0", most_tokens=3)
+    assert request.sampling.max_new_tokens == 3
+    short, long = started(answer(4, reason="abort"), answer(*range(3, 9), reason="abort")).requests(
+        SAMPLING, 2, "1234-0", most_tokens=3
+    )
+    assert (short.sampling.max_new_tokens, long.sampling.max_new_tokens) == (3, 2)
+
+
+def test_an_answer_that_ends_where_it_was_told_to_has_not_ended() -> None:
+    group = started()
+    group.take([0, 1], [answer(4, 5, 6, reason="length"), answer(4, 2)], longest=8)
+    assert [each.finish_reason for each in group.answers] == ["abort", "stop"]
+    group.take([0], [answer(7, 8, 9, reason="length", version=1)], longest=8)
+    assert not group.is_whole
+    group.take([0], [answer(3, 4, reason="length", version=2)], longest=8)
+    assert group.is_whole
+    assert group.answers[0].token_ids.tolist() == [4, 5, 6, 7, 8, 9, 3, 4]
+    assert group.answers[0].parts == ((0, 3), (1, 3), (2, 2))
+
+
+def test_groups_in_progress_come_back_from_their_state() -> None:
+    groups = [started(answer(4, 2), answer(4, 5, reason="abort", version=3, parts=((1, 1), (3, 1)))), started()]
+    groups[1].ordinal = 7
+    state = groups_state(groups)
+    arrays = {name: state.pop(name) for name in ("token_ids", "logprobs")}
+    told = json.loads(json.dumps(state))
+    found = groups_of_state({**told, **arrays}, lambda ordinal: PROMPT)
+    assert [group.ordinal for group in found] == [3, 7]
+    for before, after in zip(groups, found, strict=True):
+        assert before.requests(SAMPLING, 2, "x") == after.requests(SAMPLING, 2, "x")
+        for one, other in zip(before.answers, after.answers, strict=True):
+            assert contents(one) == contents(other)
+
+
+def test_no_groups_have_a_state_too() -> None:
+    assert groups_of_state(groups_state([]), lambda ordinal: PROMPT) == []

@@ -79,6 +79,10 @@ class RolloutConfig:
     """Ask for more prompts than a batch needs and stop when enough are finished; the rest goes on in the next rollout,
     from the tokens it has."""
 
+    partial_rollout_tokens: int | None = None
+    """With --partial-rollout: tokens by which each answer grows before it is looked at which groups are whole; a run
+    then repeats to the bit; default: a rollout stops as soon as enough are whole, which is when the clock says."""
+
     oversampling: float = 1.5
     """With --partial-rollout: prompts in flight for each prompt of a batch."""
 
@@ -151,6 +155,10 @@ class RolloutConfig:
                     "--rollout-kv-cache-gb is for workers that are started here: give those of --rollout-worker-urls "
                     "theirs with `xrl worker --kv-cache-gb`"
                 )
+        if self.partial_rollout_tokens is not None and (self.partial_rollout_tokens < 1 or not self.partial_rollout):
+            raise SettingsError(
+                f"--partial-rollout-tokens {self.partial_rollout_tokens} must be >= 1, and needs --partial-rollout"
+            )
         if self.rollout_num_threads is not None and self.rollout_num_threads < 1:
             raise SettingsError(f"--rollout-num-threads must be >= 1, got {self.rollout_num_threads}")
         if self.rollout_dtype not in ("auto", "float32", "bfloat16"):

@@ -48,9 +48,11 @@ class _Place:
     has_failed: bool = False  # one of its requests did, for good
     judging: list[_Judging] | None = None  # its answers, once they are all there
 
-    def requests(self, sampling: SamplingParams, num_samples: int, name: str) -> list[_Request]:
+    def requests(
+        self, sampling: SamplingParams, num_samples: int, name: str, *, most_tokens: int | None
+    ) -> list[_Request]:
         """What is still to be asked."""
-        requests = self.group.requests(sampling, num_samples, name)
+        requests = self.group.requests(sampling, num_samples, name, most_tokens=most_tokens)
         samples = self.group.places(num_samples)
         return [_Request(place=self, samples=each, request=one) for each, one in zip(samples, requests, strict=True)]
 
@@ -120,6 +122,7 @@ class Collector:
         description: str,
         first_ordinal: int = 0,
         enough: int | None = None,
+        most_tokens: int | None = None,
     ) -> Asking[Collected]:
         """Draw `num_samples` answers to every prompt and judge them.
 
@@ -131,6 +134,9 @@ class Collector:
             first_ordinal: of the first prompt's group in the stream; the others follow.
             enough: stop when so many groups are whole, the carried ones first among them. The others are carried into
                 the next such call, and go on there from the tokens they have.
+            most_tokens: by which each answer grows before it is looked at which groups are whole, and again as long as
+                these are not enough: which ones they are depends on nothing but the draws. Default: the first to end
+                are taken, whichever these are.
         """
         start = time.perf_counter()
         counts = RolloutCounts()
@@ -138,18 +144,24 @@ class Collector:
         new = [GroupInProgress(prompt=each, ordinal=ordinal) for ordinal, each in enumerate(prompts, first_ordinal)]
         places = [_Place(group=group) for group in (*carried, *new)]
         self._num_rollouts += 1
-        asked = [
-            each
-            for number, place in enumerate(places)
-            for each in place.requests(sampling, num_samples, f"{self._num_rollouts}-{number}")
-        ]
-        for place in [place for place in places if place.group.is_whole][:enough]:
-            self._judge_all(place)
-        if _num_judged(places) == enough:
-            asked = []
-        yield from self._answers(places, asked, counts, description, enough)
+        self._judge_first(places, enough)
+        longest = None if most_tokens is None else sampling.max_new_tokens
+        while _num_judged(places) != enough and (
+            asked := [
+                each
+                for number, place in enumerate(places)
+                if place.judging is None and not place.has_failed
+                for each in place.requests(
+                    sampling, num_samples, f"{self._num_rollouts}-{number}", most_tokens=most_tokens
+                )
+            ]
+        ):
+            yield from self._answers(places, asked, counts, description, enough, longest=longest)
+            self._judge_first(places, enough)
         if enough is not None:
             self._carried = [place.group for place in places if place.judging is None and not place.has_failed]
+        if most_tokens is not None:
+            counts.unfinished = sum(not group.is_whole for group in self._carried)
         groups = [self._judged(place, sampling.temperature) for place in places if place.judging is not None]
         _log_counts(description, counts)
         return Collected(
@@ -166,8 +178,14 @@ class Collector:
         counts: RolloutCounts,
         description: str,
         enough: int | None,
+        *,
+        longest: int | None,
     ) -> Asking[None]:
-        """Give every place its answers as they come, and judge those that are whole, until there are `enough`."""
+        """Give every place its answers as they come, and judge those that are whole, until there are `enough`.
+
+        Args:
+            longest: of an answer, where less is asked for now: then all are waited for, and none is judged yet.
+        """
         with self._progress(len(asked), description) as advance:
             for found in self.fleet.generate([each.request for each in asked], counts, updates=True):
                 if isinstance(found, NoneReady):
@@ -177,9 +195,9 @@ class Collector:
                 number, completions = found
                 place = asked[number].place
                 if completions:
-                    place.group.take(asked[number].samples, completions)
+                    place.group.take(asked[number].samples, completions, longest=longest)
                 place.has_failed |= completions is None
-                if place.group.is_whole and place.judging is None and _num_judged(places) != enough:
+                if longest is None and place.group.is_whole and place.judging is None and _num_judged(places) != enough:
                     self._judge_all(place)
                     if _num_judged(places) == enough:
                         self.fleet.cut_short()
@@ -207,6 +225,14 @@ class Collector:
     def _take_carried(self) -> list[GroupInProgress]:
         carried, self._carried = self._carried, []
         return carried
+
+    def _judge_first(self, places: Sequence[_Place], enough: int | None) -> None:
+        """Judge the first places that are whole, as far as they are needed."""
+        for place in places:
+            if _num_judged(places) == enough:
+                return
+            if place.group.is_whole and place.judging is None and not place.has_failed:
+                self._judge_all(place)
 
     def _judge_all(self, place: _Place) -> None:
         place.judging = [self._judge(place.group.prompt, completion) for completion in place.group.answers]

@@ -104,6 +104,7 @@ class Collects(Protocol):
         description: str,
         first_ordinal: int = 0,
         enough: int | None = None,
+        most_tokens: int | None = None,
     ) -> Asking[Collected]: ...
 
 
@@ -138,6 +139,7 @@ class SampledRollouts:
         num_samples: int,
         num_in_flight: int,
         enough: int | None = None,
+        most_tokens: int | None = None,
     ) -> None:
         """
         Args:
@@ -146,10 +148,12 @@ class SampledRollouts:
             num_samples: answers to each prompt.
             num_in_flight: prompts that are asked in each rollout, those that are carried among them.
             enough: groups that end a rollout; the others are carried into the next. None: all.
+            most_tokens: as the collector takes it.
         """
         self._prompts, self._collector, self._score = prompts, collector, score
         self._sampling = sampling
-        self._num_samples, self._num_in_flight, self._enough = num_samples, num_in_flight, enough
+        self._num_samples, self._num_in_flight = num_samples, num_in_flight
+        self._enough, self._most_tokens = enough, most_tokens
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the next rollout begins, and what is carried into it."""
@@ -180,6 +184,7 @@ class SampledRollouts:
             description="training samples",
             first_ordinal=first_ordinal,
             enough=self._enough,
+            most_tokens=self._most_tokens,
         )
         refuse_useless(step, collected)
         scored = self._score(collected.groups)

@@ -27,26 +27,35 @@ class GroupInProgress:
     def is_whole(self) -> bool:
         return bool(self.answers) and all(answer.is_whole for answer in self.answers)
 
-    def requests(self, sampling: SamplingParams, num_samples: int, name: str) -> list[GenerateRequest]:
+    def requests(
+        self, sampling: SamplingParams, num_samples: int, name: str, *, most_tokens: int | None = None
+    ) -> list[GenerateRequest]:
         """What is to be asked: the prompt for all samples, or each cut-off answer for the rest of it.
 
         Args:
             sampling: of the stream of groups; each draws by a seed of its own.
             name: unique among the requests in flight.
+            most_tokens: by which an answer may grow now; default: all that are left of its length.
         """
         # The ordinal, not the prompt's id: it comes again in the next epoch. And not the place in a rollout: whenever
         # and wherever it goes on, a group draws what it would have drawn at once.
         sampling = dataclasses.replace(sampling, seed=(sampling.seed * _SEED_STEP + self.ordinal) % 2**63)
+        longest = sampling.max_new_tokens
+
+        def growing(num_drawn: int) -> SamplingParams:
+            left = longest - num_drawn
+            return dataclasses.replace(sampling, max_new_tokens=left if most_tokens is None else min(left, most_tokens))
+
         if not self.answers:
             return [
-                GenerateRequest(id=name, token_ids=self.prompt.token_ids, num_samples=num_samples, sampling=sampling)
+                GenerateRequest(id=name, token_ids=self.prompt.token_ids, num_samples=num_samples, sampling=growing(0))
             ]
         return [
             GenerateRequest(
                 id=f"{name}-{index}",
                 token_ids=[*self.prompt.token_ids, *answer.token_ids.tolist()],
                 num_samples=1,
-                sampling=dataclasses.replace(sampling, max_new_tokens=sampling.max_new_tokens - len(answer.token_ids)),
+                sampling=growing(len(answer.token_ids)),
                 first_sample=index,
                 num_drawn=len(answer.token_ids),
             )
@@ -54,13 +63,19 @@ class GroupInProgress:
             if not answer.is_whole
         ]
 
-    def take(self, places: Sequence[int], completions: Sequence[Completion]) -> None:
-        """Add what came back for the samples at `places`; an answer that was cut off before grows by it."""
-        if not self.answers:
+    def take(self, places: Sequence[int], completions: Sequence[Completion], *, longest: int | None = None) -> None:
+        """Add what came back for the samples at `places`; an answer that was cut off before grows by it.
+
+        Args:
+            longest: of an answer, in tokens, where less was asked for: one that is shorter has not ended yet.
+        """
+        if self.answers:
+            for place, completion in zip(places, completions, strict=True):
+                self.answers[place] = joined(self.answers[place], completion)
+        else:
             self.answers = list(completions)
-            return
-        for place, completion in zip(places, completions, strict=True):
-            self.answers[place] = joined(self.answers[place], completion)
+        if longest is not None:
+            self.answers = [_still_growing(answer, longest) for answer in self.answers]
 
     def places(self, num_samples: int) -> list[list[int]]:
         """The samples that each of `requests` is for."""
@@ -126,6 +141,13 @@ def joined(first: Completion, second: Completion) -> Completion:
         weights_version=second.weights_version,
         parts=tuple(part for part in parts if part[1]),
     )
+
+
+def _still_growing(answer: Completion, longest: int) -> Completion:
+    """An answer that ended at the length that was asked for, and not at its own: it was cut off."""
+    if answer.finish_reason != "length" or len(answer.token_ids) >= longest:
+        return answer
+    return dataclasses.replace(answer, finish_reason="abort")
 
 
 def _parts_of(completion: Completion) -> tuple[tuple[int, int], ...]:
