@@ -24,9 +24,9 @@ class Part:
 
 def test_values_go_into_json_and_arrays_beside_it() -> None:
     ids = np.array([1, 2], dtype=np.int32)
-    values, arrays = take_states({"data": Part(epoch=3, ids=ids), "data.more": Part(ids=ids + 1), "empty": Part()})
-    assert json.loads(json.dumps(values)) == {"data": {"epoch": 3}, "data.more": {}, "empty": {}}
-    assert {name: array.tolist() for name, array in arrays.items()} == {"data.ids": [1, 2], "data.more.ids": [2, 3]}
+    values, arrays = take_states({"data": Part(epoch=3, ids=ids), "other": Part(ids=ids + 1), "empty": Part()})
+    assert json.loads(json.dumps(values)) == {"data": {"epoch": 3}, "other": {}, "empty": {}}
+    assert {name: array.tolist() for name, array in arrays.items()} == {"data.ids": [1, 2], "other.ids": [2, 3]}
 
 
 def test_each_part_gets_its_own_back_and_a_new_one_nothing() -> None:
