@@ -108,9 +108,7 @@ def test_a_state_from_before_the_first_update_has_no_moments(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_each_parameter_counts_its_own_updates(
-    models: dict[str, Path], groups: ParallelGroups, tmp_path: Path
-) -> None:
+def test_each_parameter_counts_its_own_updates(models: dict[str, Path], groups: ParallelGroups, tmp_path: Path) -> None:
     actor = make_actor(models["qwen3"], groups, bf16=False)
     learn(actor)
     ActorState(actor).load(save(actor, tmp_path))

@@ -13,9 +13,7 @@ def manifest(step: int = 3, **changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "step": step,
         "num_updates": 2 * step,
-        "cut": Cut(
-            layout=Layout(tensor_size=2, pipeline_size=1), use_distributed_optimizer=False, te_layers=False
-        ),
+        "cut": Cut(layout=Layout(tensor_size=2, pipeline_size=1), use_distributed_optimizer=False, te_layers=False),
         "files": {},
         "identity": {"seed": 1, "data": "abc"},
         "circumstances": {"layout": "TP2 x PP1 x DP1"},

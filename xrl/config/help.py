@@ -30,7 +30,15 @@ COMMON: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "Layout": ("tensor_model_parallel_size", "pipeline_model_parallel_size"),
         "Rollout engines": ("engine", "rollout_python", "rollout_num_workers", "colocate", "temperature"),
-        "Evaluation and output": ("eval_data", "eval_interval", "work_dir", "run_dir", "save_interval", "state_interval", "seed"),
+        "Evaluation and output": (
+            "eval_data",
+            "eval_interval",
+            "work_dir",
+            "run_dir",
+            "save_interval",
+            "state_interval",
+            "seed",
+        ),
     }
 )
 MAX_COLUMNS = 100
