@@ -1,0 +1,42 @@
+"""Runs that are killed anywhere go on, and end as if they had not been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.kill_anywhere import kinds_of, run
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_run_that_is_killed_in_a_save_a_resume_and_elsewhere_ends_the_same(tmp_path: Path) -> None:
+    tally = run(1, 4, [], tmp_path)
+    assert not tally.faults
+    assert tally.kills == 4
+    assert tally.in_a_save >= 1
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("seed", "num_kills", "flags"),
+    [
+        (2, 12, []),
+        (3, 8, ["--nproc-per-node", "2", "--pipeline-model-parallel-size", "2"]),
+    ],
+    ids=["1 rank", "2 ranks"],
+)
+def test_twenty_kills(seed: int, num_kills: int, flags: list[str], tmp_path: Path) -> None:
+    tally = run(seed, num_kills, flags, tmp_path)
+    assert not tally.faults
+    assert tally.kills == num_kills
+
+
+def test_saves_and_resumes_are_among_the_moments() -> None:
+    import random
+
+    for seed in range(20):
+        kinds = kinds_of(20, random.Random(seed))
+        assert (len(kinds), kinds.count("save"), kinds.count("resume")) == (20, 5, 3)
+        assert kinds[0] != "resume"
