@@ -1,9 +1,9 @@
 """Saving the state of an actor while it trains: `python benchmarks/state_saving.py`.
 
-A Qwen2.5-0.5B of random weights (494M parameters, tied), updates on a few short answers, fp32, one rank on the CPU. Three
-ways, each in a process of its own, by turns: nothing is saved; the state is saved as a run saves it, behind one update
-and while the next ones are made; the same tensors go to `torch.save`, which the run waits for. Steps are timed with
-whatever saving holds them up. The last line is JSON.
+A Qwen2.5-0.5B of random weights (494M parameters, tied), updates on a few short answers, fp32, one rank on the CPU.
+Three ways, each in a process of its own, by turns: nothing is saved; the state is saved as a run saves it, behind one
+update and while the next ones are made; the same tensors go to `torch.save`, which the run waits for. Steps are timed
+with whatever saving holds them up. The last line is JSON.
 """
 
 from __future__ import annotations

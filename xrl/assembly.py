@@ -342,7 +342,8 @@ def begin_behind(lead: Lead, step: int, *, is_shared: bool) -> None:
     lead.checkpoints.goes_on = True
     if step == 0:
         lead.journal.begin_anew()
-    lead.journal.begin_behind(step)
+    if step or any(folder.tensorboard.glob("events.*")):
+        lead.journal.begin_behind(step)
     put_later_states_aside(folder.state, step)
 
 

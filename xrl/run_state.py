@@ -56,8 +56,9 @@ class RunState:
         self.actor = actor
         self._settings, self._control = settings, control
         self._everywhere, self._on_lead = everywhere, on_lead
-        self._identity = identity(settings, shape)
-        if keeps_reference:
+        self._identity = identity(settings, shape) if control.leads else {}
+        run = settings.run
+        if keeps_reference and (run.state_interval or run.run_dir or run.resume != "auto"):
             self._identity["reference"] = _weights_checksums(settings.model.model, control)
 
     def pieces(self) -> Mapping[str, torch.Tensor]:
@@ -87,7 +88,8 @@ class RunState:
             Unusable: it is another run's, or damaged.
         """
         manifest = saved.manifest
-        refuse_another_run(manifest.identity, self._identity, saved.folder)
+        if self._control.leads:
+            refuse_another_run(manifest.identity, self._identity, saved.folder)
         self.actor.load(saved)
         arrays = load_file(saved.folder / LEAD_FILE) if LEAD_FILE in manifest.files else {}
         give_states({**self._everywhere, **self._on_lead}, manifest.parts, arrays)

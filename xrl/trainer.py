@@ -99,6 +99,7 @@ class Trainer:
     def train(self) -> None:
         """Train from the first rollout to the last. Collective, as are all methods."""
         if 0 < self.num_steps <= self.first_step:
+            logger.info("nothing is left to do: rollout %d of %d is learned from", self.first_step, self.num_steps)
             return
         self.publish(version=self.first_step)
         if self.first_step == 0:

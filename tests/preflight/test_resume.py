@@ -46,6 +46,14 @@ def test_the_state_before_a_damaged_one_will_do_and_a_named_one_must_be_whole(
     assert "written by rank 0, has 0 bytes" in refusal("--resume", str(run_dir))
 
 
+def test_two_runs_are_not_mixed_in_a_folder(refusal: Refusal, tmp_path: Path, run_dir: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text("")
+    sentence = refusal("--run-dir", str(other), "--resume", str(run_dir))
+    assert "is of another run's folder" in sentence
+
+
 def test_a_finished_model_is_not_written_over(refusal: Refusal, tmp_path: Path) -> None:
     (tmp_path / "run" / "hf-final").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("")

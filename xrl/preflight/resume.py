@@ -19,6 +19,13 @@ def check_resume(settings: Settings, shape: ModelShape) -> None:
     if run.run_dir is not None:
         check_run_dir(run.run_dir)
     state = state_to_resume(run).state
+    if state is not None and run.run_dir is not None and RunFolder(run.run_dir).config.is_file():
+        is_own = state.folder.parent.absolute() == RunFolder(run.run_dir).state.absolute()
+        if not is_own:
+            raise SettingsError(
+                f"--resume {run.resume} is of another run's folder, and --run-dir {run.run_dir} has a run in it "
+                f"already: use a new folder, or --resume auto to go on with that one"
+            )
     if state is not None:
         refuse_another_run(state.manifest.identity, identity(settings, shape), state.folder)
         return
