@@ -10,7 +10,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from xrl.algorithms.own import create_own
+from xrl.algorithms.own import OWN_ALGORITHM, create_own, is_own
 from xrl.config import AlgorithmConfig, SettingsError
 from xrl.config.names import hint
 from xrl.types import Group, LossInputs, LossOutput, SampleSize
@@ -79,13 +79,13 @@ class Algorithm(Protocol):
 
 
 def check_algorithm(config: AlgorithmConfig) -> None:
-    """Refuse an algorithm that cannot be had. Ours is only looked up, without torch; a user's own is built.
+    """Find the algorithm before anything slow starts. A user's own is not run yet: `trial.AlgorithmTrial` does that.
 
     Raises:
-        SettingsError: as `create_algorithm` does.
+        SettingsError: no such algorithm or file.
     """
-    if ":" in config.algorithm:
-        create_own(config)
+    if is_own(config):
+        OWN_ALGORITHM.check(config.algorithm)
     elif config.algorithm not in ALGORITHMS:
         raise SettingsError(
             f"--algorithm {config.algorithm!r} is unknown{hint('algorithm', config.algorithm)}, the known ones are: "
@@ -99,7 +99,7 @@ def create_algorithm(config: AlgorithmConfig) -> Algorithm:
     Raises:
         SettingsError: the name is not in the table, or a class of the user's own cannot be had or lacks something.
     """
-    if ":" in config.algorithm:
+    if is_own(config):
         return create_own(config)
     check_algorithm(config)
     module, name = ALGORITHMS[config.algorithm].split(":")
