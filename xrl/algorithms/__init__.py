@@ -27,7 +27,7 @@ ALGORITHMS: Mapping[str, str] = MappingProxyType(
 
 
 class LearnerSettings(Protocol):
-    """What the actor reads of an algorithm's settings; whatever else they hold is the algorithm's own."""
+    """The settings of an algorithm that the actor reads. An algorithm may have more."""
 
     @property
     def updates_per_rollout(self) -> int:
@@ -41,12 +41,12 @@ class LearnerSettings(Protocol):
 
     @property
     def kl_coef(self) -> float:
-        """Where it is not 0, the loss is given the log-probs of the model that the run started from."""
+        """If it is not 0, the loss gets the log-probs of the model that the run started from."""
         ...
 
     @property
     def entropy_coef(self) -> float:
-        """Where it is not 0, the entropy that the loss is given carries a gradient."""
+        """If it is not 0, the entropy that the loss gets carries a gradient."""
         ...
 
 
@@ -55,14 +55,14 @@ class Algorithm(Protocol):
 
     @property
     def settings(self) -> LearnerSettings:
-        """Its own; the actor reads these of them."""
+        """The algorithm's settings, of which the actor reads these."""
         ...
 
     fused_loss: AlgorithmConfig | None
     """Settings of `token_terms` where `loss` is their weighted sum, so that a fused kernel may stand in; else None."""
 
     def score(self, groups: Sequence[Group]) -> Scored:
-        """Judged groups in, samples with advantages out."""
+        """Turn judged groups into samples with advantages."""
         ...
 
     def keep(self, group: Group) -> bool:
@@ -70,7 +70,7 @@ class Algorithm(Protocol):
         ...
 
     def token_shares(self, sizes: Sequence[SampleSize]) -> Sequence[float]:
-        """Share of each trained token of each sample of an update in its loss; over all tokens they sum to 1."""
+        """What a trained token counts for in the loss, for each sample of an update; over all tokens they sum to 1."""
         ...
 
     def loss(self, inputs: LossInputs) -> LossOutput:

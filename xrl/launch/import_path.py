@@ -13,7 +13,7 @@ import xrl
 
 
 def leave_current_folder() -> None:
-    """Take back what `python -m` put first on the path, unless xrl itself is run from there."""
+    """Remove the current folder, which `python -m` put first on the path, unless xrl itself is run from there."""
     current = os.getcwd()
     if not sys.flags.safe_path and sys.path and sys.path[0] in ("", current) and not runs_from(current):
         del sys.path[0]

@@ -29,14 +29,14 @@ _HOW_TO_MAKE = "`(umask 077; openssl rand -hex 32 > {file})` makes one"
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """What every call of a worker shows: that it may, and for which run."""
+    """What every call shows a worker: its key and its run."""
 
     key: str = field(repr=False)
     run_id: str
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Of a call over HTTP."""
+        """The HTTP headers of a call."""
         return {"Authorization": f"Bearer {self.key}", RUN_HEADER: self.run_id}
 
 
