@@ -20,5 +20,5 @@ def leave_current_folder() -> None:
 
 
 def runs_from(folder: str) -> bool:
-    """Whether this very xrl lies in `folder`: a checkout, say, that need not be installed."""
+    """Whether this very xrl lies in `folder`, such as a checkout that need not be installed."""
     return os.path.dirname(os.path.dirname(os.path.abspath(xrl.__file__))) == os.path.abspath(folder)

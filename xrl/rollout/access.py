@@ -57,7 +57,7 @@ def new_run_id(name: str = "") -> str:
     """A name for a run that no other run has.
 
     Args:
-        name: of the run's folder, say: what people know it by. Left out where it is no plain word.
+        name: by which people know the run, such as that of its folder. Left out where it is no plain word.
     """
     number = secrets.token_hex(8)
     return f"{name}-{number}" if is_run_id(name) and len(name) <= 64 else number

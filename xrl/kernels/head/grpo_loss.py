@@ -75,7 +75,7 @@ def grpo_token_loss(
 
     Args:
         logits: [R, V] floating point. Afterwards they HOLD THEIR GRADIENT, if they need one and `in_place` is set:
-            fine where nothing else reads them, a matrix product's output say.
+            fine where nothing else reads them, as with the output of a matrix product.
         token_ids: [R] int64 or int32; ignored where the share is 0.
         tokens: advantages, shares of the loss and the other models' log-probs, each [R].
         settings: clip bounds, KL, entropy and importance weights.
