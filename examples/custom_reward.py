@@ -5,8 +5,8 @@
 The function gets the answer's text and its prompt: `prompt.ground_truth`, `prompt.data_source`, and the data
 row's `extra_info` as `prompt.extra`. It returns one finite number, or None where it cannot say. Each call runs in a
 process of its own pool and is ended after --judge-timeout-s; the answer is left out when the call raises or is ended.
-`check_truth`, where there is one, is asked about every row of the data before the run starts. Put slow set-up (reading
-a word list, say) at the top level: it runs once a process, and is not timed.
+`check_truth`, where there is one, is asked about every row of the data before the run starts. Put slow set-up, such as
+reading a word list, at the top level: it runs once a process, and is not timed.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Reporter:
         self._num_updates = state["num_updates"]
 
     def taken(self, step: int, batch: Batch) -> None:
-        """A rollout is sampled, judged and scored: every answer is written down."""
+        """Write down every answer of a rollout that was sampled, judged and scored."""
         if self._listeners is None or batch.scored is None:
             return
         scored = batch.scored
@@ -67,7 +67,7 @@ class Reporter:
         self._metrics = dict(batch.metrics)
 
     def learned(self, step: int, updates: Sequence[UpdateReport]) -> None:
-        """It is learned from.
+        """Take note of what a rollout's updates did.
 
         Raises:
             MismatchFailed: the samples are not the actor's. On rank 0.
@@ -78,7 +78,7 @@ class Reporter:
             self._listeners.mismatch.judge(updates[0].metrics["mismatch"].value, rollout=step)
 
     def published(self, step: int, published: Published, *, phases: Mapping[str, float], seconds: float) -> None:
-        """The engines have the new weights: one row of metrics for the rollout and all its updates. Collective.
+        """Write a row of metrics for a rollout and all its updates, once the engines have the weights. Collective.
 
         Args:
             phases: seconds of learning, by phase.

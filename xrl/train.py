@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rank_number(os.environ, name, 0)
     # `xrl train` above us has tried the prompts already; under plain torchrun one rank does it for all.
     is_first = agents_file() is None and rank_number(os.environ, "RANK", 0) == 0
-    preflight(settings, world_size=rank_number(os.environ, "WORLD_SIZE", 1), tries_prompts=is_first)
+    preflight(settings, world_size=rank_number(os.environ, "WORLD_SIZE", 1), tries_out=is_first)
     meet_at_loopback(os.environ)
     train(settings)
 

@@ -77,7 +77,7 @@ class Completion:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it ended by itself or at its longest."""
+        """Whether it ended by itself or at the length limit."""
         return self.finish_reason in ("stop", "length")
 
 
@@ -124,7 +124,7 @@ _STATUS_OF: Mapping[FinishReason, EpisodeStatus] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """What became of a prompt: an answer is an episode of one turn."""
+    """All turns that a prompt led to, and their verdict. An answer is an episode of one turn."""
 
     prompt: Prompt
     turns: tuple[Turn, ...]  # at least one, parents before their children
@@ -135,13 +135,13 @@ class Episode:
     def of_answer(
         cls, prompt: Prompt, completion: Completion, text: str, verdict: Verdict, *, temperature: float
     ) -> Episode:
-        """One turn."""
+        """Make an episode of one answer."""
         turn = Turn(completion=completion, text=text, temperature=temperature)
         return cls(prompt=prompt, turns=(turn,), verdict=verdict, status=_STATUS_OF[completion.finish_reason])
 
     @property
     def is_answered(self) -> bool:
-        """Whether it came to its end, be it the longest that is allowed, and the model said anything."""
+        """Whether it ended, by itself or at the length limit, and the model said anything."""
         return self.status in ("done", "length", "max_turns") and self.num_tokens > 0
 
     @property
@@ -179,7 +179,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSize:
-    """What is to be known of a sample, wherever it is, to plan micro-batches and to share the loss out."""
+    """The sizes of a sample, which every rank needs to plan micro-batches and to share the loss out."""
 
     num_tokens: int  # T
     prompt_length: int

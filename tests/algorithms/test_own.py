@@ -75,12 +75,14 @@ def test_a_class_in_a_file_is_built_from_the_settings(file: Path) -> None:
 )
 def test_what_a_run_could_not_use_is_refused(file: Path, name: str, words: str) -> None:
     with pytest.raises(SettingsError, match=words):
-        check_algorithm(AlgorithmConfig(algorithm=f"{file}:{name}"))
+        create_algorithm(AlgorithmConfig(algorithm=f"{file}:{name}"))
 
 
 def test_a_file_that_is_not_there_or_fails_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="--algorithm: no file"):
         check_algorithm(AlgorithmConfig(algorithm=f"{tmp_path}/absent.py:Mine"))
     (tmp_path / "wrong.py").write_text("1 / 0")
+    wrong = AlgorithmConfig(algorithm=f"{tmp_path}/wrong.py:Mine")
+    check_algorithm(wrong)  # it is there, and is not run yet
     with pytest.raises(SettingsError, match="cannot import .*wrong.py: ZeroDivisionError"):
-        check_algorithm(AlgorithmConfig(algorithm=f"{tmp_path}/wrong.py:Mine"))
+        create_algorithm(wrong)

@@ -134,27 +134,13 @@ def test_only_the_start_of_a_long_file_is_tried(question: Question, monkeypatch:
     assert answer_to(question) == {"num_prompts": 8}
 
 
-def test_an_end_without_a_word_is_one_sentence(question: Question, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = "import os, sys; print('panic', file=sys.stderr, flush=True); os.abort()"
-    monkeypatch.setattr(trial, "module_command", lambda module: [sys.executable, "-c", program])
-    with Trial(question) as tried, pytest.raises(SettingsError, match="the process that tried it out: SIGABRT, panic$"):
+def test_a_trial_that_does_not_end_in_time_is_one_sentence(question: Question, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "DEADLINE_S", 0.01)
+    with (
+        Trial(question) as tried,
+        pytest.raises(SettingsError, match="model was not loaded and tried out within 0.01 s"),
+    ):
         tried.num_prompts()
-
-
-def test_a_trial_that_does_not_end_is_ended(question: Question, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "module_command", lambda module: [sys.executable, "-c", "import time; time.sleep(600)"])
-    monkeypatch.setattr(trial, "DEADLINE_S", 0.2)
-    with Trial(question) as tried:
-        with pytest.raises(SettingsError, match=r"was not loaded and tried out within 0\.2 s"):
-            tried.num_prompts()
-        process = tried.process
-    assert process.poll() is not None
-
-
-def test_a_trial_that_nobody_waits_for_goes_with_its_block(question: Question) -> None:
-    with Trial(question) as tried:
-        process = tried.process
-    assert process.poll() is not None
 
 
 def test_memory_is_bounded(question: Question) -> None:

@@ -213,4 +213,4 @@ def test_data_in_a_pipe_is_refused(refusal: Refusal, tmp_path: Path, flag: str) 
 
 def test_ranks_of_a_checked_run_do_not_try_again(model: Path, data: Path, tmp_path: Path) -> None:
     edit_json(model / "tokenizer_config.json", eos_token=7)
-    preflight(parse_settings(run_flags(model, data, tmp_path)), world_size=1, tries_prompts=False)
+    preflight(parse_settings(run_flags(model, data, tmp_path)), world_size=1, tries_out=False)

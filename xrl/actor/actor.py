@@ -37,7 +37,7 @@ WhichWeights = Literal["actor", "reference"]
 
 
 class Actor:
-    """The model being trained, this rank's share of it."""
+    """This rank's share of the model that is trained."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Actor:
 
     @property
     def num_parameters(self) -> int:
-        """Of this rank's share."""
+        """Parameters of this rank's share."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def learn(self, samples: Sequence[Sample] | None, algorithm: Algorithm) -> list[UpdateReport]:
@@ -175,11 +175,11 @@ class Actor:
         return found.tolist()
 
     def weights(self, *, version: int) -> Iterator[WeightBucket]:
-        """The current weights as Hugging Face tensors, layer by layer, on rank 0. Collective: run it to its end."""
+        """The current weights as Hugging Face tensors, part by part, on rank 0. Collective: run it to its end."""
         return self.exporter.stream(self.named_weights(), version=version)
 
     def named_weights(self) -> Mapping[str, Tensor]:
-        """This rank's share, by the names of the GPTModel's parameters."""
+        """This rank's weights, by the names of the GPTModel's parameters."""
         return named_weights(self.model)
 
     def _microbatches_of(

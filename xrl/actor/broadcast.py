@@ -1,4 +1,4 @@
-"""Samples from rank 0 to the replicas that train on them: how large all are to every rank, the rest to its own."""
+"""Sends samples from rank 0: all sizes to every rank, the samples themselves to the replica that trains on them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NOT_WHOLE = {"temperature"}
 
 
 def broadcast_sizes(samples: Sequence[Sample] | None, group: ProcessGroup) -> list[SampleSize]:
-    """Tell every rank how large the samples are that rank 0 holds; the others pass None. Collective."""
+    """Tell every rank the sizes of rank 0's samples; the others pass None. Collective."""
     sizes = [size_of(sample) for sample in samples or ()]
     if dist.get_world_size(group) == 1:
         return sizes
@@ -58,7 +58,7 @@ def send_samples(
     wanted: Sequence[Sequence[int]],
     groups: ParallelGroups,
 ) -> dict[int, Sample]:
-    """Give each replica what it wants of the samples that rank 0 holds; the others pass None. Collective.
+    """Send each replica the samples of rank 0 that it wants; the others pass None. Collective.
 
     Args:
         sizes: of all samples.

@@ -1,4 +1,4 @@
-"""Metrics of every rank on every rank."""
+"""Gives every rank the metrics of all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xrl.types import Mean
 
 
 def merge_over_ranks(metrics: Mapping[str, Mean], group: ProcessGroup) -> dict[str, Mean]:
-    """The metrics of all ranks merged, in the order of the ranks, so that every one has the same sums. Collective.
+    """Merge the metrics of all ranks, in the order of the ranks, so that every rank has the same sums. Collective.
 
     JSON gives a float back to the bit. Ranks may have different metrics: the last stage alone knows the losses.
     """

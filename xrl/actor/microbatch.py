@@ -82,7 +82,7 @@ class MicrobatchMaker:
         return self.packing.share_prompt_prefix is not False
 
     def make(self, samples: Sequence[Sample], token_shares: Sequence[float]) -> Microbatch:
-        """What goes through the model at once.
+        """Make the tensors of one micro-batch.
 
         Args:
             samples: all of one temperature.

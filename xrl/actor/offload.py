@@ -1,4 +1,4 @@
-"""What the actor needs for training alone, out of the way while rollout engines use the device."""
+"""Moves what only training needs to the host while rollout engines use the device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrainingMemory:
 
     @torch.no_grad()
     def offload(self) -> None:
-        """Leave the device; does nothing where it has left already."""
+        """Move to the host; does nothing if it is there already."""
         if self.is_offloaded:
             return
         self.is_offloaded = True
@@ -53,7 +53,7 @@ class TrainingMemory:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Come back; does nothing where nothing has left."""
+        """Move back to the device; does nothing if nothing was moved away."""
         if not self.is_offloaded:
             return
         self.is_offloaded = False
@@ -85,7 +85,7 @@ class TrainingMemory:
 
 
 class _Offloaded:
-    """A place whose tensor is on the host."""
+    """Remembers where a tensor belongs that is on the host."""
 
     def __init__(self, holder: object, name: str, host: Tensor, device: torch.device) -> None:
         self.holder, self.name, self.host, self.device = holder, name, host, device

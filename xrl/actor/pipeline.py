@@ -1,4 +1,4 @@
-"""Micro-batches through megatron-core's pipeline schedules: forward only, and forward with backward."""
+"""Runs micro-batches through megatron-core's pipeline schedules: forward only, or forward and backward."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Pipeline:
     def forward(
         self, microbatches: Sequence[Microbatch], collect: Callable[[Tensor, Microbatch], T], *, all_rows: bool = False
     ) -> list[T]:
-        """What `collect` makes of the head's output for each micro-batch; on the last stage, empty on the others.
+        """Run the forward pass; returns `collect` of each micro-batch's head output on the last stage, else [].
 
         The output is the logits [R, V / tp], or hidden states [S * B, h] where the head hands them on.
 

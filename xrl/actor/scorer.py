@@ -1,4 +1,4 @@
-"""Log-probs and GRPO loss of a micro-batch from what the output head gives: logits, or hidden states."""
+"""Computes log-probs and GRPO loss of a micro-batch from the output head's logits or hidden states."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _KernelArguments(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScorer:
-    """Kernels with the arguments that stay the same over a run. Log-probs are at the temperature of the samples."""
+    """Calls the kernels with the arguments that a run never changes. Log-probs are at the samples' temperature."""
 
     backend: BackendName
     groups: ParallelGroups
@@ -41,7 +41,7 @@ class TokenScorer:
     upstream: float  # the gradient that the backward pass brings to a micro-batch's loss
 
     def logprobs(self, head_output: Tensor, microbatch: Microbatch, *, entropy_grad: bool = False) -> LogprobOutput:
-        """Of the response tokens, [R].
+        """Log-probs and entropies of the response tokens, each [R].
 
         Args:
             head_output: logits [R, V / tp], or hidden states [S * B, h] where the head hands them on, of which each
@@ -70,7 +70,7 @@ class TokenScorer:
         old: Tensor | None,
         reference: Tensor | None,
     ) -> tuple[Tensor, GrpoLossOutput]:
-        """(the micro-batch's share of the loss [], what it is made of), by the kernels that form the gradient at once.
+        """(the micro-batch's share of the loss [], per-token terms), by the kernels that form the gradient at once.
 
         Args:
             head_output: as in `logprobs`; logits hold their gradient afterwards.

@@ -10,7 +10,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from xrl.algorithms.own import create_own
+from xrl.algorithms.own import OWN_ALGORITHM, create_own, is_own
 from xrl.config import AlgorithmConfig, SettingsError
 from xrl.config.names import hint
 from xrl.types import Group, LossInputs, LossOutput, SampleSize
@@ -27,7 +27,7 @@ ALGORITHMS: Mapping[str, str] = MappingProxyType(
 
 
 class LearnerSettings(Protocol):
-    """What the actor reads of an algorithm's settings; whatever else they hold is the algorithm's own."""
+    """The settings of an algorithm that the actor reads. An algorithm may have more."""
 
     @property
     def updates_per_rollout(self) -> int:
@@ -41,12 +41,12 @@ class LearnerSettings(Protocol):
 
     @property
     def kl_coef(self) -> float:
-        """Where it is not 0, the loss is given the log-probs of the model that the run started from."""
+        """If it is not 0, the loss gets the log-probs of the model that the run started from."""
         ...
 
     @property
     def entropy_coef(self) -> float:
-        """Where it is not 0, the entropy that the loss is given carries a gradient."""
+        """If it is not 0, the entropy that the loss gets carries a gradient."""
         ...
 
 
@@ -55,14 +55,14 @@ class Algorithm(Protocol):
 
     @property
     def settings(self) -> LearnerSettings:
-        """Its own; the actor reads these of them."""
+        """The algorithm's settings, of which the actor reads these."""
         ...
 
     fused_loss: AlgorithmConfig | None
     """Settings of `token_terms` where `loss` is their weighted sum, so that a fused kernel may stand in; else None."""
 
     def score(self, groups: Sequence[Group]) -> Scored:
-        """Judged groups in, samples with advantages out."""
+        """Turn judged groups into samples with advantages."""
         ...
 
     def keep(self, group: Group) -> bool:
@@ -70,7 +70,7 @@ class Algorithm(Protocol):
         ...
 
     def token_shares(self, sizes: Sequence[SampleSize]) -> Sequence[float]:
-        """Share of each trained token of each sample of an update in its loss; over all tokens they sum to 1."""
+        """What a trained token counts for in the loss, for each sample of an update; over all tokens they sum to 1."""
         ...
 
     def loss(self, inputs: LossInputs) -> LossOutput:
@@ -79,13 +79,13 @@ class Algorithm(Protocol):
 
 
 def check_algorithm(config: AlgorithmConfig) -> None:
-    """Refuse an algorithm that cannot be had. Ours is only looked up, without torch; a user's own is built.
+    """Find the algorithm before anything slow starts. A user's own is not run yet: `trial.AlgorithmTrial` does that.
 
     Raises:
-        SettingsError: as `create_algorithm` does.
+        SettingsError: no such algorithm or file.
     """
-    if ":" in config.algorithm:
-        create_own(config)
+    if is_own(config):
+        OWN_ALGORITHM.check(config.algorithm)
     elif config.algorithm not in ALGORITHMS:
         raise SettingsError(
             f"--algorithm {config.algorithm!r} is unknown{hint('algorithm', config.algorithm)}, the known ones are: "
@@ -99,7 +99,7 @@ def create_algorithm(config: AlgorithmConfig) -> Algorithm:
     Raises:
         SettingsError: the name is not in the table, or a class of the user's own cannot be had or lacks something.
     """
-    if ":" in config.algorithm:
+    if is_own(config):
         return create_own(config)
     check_algorithm(config)
     module, name = ALGORITHMS[config.algorithm].split(":")

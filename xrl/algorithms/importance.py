@@ -18,7 +18,7 @@ MAX_LOG_IMPORTANCE = 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class TokenImportance:
-    """What the correction made of each token, all [R], without gradient."""
+    """The correction of each token, all [R], without gradient."""
 
     factor: Tensor  # of the token's surrogate loss: its importance weight
     raw: Tensor  # actor / rollout probability before the bound

@@ -1,4 +1,4 @@
-"""The settings of a token's loss: what `token_terms` and the kernels that form its gradient both go by."""
+"""The settings of a token's loss, which `token_terms` and the kernels that form its gradient read."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TokenLossSettings:
 
     @classmethod
     def of(cls, config: AlgorithmConfig) -> TokenLossSettings:
-        """Those of a run."""
+        """The settings of a run's loss."""
         return cls(
             clip_low=config.clip_low,
             clip_high=config.clip_high,

@@ -16,6 +16,11 @@ _METHODS = ("score", "keep", "token_shares", "loss")
 _SETTINGS = ("updates_per_rollout", "old_logprobs", "kl_coef", "entropy_coef")
 
 
+def is_own(config: AlgorithmConfig) -> bool:
+    """Whether `--algorithm` refers to a class of the user's own."""
+    return ":" in config.algorithm
+
+
 def create_own(config: AlgorithmConfig) -> Algorithm:
     """Import the class that `--algorithm` refers to and build it as Class(config), which runs the user's code.
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def samples_of(episode: Episode, *, advantage: float, group_id: int, episode_id: int) -> list[Sample]:
-    """A row for each path from the prompt to a turn that no other continues.
+    """Make a row of each path from the prompt to a turn that no other continues.
 
     Every token that the model sampled is trained once, with the same advantage: a turn that several paths share is
     trained in the first of their rows, and context in the others. So a loss does not depend on how often an episode
@@ -52,7 +52,7 @@ def sample_of(
     episode_id: int,
     temperature: float,
 ) -> Sample:
-    """The prompt and its answer, of which every token is trained with the same advantage.
+    """Make a row of a prompt and its answer. Every token of the answer is trained, with the same advantage.
 
     Args:
         temperature: that the answer was drawn at.

@@ -1,4 +1,4 @@
-"""What an algorithm makes of judged groups."""
+"""Judged groups, scored by an algorithm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xrl.types import Sample
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Samples to train on, and what was seen in the groups they come from."""
+    """Samples to train on, and metrics of the groups that they come from."""
 
     samples: list[Sample]  # in the order of the groups; answers and groups that were left out are missing
     advantages: list[list[float | None]]  # [groups][answers] as handed in; None: left out of training

@@ -80,7 +80,7 @@ def is_usable(episode: Episode) -> bool:
 
 
 def reward_of(episode: Episode) -> float:
-    """The reward; NaN where nobody could say."""
+    """The reward; NaN if the judge gave none."""
     return math.nan if episode.verdict.reward is None else episode.verdict.reward
 
 

@@ -241,7 +241,7 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
 
 
 def translation(name: str) -> str | None:
-    """What `name`, a word of another project, is here: the end of a sentence; None where nobody knows the word.
+    """What does here what `name` does in another project, as the end of a sentence; None for words that nobody uses.
 
     Args:
         name: with underscores; dots where it was nested, as in `actor_rollout_ref.rollout.n`.

@@ -25,7 +25,7 @@ class SettingsError(Exception):
 
 @contextlib.contextmanager
 def unreadable_files_refused() -> Iterator[None]:
-    """Around whatever looks at a user's files: a folder that is closed to us, a name too long, a disk that fails.
+    """Make SettingsErrors of what the system refuses about users' files: a closed folder, too long a name, a bad disk.
 
     Even to ask whether a file exists raises an error in these cases.
 

@@ -45,7 +45,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, *, refuse_constant: Callable[[str], NoReturn] | None = None) -> Any:
-    """The value that UTF-8 text is as JSON.
+    """Parse UTF-8 text as JSON.
 
     Args:
         refuse_constant: is given NaN, Infinity or -Infinity, which Python reads and others do not.

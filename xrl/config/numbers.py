@@ -31,17 +31,17 @@ def check_at_most(flag: str, found: float, most: int) -> None:
 
 
 def whole_number(text: str) -> int | None:
-    """The whole number that `text` is; None: it is none, or one of more than 19 digits."""
+    """The whole number that `text` spells; None if it spells none, or one of more than 19 digits."""
     return int(text) if _WHOLE.fullmatch(text) else None
 
 
 def decimal_number(text: str) -> float | None:
-    """The finite number that `text` is; None: it is none."""
+    """The finite number that `text` spells; None if it spells none."""
     number = float(text) if len(text) <= _MOST_CHARS and _DECIMAL.fullmatch(text) else math.inf
     return number if math.isfinite(number) else None
 
 
 def numbered(name: str, prefix: str) -> int | None:
-    """N of a name that we gave, `hf-N` say; None: it is another name, of somebody's copy perhaps (`hf-07`)."""
+    """N of a name that we gave, such as `hf-N`; None for other names, such as that of a user's copy (`hf-07`)."""
     number = whole_number(name.removeprefix(prefix))
     return number if number is not None and number >= 0 and f"{prefix}{number}" == name else None

@@ -18,7 +18,7 @@ from xrl.config.run import EvaluationConfig, RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything a run is told, checked."""
+    """All settings of a run, checked."""
 
     model: ModelConfig
     data: DataConfig
@@ -38,7 +38,7 @@ class Settings:
 
     @property
     def longest_wait_s(self) -> float:
-        """Longest that rank 0 may get nothing done before a time-out of its own tells why, in seconds."""
+        """Seconds without progress on rank 0 after which one of its own time-outs has said why."""
         rollout = self.rollout
         return (
             (rollout.rollout_max_retries + 1) * rollout.rollout_timeout_s

@@ -231,7 +231,7 @@ def _deal(bins: list[list[int]], lengths: list[int], num_replicas: int) -> list[
 
 
 def pack(samples: Sequence[Sample], *, share_prompts: bool, multiple: int = 1) -> Pack:
-    """One row of tokens for these samples.
+    """Lay samples out as one row of tokens.
 
     Args:
         share_prompts: compute each prompt once, with its answers as branches.
@@ -251,7 +251,7 @@ def pack(samples: Sequence[Sample], *, share_prompts: bool, multiple: int = 1) -
 
 
 def pad(samples: Sequence[Sample], *, multiple: int = 1) -> Pack:
-    """The samples as rows of a rectangle, padded at the end: the unpacked layout."""
+    """Lay samples out as rows of a rectangle, padded at the end: the unpacked layout."""
     lengths = [size_of(sample).input_length for sample in samples]
     width = -(-max(lengths, default=1) // multiple) * multiple
     height = max(1, len(samples))

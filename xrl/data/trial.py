@@ -14,8 +14,6 @@ import dataclasses
 import json
 import os
 import resource
-import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +22,8 @@ from typing import Any
 
 from xrl.config import SettingsError
 from xrl.config.printable import shortened
-from xrl.launch.children import child_environment, module_command
-from xrl.launch.signals import stop_with_parent
-from xrl.launch.start import forgive_warnings_of_others
+from xrl.launch.children import child_environment
+from xrl.launch.trial import TrialProcess, answer_once
 
 # Of the whole trial, the import of transformers from a slow disk included.
 DEADLINE_S = 300.0
@@ -40,8 +37,6 @@ _FEW_THREADS = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_T
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 # Of what a library says: it may quote the whole file.
 MAX_REASON_CHARS = 500
-# A process that was killed is gone at once, but for one that hangs in the kernel.
-_END_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +58,17 @@ class Trial:
 
     def __enter__(self) -> Trial:
         few = {name: value for name, value in _FEW_THREADS.items() if name not in os.environ}
-        self.process = subprocess.Popen(
-            [*module_command("xrl.data.trial"), json.dumps(dataclasses.asdict(self.question))],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**child_environment(), **few, **_QUIET},
-            # Out of the terminal's process group: Ctrl-C reaches us, and we end it.
-            process_group=0,
+        self._trial = TrialProcess(
+            "xrl.data.trial",
+            json.dumps(dataclasses.asdict(self.question)),
+            environment={**child_environment(), **few, **_QUIET},
         )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.communicate(timeout=_END_S)
+        self._trial.end()
 
     def num_prompts(self) -> int | None:
         """Wait for the end of the trial: how many training prompts are short enough; None: not all were tried.
@@ -87,26 +76,9 @@ class Trial:
         Raises:
             SettingsError: what rank 0 would refuse, or what the process ended of.
         """
-        who = f"the tokenizer in {self.question.model}"
-        try:
-            out, errors = self.process.communicate(timeout=DEADLINE_S)
-        except subprocess.TimeoutExpired as error:
-            raise SettingsError(f"{who} was not loaded and tried out within {DEADLINE_S:g} s") from error
-        try:
-            answer = json.loads(out)
-        except ValueError as error:  # it ended before it could say anything
-            raise SettingsError(f"{who} ended the process that tried it out: {self._end(errors)}") from error
-        if "refused" in answer:
-            raise SettingsError(answer["refused"])
+        answer = self._trial.answer(who=f"the tokenizer in {self.question.model}", limit_s=DEADLINE_S)
         number: int | None = answer["num_prompts"]
         return number
-
-    def _end(self, errors: bytes) -> str:
-        code = self.process.returncode
-        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        lines = errors.decode(errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        return f"{how}, {last}" if last else how
 
 
 def answer_to(question: Question) -> dict[str, Any]:
@@ -170,16 +142,11 @@ def bound_memory(question: Question) -> None:
 
 
 def main() -> None:
-    # The answer alone goes to stdout: whatever a library prints there would spoil it.
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    forgive_warnings_of_others()
+    """Answer the question of the command line."""
     question = Question(**json.loads(sys.argv[1]))
-    stop_with_parent()
     bound_memory(question)
     leave_torch_alone()
-    with out:
-        json.dump(answer_to(question), out)
+    answer_once(lambda _: answer_to(question))
 
 
 if __name__ == "__main__":

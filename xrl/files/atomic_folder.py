@@ -86,7 +86,7 @@ def remove_folder(target: Path) -> None:
     os.rename(target, going)
     try:
         shutil.rmtree(going)
-    except BaseException:  # a signal, say, which comes only once
+    except BaseException:  # such as a signal, which comes only once
         shutil.rmtree(going, ignore_errors=True)
         raise
 

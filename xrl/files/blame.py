@@ -1,4 +1,4 @@
-"""Where in a user's own file an error is, for the one line that is said about it."""
+"""Finds where in a user's own file an error was raised, for the line that reports it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OURS = Path(__file__).resolve().parents[1]
 
 
 def words_of(error: BaseException) -> str:
-    """The first line with words of what an exception says, even where it cannot say it."""
+    """The first line of an exception's message that is not blank. Never raises."""
     try:
         return next((line for line in str(error).splitlines() if line.strip()), "")
     except BaseException:  # an exception of the user's own, with a __str__ of their own
@@ -21,7 +21,7 @@ def words_of(error: BaseException) -> str:
 
 
 def shown(value: object) -> str:
-    """What Python prints of a value, even where it cannot."""
+    """What Python prints of a value. Never raises."""
     try:
         return repr(value)
     except BaseException:  # a type of the user's own, an integer of more than 4,300 digits
@@ -29,7 +29,7 @@ def shown(value: object) -> str:
 
 
 def location_raised(error: BaseException) -> str:
-    """Where it was raised in the user's own code, else where a package of theirs was entered; empty for our own."""
+    """Where the user's own code raised it, or called a package that did; empty for errors in our own code."""
     if isinstance(error, SyntaxError) and error.filename:
         return ""  # its message names the location
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]

@@ -30,7 +30,7 @@ class NotWritten(OSError):
         super().__init__(number, reason)
         self.path = path
         self.num_bytes = num_bytes
-        other = getattr(why, "filename", None)  # a file that was to be copied, say
+        other = getattr(why, "filename", None)  # such as a file that was to be copied
         other_path = None if other is None or isinstance(other, int) else Path(os.fsdecode(other))
         where = "" if other_path is None or _is_part(other_path, path) else f" ({other_path})"
         self._sentence = f"{path} cannot be written: {reason}{where}{_room(path, num_bytes)}"
@@ -124,7 +124,7 @@ def _cause(why: Exception) -> tuple[int | None, str]:
 
 
 def _is_part(other: Path, path: Path) -> bool:
-    """Whether a file is what was to be written, or beside it: under the name that it has until it is whole, say."""
+    """Whether a file is what was to be written, or beside it, such as under the name that it has until it is whole."""
     return path.parent in (other, *other.parents)
 
 

@@ -21,7 +21,7 @@ class ReferenceKind:
     noun: str  # "function"; stands for the name in a sentence on how a reference is written
 
     def check(self, reference: str) -> None:
-        """Refuse what can be seen to name nothing, without running any of it.
+        """Refuse a reference that names nothing, as far as that shows without running any of it.
 
         Raises:
             SettingsError: it has not the form of a reference, or there is no such file.
@@ -44,7 +44,7 @@ class ReferenceKind:
         return source, name
 
     def load(self, reference: str) -> tuple[ModuleType, object]:
-        """Import what is named: (its module, the thing itself).
+        """Import what a reference names: (its module, the thing itself).
 
         Modules next to a file, and those in the current folder, can be imported too. A file is run anew each time.
 

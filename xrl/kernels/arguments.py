@@ -55,7 +55,7 @@ def check_tensor(name: str, tensor: object, shape: Shape, *, like: Tensor, dtype
 
 
 def check_index(name: str, index: object, shape: Shape, *, device: torch.device) -> None:
-    """The same of an int32 tensor whose last dimension is dense; rows may be further apart than they are long."""
+    """Raise unless it is an int32 tensor of this shape on `device` with adjacent columns; rows may be further apart."""
     if not isinstance(index, Tensor):
         raise _no_tensor(name, index)
     fits = index.shape == shape or _fits(index, shape)
@@ -115,7 +115,7 @@ def check_number(name: str, value: object, *, lowest: float = -_LARGEST) -> None
 
 
 def check_count(name: str, value: object, *, lowest: int = 1) -> None:
-    """The same of a whole number, which must be below 2^63."""
+    """Raise unless it is a whole number in [lowest, 2^63). Errors as for `check_number`."""
     if not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
     number: Any = value
@@ -126,7 +126,7 @@ def check_count(name: str, value: object, *, lowest: int = 1) -> None:
 
 
 def check_instance(name: str, value: object, kind: type) -> None:
-    """Raises TypeError where it is something else."""
+    """Raise TypeError unless it is of this type."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
 

@@ -58,20 +58,20 @@ class Softmax:
     entropy: Tensor  # in nats
 
     def select(self, rows: Tensor) -> Softmax:
-        """That of some rows, [C]."""
+        """The softmax of some rows, [C]."""
         return Softmax(maximum=self.maximum[rows], log_sum=self.log_sum[rows], entropy=self.entropy[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSoftmax(Softmax):
-    """The same, and what it says of each row's chosen token, all [R]."""
+    """A softmax, and what it says of each row's chosen token, all [R]."""
 
     logprob: Tensor  # of the chosen token; NaN where no shard holds it
     found: Tensor  # bool: some shard holds the chosen token
 
 
 def named_group(name: str | None) -> ProcessGroup | None:
-    """The group of this name, as ops of a compiled graph are given it."""
+    """Find the group of this name, by which ops of a compiled graph know it."""
     return None if name is None else distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type, no-any-return, unused-ignore]
 
 
@@ -87,7 +87,7 @@ def check_shard(shard: VocabShard) -> VocabShard:
 
 
 def find_columns(shard: VocabShard | None, *, width: int, device: torch.device, temperature: float) -> ShardColumns:
-    """What a shard leaves out is found out; None is one rank that holds all.
+    """Find out what a shard leaves out; None is one rank that holds all.
 
     Collective where the shard has a group and no `vocab_start`.
 

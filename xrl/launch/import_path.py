@@ -13,12 +13,12 @@ import xrl
 
 
 def leave_current_folder() -> None:
-    """Take back what `python -m` put first on the path, unless xrl itself is run from there."""
+    """Remove the current folder, which `python -m` put first on the path, unless xrl itself is run from there."""
     current = os.getcwd()
     if not sys.flags.safe_path and sys.path and sys.path[0] in ("", current) and not runs_from(current):
         del sys.path[0]
 
 
 def runs_from(folder: str) -> bool:
-    """Whether this very xrl lies in `folder`: a checkout, say, that need not be installed."""
+    """Whether this very xrl lies in `folder`, such as a checkout that need not be installed."""
     return os.path.dirname(os.path.dirname(os.path.abspath(xrl.__file__))) == os.path.abspath(folder)

@@ -10,7 +10,7 @@ TUNABLES = "GLIBC_TUNABLES"
 
 
 def set_large_pages(environment: MutableMapping[str, str]) -> None:
-    """Let malloc of a process that is started with this environment ask for large pages, unless it says something else.
+    """Make malloc of processes with this environment ask for large pages, unless it says something else.
 
     Matrices of megabytes on pages of 4 KiB cost a step on the CPU about 5% in misses of the address cache. glibc asks
     from 2.35 on; others ignore it.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def run_ranks(arguments: Sequence[str], *, num_ranks: int, words_of_ranks: Callable[[Path], str]) -> int:
     """Run `xrl.train` on `num_ranks` ranks of this machine; returns the exit code.
 
-    The ranks show the first error themselves. A rank that could not (killed by a signal, say) is named here.
+    The ranks show the first error themselves. A rank that could not, such as one that a signal killed, is named here.
 
     Args:
         words_of_ranks: reads what the ranks have left to say in the file of `prepare_agents_file`; empty: nothing.

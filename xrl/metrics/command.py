@@ -27,7 +27,7 @@ def typed_command() -> list[str]:
 
 
 def readable_command(words: Sequence[str]) -> list[str]:
-    """Without the interpreter, its options and the folder of the script, where there is a script that users type.
+    """Leave out the interpreter, its options and the script's folder, if it is a script that users type.
 
     `/env/bin/python -P /env/bin/xrl train --lr 1` -> `xrl train --lr 1`, and so for `python -m xrl.cli train --lr 1`.
     """

@@ -49,10 +49,10 @@ def save_curve(
         key: metric to plot.
         eval_key: metric of the evaluations, on the same axis.
         window: steps in the running mean.
-        title: above the plot, the run's name say.
+        title: above the plot, such as the run's name.
 
     Raises:
-        NotWritten: the disk is full, say.
+        NotWritten: the disk is full, for example.
     """
     # Figure, not pyplot: no global figure, and no window system is looked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -80,11 +80,11 @@ class Journal:
         self._metrics.begin_behind(step)
 
     def say(self, line: str) -> None:
-        """One line on the console."""
+        """Print one line on the console."""
         logger.info(one_line(line))
 
     def warn(self, line: str) -> None:
-        """One warning on the console."""
+        """Print one warning on the console."""
         logger.warning(one_line(line))
 
     def rollout(
@@ -95,7 +95,7 @@ class Journal:
         num_samples: int,
         metrics: Mapping[str, float],
     ) -> None:
-        """A rollout is sampled and judged: write every answer down."""
+        """Write down every answer of a rollout that was sampled and judged."""
         path = self.folder.trajectory(index)
         write = partial(write_trajectory, path, groups, rollout_id=index, advantages=advantages, metrics=metrics)
         is_written = self._gaps.try_to(write, "answers", path, rollout=index)
@@ -104,7 +104,7 @@ class Journal:
             self.say(prepared_line(num_samples, metrics))
 
     def step(self, index: int, metrics: Mapping[str, float], updates: Sequence[Mapping[str, float]] = ()) -> None:
-        """A rollout is learned from and the new weights are out.
+        """Write the metrics of a rollout that was learned from, once the new weights are out.
 
         Args:
             metrics: of the rollout and all its updates together.
@@ -119,7 +119,7 @@ class Journal:
             self.say(update_line(index, metrics, num_rollouts=self.num_rollouts))
 
     def first_update(self, metrics: Mapping[str, float]) -> None:
-        """The run's first update: explain what surprises everybody who sees one."""
+        """Explain what surprises everybody who sees the run's first update."""
         line = first_update_line(metrics)
         if line:
             self.say(line)

@@ -155,7 +155,7 @@ class LearningWatch:
         self._odd = Counter(state["odd"])
 
     def see(self, record: RolloutRecord) -> list[str]:
-        """Take in a rollout; returns what is to be warned of now."""
+        """Take in a rollout; returns the warnings that are due now."""
         self._num_seen += 1
         self.has_moved |= record.moved_weights
         if record.cause is None:
@@ -170,11 +170,11 @@ class LearningWatch:
 
     @property
     def must_stop(self) -> str | None:
-        """Why the run is to end now; None: it may go on."""
+        """Why the run must end now; None if it may go on."""
         return self._words.nothing_learned(self._idle) if self._stops and self._num_idle >= STOP_AFTER else None
 
     def at_end(self) -> Verdict | None:
-        """Of a run that has made all its rollouts; None where it learned.
+        """The verdict on a run that has made all its rollouts; None if it learned.
 
         A run of fewer than WARN_AFTER rollouts may have found nothing to learn by chance, and has not failed.
         """

@@ -44,12 +44,12 @@ def start_lines(settings: Settings, *, world_size: int, num_prompts: int, num_ro
 
 
 def rollout_finished_line(rollout_id: int, trajectory: Path | None) -> str:
-    """Said once a rollout is judged and, where the disk has room, written down."""
+    """The line for a rollout that is judged and, if the disk has room, written down."""
     return f"rollout_idx {rollout_id} finished" + (f", saved trajectories to {trajectory}" if trajectory else "")
 
 
 def prepared_line(num_samples: int, metrics: Mapping[str, float]) -> str:
-    """Said once samples are ready to train on, with what was left out and why.
+    """The line for samples that are ready to train on, with what was left out and why.
 
     Args:
         num_samples: samples to train on.

@@ -31,11 +31,11 @@ def write_trajectory(
         groups: judged answers; their index is the `group_id`.
         rollout_id: number of the rollout.
         advantages: [groups][answers], None for an answer that is not trained on.
-        metrics: what else the summary line shall say, such as the rewards' mean.
+        metrics: more for the summary line, such as the rewards' mean.
         task_name: what the answers were for: "train", "eval", ...
 
     Raises:
-        NotWritten: the disk is full, say.
+        NotWritten: the disk is full, for example.
     """
     rows = [
         _summary(groups, rollout_id, task_name, metrics or {}),

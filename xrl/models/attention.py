@@ -48,7 +48,7 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: AttentionInputs | None = None,
         **_: object,
     ) -> Tensor:
-        """Attend.
+        """Rotate queries and keys, and attend.
 
         Args:
             query: packed [T, n, d]; padded [S, B, n, d]; not rotated yet.
@@ -63,7 +63,7 @@ class PackedAttention(torch.nn.Module):
         return self.attend(rotary(query, inputs.cos, inputs.sin), rotary(key, inputs.cos, inputs.sin), value, inputs)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs) -> Tensor:
-        """`forward` of rotated heads; those of values may have another size."""
+        """Attend with heads that are rotated already; those of values may have another size."""
         if inputs.clusters is None:
             out = self._causal(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1))
             return out.transpose(0, 1).flatten(2)

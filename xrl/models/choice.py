@@ -21,7 +21,7 @@ def layer_kind(
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto",
     tensor_size: int = 1,
 ) -> LayerKind:
-    """The facts of one layer, counted from 0.
+    """What the choice must know of one layer, counted from 0.
 
     Args:
         device: left out: where this machine trains.

@@ -15,7 +15,7 @@ from xrl.models.self_attention import SelfAttention
 
 
 class DecoderLayer(TransformerLayer):
-    """Same parameters. On several tensor ranks, and where there is no such kernel, megatron-core's own way.
+    """megatron-core's layer as one operation; its own way on several tensor ranks, and where there is no such kernel.
 
     It stands for layers that `kernels/layers/choice.py` finds to consist of the modules below.
     """

@@ -65,7 +65,7 @@ class Family:
 
     @property
     def read(self) -> frozenset[str]:
-        """The keys, in any spelling, that the family is read by."""
+        """The keys of config.json that the family reads, in any spelling."""
         return self.switches | self.defaults.keys() | self.aliases.keys()
 
 

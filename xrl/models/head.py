@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 
 class ResponseRows:
-    """Changes an output layer, so that it keeps to the hidden states that predict response tokens.
+    """Changes an output layer: it computes only the rows that predict response tokens.
 
     Prompts, padding and last tokens have no loss, so their logits, [vocabulary] floats each, are never made. With
     `returns_hidden` no logits are made at all: the layer gives the hidden states as they came, and who computes the

@@ -66,7 +66,7 @@ def attention_inputs(pack: Pack, shape: ModelShape, *, dtype: torch.dtype, devic
 
 
 def flash_inputs(pack: Pack, *, device: torch.device) -> PackedSeqParams | None:
-    """The same for transformer-engine's attention: plain sequence borders; None for padded rows."""
+    """The borders of plain sequences for transformer-engine's attention; None for padded rows."""
     if pack.padded_shape is not None:
         return None
     sequences = [length for cluster in pack.clusters for length in cluster.root_lengths]

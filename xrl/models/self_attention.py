@@ -12,7 +12,7 @@ from xrl.models.packed import AttentionInputs
 
 
 class SelfAttention(megatron.SelfAttention):
-    """Same parameters, same communication. Without such kernels megatron-core's own way, through `PackedAttention`."""
+    """megatron-core's self-attention by our kernels; without them its own way, through `PackedAttention`."""
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""What rank 0 decides, on every rank."""
+"""Tells every rank what rank 0 decides."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Control:
 
     @classmethod
     def of(cls, groups: ParallelGroups) -> Control:
-        """Of this rank."""
+        """The control of this rank."""
         return cls(groups.control, leads=groups.rank == 0)
 
     def agree(self, choice: C) -> C:

@@ -18,7 +18,7 @@ INTERFACES = "GLOO_SOCKET_IFNAME"
 
 @contextmanager
 def one_event_loop() -> Iterator[None]:
-    """Groups that are made within share one gloo device.
+    """Make all groups of this block share one gloo device.
 
     torch gives each group a device of its own, whose thread wakes up a hundred times a second whether anything comes or
     not. megatron-core makes some twenty groups: two thousand interruptions a second of the threads that compute.

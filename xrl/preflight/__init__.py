@@ -1,6 +1,7 @@
 """Everything that can be wrong with a run, checked in about a second, without torch, before anything starts.
 
-What needs the libraries that load the tokenizer is tried out in a process of its own meanwhile (xrl/data/trial.py).
+What needs the libraries that load the tokenizer, and an algorithm of the user's own, are tried out in processes of
+their own meanwhile (xrl/data/trial.py, xrl/algorithms/trial.py).
 
 model.py       config.json: what the decoder is, and whether we compute its maths
 weights.py     safetensors files: there, whole, and with every tensor the model needs
@@ -19,6 +20,8 @@ from __future__ import annotations
 import contextlib
 
 from xrl.algorithms import check_algorithm
+from xrl.algorithms.own import is_own
+from xrl.algorithms.trial import AlgorithmTrial
 from xrl.config import Settings, SettingsError
 from xrl.config.errors import unreadable_files_refused
 from xrl.data.prompts import rollouts_of
@@ -43,12 +46,12 @@ __all__ = ["preflight"]
 
 
 @unreadable_files_refused()
-def preflight(settings: Settings, *, world_size: int, tries_prompts: bool = True) -> None:
+def preflight(settings: Settings, *, world_size: int, tries_out: bool = True) -> None:
     """Refuse settings that cannot work; only the work folder is touched, and last.
 
     Args:
         world_size: ranks of the run.
-        tries_prompts: load the tokenizer and tokenise the prompts, as rank 0 will; once a run is enough.
+        tries_out: load the tokenizer, tokenise the prompts and build a user's algorithm, as ranks will; once is enough.
 
     Raises:
         SettingsError: one sentence: what, where, what was found, what is needed.
@@ -64,10 +67,14 @@ def preflight(settings: Settings, *, world_size: int, tries_prompts: bool = True
     check_machine(settings)
     check_workers(settings.rollout)
     with contextlib.ExitStack() as stack:
-        trial = stack.enter_context(Trial(_question(settings, shape))) if tries_prompts else None
+        trial = stack.enter_context(Trial(_question(settings, shape))) if tries_out else None
+        is_tried = tries_out and is_own(settings.algorithm)
+        algorithm = stack.enter_context(AlgorithmTrial(settings.algorithm)) if is_tried else None
         check_tokenizer(folder, vocab_size=shape.vocab_size)
         check_weights(folder, shape)
         num_rows = check_data(settings)
+        if algorithm is not None:
+            algorithm.finish()
         num_prompts = trial.num_prompts() if trial is not None else None
     if num_prompts is not None:
         rollouts_of(settings, num_prompts)

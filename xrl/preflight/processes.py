@@ -12,7 +12,7 @@ from xrl.preflight.machine import has_cuda_driver
 # Of ranks, workers or threads. On the CPU more of them than cores are slow, but right: layouts are tried out that way.
 PER_CORE = 4
 ALWAYS_ALLOWED = 16
-# Judges may wait for others most of the time, a server of theirs say.
+# Judges may wait for others most of the time, such as a server of theirs.
 JUDGES_PER_CORE = 16
 JUDGES_ALWAYS_ALLOWED = 64
 

@@ -134,7 +134,7 @@ def _check_ids(file: Path, ids: Iterable[tuple[Any, Any]], vocab_size: int) -> N
     if largest < 0:
         raise SettingsError(f"{file} holds no tokens: it is not a tokenizer")
     if largest >= vocab_size:
-        # A pad token, say, that was added to the tokenizer alone, or another tokenizer altogether.
+        # A pad token that was added to the tokenizer alone, or another tokenizer altogether.
         is_added = num_beyond * 10 < vocab_size
         count = "this one added token has" if num_beyond == 1 else f"{num_beyond:,} added tokens have"
         reason = f"{count} no embedding: give the model one, or remove them" if is_added else "it is another model's"

@@ -146,4 +146,4 @@ class InlineJudge(JudgePool):
         return future
 
     def close(self) -> None:
-        """Nothing runs between calls."""
+        """Do nothing: nothing runs between calls."""

@@ -34,7 +34,7 @@ def load_truth_check(reference: str) -> TruthCheck | None:
 
 
 def load_with_check(reference: str) -> tuple[Judge, TruthCheck | None]:
-    """Both at once: a file is run anew each time it is imported.
+    """Import a judge and its check at once: a file is run anew each time it is imported.
 
     Raises:
         SettingsError: as `load_judge` does.

@@ -113,7 +113,7 @@ def decode_verdict(message: bytes, number: int) -> Verdict:
     """The verdict on question `number`.
 
     Raises:
-        BadMessage: it is of another schema, on another question, or no verdict: a reward beyond MAX_REWARD, say.
+        BadMessage: it is of another schema, on another question, or no verdict, as a reward beyond MAX_REWARD is.
     """
     found = _strict(message, _VERDICT)
     if found["number"] != number:

@@ -29,7 +29,7 @@ class TruthChecker:
     """Asks a judge about one row after the other; this one asks nothing. Use as a context manager."""
 
     def see(self, where: str, prompt: Prompt) -> None:
-        """Take the next row.
+        """Ask about the next row.
 
         Args:
             where: "train.jsonl, line 3".
@@ -41,7 +41,7 @@ class TruthChecker:
         """
 
     def finish(self) -> None:
-        """No more rows.
+        """Wait for the answers about all rows.
 
         Raises:
             SettingsError: as `see` does.
@@ -62,7 +62,7 @@ class TruthChecker:
 
 
 class InlineTruthChecker(TruthChecker):
-    """Asks here and now."""
+    """Asks the judge in this process."""
 
     def __init__(self, check: TruthCheck) -> None:
         self.check = check

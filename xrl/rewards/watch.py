@@ -43,7 +43,7 @@ class Watch:
         self._last_seen = (-1, -1)  # what tells whether anything happens
 
     def excess(self) -> Excess | None:
-        """Look again."""
+        """Look at the processes again; returns a limit that they have passed."""
         newest = newest_id()
         now = time.monotonic()
         if now >= self._next_scan or self._may_be_too_many(newest):

@@ -77,7 +77,7 @@ def create_engine(
     Args:
         model_dir: Hugging Face folder; only its config.json is needed.
         dtype: "float32", "bfloat16" or another that the engine computes in, of weights and KV cache.
-        device: a torch device, "cpu" or "cuda:0" say.
+        device: a torch device, such as "cpu" or "cuda:0".
         max_batch_size: sequences decoded at once; more wait their turn.
         num_threads: CPU threads of the engine.
         max_model_len: longest prompt + response in tokens.

@@ -29,14 +29,14 @@ _HOW_TO_MAKE = "`(umask 077; openssl rand -hex 32 > {file})` makes one"
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """What every call of a worker shows: that it may, and for which run."""
+    """What every call shows a worker: its key and its run."""
 
     key: str = field(repr=False)
     run_id: str
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Of a call over HTTP."""
+        """The HTTP headers of a call."""
         return {"Authorization": f"Bearer {self.key}", RUN_HEADER: self.run_id}
 
 
@@ -57,7 +57,7 @@ def new_run_id(name: str = "") -> str:
     """A name for a run that no other run has.
 
     Args:
-        name: of the run's folder, say: what people know it by. Left out where it is no plain word.
+        name: by which people know the run, such as that of its folder. Left out where it is no plain word.
     """
     number = secrets.token_hex(8)
     return f"{name}-{number}" if is_run_id(name) and len(name) <= 64 else number

@@ -85,7 +85,7 @@ def whose_weights(versions: Sequence[int]) -> str:
 
 
 def name_of(worker: WorkerHandle) -> str:
-    """As sentences call it: "rollout worker 1 (10.0.0.2:8000)"."""
+    """A worker's name in sentences: "rollout worker 1 (10.0.0.2:8000)"."""
     address = worker.url.removeprefix("http://")
     return f"rollout worker {worker.number} ({address})" if address else f"rollout worker {worker.number}"
 
@@ -160,7 +160,7 @@ def checked_completions(
 
 
 def checked_checksum(answer: object, *, worker: str) -> str:
-    """What a worker says of a layer that arrived: a checksum, right or wrong. Raises WorkerFault."""
+    """The checksum, right or wrong, that a worker reports of a bucket. Raises WorkerFault."""
     checksum = _field_of(answer, "checksum", worker)
     if not isinstance(checksum, str) or len(checksum) != 16 or not set(checksum) <= set("0123456789abcdef"):
         raise WorkerFault(worker, f"checksum is {shown(checksum)}, not 16 hexadecimal digits")

@@ -58,7 +58,7 @@ class TooLarge(Exception):
 
 
 class TooSlow(Exception):
-    """A body that did not come."""
+    """A body that did not arrive in time."""
 
 
 # HTTP status of each kind of error; whatever else an engine raises is 500.
@@ -78,7 +78,7 @@ STATUS = (
 
 
 class Calls:
-    """Of one worker, which is one run's at a time."""
+    """The HTTP handlers of one worker, which serves one run at a time."""
 
     def __init__(
         self, engine: Engine, gate: Gate, *, device: torch.device, max_samples: int, max_prompt_length: int
@@ -148,13 +148,13 @@ class Calls:
         )
 
     async def take_lease(self, http: web.Request) -> web.Response:
-        """The worker is the caller's from here on, as with any other call."""
+        """Give the worker to the caller, as any other call does."""
         if self.gate.lease.take(_run_of(http)):
             self.engine.abort()
         return web.json_response({"max_requests": self.max_requests})
 
     async def keep_lease(self, http: web.Request) -> web.Response:
-        """Whether the caller could have it; who has it keeps it."""
+        """Say whether the caller could have the worker; the run that has it keeps it."""
         self.gate.lease.check_free_for(_run_of(http))
         return web.json_response({"max_requests": self.max_requests})
 

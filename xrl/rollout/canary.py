@@ -66,7 +66,7 @@ class Canary:
         )
 
     def sample(self) -> list[Sample]:
-        """The same prompt from every ready worker: one sample each, in the order of the workers. Empty: none is left.
+        """Sample the prompt once on every ready worker, in the order of the workers; empty if none is left.
 
         Raises:
             WorkerRefused: a worker cannot answer.

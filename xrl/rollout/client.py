@@ -82,11 +82,11 @@ class Client:
             self._thread.join(timeout_s)
 
     def start(self, coroutine: Coroutine[object, object, T]) -> Future[T]:
-        """Run it in the client's thread."""
+        """Run a coroutine in the client's thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def wait_for(self, coroutine: Coroutine[object, object, T], *, timeout_s: float, doing: str) -> T:
-        """Run it in the client's thread, and wait for its end.
+        """Run a coroutine in the client's thread, and wait for its end.
 
         Args:
             timeout_s: the time-outs within it; the client's thread gets SLACK_S more.
@@ -98,7 +98,7 @@ class Client:
         return self.result_of(self.start(coroutine), timeout_s=timeout_s, doing=doing)
 
     def result_of(self, running: Future[T], *, timeout_s: float, doing: str) -> T:
-        """As `wait_for`, of what was started before."""
+        """Wait for what `start` has started, as `wait_for` does."""
         # Twice: where this process was stopped for a while, its other thread was too, and has just gone on.
         for limit_s in (timeout_s + SLACK_S, SLACK_S):
             if not wait([running], timeout=limit_s).not_done:
@@ -110,7 +110,7 @@ class Client:
         )
 
     def keep(self, workers: Sequence[WorkerHandle]) -> None:
-        """Tell them from now on that we are still there, until `stop_keeping`.
+        """Tell these workers from now on that we are still there, until `stop_keeping`.
 
         An update of the actor takes longer than they wait for a word.
         """
@@ -223,7 +223,7 @@ class Client:
         return self._connections_per_worker if theirs is None else min(self._connections_per_worker, theirs)
 
     def say_bound(self, worker: WorkerHandle) -> None:
-        """Once a run: open files are what holds requests back."""
+        """Warn, once a run, that the limit of open files holds requests back."""
         if self._has_said_bound:
             return
         self._has_said_bound = True

@@ -63,7 +63,7 @@ class Connection(RequestHandler):
         self._deadline = asyncio.get_running_loop().call_later(LAST_CHANCE_S, self.force_close)
 
     def welcome(self) -> None:
-        """It has shown the key."""
+        """The connection has shown the key."""
         self._strangers.remove(self)
         if self._deadline is not None:
             self._deadline.cancel()
@@ -80,17 +80,17 @@ class Connection(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """What is no HTTP, say."""
+        """Answer what is not HTTP, for example."""
         super().handle_error(request, status, exc, message)  # raises where an answer is on its way already
         return refusal(status, type(exc).__name__, message or str(exc or "it failed"), closes=True)
 
     def log_exception(self, *args: Any, **options: Any) -> None:
-        """Not of every malformed request, with a traceback: its answer says what was wrong."""
+        """Log no traceback for a malformed request: its answer says what was wrong."""
         if not isinstance(options.get("exc_info"), HttpProcessingError):
             super().log_exception(*args, **options)
 
     async def finish_response(self, request: web.BaseRequest, resp: Any, start_time: Any) -> Any:
-        """An unknown path, say."""
+        """Finish the answer to an unknown path, for example."""
         if isinstance(resp, web.HTTPException):
             kept = {name: value for name, value in resp.headers.items() if name == "Allow"}
             resp = refusal(resp.status, type(resp).__name__, f"{request.method} {request.path}: {resp.reason}")

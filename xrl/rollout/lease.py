@@ -38,7 +38,7 @@ class Lease:
         return False
 
     def check_free_for(self, run_id: str) -> None:
-        """See `take`, which this does not do. The holder's time begins anew."""
+        """Refuse as `take` does, without taking the worker. The holder's time begins anew."""
         if self.run_id == run_id:
             self._heard = self._clock()
             return

@@ -38,7 +38,7 @@ class MismatchBounds:
         self.stop = stop if config.mismatch_stop is None else config.mismatch_stop
 
     def judge(self, mismatch: float, *, rollout: int) -> None:
-        """Of the first update after a rollout: later ones no longer see the weights that sampled.
+        """Judge the first update after a rollout: later ones no longer see the weights that sampled.
 
         Raises:
             MismatchFailed: it is over the bound for stopping, or not a number.

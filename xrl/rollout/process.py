@@ -66,7 +66,7 @@ class WorkerHandle(Protocol):
         ...
 
     def claim(self) -> bool:
-        """Have it to ourselves from now on, as one whose process is ours is anyway; False where it does not listen yet.
+        """Claim the worker for this run; False if it does not listen yet. A worker that we started is ours anyway.
 
         Raises:
             SettingsError: it is not for us.
@@ -93,7 +93,7 @@ class WorkerHandle(Protocol):
         ...
 
     def log_tail(self) -> str:
-        """The same, and its last lines."""
+        """Where its log is, and its last lines."""
         ...
 
     def terminate(self) -> None:
@@ -324,7 +324,7 @@ class RemoteWorker:
         return self.log_place
 
     def terminate(self) -> None:
-        """It goes on; other runs may have it."""
+        """Do nothing: the worker goes on, for other runs."""
         ask(self.url, "DELETE", self.access, timeout_s=1.0)
 
     def join(self, timeout_s: float) -> None:

@@ -24,14 +24,14 @@ logger = logging.getLogger("xrl")
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What came of an update of the engines; on rank 0, nothing of it is known to the others."""
+    """The outcome of an update of the engines. Only rank 0 knows it."""
 
     metrics: Mapping[str, float]
     checksums: tuple[str, ...] | None = None  # of the parts, in order; None where no worker has taken all of them
     changed: bool = False  # any weight has other bits than those that were published before
 
     def plus(self, metrics: Mapping[str, float]) -> Published:
-        """The same with more to report."""
+        """The same outcome with more metrics."""
         return replace(self, metrics={**self.metrics, **metrics})
 
 
@@ -39,7 +39,7 @@ class Publisher(Protocol):
     """Gives the actor's weights to every rollout worker."""
 
     def publish(self, *, version: int) -> Published:
-        """What is sampled from then on carries `version`. Collective."""
+        """Give the weights to every worker; what is sampled from then on carries `version`. Collective."""
         ...
 
 
@@ -59,7 +59,7 @@ class Stream(Protocol):
 
 
 class Workers(Protocol):
-    """Who has taken them."""
+    """The workers that have taken them."""
 
     @property
     def num_lost(self) -> int: ...

@@ -22,7 +22,7 @@ CONNECT_GRACE_S = 5.0
 
 
 class Receivers:
-    """Used by one thread, the event loop's."""
+    """Holds the receiver of the run that connected last. Used by one thread, the event loop's."""
 
     def __init__(self, device: torch.device) -> None:
         """
@@ -59,7 +59,7 @@ class Receivers:
                 connecting.add_done_callback(self._is_unstuck)
 
     def install(self, receiver: Receiver, run_id: str) -> None:
-        """In the place of the present one, which must not be in use."""
+        """Replace the present receiver, which must not be in use."""
         previous, self._receiver, self._run_id = self._receiver, receiver, run_id
         if previous is not None:
             previous.close()

@@ -90,7 +90,7 @@ class Roster:
         )
 
     def ready(self) -> list[WorkerHandle]:
-        """As `alive`, or none."""
+        """Workers that requests can be sent to; none where none is left."""
         with self._lock:
             self._notice_ends()
             return [worker for worker in self.workers if self._is_ready(worker)]

@@ -145,7 +145,7 @@ class TurboMindDriver:
     def begin_update(self) -> None:
         """Have the next tensors written to the weights as they are now: awake, and not yet transformed.
 
-        TurboMind looks up the weights' places when it finds no `_export_iter`, and keeps that for ever: without this,
+        TurboMind looks up the weights' addresses when it finds no `_export_iter`, and keeps them: without this,
         every update after the first is accepted and ignored.
         """
         self._forget_export()

@@ -117,7 +117,7 @@ def _and_in_words(announce: Callable[..., None], flags: argparse.Namespace) -> C
 
 
 def _end_with_parent(parent_pid: int) -> None:
-    """However the parent ended, SIGKILL too: an orphan would hold memory and cores for ever."""
+    """However the parent ended, SIGKILL too: an orphan would keep its memory and cores."""
     while os.getppid() == parent_pid:
         time.sleep(0.5)
     os._exit(1)

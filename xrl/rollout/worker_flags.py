@@ -87,7 +87,7 @@ def parse_worker_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def embedded_options(flags: argparse.Namespace) -> dict[str, Any]:
-    """What `create_engine` is told beside the arguments of all engines: of the embedded one's cache."""
+    """Options of `create_engine` for the embedded engine alone: the size of its cache."""
     if known_name("engine", flags.engine) != "embedded":
         return {}
     num_bytes = None if flags.kv_cache_gb is None else int(flags.kv_cache_gb * 1e9)

@@ -193,7 +193,7 @@ def round_trip(source: Source, planned: Plan, progress: Progress) -> Iterator[st
 
 
 def differences(left: Source, right: Source, progress: Progress) -> Iterator[str]:
-    """What differs between two checkpoints, tensor by tensor, bit by bit."""
+    """Compare two checkpoints tensor by tensor, bit by bit; yields what differs."""
     for name, (size, dtype) in left.tensors.items():
         if name not in right.tensors:
             yield f"{name} is missing in {right.folder}"

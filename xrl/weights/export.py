@@ -1,4 +1,4 @@
-"""Stream the whole model out of its ranks, one decoder layer at a time, as Hugging Face tensors on rank 0.
+"""Streams the whole model out of its ranks, one part at a time, as Hugging Face tensors on rank 0.
 
 Every rank that holds a share of a layer sends it to rank 0 in one message, and rank 0 lays the slices into whole
 tensors. While the consumer works on one layer, the next one arrives in a second buffer:

@@ -51,7 +51,7 @@ class WeightMapping:
     """Stays in its own number format (fp32), whatever the weights are exported in."""
 
     def cut_in(self, *, transformer_engine: bool) -> Cut:
-        """How its layers cut it."""
+        """How the layers cut the parameter."""
         return self.te_cut if transformer_engine and self.te_cut is not None else self.cut
 
 

@@ -17,7 +17,7 @@ from xrl.weights.weight_files import is_own, is_weights
 
 logger = logging.getLogger(__name__)
 
-# A larger folder is no part of a model: data, say, where a project is the model's folder.
+# A larger folder is no part of a model, such as data where a project is the model's folder.
 MAX_FOLDER_BYTES = 64 * 2**20
 # Parts of config.json with number formats of their own: what another library loads, what was quantised.
 _FOREIGN_PARTS = ("transformers.js_config", "quantization_config")

@@ -103,7 +103,7 @@ def tensor_shapes(shape: ModelShape, part: str) -> dict[str, TensorShape]:
 
 
 def num_parameters(shape: ModelShape) -> int:
-    """Of the whole model."""
+    """Parameters of the whole model."""
     return sum(math.prod(size) for part in part_names(shape) for size in tensor_shapes(shape, part).values())
 
 
@@ -130,7 +130,7 @@ class Plan:
         return self._tensors[part]
 
     def keeping_dtype(self, part: str) -> frozenset[str]:
-        """Those of them that stay fp32, whatever number format the others are exported in."""
+        """The tensors of a part that stay fp32, whatever number format the others are exported in."""
         mappings = [mapping for mapping in _mappings(self._table, self.shape, part) if mapping.keeps_dtype]
         prefix = _prefix(self._table, part)
         return frozenset(prefix + name for mapping in mappings for name in mapping.tensors)

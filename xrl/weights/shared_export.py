@@ -1,4 +1,4 @@
-"""The model out of its ranks where all of them are on one host: each writes its share straight to where workers read.
+"""Exports the model where all ranks are on one host: each writes its share straight to where workers read.
 
 Nothing is sent and nothing gathered: a part's bytes are copied once, by the ranks at the same time, into memory that
 rank 0 keeps (see xrl.weights.transport.shared_memory), and the sums of its checksum are taken in the same pass. The
@@ -206,20 +206,20 @@ class _Steps:
         dist.barrier(groups.control)
 
     def free_segment(self) -> None:
-        """Rank 0: the next part may be written."""
+        """Say, on rank 0, that the next part may be written."""
         self._set(-1, self._step + 1)
 
     def wait_for_segment(self) -> None:
-        """Until the next part may be written."""
+        """Wait until the next part may be written."""
         self._wait(-1, self._step + 1, process=0, timeout_s=math.inf)
 
     def finish(self) -> None:
-        """This rank has written its share of the part, if it has one."""
+        """Say that this rank has written its share of the part, if it has one."""
         self._step += 1
         self._set(self._rank, self._step)
 
     def wait_for_ranks(self, ranks: Sequence[int]) -> None:
-        """Until these have written the part, too."""
+        """Wait until these have written the part, too."""
         for rank in ranks:
             self._wait(rank, self._step, process=rank, timeout_s=self._timeout_s)
 

@@ -26,7 +26,7 @@ def has_te_layers(weights: Iterable[str]) -> bool:
 
 
 def find_name(parameter: ParameterPlan, weights: Weights) -> str:
-    """Under which of its names the model has a parameter.
+    """The name, of several, under which the model has a parameter.
 
     Raises:
         ValueError: under none.
@@ -58,7 +58,7 @@ def in_tensor(piece: Slice, tensor: Tensor) -> Tensor:
 
 
 def in_parameter(piece: Slice, parameter: Tensor) -> Tensor:
-    """The same rows in the parameter."""
+    """The slice's rows of the parameter."""
     dim = piece.dim
     if piece.count == 1:
         return parameter.narrow(dim, piece.target, piece.block).unflatten(dim, (1, piece.block))

@@ -23,11 +23,11 @@ class HoldsWeights(Protocol):
     def shape(self) -> ModelShape: ...
 
     def named_weights(self) -> Mapping[str, Tensor]:
-        """This rank's, by their names in the GPTModel."""
+        """This rank's weights, by their names in the GPTModel."""
         ...
 
     def weights(self, *, version: int) -> Iterator[WeightBucket]:
-        """Gathered on rank 0, part by part. Collective."""
+        """The weights, gathered on rank 0, part by part. Collective."""
         ...
 
 

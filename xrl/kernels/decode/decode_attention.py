@@ -42,7 +42,7 @@ class PagedContext:
     row_lengths: Tensor  # [N] own tokens, the new one included; 0 marks a padding row
 
     def check(self, num_rows: int, device: torch.device) -> None:
-        """Raises ValueError where the tables do not fit together, or a batch of so many rows on that device."""
+        """Raise ValueError unless the tables fit each other and a batch of so many rows on that device."""
         check_index("prompt_lengths", self.prompt_lengths, (None,), device=device)
         num_groups = len(self.prompt_lengths)
         check_index("group_starts", self.group_starts, (num_groups + 1,), device=device)
@@ -51,7 +51,7 @@ class PagedContext:
         check_index("row_lengths", self.row_lengths, (num_rows,), device=device)
 
     def check_values(self, num_blocks: int, block_size: int) -> None:
-        """Raises ValueError where they lead out of a cache, as csrc/index_checks.h does; on the CPU only."""
+        """Raise ValueError if the tables point outside a cache, as csrc/index_checks.h does; on the CPU only."""
         if not self.group_starts.is_cpu:
             return
         starts, num_rows = self.group_starts.tolist(), len(self.row_lengths)
@@ -67,7 +67,7 @@ class PagedContext:
             check_range(f"{name}_blocks", blocks[is_used], 0, num_blocks)
 
     def addresses(self) -> tuple[int, ...]:
-        """As the kernels take it: see PagedRowsTuple in csrc/arguments.h."""
+        """The tables as the kernels take them: see PagedRowsTuple in csrc/arguments.h."""
         return (
             address(self.group_starts),
             len(self.prompt_lengths),
@@ -118,7 +118,7 @@ def decode_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, cont
 
 
 def fits_native(key_cache: Tensor, value_cache: Tensor, *, repeats: int) -> bool:
-    """Whether the kernel reads such a cache, for so many query heads a KV head."""
+    """Whether the kernel can read such a cache with so many query heads for each KV head."""
     return (
         key_cache.is_cpu
         and key_cache.dtype in _SUFFIX

@@ -71,7 +71,7 @@ class Backend(Protocol):
 
 @runtime_checkable
 class SinglePassBackend(Backend, Protocol):
-    """A backend that also does a whole row while it is near: optional, for a vocabulary on one rank."""
+    """A backend that also reads a row once for its loss and gradient: optional, for a vocabulary on one rank."""
 
     def grpo_single_pass(
         self,
@@ -103,7 +103,7 @@ def choose_backend(name: BackendName, *, device: torch.device, dtype: torch.dtyp
 
 
 def choose_backend_name(name: BackendName, *, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of what `choose_backend` takes."""
+    """The name of the backend that `choose_backend` takes."""
     if name not in get_args(BackendName):
         raise ValueError(f"backend {name!r} is unknown, known are: {', '.join(get_args(BackendName))}")
     if name == "auto":

@@ -70,19 +70,20 @@ def grpo_token_loss(
         token_loss_r = share_r * (i_r * clipped_r + kl_coef * kl_r - entropy_coef * entropy_r)
 
     A token's loss depends on its own row alone, so the gradient is known as soon as the row's softmax is: it is formed
-    in the forward pass. The backward pass only multiplies rows by the gradient that arrives, unless it was told.
+    in the forward pass. The backward pass only multiplies rows by the gradient that arrives, and with `upstream` does
+    nothing.
 
     Args:
         logits: [R, V] floating point. Afterwards they HOLD THEIR GRADIENT, if they need one and `in_place` is set:
-            fine where nothing else reads them, a matrix product's output say.
+            fine where nothing else reads them, as with the output of a matrix product.
         token_ids: [R] int64 or int32; ignored where the share is 0.
         tokens: advantages, shares of the loss and the other models' log-probs, each [R].
         settings: clip bounds, KL, entropy and importance weights.
         temperature, shard, backend: as in `vocab_parallel_logprob`.
         in_place: let the gradient take the logits' memory; otherwise, and inside `torch.compile`, it gets its own.
-        upstream: the gradient that the backward pass will bring to every token's loss. If it is given, it costs
-            nothing; left out, the gradient is multiplied by what arrives, in a pass over it (on the CPU only where that
-            is not 1). Inside `torch.compile` the gradient is copied in any case.
+        upstream: the gradient that the backward pass will bring to every token's loss. If given, there is no extra pass
+            over the gradient; left out, one multiplies it by what arrives (on the CPU only where that is not 1). Inside
+            `torch.compile` the gradient is copied in any case.
 
     Raises:
         RuntimeError: in the backward pass, if something other than `upstream` arrives.
@@ -323,7 +324,7 @@ def _check_ids_before(token_ids: Tensor, columns: ShardColumns, tokens: TokenInp
 
 
 def require_upstream(arrived: Tensor, expected: float) -> None:
-    """Raise RuntimeError where a gradient is formed already, and for another factor.
+    """Raise RuntimeError if the gradient, which is formed already, was formed for another factor.
 
     They may be 1e-5 apart: schedules multiply and divide.
     """

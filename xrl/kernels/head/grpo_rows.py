@@ -28,7 +28,7 @@ SINGLE_PASS_OUTPUTS = ("logprob", "entropy", *ROW_OUTPUTS)
 
 
 def as_numbers(settings: TokenLossSettings) -> list[float]:
-    """What an op of a compiled graph can be given; `from_numbers` undoes it."""
+    """The settings as numbers, which an op of a compiled graph can be given; `from_numbers` undoes it."""
     return [
         float(settings.clip_low),
         float(settings.clip_high),
@@ -43,7 +43,7 @@ def as_numbers(settings: TokenLossSettings) -> list[float]:
 
 
 def from_numbers(numbers: Sequence[float]) -> TokenLossSettings:
-    """From what `as_numbers` gives."""
+    """The settings that `as_numbers` made numbers of."""
     clip_low, clip_high, dual_clip, kl_coef, kl_type, entropy_coef, importance, bound, from_current = numbers
     return TokenLossSettings(
         clip_low=clip_low,
@@ -72,7 +72,7 @@ def bounds(settings: TokenLossSettings) -> tuple[float, float, float, float]:
 
 
 def native_settings(settings: TokenLossSettings, *, with_reference: bool) -> tuple[float | int | bool, ...]:
-    """As the compiled kernels take them: see csrc/grpo_params.h. Without reference log-probs there is no KL."""
+    """The settings as the compiled kernels take them (csrc/grpo_params.h); without reference log-probs no KL."""
     return (
         *bounds(settings),
         settings.dual_clip or 0.0,

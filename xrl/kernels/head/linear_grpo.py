@@ -43,7 +43,7 @@ _WORTH_LEAVING_OUT = 1 / 16
 
 @dataclass(frozen=True, kw_only=True)
 class LinearGrpoLossOutput:
-    """The loss, and what it is made of."""
+    """The loss, and its per-token terms."""
 
     loss: Tensor  # [] sum of the token losses; carries the gradient
     tokens: GrpoLossOutput  # each [R], without a gradient

@@ -49,7 +49,7 @@ class OutputHead:
         return picked
 
     def locate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Where rows of the sequence are in `hidden` (any place where they aren't), and whether they are."""
+        """(index of each row of the sequence in `hidden`, whether it is there); ignore the index of an absent row."""
         length = self.hidden.shape[0]
         local = rows - dist.get_rank(self.group) * length
         mine = (local >= 0) & (local < length)

@@ -31,7 +31,7 @@ class TokenInputs:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None]) -> TokenInputs:
-        """From what `tensors` gives."""
+        """Make inputs of what `tensors` gives."""
         advantages, shares, old, rollout, reference = tensors
         assert advantages is not None
         return cls(
@@ -43,14 +43,14 @@ class TokenInputs:
         )
 
     def select(self, rows: Tensor | slice) -> TokenInputs:
-        """Those of some tokens, [C]."""
+        """The inputs of some tokens, [C]."""
         return TokenInputs.of([None if tensor is None else tensor[rows] for tensor in self.tensors()])
 
 
 def check_token_inputs(
     tokens: TokenInputs, settings: TokenLossSettings, *, num_rows: int, device: torch.device
 ) -> TokenInputs:
-    """The same tokens, with a share each: 1 where none were given.
+    """Check the inputs; returns them with a share for each token: 1 where none were given.
 
     Raises:
         ValueError: naming the tensor, its shape and what was expected; or one that the settings need is missing, or

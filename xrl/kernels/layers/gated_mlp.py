@@ -109,12 +109,12 @@ class _GatedMLP(torch.autograd.Function):
 
 
 def is_fused(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-    """Whether the kernel serves: it packs both weights at every call, which must not take much memory."""
+    """Whether the kernel is used: it packs both weights at every call, which must not take much memory."""
     return is_packed_whole(4 * (gate_up.numel() + down.numel())) and has_matmul(x, gate_up, down)
 
 
 def is_packed_whole(num_bytes: int) -> bool:
-    """Whether the weights of an MLP, so many bytes in fp32, are few enough to be packed at every call."""
+    """Whether an MLP whose weights take so many bytes in fp32 is small enough to be packed at every call."""
     return num_bytes <= _MOST_PACKED_BYTES
 
 

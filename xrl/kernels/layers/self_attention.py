@@ -49,7 +49,7 @@ class PackedSequences:
     step: int = 1  # sequences side by side in memory (padded rows of shape [S, B]) have step B
 
     def check(self, num_rows: int) -> None:
-        """Raise where they are not as said, for a pack of so many rows. Values are looked at by the kernels.
+        """Raise unless shapes and types are as said, for a pack of so many rows. The kernels check the values.
 
         Raises:
             ValueError: shapes or types that do not fit together.
@@ -65,7 +65,7 @@ class PackedSequences:
             raise ValueError(f"a row for each of the {self.num_tokens} tokens of sequences is needed, got {num_rows}")
 
     def check_values(self) -> None:
-        """Raises ValueError unless each token is one sequence's, as csrc/index_checks.h does."""
+        """Raise ValueError unless each token belongs to one sequence, as csrc/index_checks.h does."""
         lengths, parents = self.lengths.tolist(), self.parents.tolist()
         if min(lengths, default=1) < 1:
             raise ValueError(f"lengths must be >= 1, got {lengths}")
@@ -78,7 +78,7 @@ class PackedSequences:
             raise ValueError(f"starts and lengths must give each of {self.num_tokens} tokens to one sequence")
 
     def addresses(self) -> tuple[int, ...]:
-        """As the kernels take it: see SequencesTuple in csrc/arguments.h."""
+        """The sequences as the kernels take them: see SequencesTuple in csrc/arguments.h."""
         return address(self.starts), address(self.lengths), address(self.parents), len(self.starts), self.step
 
     def indices(self) -> list[Tensor]:

@@ -42,7 +42,7 @@ from xrl.kernels.threads import num_threads
 
 @dataclass(frozen=True, kw_only=True)
 class LayerParameters:
-    """In the order of the kernel's arguments."""
+    """The parameters of a decoder layer, in the order of the kernel's arguments."""
 
     input_norm: Tensor  # [H]
     qkv: Tensor  # [(n + 2 g) * d, H] as megatron-core lays it out
@@ -55,7 +55,7 @@ class LayerParameters:
     down: Tensor  # [H, F]
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All of them, without a copy."""
+        """All parameters in their order, without a copy."""
         return tuple(vars(self).values())
 
 
@@ -84,7 +84,7 @@ def has_train_layer(x: Tensor, parameters: LayerParameters, inputs: LayerInputs)
 
 
 def train_layer(x: Tensor, parameters: LayerParameters, inputs: LayerInputs) -> Tensor:
-    """What the layer makes of x [..., H]; differentiable in x and all parameters, once.
+    """Apply the layer to x [..., H]; differentiable in x and all parameters, once.
 
     Raises:
         ValueError: shapes, types or devices that do not fit together, or sequences that do not share out the tokens.

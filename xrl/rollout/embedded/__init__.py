@@ -24,7 +24,7 @@ def num_blocks(num_tokens: int) -> int:
 
 
 def bytes_per_block(shape: ModelShape, itemsize: int) -> int:
-    """Keys and values of all layers.
+    """Bytes of the keys and values of all layers in a block.
 
     Args:
         itemsize: bytes of a number.
@@ -33,12 +33,12 @@ def bytes_per_block(shape: ModelShape, itemsize: int) -> int:
 
 
 def least_blocks(max_model_len: int) -> int:
-    """What a sequence of the greatest length takes: prompt and response begin blocks of their own."""
+    """Blocks of a sequence of the greatest length: prompt and response begin blocks of their own."""
     return num_blocks(max_model_len) + 1
 
 
 def missing_part(shape: ModelShape) -> str | None:
-    """What of the model this engine does not compute; None: it computes all. Torch-free, for checks before a run."""
+    """What this engine does not compute of the model; None if it computes all. Torch-free, for checks before a run."""
     if shape.latent is not None:
         return f"the latent attention of {shape.architecture}"
     if shape.experts is not None and shape.experts.shared_ffn_hidden_size:

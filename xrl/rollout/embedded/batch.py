@@ -44,7 +44,7 @@ class Job:
         return len(self.request.token_ids) - self.request.num_drawn
 
     def new_sequence(self, sample: int) -> SequenceState:
-        """A sample at its start: with what is drawn of it already, where the request goes on with an answer."""
+        """Begin a sample; where the request goes on with an answer, with what is drawn of it already."""
         return SequenceState(job=self, sample=sample, token_ids=list(self.request.token_ids[self.prompt_length :]))
 
     def restart(self) -> None:
@@ -122,7 +122,7 @@ class DecodeBatch:
         self._slots = np.full(size, -1, dtype=np.int32)
 
     def prepare(self, cache: KVCache) -> tuple[Tensor, Tensor, Tensor, PagedContext]:
-        """Give each sequence's newest token a place in the cache: (tokens, positions, slots, context) of this step."""
+        """Give each sequence's newest token a slot in the cache: (tokens, positions, slots, context) of this step."""
         num_rows = len(self.sequences)
         newest = self._lengths[:num_rows] - 1  # index of the newest token in the response
         block, offset = newest // BLOCK_SIZE, newest % BLOCK_SIZE
@@ -147,7 +147,7 @@ class DecodeBatch:
         return self.sampling.uniforms(self._lengths[: len(self.sequences)].astype(np.int64))
 
     def advance(self) -> None:
-        """Every sequence has one token more."""
+        """Count one token more for every sequence."""
         self._lengths[: len(self.sequences)] += 1
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -10,7 +10,7 @@ from xrl.models.shape import ModelShape
 from xrl.rollout.embedded import bytes_per_block, least_blocks
 from xrl.weights.plan import num_parameters
 
-# Of what is free beside the weights. On the CPU others need memory too, and take it later: the trainer, say.
+# Of what is free beside the weights. On the CPU others need memory too, such as the trainer, and take it later.
 CUDA_SHARE = 0.9
 CPU_SHARE = 0.5
 

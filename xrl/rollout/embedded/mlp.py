@@ -26,7 +26,7 @@ class GatedMLP:
         return self.down(self.gate_up(h))
 
     def plus(self, h: Tensor, other: Tensor) -> Tensor:
-        """The same, and `other` [N, H]."""
+        """The MLP of h [N, H], plus `other` [N, H]."""
         return self.down.plus(self.gate_up(h), other)
 
     def to(self, device: torch.device) -> GatedMLP:
@@ -50,7 +50,7 @@ class Experts:
         self.experts = list(experts)
 
     def plus(self, h: Tensor, other: Tensor) -> Tensor:
-        """The chosen experts' outputs by their weights, and `other`; all [N, H]."""
+        """The chosen experts' weighted outputs, plus `other`; all [N, H]."""
         probs = matmul(h.float(), self.router.t()).softmax(dim=-1)
         weights, chosen = probs.topk(self.shape.experts_per_token, dim=-1)
         if self.shape.normalize_top_k:

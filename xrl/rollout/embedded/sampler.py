@@ -1,4 +1,4 @@
-"""Tokens and their log-probs from logits: temperature, top-k, top-p, and random numbers that know their place."""
+"""Tokens and their log-probs from logits: temperature, top-k, top-p, and random numbers by position."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def uniforms(seeds: NDArray[np.int64], samples: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
     """One number in [0, 1) for each (request seed, sample's ordinal, token position), whatever else is in the batch.
 
-    A counter-based generator: no state, so a token's draw depends on its place alone.
+    A counter-based generator: no state, so a token's draw depends on its position alone.
     """
     bits = splitmix64(seeds.astype(np.uint64))
     bits = splitmix64(bits ^ samples.astype(np.uint64))

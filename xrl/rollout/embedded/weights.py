@@ -50,7 +50,7 @@ class DecoderWeights:
         self._version: int | None = None  # of the update under way
 
     def check(self, tensors: Mapping[str, Tensor], *, source: str) -> None:
-        """Refuse what is not the model's.
+        """Refuse tensors that the model does not have.
 
         Raises:
             WrongWeights: a name the model does not have, or a wrong size; `source` is named in the message.

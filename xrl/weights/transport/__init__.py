@@ -154,7 +154,7 @@ class Sender(Protocol):
     Of each bucket: `put` once, then `send` to each worker, beside the manifest.
     """
 
-    # Whether a bucket that was put needs its tensors no more (but those that were filled in place): the next one may
+    # Whether a bucket that was put no longer needs its tensors (but those that were filled in place): the next one may
     # then be gathered, and be put, while it is being sent. Not the next but one.
     keeps_copy: bool
     # Whether `send` does anything, and so is worth a thread.

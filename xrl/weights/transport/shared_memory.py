@@ -151,7 +151,7 @@ def _open(pid: int, descriptor: int, inode: int, num_bytes: int) -> mmap.mmap:
     """See `Receiver.views`."""
     file = f"/proc/{pid}/fd/{descriptor}"
     try:
-        # Another file of that process is none of ours to open: a pipe, say, would wait.
+        # Another file of that process is none of ours to open: a pipe would wait, for example.
         if not os.readlink(file).startswith(f"/memfd:{_NAME}"):
             raise ValueError(f"descriptor {descriptor} of process {pid} is no memory for weights")
         opened = os.open(file, os.O_RDWR | os.O_CLOEXEC)
