@@ -1,4 +1,4 @@
-"""A worker that a person started: it says in words where it listens, and Ctrl-C ends it."""
+"""The process around an engine: one that a person started, and one that a trainer did; whatever ends them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.rollout.fleets import ENGINE, ROOT, MakeFleet, generate, request
+from tests.rollout.scripted_engine import HANG
 from tests.tiny_models import make_checkpoint
 from xrl.rollout import protocol
 from xrl.rollout.access import Access
+from xrl.rollout.fleet import Fleet, RolloutCounts
 
+TIMEOUT_S = 60.0
 # As behind a shell's &, SIGINT is ignored when the worker starts.
 PROGRAM = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
@@ -85,3 +90,77 @@ def test_worker_says_where_it_listens_and_ends_with_ctrl_c(start: Start, tmp_pat
 
     worker.send_signal(signal.SIGINT)
     assert worker.wait(timeout=60) == 0
+
+
+# One that a trainer started.
+
+
+def test_ctrl_c_of_the_process_group_does_not_end_a_worker(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1)
+    os.kill(fleet.workers[0]._process.pid, signal.SIGINT)
+    results, _ = generate(fleet, [request(0)])
+    assert results[0]
+
+
+def call(fleet: Fleet, path: str) -> int:
+    """The status of a call of the first worker, by hand."""
+    port = int(fleet.workers[0].url.rpartition(":")[2])
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+    connection.request("POST", path, b"{}", dict(fleet.headers))
+    return connection.getresponse().status
+
+
+@pytest.mark.parametrize("how", ["a call", "a signal"])
+def test_a_worker_that_is_told_to_end_does_so_even_while_it_generates(make_fleet: MakeFleet, how: str) -> None:
+    fleet = make_fleet(1, rollout_max_restarts=0)
+    stream = fleet.generate([request(0), request(1, HANG)], RolloutCounts())
+    next(stream)
+    process = fleet.workers[0]._process
+    if how == "a call":
+        assert call(fleet, protocol.SHUTDOWN) == 200
+    else:
+        process.terminate()
+    assert process.wait(TIMEOUT_S) == 0
+
+
+def test_a_worker_says_nothing_but_where_it_listens_on_its_standard_output(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(1, engine="tests.rollout.talkative_engine:make")
+    worker = fleet.workers[0]
+    assert generate(fleet, [request(0)])[0][0]
+    fleet.close()
+    assert worker.log.read_text().split() == ["born", "written", "asked"]
+
+
+@pytest.mark.slow
+def test_workers_end_when_their_trainer_is_killed(tmp_path: Path) -> None:
+    script = f"""
+import sys, time
+from pathlib import Path
+from xrl.config import RolloutConfig
+from xrl.rollout.fleet import Fleet
+fleet = Fleet(RolloutConfig(engine={ENGINE!r}), model_dir=Path("."), dtype="float32", devices=["cpu"] * 2,
+                  num_threads=1, max_model_len=8, vocab_size=9, log_dir=Path({str(tmp_path)!r}))
+fleet.wait_until_ready()
+print("ready", flush=True)
+time.sleep(60)
+"""
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert trainer.stdout is not None and trainer.stdout.readline() == b"ready\n"
+    workers = psutil.Process(trainer.pid).children()
+    assert len(workers) == 2
+    trainer.kill()
+    trainer.wait()
+    _, alive = psutil.wait_procs(workers, timeout=15)
+    assert not alive
+
+
+def test_workers_and_what_asks_them_import_no_transformers_and_no_megatron() -> None:
+    """Each rank of a run imports what asks them; rank 0 alone needs a tokenizer."""
+    code = (
+        "import sys, xrl.rollout.worker, xrl.rollout.embedded.engine, xrl.experience.collect, xrl.experience.evaluate; "
+        "print({m.split('.')[0] for m in sys.modules} & {'transformers', 'megatron', 'datasets'})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"
