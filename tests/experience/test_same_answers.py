@@ -6,7 +6,6 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,6 +163,7 @@ def test_prompts_reversed_split_cut_off_and_lost_get_the_answers_that_they_get_i
     assert len(continued) >= HALF // 4
 
 
+@pytest.mark.slow
 def test_the_answers_tell_prompts_and_samples_apart(workers: Workers, expected: Callable[[str], Answers]) -> None:
     found = [tuple(ids) for samples in expected("float32").values() for ids, _, _ in samples]
     assert len(found) == NUM_PROMPTS * NUM_SAMPLES
