@@ -169,7 +169,8 @@ def test_without_the_mend_the_second_update_is_an_error_and_not_lost(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver.begin_update()
-    driver.take("final", filled(1.0, "a", "b", "norm.weight"))
+    driver.take("layers.0", filled(1.0, "a", "b"))
+    driver.take("final", filled(1.0, "norm.weight"))
     monkeypatch.setattr(driver, "_forget_export", lambda: None)
     driver.begin_update()
     with pytest.raises(EngineError, match="TurboMind took none of its 1 tensors"):

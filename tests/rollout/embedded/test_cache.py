@@ -89,11 +89,11 @@ def test_what_is_written_stays_when_it_grows() -> None:
 @pytest.mark.skipif(native_module() is None, reason="xrl._C is not built")
 def test_what_is_written_stays_when_memory_is_put_behind_more_blocks() -> None:
     found = cache()
-    found.reserve(5000)  # more than one large page holds
+    found.reserve(10_000)  # more than two large pages hold
     first = found.allocate(3)
     for block in first:
         write(found, block)
-    later = found.allocate(4000)
+    later = found.allocate(8000)
     write(found, later[-1])
     assert all(is_written(found, block) for block in (*first, later[-1]))
     assert not found.keys[0][later[-2]].any()
