@@ -7,7 +7,7 @@ import random
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -16,10 +16,12 @@ from tests.fuzz.conftest import Fuzz
 from tests.rollout.engines import push
 from tests.rollout.served import Served, served
 from tests.tiny_models import make_checkpoint, make_model
+from xrl.config.rollout import SAMPLES_PER_PLACE
 from xrl.rollout import create_engine, protocol
+from xrl.rollout.answers import checked_completions
 
 TIMEOUT_S = 60.0
-MAX_MODEL_LEN = 48
+MAX_MODEL_LEN, MAX_BATCH_SIZE, VOCAB_SIZE = 48, 16, 98
 GOOD = {"input_ids": [5, 6, 7], "n": 2, "max_tokens": 8, "temperature": 1.0, "seed": 17}
 # Answers to what the caller got wrong, or to what others do at that moment.
 BLAMELESS = {200, 400, 403, 404, 405, 408, 409, 413, 415, 417, 424, 503}
@@ -27,7 +29,13 @@ ODD: tuple[Any, ...] = (
     *(None, True, -1, 0, 1.5, 2**31, 2**63, 2**64, -(2**70), 1e308, float("nan"), float("-inf"), 1e-320),
     *("5", "", "x" * 5000, "\x1b[2J", "\u202e", "²", "٣", [], {}, [1], {"a": 1}, [[[]]], [None], [True], [2**70]),
 )
-FIELDS = (*GOOD, "top_k", "top_p", "stop_token_ids", "request_id", "return_logprob", "")
+# An answer comes as JSON, and as arrays to those who ask for them.
+FORMS: tuple[dict[str, Any], ...] = ({}, {"as_arrays": False}, {"as_arrays": True})
+JSON = "application/json; charset=utf-8"
+FIELDS = (
+    *(*GOOD, "top_k", "top_p", "stop_token_ids", "request_id", "return_logprob", ""),
+    *("as_arrays", "first_sample", "num_drawn"),
+)
 BODIES = (b"", b"null", b"[]", b"5", b"{", b"[" * 50_000, b'{"a":' * 50_000, b"\xff{}", b"\xed\xa0\x80", b"1" * 5000)
 HEADERS = (
     *("Content-Type: text/plain", "Content-Type: application/json; charset=klingon", "Content-Encoding: gzip"),
@@ -44,6 +52,14 @@ CALLED = (protocol.GENERATE, protocol.ABORT, protocol.CONNECT, protocol.LOAD_PAR
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "X" * 40)
 
 
+class Answer(NamedTuple):
+    """To one call; `status` 0 and nothing where there is none."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     engine = create_engine(
@@ -51,12 +67,12 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         model_dir=make_checkpoint(tmp_path_factory.mktemp("model")),
         dtype="float32",
         device="cpu",
-        max_batch_size=16,
+        max_batch_size=MAX_BATCH_SIZE,
         num_threads=1,
         max_model_len=MAX_MODEL_LEN,
     )
     push(engine, make_model())
-    with served(engine, max_batch_size=16, max_model_len=MAX_MODEL_LEN) as found:
+    with served(engine, max_batch_size=MAX_BATCH_SIZE, max_model_len=MAX_MODEL_LEN) as found:
         yield found
     engine.close()
 
@@ -65,8 +81,8 @@ def malformed(draw: random.Random, key: str) -> bytes:
     """One call's bytes."""
     kind = draw.randrange(6)
     if kind <= 1:
-        content = json.dumps(GOOD | {draw.choice(FIELDS): draw.choice(ODD)}).encode()
-        return http(protocol.GENERATE, content, key)
+        body = asked(draw) | {draw.choice(FIELDS): draw.choice(ODD)}
+        return http(protocol.GENERATE, json.dumps(body).encode(), key)
     if kind == 2:
         return http(draw.choice(CALLED), draw.choice(BODIES), key)
     if kind == 3:
@@ -74,8 +90,13 @@ def malformed(draw: random.Random, key: str) -> bytes:
     if kind == 4:
         if draw.random() < 0.5:
             return http(draw.choice(PATHS), b"{}", key, method=draw.choice(METHODS))
-        return http(protocol.GENERATE, json.dumps(GOOD).encode(), f"{key}{draw.choice(HEADERS)}\r\n")
+        return http(protocol.GENERATE, json.dumps(asked(draw)).encode(), f"{key}{draw.choice(HEADERS)}\r\n")
     return draw.choice((*NO_HTTP, bytes(draw.randrange(256) for _ in range(200)) + b"\r\n\r\n"))
+
+
+def asked(draw: random.Random) -> dict[str, Any]:
+    """A good request, whose answer comes as JSON or as arrays."""
+    return GOOD | draw.choice(FORMS)
 
 
 def odd_body(draw: random.Random) -> dict[str, Any]:
@@ -99,8 +120,8 @@ def http(path: str, content: bytes, headers: str, *, method: str = "POST") -> by
     return head.encode() + content
 
 
-def answer_to(worker: Served, content: bytes) -> tuple[int, bytes]:
-    """Status and body of the first answer; 0 where there is none: half a call is waited for."""
+def answer_to(worker: Served, content: bytes) -> Answer:
+    """The first answer; status 0 where there is none: half a call is waited for."""
     with socket.create_connection(("127.0.0.1", worker.port), timeout=TIMEOUT_S) as connection:
         connection.sendall(content)
         found = b""
@@ -115,7 +136,25 @@ def answer_to(worker: Served, content: bytes) -> tuple[int, bytes]:
                 break
             found = (found + piece).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
     head, _, body = found.partition(b"\r\n\r\n")
-    return (int(head.split()[1]) if head else 0), body
+    kinds = [line.split(b":")[1].strip() for line in head.split(b"\r\n") if line.lower().startswith(b"content-type:")]
+    return Answer(int(head.split()[1]) if head else 0, kinds[0].decode() if kinds else "", body)
+
+
+def check_completions(content: bytes, answer: Answer) -> None:
+    """A call to `/generate` that is served gets what it asked for, in the form that it asked for, and no byte more."""
+    body = json.loads(content.partition(b"\r\n\r\n")[2])
+    assert answer.content_type == (protocol.ARRAYS if body.get("as_arrays") is True else JSON)
+    request = protocol.request_from_json(
+        body,
+        default_id="r",
+        max_samples=SAMPLES_PER_PLACE * MAX_BATCH_SIZE,
+        max_prompt_length=MAX_MODEL_LEN,
+    )
+    found: Any = answer.body
+    if answer.content_type == JSON:
+        found = json.loads(answer.body)
+        found = found if "n" in body else [found]
+    checked_completions(found, request, worker="the worker", vocab_size=VOCAB_SIZE, weights=None)
 
 
 def is_whole(answer: bytes) -> bool:
@@ -128,22 +167,46 @@ def is_whole(answer: bytes) -> bool:
 def test_whatever_is_sent_is_answered_and_nobody_else_notices(worker: Served, fuzz: Fuzz, has_key: bool) -> None:
     draw = fuzz.random()
     shown = "".join(f"{name}: {value}\r\n" for name, value in worker.access.headers.items())
-    expected = worker.call(protocol.GENERATE, GOOD)
-    assert expected[0] == 200
+    goods = [http(protocol.GENERATE, json.dumps(GOOD | form).encode(), shown) for form in FORMS]
+    expected = [answer_to(worker, content) for content in goods]
+    assert [each.status for each in expected] == [200, 200, 200]
+    assert [each.content_type for each in expected] == [JSON, JSON, protocol.ARRAYS]
     before = psutil.Process().memory_info().rss
     with ThreadPoolExecutor(1) as beside:
         for _ in range(fuzz.num_cases(60)):
             content = malformed(draw, shown if has_key else "")
-            good = beside.submit(worker.call, protocol.GENERATE, GOOD)
-            status, body = answer_to(worker, content)
-            assert status in BLAMELESS | {0}, (content[:300], status, body[:300])
+            which = draw.randrange(len(FORMS))
+            good = beside.submit(answer_to, worker, goods[which])
+            answer = answer_to(worker, content)
+            status, _, body = answer
+            assert status in BLAMELESS | {0}, (content[:300], answer)
             if not has_key:
                 # An `Expect:` that nobody can meet is refused by HTTP itself (417), whoever asks.
                 assert status in (0, 400, 403, 417), content[:300]
             if status >= 400 and body:
-                assert set(json.loads(body)) == {"error", "type"}, (content[:300], body[:300])
-            assert good.result(TIMEOUT_S) == expected, content[:300]
+                assert set(json.loads(body)) == {"error", "type"}, (content[:300], answer)
+            if status == 200 and content.startswith(b"POST /generate "):
+                check_completions(content, answer)
+            assert good.result(TIMEOUT_S) == expected[which], content[:300]
     assert psutil.Process().memory_info().rss - before < 50 * 2**20
+
+
+def test_arrays_are_right_whatever_else_a_request_says(worker: Served, fuzz: Fuzz) -> None:
+    draw, num_arrays = fuzz.random(), 0
+    shown = "".join(f"{name}: {value}\r\n" for name, value in worker.access.headers.items())
+    for _ in range(fuzz.num_cases(60)):
+        body = GOOD | {"as_arrays": True, "max_tokens": draw.randrange(1, 40)}
+        for _ in range(draw.randrange(3)):
+            body |= {draw.choice(FIELDS): draw.choice(ODD)}
+        content = http(protocol.GENERATE, json.dumps(body).encode(), shown)
+        answer = answer_to(worker, content)
+        assert answer.status in BLAMELESS, (content[:300], answer)
+        if answer.status == 200:
+            check_completions(content, answer)
+        else:
+            assert set(json.loads(answer.body)) == {"error", "type"}, (content[:300], answer)
+        num_arrays += answer.content_type == protocol.ARRAYS
+    assert num_arrays > 0
 
 
 @pytest.mark.fuzz

@@ -10,7 +10,6 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 
 from tests.rollout.scripted_engine import ANSWER, FAIL, HANG, ScriptedEngine
 from tests.rollout.served import Served, served
-from xrl.rollout import protocol, receivers
+from xrl.rollout import protocol
 from xrl.rollout.engine import check_request
 from xrl.types import Completion, FinishReason, GenerateRequest, WeightBucket
 from xrl.weights.checksum import bucket_checksum
@@ -274,20 +273,6 @@ def test_refused_connect_costs_the_present_trainer_nothing(worker: Served, body:
     sender.close()
 
 
-def test_waits_for_trainers_that_never_come_hold_nothing_else_up(
-    worker: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(receivers, "CONNECT_GRACE_S", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(12) as callers:
-        invitation = {"host": "127.0.0.1", "port": silent.getsockname()[1], "backend": "gloo", "prefix": "x"}
-        body = {"transport": "broadcast", "invitation": invitation | {"secret": "0" * 64}, "timeout_s": 1}
-        found = [callers.submit(worker.call, protocol.CONNECT, body) for _ in range(12)]
-        assert worker.call(protocol.WAKE)[0] == 200
-        assert generate(worker)[0] == 200
-        statuses = [future.result(TIMEOUT_S)[0] for future in found]
-    assert set(statuses) <= {424, 503} and statuses.count(424) >= receivers.MAX_CONNECTING
-
-
 def test_layer_whose_bytes_are_not_there_is_told_from_one_that_cannot_be(worker: Served) -> None:
     sender = Sender()
     bucket = WeightBucket(version=4, part="layers.0", tensors={"w": torch.ones(3)})
@@ -305,40 +290,6 @@ def test_engines_failure_is_its_own_and_one_request_s(worker: Served) -> None:
     status, answer = generate(worker, input_ids=[FAIL, 1])
     assert (status, answer["type"]) == (500, "EngineError")
     assert generate(worker)[0] == 200
-
-
-def test_what_http_itself_refuses_is_json(worker: Served) -> None:
-    for method, path, status in (
-        ("GET", "/nowhere", 404),
-        ("PUT", protocol.GENERATE, 405),
-        ("POST", "/xrl/v1/../generate", 404),
-    ):
-        found, answer = worker.call(path, method=method)
-        assert found == status and set(answer) == {"error", "type"}
-    assert b'"error"' in raw(worker, b"\x16\x03\x01\x02\x00\x01\r\n\r\n")
-    assert b'"error"' in raw(worker, b"GET / HTTP/9.9\r\n\r\n")
-
-
-def raw(worker: Served, content: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", worker.port), timeout=TIMEOUT_S) as connection:
-        connection.sendall(content)
-        found = b""
-        while piece := connection.recv(2**16):
-            found += piece
-    return found
-
-
-def test_half_open_connections_keep_nobody_out(worker: Served) -> None:
-    opened = []
-    for _ in range(700):  # more than may wait
-        connection = socket.create_connection(("127.0.0.1", worker.port), timeout=TIMEOUT_S)
-        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nX: ")
-        opened.append(connection)
-    assert generate(worker)[0] == 200
-    opened[0].settimeout(TIMEOUT_S)
-    assert opened[0].recv(1) == b""  # the oldest went
-    for connection in opened:
-        connection.close()
 
 
 def test_request_whose_caller_hangs_up_ends(worker: Served) -> None:

@@ -13,16 +13,12 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.rollout.fleets import ENGINE, ROOT, MakeFleet, bucket, generate, request
+from tests.rollout.fleets import ROOT, MakeFleet, bucket, generate, request
 from tests.rollout.scripted_engine import ANSWER, DIE, FAIL, FAIL_ONCE, HANG, LINGER, SLOW, SLOW_S
-from xrl.launch.exit import RunFailed
 from xrl.rollout import protocol
-from xrl.rollout.access import new_key
 from xrl.rollout.fleet import RolloutCounts, WorkerGone
-from xrl.rollout.process import WorkerProcess
 from xrl.rollout.publish import WeightStream
 from xrl.types import Completion
 
@@ -117,12 +113,6 @@ def test_end_of_the_last_worker_is_an_error_that_names_its_log(make_fleet: MakeF
         generate(fleet, [request(0, DIE), request(1, HANG)])
 
 
-def test_worker_that_cannot_start_shows_the_end_of_its_log(make_fleet: MakeFleet) -> None:
-    fleet = make_fleet(1, engine="no.such.module:make", update=False)
-    with pytest.raises(RuntimeError, match="(?s)ended at its start.*no"):
-        fleet.wait_until_ready()
-
-
 def test_worker_without_weights_refuses_to_generate(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(1, update=False, rollout_max_retries=0)
     results, counts = generate(fleet, [request(0)])
@@ -199,46 +189,11 @@ def test_a_process_that_takes_long_to_end_holds_nobody_up(
     assert fleet.num_restarted == 1
 
 
-def test_a_process_that_does_not_end_is_left_and_named(make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xrl.rollout.process.KILL_TIMEOUT_S", 0.05)
-    fleet = make_fleet(1)
-    process = fleet.workers[0]._process
-    monkeypatch.setattr(process, "kill", lambda: None)  # as one that hangs in a driver
-    fleet.roster.lose(fleet.workers[0], "it hangs")
-    with pytest.raises(WorkerGone, match=f"process {process.pid} of rollout worker 0 was killed and does not end"):
-        fleet.reachable()
-    monkeypatch.undo()
-
-
 def test_closing_ends_what_is_about_to_be_started_again(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(1)
     fleet.roster.lose(fleet.workers[0], "it hangs")
     fleet.close()
     assert not fleet.workers[0].is_alive
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("print('no JSON')", "its first line is no JSON"),
-        ("print('[1]')", "the answer is \\[1\\], not a JSON object"),
-        ('print(\'{"port": 1e5, "max_requests": 5}\')', "port is 100000.0, not a number from 1 to 65535"),
-        ('print(\'{"port": 80, "max_requests": -1}\')', "max_requests is -1"),
-        ("print('x' * 100_000)", "is longer than 65,536 bytes|is no JSON"),
-        ("import sys; sys.stdout.write('{'); sys.stdout.flush()", "did not start within 1 s"),
-    ],
-)
-def test_what_a_worker_prints_at_its_start_is_checked(tmp_path: Path, line: str, words: str) -> None:
-    limit_s = 1 if "did not start" in words else 60
-    python = tmp_path / "python"
-    python.write_text(f"#!{sys.executable}\n{line}\nimport time; time.sleep(60)\n")
-    python.chmod(0o755)
-    worker = WorkerProcess(0, [], key=new_key(), num_threads=1, log=tmp_path / "log", python=python)
-    try:
-        with pytest.raises(RunFailed, match=f"rollout worker 0.*({words})"):
-            worker.wait_until_listening(limit_s)
-    finally:
-        worker.join(0.0)
 
 
 def test_closing_ends_workers_at_once_even_while_they_generate(make_fleet: MakeFleet) -> None:
@@ -247,48 +202,6 @@ def test_closing_ends_workers_at_once_even_while_they_generate(make_fleet: MakeF
     next(stream)
     fleet.close()
     assert not any(worker.is_alive for worker in fleet.workers)
-
-
-def test_ctrl_c_of_the_process_group_does_not_end_a_worker(make_fleet: MakeFleet) -> None:
-    fleet = make_fleet(1)
-    os.kill(fleet.workers[0]._process.pid, signal.SIGINT)
-    results, _ = generate(fleet, [request(0)])
-    assert results[0]
-
-
-@pytest.mark.slow
-def test_workers_end_when_their_trainer_is_killed(tmp_path: Path) -> None:
-    script = f"""
-import sys, time
-from pathlib import Path
-from xrl.config import RolloutConfig
-from xrl.rollout.fleet import Fleet
-fleet = Fleet(RolloutConfig(engine={ENGINE!r}), model_dir=Path("."), dtype="float32", devices=["cpu"] * 2,
-                  num_threads=1, max_model_len=8, vocab_size=9, log_dir=Path({str(tmp_path)!r}))
-fleet.wait_until_ready()
-print("ready", flush=True)
-time.sleep(60)
-"""
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert trainer.stdout is not None and trainer.stdout.readline() == b"ready\n"
-    workers = psutil.Process(trainer.pid).children()
-    assert len(workers) == 2
-    trainer.kill()
-    trainer.wait()
-    _, alive = psutil.wait_procs(workers, timeout=15)
-    assert not alive
-
-
-def test_workers_and_what_asks_them_import_no_transformers_and_no_megatron() -> None:
-    """Each rank of a run imports what asks them; rank 0 alone needs a tokenizer."""
-    code = (
-        "import sys, xrl.rollout.worker, xrl.rollout.embedded.engine, xrl.experience.collect, xrl.experience.evaluate; "
-        "print({m.split('.')[0] for m in sys.modules} & {'transformers', 'megatron', 'datasets'})"
-    )
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout == "set()\n"
 
 
 def test_worker_gets_no_more_requests_at_once_than_it_takes(
@@ -339,17 +252,3 @@ with Fleet(RolloutConfig(engine=ENGINE), devices=["cpu"] * 2, **settings) as fle
     )
     assert found.stdout.split("\n")[:2] == ["1500 1500 0 0"] * 2, found.stderr[-2000:]
     assert found.stderr.count("limit of open files (200 of this process)") == 1
-
-
-def test_worker_is_heard_where_many_files_are_open(make_fleet: MakeFleet) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < 2048:
-        pytest.skip(f"no more than {hard} files may be open here")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
-    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
-    try:
-        assert make_fleet(1).workers[0]._process.stdout.fileno() > 1024
-    finally:
-        for file in files:
-            os.close(file)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

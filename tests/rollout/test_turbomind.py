@@ -10,28 +10,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.rollout.engines import buckets, request
 from tests.rollout.lmdeploy_environment import ROOT, environment, lmdeploy_python
 from tests.rollout.test_contract import sizes, tiny_model
+from tests.rollout.test_turbomind_tensors import write_config
 from tests.tiny_models import make_checkpoint
 from xrl.config import RolloutConfig, SettingsError
 from xrl.config.parse import parse_settings
-from xrl.models.families import FAMILIES
-from xrl.models.shape import read_model_shape
 from xrl.rollout import create_engine
-from xrl.rollout.engine import EngineError
 from xrl.rollout.fleet import Fleet, RolloutCounts
 from xrl.rollout.publish import WeightStream
-from xrl.rollout.turbomind_driver import SUPPORTED_VERSIONS, check_experts, check_version
-from xrl.rollout.turbomind_tensors import check_part, expected_parts, supported_shape
+from xrl.rollout.turbomind_driver import SUPPORTED_VERSIONS
 from xrl.types import Completion
 
 MakeFleet = Callable[..., Fleet]
@@ -50,48 +45,12 @@ def test_adapter_works_in_lmdeploys_own_code(version: str) -> None:
     assert " passed" in result.stdout
 
 
-# Which LMDeploy.
-
-
-@pytest.mark.parametrize("version", [*SUPPORTED_VERSIONS, "0.13.0+cu128"])
-def test_versions_whose_update_is_known_are_taken(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    monkeypatch.setattr(metadata, "version", lambda _: version)
-    check_version()
-
-
-@pytest.mark.parametrize(
-    ("version", "why"),
-    [
-        ("0.14.0", "from 0.14.0 on TurboMind cannot take new weights"),
-        ("0.18.0", "from 0.14.0 on TurboMind cannot take new weights"),
-        ("1.0.0rc1", "from 0.14.0 on TurboMind cannot take new weights"),
-        ("0.13.1", "proven with these versions only"),
-        ("0.10.2", "proven with these versions only"),
-    ],
-)
-def test_other_versions_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch, version: str, why: str) -> None:
-    monkeypatch.setattr(metadata, "version", lambda _: version)
-    with pytest.raises(SettingsError, match=rf"needs lmdeploy 0\.12\.3 or 0\.13\.0, found {version}: .*{why}"):
-        check_version()
-
-
-# Which models and settings.
+# Which settings.
 
 
 def engine_for(folder: Path, **settings: Any) -> object:
     defaults = {"dtype": "bfloat16", "device": "cuda:0", "max_batch_size": 4, "num_threads": 1, "max_model_len": 64}
     return create_engine("turbomind", model_dir=folder, **{**defaults, **settings})  # type: ignore[arg-type]
-
-
-def write_config(folder: Path, architecture: str = "Qwen3ForCausalLM", **changes: Any) -> Path:
-    config = tiny_model(0).config.to_dict() | {"architectures": [architecture]}
-    if architecture in FAMILIES:
-        config["model_type"] = FAMILIES[architecture].model_type
-    if architecture in ("LlamaForCausalLM", "MistralForCausalLM"):
-        for name in ("use_sliding_window", "sliding_window", "max_window_layers"):  # keys of Qwen's
-            del config[name]
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    return folder
 
 
 def test_without_lmdeploy_the_engine_says_how_to_get_it(tmp_path: Path) -> None:
@@ -105,58 +64,6 @@ def test_fp32_and_devices_without_cuda_are_refused(tmp_path: Path) -> None:
         engine_for(tmp_path, dtype="float32")
     with pytest.raises(SettingsError, match="runs on CUDA devices only, got cpu"):
         engine_for(tmp_path, device="cpu")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"architecture": "GptOssForCausalLM"}, "runs LlamaForCausalLM, .*, found GptOssForCausalLM"),
-        ({"head_dim": 16}, "needs a head_dim of 64, 128, 256, found head_dim 16"),
-        ({"architecture": "LlamaForCausalLM", "attention_bias": True}, "needs no biases in the attention"),
-        ({"architecture": "Qwen2ForCausalLM"}, "needs an attention as wide as the hidden state, found 4 heads of 64"),
-        ({"architecture": "LlamaForCausalLM", "mlp_bias": True}, "needs no biases in the MLP"),
-        ({"architecture": "MistralForCausalLM", "sliding_window": 48}, "needs full attention, found sliding_window 48"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
-        ({"logit_softcap": 30.0}, "logit_softcap is 30.0, which xrl does not know"),
-        ({"max_position_embeddings": 32}, "needs at least 64 positions, found max_position_embeddings 32"),
-    ],
-)
-def test_models_that_turbomind_would_compute_otherwise_are_refused(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    write_config(tmp_path, **changes)
-    with pytest.raises(SettingsError, match=message):
-        supported_shape(tmp_path, max_model_len=64)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_expected_tensors_are_those_of_transformers(tmp_path: Path, family: str, tied: bool) -> None:
-    make_checkpoint(tmp_path, family=family, tied=tied, with_tokenizer=False)
-    parts = expected_parts(read_model_shape(tmp_path))
-    for bucket in buckets(AutoModelForCausalLM.from_pretrained(tmp_path)):
-        check_part(bucket.part, bucket.tensors, parts)
-        assert bucket.tensors.keys() == parts.pop(bucket.part).keys()
-    assert not parts
-
-
-def test_a_number_of_experts_that_lmdeploy_does_not_see_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "version", lambda _: "5.24.0")
-    check_experts(128)
-    with pytest.raises(SettingsError, match=r"takes it for 128, found 64: install transformers<5"):
-        check_experts(64)
-    monkeypatch.setattr(metadata, "version", lambda _: "4.57.1")
-    check_experts(64)
-
-
-def test_a_part_must_be_whole(tmp_path: Path) -> None:
-    parts = expected_parts(supported_shape(write_config(tmp_path), max_model_len=64))
-    tensors = dict(buckets(tiny_model(0))[1].tensors)
-    tensors.pop("model.layers.0.mlp.up_proj.weight")
-    with pytest.raises(EngineError, match=r"layers\.0: TurboMind takes only whole parts, missing .*up_proj\.weight"):
-        check_part("layers.0", tensors, parts)
-    with pytest.raises(EngineError, match=r"layers\.7: the model has no such part"):
-        check_part("layers.7", tensors, parts)
 
 
 def test_rollout_python_must_exist() -> None:

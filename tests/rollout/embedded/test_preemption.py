@@ -8,7 +8,6 @@ import pytest
 from tests.rollout.engines import generate, request
 from tests.samples import contents
 from tests.tiny_models import make_model
-from xrl.config import SettingsError
 from xrl.models.checks import checked_shape
 from xrl.rollout.embedded import bytes_per_block
 from xrl.rollout.embedded.scheduler import Scheduler
@@ -121,8 +120,3 @@ def test_a_sequence_of_the_greatest_length_fits_into_the_smallest_cache(make_eng
     expected = generate(make_engine(make_model()), [5, 6, 7], max_new_tokens=125, num_samples=2)
     found = generate(small(make_engine), [5, 6, 7], max_new_tokens=125, num_samples=2)
     assert list(map(contents, found)) == list(map(contents, expected))
-
-
-def test_a_cache_that_does_not_hold_one_sequence_is_refused_at_the_start(make_engine: MakeEngine) -> None:
-    with pytest.raises(SettingsError, match=r"--kv-cache-gb .* one sequence of --max-model-len 128 tokens"):
-        small(make_engine, NEEDED - 1)

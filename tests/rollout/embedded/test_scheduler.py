@@ -1,16 +1,17 @@
 """Requests sharing a batch: who joins, who leaves, and that nobody notices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
+from tests.rollout.embedded.parts import cache_of, decoder_of, job
 from tests.rollout.engines import generate, request
+from tests.samples import contents
 from tests.tiny_models import make_model
-from xrl.rollout.engine import Engine, EngineError
+from xrl.rollout.embedded.scheduler import Scheduler
+from xrl.rollout.engine import Engine
 
 MakeEngine = Callable[..., Engine]
 
@@ -86,49 +87,76 @@ def test_all_cache_blocks_are_given_back(make_engine: MakeEngine) -> None:
     assert engine._scheduler.cache.num_used_blocks == 0  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("culprits", [[3], [0, 9], list(range(10))], ids=str)
-def test_request_that_fails_fails_alone(make_engine: MakeEngine, culprits: list[int]) -> None:
-    engine = make_engine(make_model(), max_batch_size=8)
-    alone = {i: generate(engine, [i + 1, 9], num_samples=3, seed=i) for i in range(10)}
-    decoder = engine._decoder  # type: ignore[attr-defined]
-    prefill, bad_tokens = decoder.prefill, [i + 1 for i in culprits]
-
-    def failing_prefill(tokens: Tensor, *rest: Tensor, **options: Any) -> Tensor:
-        if torch.isin(tokens, torch.tensor(bad_tokens, dtype=tokens.dtype)).any():
-            raise RuntimeError("an odd prompt")
-        return prefill(tokens, *rest, **options)
-
-    decoder.prefill = failing_prefill
-    futures = {i: engine.submit(request([i + 1, 9], id=str(i), num_samples=3, seed=i)) for i in range(10)}
-    for i, future in futures.items():
-        if i in culprits:
-            with pytest.raises(EngineError, match="RuntimeError: an odd prompt"):
-                future.result(timeout=60)
-        else:
-            assert [c.token_ids.tolist() for c in future.result(timeout=60)] == [c.token_ids.tolist() for c in alone[i]]
-    decoder.prefill = prefill
-    assert [c.token_ids.tolist() for c in generate(engine, [1, 9], num_samples=3)] == [
-        c.token_ids.tolist() for c in alone[0]
-    ]
+# The scheduler by itself.
 
 
-def test_requests_that_come_or_are_aborted_while_a_culprit_is_looked_for_are_not_lost(make_engine: MakeEngine) -> None:
-    engine = make_engine(make_model())
-    decoder = engine._decoder  # type: ignore[attr-defined]
-    prefill, late = decoder.prefill, []
+def test_it_is_busy_until_its_last_job_is_done() -> None:
+    scheduler = scheduler_of(max_batch_size=8)
+    assert not scheduler.is_busy and scheduler.step(3) == []
+    short, long = job(5, 6, max_new_tokens=2, num_samples=2), job(7, max_new_tokens=4)
+    scheduler.add(short)
+    scheduler.add(long)
+    assert scheduler.step(3) == [short]  # the first token of each sample and one more
+    assert scheduler.is_busy and not long.is_done
+    assert scheduler.step(3) == [] and scheduler.step(3) == [long]
+    assert not scheduler.is_busy and scheduler.cache.num_used_blocks == 0
+    for done, length in ((short, 2), (long, 4)):
+        assert sorted(done.completions) == list(range(done.request.num_samples))
+        for completion in done.completions.values():
+            assert (len(completion.token_ids), completion.finish_reason) == (length, "length")
+            assert completion.weights_version == 3
 
-    def failing_prefill(tokens: Tensor, *rest: Tensor, **options: Any) -> Tensor:
-        if not late:
-            late.append(engine.submit(request([5], id="late")))
-            engine.abort("1")
-        if (tokens == 7).any():
-            raise RuntimeError("an odd prompt")
-        return prefill(tokens, *rest, **options)
 
-    decoder.prefill = failing_prefill
-    futures = [engine.submit(request([token], id=str(place))) for place, token in enumerate((6, 6, 7, 6))]
-    with pytest.raises(EngineError):
-        futures[2].result(timeout=60)
-    reasons = [futures[place].result(timeout=60)[0].finish_reason for place in (0, 1, 3)]
-    assert reasons == ["length", "abort", "length"]
-    assert late[0].result(timeout=60)[0].finish_reason == "length"
+def test_an_aborted_job_comes_back_with_what_each_of_its_samples_has() -> None:
+    alone, scheduler = job(7, seed=2), scheduler_of(max_batch_size=3)
+    scheduler.add(alone)
+    while scheduler.step(0) == []:
+        pass
+    scheduler = scheduler_of(max_batch_size=3)
+    kept, waiting, running = job(7, seed=2), job(5, num_samples=2), job(6, num_samples=3)
+    for each in (kept, running, waiting):
+        scheduler.add(each)
+    for _ in range(4):
+        assert scheduler.step(0) == []
+    waiting.aborted = running.aborted = True
+    assert scheduler.drop_aborted(9) == [waiting, running]
+    assert [len(waiting.completions[sample].token_ids) for sample in range(2)] == [0, 0]
+    assert [len(running.completions[sample].token_ids) for sample in range(3)] == [5, 5, 0]
+    for each in (*waiting.completions.values(), *running.completions.values()):
+        assert (each.finish_reason, each.weights_version) == ("abort", 9)
+        assert len(each.token_ids) == len(each.logprobs)
+    assert scheduler.drop_aborted(9) == []
+    while scheduler.step(0) == []:
+        pass
+    assert contents(kept.completions[0]) == contents(alone.completions[0])
+    assert scheduler.cache.num_used_blocks == 0
+
+
+def test_prompts_of_more_tokens_than_a_pass_holds_take_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(scheduler: Scheduler) -> tuple[list[list[int]], list[dict[str, Any]]]:
+        """The lengths of the prompts of each pass, and the answers."""
+        passes, prefill = [], scheduler.decoder.prefill
+
+        def counted(*inputs: Any, lengths: Sequence[int], cache: Any) -> Any:
+            passes.append(list(lengths))
+            return prefill(*inputs, lengths=lengths, cache=cache)
+
+        monkeypatch.setattr(scheduler.decoder, "prefill", counted)
+        jobs = [job(*[i + 1] * length, seed=i) for i, length in enumerate((10, 15, 30, 5, 21))]
+        for each in jobs:
+            scheduler.add(each)
+        while scheduler.is_busy:
+            scheduler.step(0)
+        return passes, [contents(each.completions[0]) for each in jobs]
+
+    at_once, expected = answers(scheduler_of(max_batch_size=8))
+    assert at_once == [[10, 15, 30, 5, 21]]
+    monkeypatch.setattr("xrl.rollout.embedded.scheduler._PREFILL_TOKENS", 25)
+    in_passes, found = answers(scheduler_of(max_batch_size=8))
+    assert in_passes == [[10, 15], [30], [5], [21]]  # one that is longer goes alone
+    assert found == expected
+
+
+def scheduler_of(*, max_batch_size: int) -> Scheduler:
+    decoder = decoder_of(make_model(num_hidden_layers=2))
+    return Scheduler(decoder, cache_of(decoder), max_batch_size)

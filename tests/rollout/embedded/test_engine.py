@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.rollout.engines import buckets, generate, push, request
 from tests.tiny_models import make_model
@@ -204,6 +205,54 @@ def test_a_failing_step_fails_its_requests_and_spares_the_engine(
             with pytest.raises(EngineError, match="MemoryError: no room for the cache"):
                 future.result(timeout=60)
     assert generate(engine, [1])[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("culprits", [[3], [0, 9], list(range(10))], ids=str)
+def test_request_that_fails_fails_alone(make_engine: MakeEngine, culprits: list[int]) -> None:
+    engine = make_engine(make_model(), max_batch_size=8)
+    alone = {i: generate(engine, [i + 1, 9], num_samples=3, seed=i) for i in range(10)}
+    decoder = engine._decoder  # type: ignore[attr-defined]
+    prefill, bad_tokens = decoder.prefill, [i + 1 for i in culprits]
+
+    def failing_prefill(tokens: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+        if torch.isin(tokens, torch.tensor(bad_tokens, dtype=tokens.dtype)).any():
+            raise RuntimeError("an odd prompt")
+        return prefill(tokens, *rest, **options)
+
+    decoder.prefill = failing_prefill
+    futures = {i: engine.submit(request([i + 1, 9], id=str(i), num_samples=3, seed=i)) for i in range(10)}
+    for i, future in futures.items():
+        if i in culprits:
+            with pytest.raises(EngineError, match="RuntimeError: an odd prompt"):
+                future.result(timeout=60)
+        else:
+            assert [c.token_ids.tolist() for c in future.result(timeout=60)] == [c.token_ids.tolist() for c in alone[i]]
+    decoder.prefill = prefill
+    assert [c.token_ids.tolist() for c in generate(engine, [1, 9], num_samples=3)] == [
+        c.token_ids.tolist() for c in alone[0]
+    ]
+
+
+def test_requests_that_come_or_are_aborted_while_a_culprit_is_looked_for_are_not_lost(make_engine: MakeEngine) -> None:
+    engine = make_engine(make_model())
+    decoder = engine._decoder  # type: ignore[attr-defined]
+    prefill, late = decoder.prefill, []
+
+    def failing_prefill(tokens: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+        if not late:
+            late.append(engine.submit(request([5], id="late")))
+            engine.abort("1")
+        if (tokens == 7).any():
+            raise RuntimeError("an odd prompt")
+        return prefill(tokens, *rest, **options)
+
+    decoder.prefill = failing_prefill
+    futures = [engine.submit(request([token], id=str(place))) for place, token in enumerate((6, 6, 7, 6))]
+    with pytest.raises(EngineError):
+        futures[2].result(timeout=60)
+    reasons = [futures[place].result(timeout=60)[0].finish_reason for place in (0, 1, 3)]
+    assert reasons == ["length", "abort", "length"]
+    assert late[0].result(timeout=60)[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize(
