@@ -36,11 +36,12 @@ from xrl.hooks import Evaluation  # noqa: E402
 from xrl.kernels.threads import use_threads  # noqa: E402
 from xrl.launch.exit import RunEnded, announce_errors, end_process  # noqa: E402
 from xrl.launch.progress import Progress  # noqa: E402
+from xrl.launch.watch import Watch  # noqa: E402
 from xrl.metrics.ending import Ending  # noqa: E402
 from xrl.metrics.run_folder import RunFolder  # noqa: E402
 from xrl.parallel.control import Control  # noqa: E402
 from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
-from xrl.parallel.watch import Watch, connect_to_store  # noqa: E402
+from xrl.parallel.store import connect_to_store  # noqa: E402
 from xrl.rollout.fleet import Fleet  # noqa: E402
 from xrl.rollout.publisher import Published, Publisher  # noqa: E402
 from xrl.trainer import Hook, Trainer  # noqa: E402

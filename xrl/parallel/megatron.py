@@ -17,7 +17,7 @@ from xrl.parallel.layout import Layout
 
 # On the control group ranks wait for rank 0: for samples, judges, evaluations, checkpoints. Each of those has time-outs
 # of its own, which rank 0 reports; a rank that dies closes its connections, which ends the wait of all others; and for
-# one that is stopped or hangs there is xrl.parallel.watch.
+# one that is stopped or hangs there is xrl.launch.watch.
 CONTROL_TIMEOUT = timedelta(days=365)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from xrl.launch.progress import Progress
-from xrl.parallel.watch import Beat, Silence, Watch
+from xrl.launch.watch import Beat, Silence, Watch
 
 LIMITS = {"silence_limit_s": 60.0, "lead_limit_s": 600.0}
 

@@ -15,19 +15,15 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Protocol
-
-import torch.distributed as dist
 
 from xrl.launch.progress import Progress
 
 BEAT_INTERVAL_S = 5.0
 # A process computes in C for seconds without letting another thread run, on a busy machine for tens of seconds.
 SILENCE_LIMIT_S = 120.0
-STORE_TIMEOUT = timedelta(seconds=30)
 
 
 class Store(Protocol):
@@ -176,16 +172,6 @@ class Watch:
             if sentence is not None and not self._stopping.is_set():
                 self._end(sentence)
                 return
-
-
-def connect_to_store(environment: Mapping[str, str]) -> Store:
-    """A client of the store where the ranks of this environment met.
-
-    Raises:
-        RuntimeError: it does not answer.
-    """
-    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    return dist.TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)  # type: ignore[attr-defined]
 
 
 def _key(rank: int) -> str:
