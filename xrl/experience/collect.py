@@ -71,6 +71,7 @@ class _Judging:
     completion: Completion
     response: str
     verdict: Future[Verdict]
+    since: float  # when the judge was asked
 
 
 class Collector:
@@ -135,10 +136,12 @@ class Collector:
             self._judge_all(place)
         if _num_judged(places) == enough:
             asked = []
-        yield from self._answers(places, asked, counts, description, enough)
+        with self.progress.waiting(lambda: self.fleet.waits_for()):
+            yield from self._answers(places, asked, counts, description, enough)
         if enough is not None:
             self._carried = [place.group for place in places if place.judging is None and not place.has_failed]
-        groups = [self._judged(place, sampling.temperature) for place in places if place.judging is not None]
+        with self.progress.waiting(lambda: _verdicts_awaited(places)):
+            groups = [self._judged(place, sampling.temperature) for place in places if place.judging is not None]
         _log_counts(description, counts)
         return Collected(
             groups=groups,
@@ -201,7 +204,10 @@ class Collector:
 
     def _judge(self, prompt: Prompt, completion: Completion) -> _Judging:
         response = str(self.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True))
-        return _Judging(completion=completion, response=response, verdict=self.judge.submit(response, prompt))
+        since = time.monotonic()
+        return _Judging(
+            completion=completion, response=response, verdict=self.judge.submit(response, prompt), since=since
+        )
 
     def _judged(self, place: _Place, temperature: float) -> Group:
         """Wait for the verdicts on a place's answers."""
@@ -213,6 +219,12 @@ class Collector:
 def _num_judged(places: Sequence[_Place]) -> int:
     """Places whose answers are judged, or are being."""
     return sum(place.judging is not None for place in places)
+
+
+def _verdicts_awaited(places: Sequence[_Place]) -> str:
+    """How many, and for how long: for people."""
+    awaited = [each.since for place in places for each in place.judging or () if not each.verdict.done()]
+    return f"{len(awaited)} verdicts, the longest for {time.monotonic() - min(awaited):.0f} s" if awaited else ""
 
 
 def _episode(prompt: Prompt, judging: _Judging, *, temperature: float) -> Episode:

@@ -1,0 +1,103 @@
+"""How a run watches its own ranks: what it needs for that, where it writes down what it sees, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, NoReturn
+
+import psutil
+
+from xrl.config import Settings
+from xrl.files.disk import NotWritten
+from xrl.files.notes import Notes
+from xrl.files.whole import write_whole
+from xrl.launch.exit import EXIT_STOPPED, RunHung, end_process
+from xrl.launch.hang import Hang
+from xrl.launch.limits import Limits
+from xrl.launch.progress import Progress
+from xrl.launch.signals import end_after
+from xrl.launch.watch import Self, Store, Watch
+from xrl.metrics.ending import Ending
+from xrl.metrics.run_folder import RunFolder
+from xrl.parallel.groups import ParallelGroups
+from xrl.parallel.recorder import overdue_s, pending_collectives
+from xrl.parallel.store import connect_to_store
+
+# A run may hang because its disk does: nothing that is written or read at the end may keep it.
+DISK_LIMIT_S = 3.0
+END_LIMIT_S = 6.0
+
+
+def watch_ranks(settings: Settings, groups: ParallelGroups, progress: Progress, ending: Ending) -> Watch:
+    """From here on a rank that is stopped or hangs ends the run, and is named."""
+
+    def connect() -> Store:
+        if "MASTER_ADDR" in os.environ:
+            return connect_to_store(os.environ)
+        if ending.folder is None:
+            raise RuntimeError("there is no run folder yet")
+        return Notes(ending.folder.doctor)
+
+    return Watch(
+        connect,
+        Self(rank=groups.rank, progress=progress, pending=pending_collectives),
+        world_size=groups.layout.world_size,
+        limits=Limits.of(settings),
+        end=lambda hang: end_hung(hang, ending),
+        overdue_s=overdue_s,
+    )
+
+
+def write_whereabouts(folder: RunFolder, *, world_size: int) -> None:
+    """Write down where `xrl doctor` finds the ranks; without room for it, it does not find them."""
+    store = [os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])] if "MASTER_ADDR" in os.environ else None
+    process = psutil.Process()
+    content: dict[str, Any] = {
+        "world_size": world_size,
+        "store": store,  # address and port; without: notes in the folder
+        "host": socket.gethostname(),  # of rank 0
+        "pid": process.pid,
+        "started": process.create_time(),
+    }
+    with contextlib.suppress(NotWritten):
+        write_whole(folder.ranks, f"{json.dumps(content)}\n".encode(), flush=False)
+
+
+def end_hung(hang: Hang | None, ending: Ending) -> NoReturn:
+    """End this process as one of a run that hangs, from any thread: say what is known, and write it down.
+
+    Args:
+        hang: None: another rank says it.
+    """
+    end_after(END_LIMIT_S, EXIT_STOPPED)
+    error = RunHung(hang.text() if hang else "")
+
+    def note() -> str:
+        if hang is not None and ending.folder is not None:
+            write_down(ending.folder, hang)
+        return ending.words_about(error)
+
+    end_process(error, _within(DISK_LIMIT_S, note) if hang else "")
+
+
+def write_down(folder: RunFolder, hang: Hang) -> None:
+    """For `xrl doctor`, when the run has ended."""
+    content = {"time": datetime.now().isoformat(timespec="seconds"), **dataclasses.asdict(hang)}
+    with contextlib.suppress(NotWritten):
+        write_whole(folder.hang, f"{json.dumps(content, indent=2)}\n".encode(), flush=False)
+
+
+def _within(limit_s: float, action: Callable[[], str]) -> str:
+    """What comes of it, empty where nothing has come by then."""
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(action()), daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return found[0] if found else ""
