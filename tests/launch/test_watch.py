@@ -1,80 +1,29 @@
-"""Ranks that are missed: by the clock alone, and with the store and the threads."""
+"""Ranks that watch each other, with the store and the threads."""
 
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
+from xrl.launch.beats import Beat
+from xrl.launch.hang import Hang, Pending, RankReport
+from xrl.launch.limits import MORE_S, Limits
 from xrl.launch.progress import Progress
-from xrl.launch.watch import Beat, Silence, Watch
+from xrl.launch.watch import ASKED_KEY, END_KEY, Self, Watch, beat_key, report_key
 
-LIMITS = {"silence_limit_s": 60.0, "lead_limit_s": 600.0}
-
-
-def beat(number: int, phase: str = "update 3", pieces: int = 0) -> Beat:
-    return Beat(number=number, phase=phase, pieces=pieces)
-
-
-def test_ranks_that_beat_are_not_missed() -> None:
-    silence = Silence([1, 2], now=0.0, **LIMITS)
-    for number, now in enumerate(range(0, 1000, 50)):
-        silence.hear(1, beat(number), now=now)
-        silence.hear(2, beat(number), now=now)
-        assert silence.missed(now=now + 49) is None
-
-
-def test_a_rank_whose_beat_does_not_change_is_missed_and_what_it_was_at_is_said() -> None:
-    silence = Silence([1, 2], now=0.0, **LIMITS)
-    silence.hear(1, beat(0), now=1.0)
-    silence.hear(2, beat(0), now=1.0)
-    silence.hear(2, beat(1), now=50.0)
-    silence.hear(1, beat(0), now=50.0)  # the same again
-    assert silence.missed(now=61.0) is None
-    assert "rank 1 has not been heard of for 61 s (update 3)" in str(silence.missed(now=62.0))
-
-
-def test_a_rank_that_never_beat_is_missed() -> None:
-    assert "rank 1 has not been heard of" in str(Silence([1], now=0.0, **LIMITS).missed(now=61.0))
-
-
-def test_rank_0_may_be_long_over_one_thing_but_not_for_ever() -> None:
-    silence = Silence([0], now=0.0, **LIMITS)
-    for now in range(0, 600, 10):
-        silence.hear(0, beat(now, phase="rollout 2"), now=now)
-        assert silence.missed(now=now) is None
-    silence.hear(0, beat(601, phase="rollout 2"), now=601.0)
-    assert silence.missed(now=601.0) == "rank 0 has got nothing done for 601 s (rollout 2)"
-
-
-@pytest.mark.parametrize("change", [{"phase": "rollout 3"}, {"pieces": 1}])
-def test_a_piece_or_a_phase_further_is_something_done(change: dict[str, object]) -> None:
-    silence = Silence([0], now=0.0, **LIMITS)
-    silence.hear(0, beat(0, phase="rollout 2"), now=500.0)
-    silence.hear(0, Beat(**{"number": 1, "phase": "rollout 2", "pieces": 0} | change), now=599.0)  # type: ignore[arg-type]
-    assert silence.missed(now=601.0 + 50.0) is None
-
-
-def test_another_rank_than_0_waits_for_others_and_is_not_asked_what_it_does() -> None:
-    silence = Silence([1], now=0.0, **LIMITS)
-    for now in range(0, 2000, 10):
-        silence.hear(1, beat(now), now=now)
-    assert silence.missed(now=2000.0) is None
-
-
-def test_who_could_not_listen_itself_misses_nobody() -> None:
-    silence = Silence([0, 1], now=0.0, **LIMITS)
-    silence.begin_again(now=5000.0)
-    assert silence.missed(now=5059.0) is None
-    assert silence.missed(now=5061.0) is not None
-
-
-def test_a_beat_survives_the_store() -> None:
-    said = beat(7, phase='saving "hf-3"', pieces=12)
-    assert Beat.from_json(said.to_json().encode()) == said
+# Real time passes in these tests: what must not happen by then, and what must happen long before.
+SOON_S, LIMIT_S = 0.3, 30.0
+WAITING = Pending(
+    name="gloo:broadcast", number=5, group="0", ranks="[0, 1]", shapes=(), dtypes=(), waited_s=1.0, timeout_s=600.0
+)
+Ends = queue.Queue[tuple[int, Hang | None]]
+Start = Callable[..., Watch]
 
 
 @pytest.fixture
@@ -86,35 +35,165 @@ def client(store: dist.TCPStore) -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=5))
 
 
-def test_a_rank_that_stops_beating_is_named_to_rank_0(store: dist.TCPStore) -> None:
-    said: queue.Queue[str] = queue.Queue()
-    limits = {"world_size": 2, "lead_limit_s": 600.0, "beat_interval_s": 0.02, "silence_limit_s": 1.0}
-    lead = Watch(lambda: client(store), Progress(), rank=0, end=said.put, **limits)  # type: ignore[arg-type]
-    other = Watch(lambda: client(store), Progress(phase="update 1"), rank=1, end=said.put, **limits)  # type: ignore[arg-type]
+@pytest.fixture
+def ends() -> Ends:
+    return queue.Queue()
+
+
+@pytest.fixture
+def start(store: dist.TCPStore, ends: Ends) -> Iterator[Start]:
+    watches: list[Watch] = []
+
+    def start(rank: int, *, silence_s: float = 60.0, phase_s: float = 60.0, **options: object) -> Watch:
+        of_self = {name: options.pop(name) for name in ("pending",) if name in options}
+        me = Self(rank=rank, progress=Progress(phase=f"update {rank}"), host=f"node{rank}", **of_self)  # type: ignore[arg-type]
+        arguments: dict[str, object] = {
+            "connect": lambda: client(store),
+            "world_size": 2,
+            "limits": Limits(silence_s=silence_s, phases=dict.fromkeys(MORE_S, phase_s)),
+            "end": lambda hang: ends.put((rank, hang)),
+            "beat_interval_s": 0.02,
+            **options,
+        }
+        watches.append(Watch(arguments.pop("connect"), me, **arguments))  # type: ignore[arg-type]
+        return watches[-1]
+
+    yield start
+    for watch in watches:
+        watch.close()
+
+
+def reported(ends: Ends, rank: int = 0) -> Hang:
+    """What this rank ends with, whatever the others do before."""
+    while True:
+        who, hang = ends.get(timeout=LIMIT_S)
+        if who == rank:
+            assert hang is not None
+            return hang
+
+
+def test_ranks_that_beat_do_not_end(start: Start, ends: Ends) -> None:
+    start(0, silence_s=5.0)
+    start(1, silence_s=5.0)
     with pytest.raises(queue.Empty):
-        said.get(timeout=1.5)
+        ends.get(timeout=SOON_S)
+
+
+def test_a_rank_that_stops_beating_is_named_to_rank_0_with_its_last_beat(
+    start: Start, store: dist.TCPStore, ends: Ends
+) -> None:
+    start(0, silence_s=1.0)
+    other = start(1)
+    wait_until(lambda: store.check([beat_key(1)]))
+    time.sleep(SOON_S)
     other.close()
-    assert said.get(timeout=30).startswith("rank 1 has not been heard of for 1 s (update 1)")
-    lead.close()
+    hang = reported(ends)
+    assert hang.sentence.startswith("rank 1 has not been heard of for 1 s (update 1)")
+    silent, own = hang.ranks
+    assert silent.rank == 1 and silent.beat is not None and silent.beat.host == "node1" and silent.silent_s is not None
+    assert own.rank == 0 and own.frame
 
 
-def test_a_store_that_does_not_answer_is_silence(store: dist.TCPStore) -> None:
+def test_a_standstill_is_told_with_what_every_rank_says_of_itself(start: Start, ends: Ends) -> None:
+    start(1, pending=lambda: [WAITING])
+    start(0, phase_s=0.5)
+    hang = reported(ends)
+    assert hang.sentence.endswith("rank 0 is in no collective, and the others wait for it")
+    assert [report.rank for report in hang.ranks] == [0, 1]
+    assert hang.ranks[1].pending == (WAITING,) and hang.ranks[1].silent_s is None and hang.ranks[1].frame
+
+
+def test_the_others_hear_of_the_end_and_leave_the_word_to_rank_0(start: Start, ends: Ends) -> None:
+    start(1)
+    start(0, phase_s=0.5)
+    found = {rank: hang is None for rank, hang in (ends.get(timeout=LIMIT_S), ends.get(timeout=LIMIT_S))}
+    assert found == {0: False, 1: True}
+
+
+def test_a_rank_that_hears_nothing_of_rank_0_says_so_itself(start: Start, ends: Ends) -> None:
+    start(1, silence_s=0.5)
+    hang = reported(ends, rank=1)
+    assert hang.sentence.startswith("rank 0 has not been heard of")
+    assert [report.rank for report in hang.ranks] == [0, 1]
+
+
+def test_a_store_that_does_not_answer_is_silence(start: Start, ends: Ends) -> None:
     def refuse() -> dist.TCPStore:
         raise RuntimeError("no such host")
 
-    said: queue.Queue[str] = queue.Queue()
-    watch = Watch(
-        refuse,
-        Progress(),
-        rank=1,
-        world_size=2,
-        lead_limit_s=600.0,
-        end=said.put,
-        beat_interval_s=0.02,
-        silence_limit_s=0.2,
-    )
-    assert said.get(timeout=30).startswith("rank 0 has not been heard of")
-    watch.close()
+    start(1, connect=refuse, silence_s=0.2)
+    assert reported(ends, rank=1).sentence.startswith("rank 0 has not been heard of")
+
+
+def test_a_client_of_the_store_that_never_returns_keeps_nobody(start: Start, ends: Ends) -> None:
+    returns = threading.Event()
+
+    def hang() -> dist.TCPStore:
+        returns.wait(LIMIT_S)
+        raise RuntimeError("the link is cut")
+
+    start(1, connect=hang, silence_s=0.2)
+    try:
+        assert reported(ends, rank=1).sentence.startswith("rank 0 has not been heard of")
+    finally:
+        returns.set()
+
+
+def test_one_rank_alone_needs_no_store_to_be_missed(start: Start, ends: Ends) -> None:
+    def refuse() -> dist.TCPStore:
+        raise RuntimeError("there is none")
+
+    start(0, world_size=1, connect=refuse, phase_s=0.2)
+    hang = reported(ends)
+    assert hang.sentence.startswith("rank 0 has got nothing done for 0 s (update 0)")
+    assert [report.rank for report in hang.ranks] == [0]
+
+
+def test_whoever_asks_gets_a_report_each_time(start: Start, store: dist.TCPStore) -> None:
+    start(1, pending=lambda: [WAITING])
+    for number in (1, 2):
+        assert store.add(ASKED_KEY, 1) == number
+        report = RankReport.from_json(store.get(report_key(number, 1)))
+        assert (report.rank, report.pending) == (1, (WAITING,))
+
+
+def test_a_run_that_has_ended_is_not_asked_to_go_on(start: Start, store: dist.TCPStore, ends: Ends) -> None:
+    store.set(END_KEY, "rank 0 has got nothing done")
+    start(1)
+    assert ends.get(timeout=LIMIT_S) == (1, None)
+
+
+def test_a_watch_that_is_closed_ends_nobody(start: Start, ends: Ends) -> None:
+    start(0, silence_s=0.2).close()
+    with pytest.raises(queue.Empty):
+        ends.get(timeout=2 * SOON_S)
+
+
+def test_a_beat_says_what_the_process_is_at() -> None:
+    progress = Progress()
+    progress.enter("saving hf-3", "save")
+    beat = Self(rank=2, progress=progress).beat(7, overdue_s=3.0)
+    assert (beat.number, beat.phase, beat.kind, beat.pieces, beat.overdue_s) == (7, "saving hf-3", "save", 1, 3.0)
+    assert Beat.from_json(beat.to_json()) == beat
+
+
+def test_a_report_says_for_whom_the_process_waits_as_of_now() -> None:
+    progress, left = Progress(), ["8 verdicts"]
+    me = Self(rank=0, progress=progress)
+    with progress.waiting(lambda: left[0]):
+        assert me.report().waits_for == "8 verdicts"
+        left[0] = "1 verdicts"
+        assert me.report().waits_for == "1 verdicts"
+    assert me.report().waits_for == ""
+
+
+def test_what_cannot_be_said_while_it_changes_is_left_out() -> None:
+    def changing() -> str:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    progress = Progress()
+    with progress.waiting(changing):
+        assert Self(rank=0, progress=progress).report().waits_for == ""
 
 
 def test_progress_counts_items_as_the_next_one_is_asked_for() -> None:
@@ -122,3 +201,10 @@ def test_progress_counts_items_as_the_next_one_is_asked_for() -> None:
     seen = [(item, progress.pieces) for item in progress.through("abc")]
     assert seen == [("a", 0), ("b", 1), ("c", 2)]
     assert progress.pieces == 3
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
