@@ -25,7 +25,7 @@ HANG = Hang.of(
         )
     ],
 )
-ENDS = """
+TELLS = """
 import sys, time
 from pathlib import Path
 from tests.test_watching import HANG
@@ -34,11 +34,12 @@ from xrl.metrics.run_folder import RunFolder
 import xrl.watching
 
 if "no disk" in sys.argv:
-    xrl.watching.DISK_LIMIT_S = 0.1
+    xrl.watching.DISK_LIMIT_S, xrl.watching.END_LIMIT_S = 0.1, 1.0
     xrl.watching.write_down = lambda folder, hang: time.sleep(600)
 ending = Ending()
 ending.begin(RunFolder(Path(sys.argv[1])))
-xrl.watching.end_hung(None if "said" in sys.argv else HANG, ending)
+xrl.watching.tell_hung(HANG, ending)
+time.sleep(600 if "stuck" in sys.argv else 0)
 """
 
 
@@ -48,8 +49,8 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
-def end(folder: RunFolder, *how: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", ENDS, str(folder.path), *how]
+def tell(folder: RunFolder, *how: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", TELLS, str(folder.path), *how]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
 
 
@@ -60,6 +61,12 @@ def test_whereabouts_name_the_store_and_rank_0(folder: RunFolder, monkeypatch: p
     found = json.loads(folder.ranks.read_text())
     assert (found["world_size"], found["store"]) == (4, ["127.0.0.1", 29500])
     assert found["pid"] > 0 and found["host"] and found["started"] > 0
+
+
+def test_a_report_of_an_earlier_attempt_is_removed(folder: RunFolder) -> None:
+    write_down(folder, HANG)
+    write_whereabouts(folder, world_size=1)
+    assert not folder.hang.exists()
 
 
 def test_a_rank_alone_has_no_store(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,10 +87,8 @@ def test_a_hang_that_is_written_down_is_read_again(folder: RunFolder) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_hangs_ends_with_75_and_the_report(folder: RunFolder) -> None:
-    found = end(folder)
-    assert found.returncode == 75
-    first, second, third = found.stderr.splitlines()
+def test_a_hang_is_told_with_the_report_and_what_is_left_of_the_run(folder: RunFolder) -> None:
+    first, second, third = tell(folder).stderr.splitlines()
     assert first == "xrl: error: rank 0 has got nothing done for 601 s (rollout 2)"
     assert second == "  rank 0 on node1 (pid 7): rollout 2 for 700 s; at xrl/rollout/dispatch.py:130 _next"
     assert third.startswith("xrl: ended before the first rollout was learned from; run folder ")
@@ -91,13 +96,7 @@ def test_a_run_that_hangs_ends_with_75_and_the_report(folder: RunFolder) -> None
 
 
 @pytest.mark.slow
-def test_a_disk_that_hangs_keeps_no_rank_from_ending(folder: RunFolder) -> None:
-    found = end(folder, "no disk")
+def test_a_disk_that_hangs_keeps_nobody_from_telling_and_no_process_alive(folder: RunFolder) -> None:
+    found = tell(folder, "no disk", "stuck")
     assert found.returncode == 75
     assert len(found.stderr.splitlines()) == 2 and not folder.hang.exists()
-
-
-@pytest.mark.slow
-def test_what_rank_0_has_said_nobody_repeats(folder: RunFolder) -> None:
-    found = end(folder, "said")
-    assert (found.returncode, found.stderr) == (75, "")

@@ -27,6 +27,8 @@ CONNECT_LIMIT_S = 5.0
 # A rank that beats has seen the question by then, and said where it is.
 ANSWER_LIMIT_S = BEAT_INTERVAL_S + REPORTS_LIMIT_S
 POLL_S = 0.2
+# When a process was started is known as well as the clock was right then.
+SAME_START_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,7 @@ class Whereabouts:
 
     world_size: int
     store: tuple[str, int] | None  # address and port; None: notes in the run's folder
+    attempt: int  # of torchrun's
     host: str  # of rank 0
     pid: int
     started: float  # by the clock of its host, in seconds since 1970
@@ -52,6 +55,7 @@ class Whereabouts:
             return cls(
                 world_size=int(fields["world_size"]),
                 store=None if store is None else (str(store[0]), int(store[1])),
+                attempt=int(fields["attempt"]),
                 host=str(fields["host"]),
                 pid=int(fields["pid"]),
                 started=float(fields["started"]),
@@ -65,7 +69,7 @@ class Whereabouts:
         if self.host != socket.gethostname():
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) > 1.0
+            return abs(psutil.Process(self.pid).create_time() - self.started) > SAME_START_S
         except psutil.Error:
             return True
 
@@ -160,7 +164,8 @@ def _connect(folder: RunFolder, whereabouts: Whereabouts) -> Store:
     if whereabouts.store is None:
         return Notes(folder.doctor)
     with without_collections():
-        from xrl.parallel.store import connect_to_store  # torch is slow to import: only for a run that can be asked
+        # torch is slow to import: only for a run that can be asked.
+        from xrl.parallel.store import ATTEMPT_VARIABLE, connect_to_store
     host, port = whereabouts.store
-    address = {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+    address = {"MASTER_ADDR": host, "MASTER_PORT": str(port), ATTEMPT_VARIABLE: str(whereabouts.attempt)}
     return connect_to_store(address, timeout=timedelta(seconds=CONNECT_LIMIT_S))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -170,8 +171,8 @@ class Session:
             stack.callback(shutdown)
         else:
             self.groups = self._given_groups
-        # One rank alone, in a notebook say, may do nothing for as long as its owner likes.
-        is_watched = self._announces or self.groups.layout.world_size > 1
+        # One rank alone, in a notebook say, may do nothing for as long as its owner likes; several need a store.
+        is_watched = "MASTER_ADDR" in os.environ if self.groups.layout.world_size > 1 else self._announces
         if is_watched:
             stack.callback(watch_ranks(settings, self.groups, self.progress, self._ending).close)
         if self.groups.rank == 0:

@@ -10,7 +10,7 @@ import socket
 import threading
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 
@@ -18,7 +18,7 @@ from xrl.config import Settings
 from xrl.files.disk import NotWritten
 from xrl.files.notes import Notes
 from xrl.files.whole import write_whole
-from xrl.launch.exit import EXIT_STOPPED, RunHung, end_process
+from xrl.launch.exit import EXIT_STOPPED, RunHung, announce_end, exit_now
 from xrl.launch.hang import Hang
 from xrl.launch.limits import Limits
 from xrl.launch.progress import Progress
@@ -28,11 +28,11 @@ from xrl.metrics.ending import Ending
 from xrl.metrics.run_folder import RunFolder
 from xrl.parallel.groups import ParallelGroups
 from xrl.parallel.recorder import overdue_s, pending_collectives
-from xrl.parallel.store import connect_to_store
+from xrl.parallel.store import attempt_number, connect_to_store
 
 # A run may hang because its disk does: nothing that is written or read at the end may keep it.
 DISK_LIMIT_S = 3.0
-END_LIMIT_S = 6.0
+END_LIMIT_S = 8.0
 
 
 def watch_ranks(settings: Settings, groups: ParallelGroups, progress: Progress, ending: Ending) -> Watch:
@@ -50,7 +50,8 @@ def watch_ranks(settings: Settings, groups: ParallelGroups, progress: Progress, 
         Self(rank=groups.rank, progress=progress, pending=pending_collectives),
         world_size=groups.layout.world_size,
         limits=Limits.of(settings),
-        end=lambda hang: end_hung(hang, ending),
+        tell=lambda hang: tell_hung(hang, ending),
+        end=lambda: exit_now(EXIT_STOPPED),
         overdue_s=overdue_s,
     )
 
@@ -62,29 +63,28 @@ def write_whereabouts(folder: RunFolder, *, world_size: int) -> None:
     content: dict[str, Any] = {
         "world_size": world_size,
         "store": store,  # address and port; without: notes in the folder
+        "attempt": attempt_number(os.environ),
         "host": socket.gethostname(),  # of rank 0
         "pid": process.pid,
         "started": process.create_time(),
     }
+    with contextlib.suppress(OSError):
+        folder.hang.unlink(missing_ok=True)  # of an earlier attempt at the same run
     with contextlib.suppress(NotWritten):
         write_whole(folder.ranks, f"{json.dumps(content)}\n".encode(), flush=False)
 
 
-def end_hung(hang: Hang | None, ending: Ending) -> NoReturn:
-    """End this process as one of a run that hangs, from any thread: say what is known, and write it down.
-
-    Args:
-        hang: None: another rank says it.
-    """
+def tell_hung(hang: Hang, ending: Ending) -> None:
+    """Say what is known of a run that hangs, and write it down; whatever comes of that, the process ends soon."""
     end_after(END_LIMIT_S, EXIT_STOPPED)
-    error = RunHung(hang.text() if hang else "")
+    error = RunHung(hang.text())
 
     def note() -> str:
-        if hang is not None and ending.folder is not None:
+        if ending.folder is not None:
             write_down(ending.folder, hang)
         return ending.words_about(error)
 
-    end_process(error, _within(DISK_LIMIT_S, note) if hang else "")
+    announce_end(error, _within(DISK_LIMIT_S, note))
 
 
 def write_down(folder: RunFolder, hang: Hang) -> None:

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from xrl.launch.exit import EXIT_STOPPED, exit_now
 from xrl.launch.limits import MORE_S, Limits
 from xrl.launch.progress import Progress
 from xrl.launch.watch import Self, Watch
 from xrl.metrics.ending import Ending
 from xrl.parallel.recorder import overdue_s, pending_collectives, switch_on
 from xrl.parallel.store import connect_to_store
-from xrl.watching import end_hung
+from xrl.watching import tell_hung
 
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 SILENCE_S, PHASE_S = 5.0, 600.0
@@ -35,7 +36,8 @@ Watch(
     Self(rank=RANK, progress=progress, pending=pending_collectives, host=f"node{RANK}"),
     world_size=2,
     limits=Limits(silence_s=SILENCE_S, phases=dict.fromkeys(MORE_S, PHASE_S)),
-    end=lambda hang: end_hung(hang, Ending()),
+    tell=lambda hang: tell_hung(hang, Ending()),
+    end=lambda: exit_now(EXIT_STOPPED),
     overdue_s=overdue_s,
     beat_interval_s=1.0,
 )

@@ -22,6 +22,11 @@ PHASES: dict[PhaseKind, float] = {
 LIMITS = Limits(silence_s=60.0, phases=PHASES)
 
 
+BAD_KIND = json.dumps(
+    {"number": 1, "host": "a", "pid": 1, "phase": "b", "kind": "c", "phase_s": 1, "pieces": 1, "overdue_s": 0}
+)
+
+
 def beat(number: int, phase: str = "update 3", kind: PhaseKind = "update", pieces: int = 0) -> Beat:
     return Beat(number=number, host="node1", pid=7, phase=phase, kind=kind, phase_s=1.0, pieces=pieces)
 
@@ -133,7 +138,7 @@ def test_a_beat_survives_the_store() -> None:
     assert Beat.from_json(said.to_json().encode()) == said
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "7", json.dumps({"number": "x"})])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "7", json.dumps({"number": "x"}), BAD_KIND])
 def test_what_is_no_beat_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         Beat.from_json(text)

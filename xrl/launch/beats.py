@@ -6,12 +6,17 @@ Times are in seconds; points in time are of this process's monotonic clock.
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from xrl.launch.limits import Limits
 from xrl.launch.progress import PhaseKind
+
+# Ranks of one host fall silent together: a beat apart, and a little more.
+TOGETHER_S = 6.0
+KINDS: tuple[PhaseKind, ...] = typing.get_args(PhaseKind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,7 @@ class Beat:
                 host=str(fields["host"]),
                 pid=int(fields["pid"]),
                 phase=str(fields["phase"]),
-                kind=fields["kind"],
+                kind=KINDS[KINDS.index(fields["kind"])],
                 phase_s=float(fields["phase_s"]),
                 pieces=int(fields["pieces"]),
                 overdue_s=float(fields["overdue_s"]),
@@ -117,8 +122,8 @@ class World:
         longest_s = max((now - heard for heard in self._heard.values()), default=0.0)
         if longest_s <= limit_s:
             return None
-        # Those of one host fall silent together, a beat apart.
-        silent = [rank for rank, heard in self._heard.items() if now - heard > limit_s / 2]
+        together_s = max(limit_s - TOGETHER_S, limit_s / 2)
+        silent = [rank for rank, heard in self._heard.items() if now - heard > together_s]
         silent.sort(key=lambda rank: (self._heard[rank], rank))
         have, whose, does = (
             ("has", "its process is stopped or its host does", "rank")

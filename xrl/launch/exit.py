@@ -74,8 +74,8 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         with announce_errors():
             main()
     except BaseException as error:
-        _exit(exit_code(error))
-    _exit(0)
+        exit_now(exit_code(error))
+    exit_now(0)
 
 
 def _no_words(error: BaseException) -> str:
@@ -140,8 +140,8 @@ def _rank_in_words() -> str:
     return rank if on_one_host(os.environ) else f"{rank} on {socket.gethostname()}"
 
 
-def end_process(error: BaseException, words: str = "") -> NoReturn:
-    """End this process here and now from any thread, its main thread being stuck: say why, as `announce_errors` does.
+def announce_end(error: BaseException, words: str = "") -> None:
+    """Say why this process is about to end, as `announce_errors` does, from any thread: its main thread is stuck.
 
     Args:
         words: as `describe` takes them.
@@ -149,7 +149,6 @@ def end_process(error: BaseException, words: str = "") -> NoReturn:
     message = describe(error, words)
     if message and _is_first():
         print(printable(message), file=sys.stderr, flush=True)
-    _exit(exit_code(error))
 
 
 def exit_code(error: BaseException) -> int:
@@ -234,8 +233,8 @@ def _run_dir() -> Path | None:
     return Path(error_file).parent.parent if is_rank_of_torchrun() and error_file else None
 
 
-def _exit(code: int) -> NoReturn:
-    """Without waiting for threads that other libraries left running."""
+def exit_now(code: int) -> NoReturn:
+    """End this process here and now, from any thread, without waiting for threads that other libraries left running."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -129,7 +129,8 @@ class Watch:
         *,
         world_size: int,
         limits: Limits,
-        end: Callable[[Hang | None], None],
+        tell: Callable[[Hang], None],
+        end: Callable[[], None],
         overdue_s: Callable[[Pending], float] = lambda pending: 0.0,
         beat_interval_s: float = BEAT_INTERVAL_S,
     ) -> None:
@@ -137,10 +138,12 @@ class Watch:
         Args:
             connect: makes a client of the store, of which nobody else makes use.
             me: this rank.
-            end: is told of a hang, once, in a thread of the watch, and ends the process; None: rank 0 has told of it.
+            tell: is told of a hang, once, in a thread of the watch, before the others are told that the run ends.
+            end: ends the process, in a thread of the watch.
             overdue_s: how long a collective has waited where that is longer than it may, else 0.
         """
-        self._connect, self._me, self._end, self._overdue_s = connect, me, end, overdue_s
+        self._connect, self._me, self._overdue_s = connect, me, overdue_s
+        self._tell, self._end = tell, end
         self._limits, self._beat_interval_s = limits, beat_interval_s
         self._leads, self._world_size = me.rank == 0, world_size
         self._others = [other for other in range(world_size) if other != me.rank] if self._leads else [0]
@@ -193,11 +196,11 @@ class Watch:
                 report = None if other in self._reports else talk.report_of(other)
                 if report is not None:
                     self._reports[other] = report
-        if self._leads and self._last_words is not None:
+        if self._last_words is not None:
             talk.end(self._last_words)
             self._has_said_end.set()
         if not self._leads and talk.has_ended and not self._stopping.is_set():
-            self._end(None)
+            self._end()
 
     def _hear(self, rank: int, beat: Beat) -> None:
         with self._lock:
@@ -214,7 +217,10 @@ class Watch:
                     self._world.hear(0, self._me.beat(number, overdue_s=self._own_overdue_s), now=last)
                 trouble = self._world.trouble(now=last, all_ranks=self._leads)
             if trouble is not None and not self._stopping.is_set():
-                self._end(self._examined(trouble))
+                hang = self._examined(trouble)
+                self._tell(hang)
+                self._say_end(hang)
+                self._end()
                 return
 
     def _examined(self, trouble: Trouble) -> Hang:
@@ -227,11 +233,14 @@ class Watch:
         self._wake.set()
         _wait(lambda: expected <= self._reports.keys(), limit_s=REPORTS_LIMIT_S)
         found = [self._reports[rank] if rank in self._reports else self._last_of(rank) for rank in self._others]
-        hang = Hang.of(trouble, [own, *found])
-        self._last_words = hang.sentence
-        self._wake.set()
-        _wait(self._has_said_end.is_set, limit_s=END_LIMIT_S)
-        return hang
+        return Hang.of(trouble, [own, *found])
+
+    def _say_end(self, hang: Hang) -> None:
+        """Rank 0: to the others, which end then."""
+        if self._leads and self._others:
+            self._last_words = hang.sentence
+            self._wake.set()
+            _wait(self._has_said_end.is_set, limit_s=END_LIMIT_S)
 
     def _last_of(self, rank: int) -> RankReport:
         """Of one that has not answered."""

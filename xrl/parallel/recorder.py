@@ -6,6 +6,7 @@ and is done for a rank that gets nothing done.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, MutableMapping
@@ -22,6 +23,8 @@ VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 # Torch ends a collective so much later than --distributed-timeout-minutes: until then the watch has ended the run, and
 # said who waits for whom, which torch does not.
 TORCH_GRACE_S = 90.0
+# gloo and NCCL have a recorder each.
+_DUMPS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
 # torch names groups of which it was not told what they are for so.
 _NO_PURPOSE = ("", "undefined")
 
@@ -35,11 +38,13 @@ def switch_on(environment: MutableMapping[str, str]) -> None:
 
 def pending_collectives() -> list[Pending]:
     """Of this process, the oldest first; none where torch records none."""
-    dump: Callable[..., str] | None = getattr(_distributed_c10d, "_dump_fr_trace_json", None)
-    try:
-        return [] if dump is None else pending_in(json.loads(dump(True, True)), now_s=time.time())
-    except (RuntimeError, ValueError, KeyError, TypeError):  # another torch's: the report does without
-        return []
+    found: list[Pending] = []
+    for name in _DUMPS:
+        dump: Callable[..., str] | None = getattr(_distributed_c10d, name, None)
+        if dump is not None:
+            with contextlib.suppress(RuntimeError, ValueError, KeyError, TypeError):  # of another torch
+                found += pending_in(json.loads(dump(True, True)), now_s=time.time())
+    return sorted(found, key=lambda pending: -pending.waited_s)
 
 
 def pending_in(trace: Mapping[str, Any], *, now_s: float) -> list[Pending]:
@@ -52,9 +57,8 @@ def pending_in(trace: Mapping[str, Any], *, now_s: float) -> list[Pending]:
         ValueError, KeyError, TypeError: its form is another one.
     """
     groups = trace.get("pg_config", {})
-    entries = [entry for entry in trace.get("entries", []) if _is_pending(entry)]
-    entries.sort(key=lambda entry: entry["time_created_ns"])
-    return [_pending(entry, groups, now_s) for entry in entries]
+    found = [_pending(entry, groups, now_s) for entry in trace.get("entries", []) if _is_pending(entry)]
+    return sorted(found, key=lambda pending: -pending.waited_s)
 
 
 def overdue_s(pending: Pending) -> float:
