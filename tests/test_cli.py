@@ -35,7 +35,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str], arguments:
 
 
 def test_unknown_command_gets_the_nearest_and_all(capsys: pytest.CaptureFixture[str]) -> None:
-    known = "known are: train, gsm8k, convert, worker, version, help"
+    known = "known are: train, gsm8k, convert, worker, doctor, version, help"
     assert refusal(capsys, "trian").endswith(f"unknown command 'trian'; the nearest is train, {known}")
     assert refusal(capsys, "help", "convrt").endswith(f"unknown command 'convrt'; the nearest is convert, {known}")
     assert refusal(capsys, "zzzz").endswith(f"unknown command 'zzzz', {known}")
@@ -104,6 +104,11 @@ def test_bad_arguments_of_gsm8k_are_one_sentence(capsys: pytest.CaptureFixture[s
     assert "--input-dir" in refusal(capsys, "gsm8k")
     assert "--shuffle" in refusal(capsys, "gsm8k", "--input-dir", str(tmp_path), "--shuffle")
     assert f"--input-dir {tmp_path} holds no GSM8K" in refusal(capsys, "gsm8k", "--input-dir", str(tmp_path))
+
+
+def test_bad_arguments_of_doctor_are_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "required: RUN_DIR" in refusal(capsys, "doctor")
+    assert f"RUN_DIR {tmp_path} is no run's folder: it has no config.yaml" in refusal(capsys, "doctor", str(tmp_path))
 
 
 def test_bad_arguments_of_worker_are_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ prepare_megatron_for_cpu()
 
 from tests.trainer_parts import SAMPLING, Run, flat, published, report, saved  # noqa: E402
 from xrl.launch.exit import RunEnded, RunFailed  # noqa: E402
-from xrl.launch.progress import Progress  # noqa: E402
+from xrl.launch.progress import PhaseKind, Progress  # noqa: E402
 from xrl.rollout.dispatch import RolloutCounts  # noqa: E402
 from xrl.rollout.process import WorkerGone  # noqa: E402
 from xrl.types import Group  # noqa: E402
@@ -88,10 +88,12 @@ def test_without_held_out_prompts_nobody_is_told_of_an_evaluation(make_run: Make
 
 def test_what_a_rank_is_at_can_be_read_while_it_is(make_run: MakeRun) -> None:
     phases: list[str] = []
+    kinds: list[PhaseKind] = []
 
     class Recording(Progress):
-        def enter(self, phase: str) -> None:
+        def enter(self, phase: str, kind: PhaseKind) -> None:
             phases.append(phase)
+            kinds.append(kind)
 
     run = make_run()
     run.progress = Recording()
@@ -100,6 +102,7 @@ def test_what_a_rank_is_at_can_be_read_while_it_is(make_run: MakeRun) -> None:
         *("weights version 0 to the engines", "evaluation after rollout 0", "rollout 1", "update 1"),
         *("weights version 1 to the engines", "saving hf-final", "evaluation after rollout 1"),
     ]
+    assert kinds == ["publish", "evaluation", "rollout", "update", "publish", "save", "evaluation"]
     assert run.progress.pieces == 3 * 3  # the buckets of two publications and of a checkpoint
 
 

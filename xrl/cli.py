@@ -30,6 +30,7 @@ USAGE = """usage: xrl COMMAND [ARGUMENTS]
   gsm8k    convert GSM8K to training rows     xrl gsm8k --input-dir DIR --out-dir DIR [--overwrite]
   convert  Hugging Face <-> Megatron          xrl convert --from DIR --to DIR [--check] [LAYOUT FLAGS]
   worker   host one rollout engine            xrl worker --model DIR --max-model-len N
+  doctor   say what a run's ranks are at      xrl doctor RUN_DIR
   version  print the version                  xrl --version
   help     explain a command                  xrl help train
 
@@ -152,6 +153,21 @@ def worker(arguments: list[str]) -> None:
     os.execv(sys.executable, [*module_command("xrl.rollout.worker"), *arguments])
 
 
+def doctor(arguments: list[str]) -> None:
+    """Say what the ranks of a run are at, or were when it hung."""
+    from xrl.doctor import examine
+
+    parser = SentenceParser(
+        prog="xrl doctor",
+        description="What each rank of a run is at: its phase, the line of code of its main thread, whom it waits for, "
+        "and the collective that it is in. Of a run that goes on, its ranks are asked; of one that ended because it "
+        "hung, what rank 0 wrote down is shown.",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run, work_dir/20261129153000 say")
+    for line in examine(parser.parse_args(arguments).run_dir):
+        print(one_line(line))
+
+
 def version(arguments: list[str]) -> None:
     """Print the version."""
     print(xrl.__version__)
@@ -172,6 +188,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "gsm8k": gsm8k,
     "convert": convert,
     "worker": worker,
+    "doctor": doctor,
     "version": version,
     "help": help_,
 }

@@ -53,7 +53,7 @@ class Evaluation:
         is_within = 0 < step < trainer.num_steps
         if is_within and not (self._interval and step % self._interval == 0):
             return
-        trainer.progress.enter(f"evaluation after rollout {step}")
+        trainer.progress.enter(f"evaluation after rollout {step}", "evaluation")
         rates = self.rates(lambda: trainer.publish(version=trainer.version))
         if self._journal and rates:
             self._journal.evaluation(step, rates)
@@ -129,7 +129,7 @@ class Checkpointing:
 
     def _save(self, name: str, version: int) -> NotWritten | None:
         """Write a Hugging Face folder below the run's; on rank 0, why it is not there if it is not."""
-        self._progress.enter(f"saving {name}")
+        self._progress.enter(f"saving {name}", "save")
         buckets = self._progress.through(self._model.weights(version=version))
         if not self._keeper:
             for _ in buckets:  # the other ranks get nothing but must take part

@@ -39,27 +39,24 @@ from xrl.experience.experience import Batch, Experience  # noqa: E402
 from xrl.experience.turns import DeviceTurns, TurnTakingLearner  # noqa: E402
 from xrl.hooks import Evaluation  # noqa: E402
 from xrl.kernels.threads import use_threads  # noqa: E402
-from xrl.launch.exit import RunEnded, announce_errors, end_process  # noqa: E402
+from xrl.launch.exit import announce_errors  # noqa: E402
 from xrl.launch.progress import Progress  # noqa: E402
 from xrl.metrics.ending import Ending  # noqa: E402
 from xrl.metrics.run_folder import RunFolder  # noqa: E402
 from xrl.parallel.control import Control  # noqa: E402
 from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
-from xrl.parallel.watch import Watch, connect_to_store  # noqa: E402
 from xrl.rollout.fleet import Fleet  # noqa: E402
 from xrl.rollout.publisher import Published, Publisher  # noqa: E402
 from xrl.run_state import RunState, choose_state  # noqa: E402
 from xrl.state_saving import StateSaving  # noqa: E402
 from xrl.trainer import Hook, Trainer  # noqa: E402
+from xrl.watching import watch_ranks, write_whereabouts  # noqa: E402
 
 if TYPE_CHECKING:
     from xrl.parallel.groups import ParallelGroups
     from xrl.rewards import Judge
 
 logger = logging.getLogger("xrl")
-
-# Beyond the longest wait of rank 0 that its settings bound: what it does itself meanwhile.
-LEAD_GRACE_S = 600.0
 
 
 class Session:
@@ -189,10 +186,14 @@ class Session:
             stack.callback(shutdown)
         else:
             self.groups = self._given_groups
-        if self.groups.layout.world_size > 1:
-            stack.callback(self._watch_ranks().close)
+        # One rank alone, in a notebook say, may do nothing for as long as its owner likes; several need a store.
+        is_watched = "MASTER_ADDR" in os.environ if self.groups.layout.world_size > 1 else self._announces
+        if is_watched:
+            stack.callback(watch_ranks(settings, self.groups, self.progress, self._ending).close)
         if self.groups.rank == 0:
             lead = build_lead(settings, self.groups, stack, self._ending, self.progress, judge=self._judge)
+            if is_watched:
+                write_whereabouts(lead.journal.folder, world_size=self.groups.layout.world_size)
         self._lead = lead
         self.fleet = lead.fleet if lead else None
         self.num_steps = share_rollout_count(lead, self.groups)
@@ -242,19 +243,3 @@ class Session:
     def _publish_again(self) -> None:
         logger.warning("no rollout worker is ready: weights version %d are published once more", self._version)
         self.publisher.publish(version=self._version)
-
-    def _watch_ranks(self) -> Watch:
-        """From here on a rank that is stopped or hangs ends the run, and is named."""
-
-        def end(sentence: str) -> None:
-            error = RunEnded(sentence)
-            end_process(error, self._ending.words_about(error))
-
-        return Watch(
-            lambda: connect_to_store(os.environ),
-            self.progress,
-            rank=self.groups.rank,
-            world_size=self.groups.layout.world_size,
-            lead_limit_s=self.settings.longest_wait_s + LEAD_GRACE_S,
-            end=end,
-        )

@@ -15,7 +15,6 @@ if __name__ == "__main__":  # `python -m` put the current folder first: before a
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from xrl.config import Settings
 from xrl.config.parse import parse_settings
@@ -24,12 +23,6 @@ from xrl.launch.exit import agents_file, announce_errors, run_main
 from xrl.launch.start import prepare_process, without_collections
 from xrl.launch.variables import rank_number
 from xrl.preflight import preflight
-
-if TYPE_CHECKING:
-    pass
-
-# Beyond the longest wait of rank 0 that its settings bound: what it does itself meanwhile.
-LEAD_GRACE_S = 600.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -111,10 +111,10 @@ class Trainer:
     def step(self, step: int) -> None:
         """Take experience, learn, publish, report."""
         start = time.perf_counter()
-        self.progress.enter(f"rollout {step}")
+        self.progress.enter(f"rollout {step}", "rollout")
         batch = self.take(step)
         self.reporter.taken(step, batch)
-        self.progress.enter(f"update {step}")
+        self.progress.enter(f"update {step}", "update")
         updates = self.learner.learn(batch.samples, self.algorithm)
         self.reporter.learned(step, updates)
         return_freed_memory()  # to the rollout workers, whose turn it is now
@@ -129,7 +129,7 @@ class Trainer:
     def publish(self, *, version: int) -> Published:
         """Give the weights to every rollout worker; what is sampled from then on carries `version`."""
         self.version = version
-        self.progress.enter(f"weights version {version} to the engines")
+        self.progress.enter(f"weights version {version} to the engines", "publish")
         return self.publisher.publish(version=version)
 
     def asked(self, ask: Callable[[], T | Need]) -> T:

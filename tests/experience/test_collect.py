@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -143,6 +144,43 @@ def test_every_request_that_ends_and_every_verdict_is_progress() -> None:
     asked = prompts(11, NO_ANSWER, 13)
     finished(one.collect(asked, sampling=SAMPLING, num_samples=2, description="training samples"))
     assert progress.pieces == 3 + 4
+
+
+def test_it_can_be_told_for_whom_a_rollout_waits() -> None:
+    told: list[str] = []
+    progress = Progress()
+
+    class Looking(ScriptedWorkers):
+        def generate(self, *arguments: Any, **options: Any) -> Any:
+            told.append(progress.waits_for())
+            yield from super().generate(*arguments, **options)
+
+    class Slow(InlineJudge):
+        """Has the verdict on the first of two answers when it is asked for it."""
+
+        def submit(self, response: str, prompt: Prompt) -> Future[Verdict]:
+            verdict: Future[Verdict] = super().submit(response, prompt)
+            if response.endswith("1"):
+                return verdict
+            late = Late()
+            late.set_result(verdict.result())
+            return late
+
+    class Late(Future[Verdict]):
+        is_asked = False
+
+        def done(self) -> bool:
+            return self.is_asked
+
+        def result(self, timeout: float | None = None) -> Verdict:
+            told.append(progress.waits_for())
+            self.is_asked = True
+            return super().result(timeout)
+
+    one = Collector(Looking(echo), Words(), Slow(reward), progress)  # type: ignore[arg-type]
+    finished(one.collect(prompts(11, 12), sampling=SAMPLING, num_samples=2, description="training samples"))
+    assert told == ["answers", "2 verdicts, the longest for 0 s", "1 verdicts, the longest for 0 s"]
+    assert progress.waits_for() == ""
 
 
 def test_a_rollout_ends_when_enough_groups_are_whole_and_the_others_are_carried() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,13 @@ def test_error_is_shown_once_with_its_traceback(tmp_path: Path) -> None:
     assert stderr.count("Traceback") == 1 and stderr.count("ValueError: the first error") == 2
     assert stderr.endswith("\nxrl: error: ValueError: the first error\n")
     assert (tmp_path / "cleaned-0").exists()
+
+
+def test_where_there_are_several_hosts_an_error_names_its_own(tmp_path: Path) -> None:
+    place = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "run"}
+    with started(tmp_path, TOY, str(tmp_path), "fail", **place) as toy:
+        assert toy.process.wait(60) == 1
+        assert toy.stderr.endswith(f"\nxrl: error: rank 3 on {socket.gethostname()}: ValueError: the first error\n")
 
 
 def test_only_the_first_error_is_shown(tmp_path: Path) -> None:

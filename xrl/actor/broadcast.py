@@ -83,7 +83,7 @@ def _send(samples: Sequence[Sample], ranks: Sequence[int], group: ProcessGroup) 
         parts: list[NDArray[Any]] = [getattr(sample, name) for sample in samples]
         array: NDArray[Any] = np.concatenate(parts).astype(dtype, copy=False)
         for work in [group.send([_bytes(array)], rank, _TAG) for rank in ranks]:
-            work.wait()  # Unbounded: xrl.parallel.watch misses a rank that hangs.
+            work.wait()  # Unbounded: xrl.launch.watch misses a rank that hangs.
 
 
 def _received(sizes: Sequence[SampleSize], own: Sequence[int], group: ProcessGroup) -> dict[int, Sample]:
@@ -94,7 +94,7 @@ def _received(sizes: Sequence[SampleSize], own: Sequence[int], group: ProcessGro
     parts = {}
     for name, dtype in _ARRAYS.items():
         array: NDArray[Any] = np.empty(sum(lengths), dtype)
-        group.recv([_bytes(array)], 0, _TAG).wait()  # Unbounded: xrl.parallel.watch misses a rank that hangs.
+        group.recv([_bytes(array)], 0, _TAG).wait()  # Unbounded: xrl.launch.watch misses a rank that hangs.
         parts[name] = np.split(array, borders)
     return {
         index: Sample(

@@ -13,6 +13,7 @@ from xrl.config.rollout import TEMPERATURES
 
 # Every wait of a run has an end.
 MAX_SAVE_RETRY_MINUTES = 7 * 24 * 60
+HANG_LIMIT_SCALES = 0.001, 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,9 @@ class RunConfig:
     """What a run does when no rollout teaches it anything: warn after 3 in a row, and with stop end after 10 with exit
     code 1 (at the end of a shorter run too, if it has 3 rollouts and none taught it anything)."""
 
+    hang_limit_scale: float = 1.0
+    """Scales how long ranks may get nothing done, or be silent, before the run ends as one that hangs."""
+
     @property
     def output_dir(self) -> Path:
         """Where the run writes: its own folder, or the one in which it gets one."""
@@ -83,6 +87,9 @@ class RunConfig:
                 f"--save-retry-minutes must be between 0 and {MAX_SAVE_RETRY_MINUTES:,} (a week), got "
                 f"{self.save_retry_minutes:g}"
             )
+        low, high = HANG_LIMIT_SCALES
+        if not low <= self.hang_limit_scale <= high:
+            raise SettingsError(f"--hang-limit-scale must be in [{low:g}, {high:g}], got {self.hang_limit_scale:g}")
 
 
 @dataclass(frozen=True, kw_only=True)

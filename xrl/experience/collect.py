@@ -73,6 +73,7 @@ class _Judging:
     completion: Completion
     response: str
     verdict: Future[Verdict]
+    since: float  # when the judge was asked
 
 
 class Collector:
@@ -156,13 +157,15 @@ class Collector:
                 )
             ]
         ):
-            yield from self._answers(places, asked, counts, description, enough, longest=longest)
+            with self.progress.waiting(self.fleet.waits_for):
+                yield from self._answers(places, asked, counts, description, enough, longest=longest)
             self._judge_first(places, enough)
         if enough is not None:
             self._carried = [place.group for place in places if place.judging is None and not place.has_failed]
         if most_tokens is not None:
             counts.unfinished = sum(not group.is_whole for group in self._carried)
-        groups = [self._judged(place, sampling.temperature) for place in places if place.judging is not None]
+        with self.progress.waiting(lambda: _verdicts_awaited(places)):
+            groups = [self._judged(place, sampling.temperature) for place in places if place.judging is not None]
         _log_counts(description, counts)
         return Collected(
             groups=groups,
@@ -239,7 +242,10 @@ class Collector:
 
     def _judge(self, prompt: Prompt, completion: Completion) -> _Judging:
         response = str(self.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True))
-        return _Judging(completion=completion, response=response, verdict=self.judge.submit(response, prompt))
+        since = time.monotonic()
+        return _Judging(
+            completion=completion, response=response, verdict=self.judge.submit(response, prompt), since=since
+        )
 
     def _judged(self, place: _Place, temperature: float) -> Group:
         """Wait for the verdicts on a place's answers."""
@@ -251,6 +257,12 @@ class Collector:
 def _num_judged(places: Sequence[_Place]) -> int:
     """Places whose answers are judged, or are being."""
     return sum(place.judging is not None for place in places)
+
+
+def _verdicts_awaited(places: Sequence[_Place]) -> str:
+    """How many, and for how long: for people."""
+    awaited = [each.since for place in places for each in place.judging or () if not each.verdict.done()]
+    return f"{len(awaited)} verdicts, the longest for {time.monotonic() - min(awaited):.0f} s" if awaited else ""
 
 
 def _episode(prompt: Prompt, judging: _Judging, *, temperature: float) -> Episode:

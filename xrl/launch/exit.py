@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 import sys
 import time
 import traceback
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from xrl.config.errors import SettingsError
+from xrl.launch.address import on_one_host
 from xrl.launch.signals import GRACE_S, Stopped, end_after, ignore_signals, raise_on_signals, stop_with_parent
 from xrl.launch.temporary import remove_abandoned
 from xrl.launch.terminal import one_line, printable, quoted
 
 EXIT_ERROR = 1
 EXIT_BAD_SETTINGS = 2
+# Not this run's fault, as far as anybody can tell: it may be started again as it is (EX_TEMPFAIL of sysexits.h).
+EXIT_STOPPED = 75
 
 # What collectives and the store say when another rank has gone: its end is the news, not ours.
 _ECHO = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|store->|tcpstore", re.IGNORECASE)
@@ -42,6 +46,18 @@ class RunEnded(SystemExit):
         self.says_where = says_where
 
 
+class RunHung(RunEnded):
+    """A rank is stopped or hangs, and the others wait for it: exit code 75, and a sentence with a line a rank."""
+
+    def __init__(self, sentence: str = "") -> None:
+        """
+        Args:
+            sentence: the report; empty where another rank gives it.
+        """
+        super().__init__(sentence)
+        self.code = EXIT_STOPPED
+
+
 class RunFailed(RuntimeError):
     """Something outside this process, a rollout worker say, makes the run impossible: exit code 1, no traceback.
 
@@ -58,8 +74,8 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         with announce_errors():
             main()
     except BaseException as error:
-        _exit(exit_code(error))
-    _exit(0)
+        exit_now(exit_code(error))
+    exit_now(0)
 
 
 def _no_words(error: BaseException) -> str:
@@ -111,15 +127,21 @@ def describe(error: BaseException, words: str = "") -> str:
         return error.code if isinstance(error.code, str) else ""
     first_line = (str(error).splitlines() or [""])[0]
     summary = one_line(f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__)
-    rank = f"rank {os.environ['RANK']}: " if is_rank_of_torchrun() else ""
+    rank = f"{_rank_in_words()}: " if is_rank_of_torchrun() else ""
     # What an exception quotes may have line breaks in it: none of its lines shall be taken for one of ours.
     trace = re.sub("^(?=xrl: )", "  ", "".join(traceback.format_exception(error)), flags=re.MULTILINE)
     message = f"{trace}xrl: error: {rank}{summary}"
     return f"{message}\nxrl: ended {words}" if words else message
 
 
-def end_process(error: BaseException, words: str = "") -> NoReturn:
-    """End this process here and now from any thread, its main thread being stuck: say why, as `announce_errors` does.
+def _rank_in_words() -> str:
+    """This rank of torchrun's; with its host, where there are several."""
+    rank = f"rank {os.environ['RANK']}"
+    return rank if on_one_host(os.environ) else f"{rank} on {socket.gethostname()}"
+
+
+def announce_end(error: BaseException, words: str = "") -> None:
+    """Say why this process is about to end, as `announce_errors` does, from any thread: its main thread is stuck.
 
     Args:
         words: as `describe` takes them.
@@ -127,7 +149,6 @@ def end_process(error: BaseException, words: str = "") -> NoReturn:
     message = describe(error, words)
     if message and _is_first():
         print(printable(message), file=sys.stderr, flush=True)
-    _exit(exit_code(error))
 
 
 def exit_code(error: BaseException) -> int:
@@ -212,8 +233,8 @@ def _run_dir() -> Path | None:
     return Path(error_file).parent.parent if is_rank_of_torchrun() and error_file else None
 
 
-def _exit(code: int) -> NoReturn:
-    """Without waiting for threads that other libraries left running."""
+def exit_now(code: int) -> NoReturn:
+    """End this process here and now, from any thread, without waiting for threads that other libraries left running."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

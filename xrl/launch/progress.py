@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, TypeVar
 
 T = TypeVar("T")
+
+PhaseKind: TypeAlias = Literal["start", "rollout", "update", "publish", "save", "evaluation"]
+
+
+def _nothing() -> str:
+    return ""
 
 
 @dataclass
@@ -17,11 +25,14 @@ class Progress:
     """
 
     phase: str = "start"  # "rollout 3", "update 3", ...: for people
+    kind: PhaseKind = "start"  # which of the limits holds: xrl/launch/limits.py
+    since: float = field(default_factory=time.monotonic)  # when the phase began, in seconds
     pieces: int = 0  # an answer, a verdict, a layer, a micro-batch: whatever ends
+    waits_for: Callable[[], str] = _nothing  # outside of this process; asked by another thread, for people
 
-    def enter(self, phase: str) -> None:
+    def enter(self, phase: str, kind: PhaseKind) -> None:
         """From here on it is at `phase`."""
-        self.phase = phase
+        self.since, self.phase, self.kind = time.monotonic(), phase, kind
         self.pieces += 1
 
     def advance(self) -> None:
@@ -33,3 +44,16 @@ class Progress:
         for item in items:
             yield item
             self.pieces += 1
+
+    @contextlib.contextmanager
+    def waiting(self, what: Callable[[], str]) -> Iterator[None]:
+        """While the block runs it may wait for others.
+
+        Args:
+            what: for whom and for how long, "8 verdicts, the longest for 61 s", as of now; asked by another thread.
+        """
+        before, self.waits_for = self.waits_for, what
+        try:
+            yield
+        finally:
+            self.waits_for = before

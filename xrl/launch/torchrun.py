@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from xrl.config import SettingsError
 from xrl.launch.address import LOOPBACK
 from xrl.launch.children import module_command
-from xrl.launch.exit import EXIT_BAD_SETTINGS, EXIT_ERROR, has_announced, prepare_agents_file
+from xrl.launch.exit import EXIT_BAD_SETTINGS, EXIT_ERROR, EXIT_STOPPED, has_announced, prepare_agents_file
 from xrl.launch.memory import set_large_pages
 from xrl.launch.signals import STOP_SIGNALS, ignores_hang_up
 from xrl.launch.start import without_collections
@@ -59,8 +59,8 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int, words_of_ranks: Calla
             words = words_of_ranks(left_to_say)
             if words:
                 say(f"ended {words}")
-            is_bad_input = any(end.exitcode == EXIT_BAD_SETTINGS for end in error.failures.values())
-            return EXIT_BAD_SETTINGS if is_bad_input else EXIT_ERROR
+            codes = {end.exitcode for end in error.failures.values()}
+            return next((code for code in (EXIT_BAD_SETTINGS, EXIT_STOPPED) if code in codes), EXIT_ERROR)
         except SignalException as stop:
             return _stopped(stop.sigval, words_of_ranks(left_to_say))
         except KeyboardInterrupt:

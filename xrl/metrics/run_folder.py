@@ -115,6 +115,21 @@ class RunFolder:
         return self.path / "logs"
 
     @property
+    def ranks(self) -> Path:
+        """Where the ranks are found: for `xrl doctor`."""
+        return self.logs / "ranks.json"
+
+    @property
+    def hang(self) -> Path:
+        """What the ranks were at, of a run that ended because it hung."""
+        return self.logs / "hang.json"
+
+    @property
+    def doctor(self) -> Path:
+        """Notes between `xrl doctor` and a run of one rank."""
+        return self.logs / "doctor"
+
+    @property
     def reward_curve(self) -> Path:
         """Plot of the reward over the run."""
         return self.path / "reward_curve.png"

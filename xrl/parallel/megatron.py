@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from datetime import timedelta
 
@@ -14,10 +15,11 @@ from xrl.parallel.cpu import prepare_megatron_for_cpu
 from xrl.parallel.gloo import one_event_loop
 from xrl.parallel.groups import ParallelGroups
 from xrl.parallel.layout import Layout
+from xrl.parallel.recorder import TORCH_GRACE_S, switch_on
 
 # On the control group ranks wait for rank 0: for samples, judges, evaluations, checkpoints. Each of those has time-outs
 # of its own, which rank 0 reports; a rank that dies closes its connections, which ends the wait of all others; and for
-# one that is stopped or hangs there is xrl.parallel.watch.
+# one that is stopped or hangs there is xrl.launch.watch.
 CONTROL_TIMEOUT = timedelta(days=365)
 
 
@@ -26,12 +28,13 @@ def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
     device = _device(config)
     world_size = rank_number(os.environ, "WORLD_SIZE", 1)
     rank = rank_number(os.environ, "RANK", 0)
-    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    timeout = timedelta(minutes=config.distributed_timeout_minutes, seconds=TORCH_GRACE_S)
     backend = config.distributed_backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
 
     prepare_megatron_for_cpu()
+    switch_on(os.environ)
     from megatron.core import parallel_state, tensor_parallel
 
     with one_event_loop():
@@ -45,9 +48,9 @@ def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
             context_parallel_size=config.context_parallel_size,
             expert_model_parallel_size=config.expert_model_parallel_size,
-            distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
+            distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
         )
-        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT, group_desc="control")
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ParallelGroups(
         layout=Layout.of_world(

@@ -72,7 +72,7 @@ class SharedExporter:
 
     Args:
         timeout_s: longest wait of rank 0 for another rank's share. The others wait for rank 0 as long as it lives: it
-            waits for workers, with time-outs of its own, and xrl.parallel.watch misses one that hangs.
+            waits for workers, with time-outs of its own, and xrl.launch.watch misses one that hangs.
     """
 
     def __init__(self, shape: ModelShape, groups: ParallelGroups, *, timeout_s: float = TIMEOUT_S) -> None:

@@ -1,0 +1,87 @@
+"""Collectives that have begun and not ended, from torch's flight recorder: for the report of a hang.
+
+The recorder notes every collective of every backend, gloo's too, in a ring in memory. Reading it takes milliseconds,
+and is done for a rank that gets nothing done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+from torch._C import _distributed_c10d
+
+from xrl.launch.hang import Pending
+
+# Collectives that are remembered. One that has not ended is the last of its group.
+BUFFER_SIZE = 2000
+# The variable's names, the newer first: newer torch has the recorder on without being told.
+VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+# Torch ends a collective so much later than --distributed-timeout-minutes: until then the watch has ended the run, and
+# said who waits for whom, which torch does not.
+TORCH_GRACE_S = 90.0
+# gloo and NCCL have a recorder each.
+_DUMPS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
+# torch names groups of which it was not told what they are for so.
+_NO_PURPOSE = ("", "undefined")
+
+
+def switch_on(environment: MutableMapping[str, str]) -> None:
+    """Have collectives recorded; before the first group is made. Whoever has set the variable is left alone."""
+    if not any(name in environment for name in VARIABLES):
+        for name in VARIABLES:
+            environment[name] = str(BUFFER_SIZE)
+
+
+def pending_collectives() -> list[Pending]:
+    """Of this process, the oldest first; none where torch records none."""
+    found: list[Pending] = []
+    for name in _DUMPS:
+        dump: Callable[..., str] | None = getattr(_distributed_c10d, name, None)
+        if dump is not None:
+            with contextlib.suppress(RuntimeError, ValueError, KeyError, TypeError):  # of another torch
+                found += pending_in(json.loads(dump(True, True)), now_s=time.time())
+    return sorted(found, key=lambda pending: -pending.waited_s)
+
+
+def pending_in(trace: Mapping[str, Any], *, now_s: float) -> list[Pending]:
+    """The same, of what the recorder gives.
+
+    Args:
+        now_s: since 1970.
+
+    Raises:
+        ValueError, KeyError, TypeError: its form is another one.
+    """
+    groups = trace.get("pg_config", {})
+    found = [_pending(entry, groups, now_s) for entry in trace.get("entries", []) if _is_pending(entry)]
+    return sorted(found, key=lambda pending: -pending.waited_s)
+
+
+def overdue_s(pending: Pending) -> float:
+    """How long it has waited where that is longer than --distributed-timeout-minutes; else 0."""
+    limit_s = max(pending.timeout_s - TORCH_GRACE_S, 0.9 * pending.timeout_s)  # some groups are not ours
+    return pending.waited_s if pending.waited_s > limit_s else 0.0
+
+
+def _is_pending(entry: Mapping[str, Any]) -> bool:
+    # gloo never tells that a collective has completed, only that it is done with it.
+    return not entry["retired"] and entry["state"] != "completed"
+
+
+def _pending(entry: Mapping[str, Any], groups: Mapping[str, Mapping[str, str]], now_s: float) -> Pending:
+    name, purpose = entry["process_group"]
+    return Pending(
+        name=entry["profiling_name"],
+        number=entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"],
+        group=name if purpose in _NO_PURPOSE else f"{name} ({purpose})",
+        is_message=entry["is_p2p"],
+        ranks=groups.get(name, {}).get("ranks", ""),
+        shapes=tuple(tuple(shape) for shape in entry["input_sizes"]),
+        dtypes=tuple(entry["input_dtypes"]),
+        waited_s=now_s - entry["time_created_ns"] / 1e9,
+        timeout_s=entry["timeout_ms"] / 1e3,
+    )
