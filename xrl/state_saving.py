@@ -52,6 +52,7 @@ class StateSaving:
         self._model, self._writer, self._keeper = model, writer, keeper
         self._control, self._progress, self._interval = control, progress, interval
         self._said: str | None = None  # why the last save failed, once the user knows
+        self._saved_step: int | None = None  # of the newest state that is whole, on rank 0
 
     def __call__(self, trainer: Trainer, step: int) -> None:
         """Settle what was begun, and begin what is due."""
@@ -76,6 +77,8 @@ class StateSaving:
         """
         self._progress.enter(f"saving the state of step {step}")
         self._tell(self._writer.settle(wait=True))
+        if self._control.agree(self._saved_step == step):
+            return
         fault = self._begin(step)
         result = self._writer.settle(wait=True)
         fault = result if isinstance(result, NotWritten) else fault
@@ -92,7 +95,7 @@ class StateSaving:
         if self._keeper is None or result is None:
             return
         if isinstance(result, Saved):
-            self._said = None
+            self._said, self._saved_step = None, result.step
             self._keeper.journal.say(
                 f"saved {result.folder}: {result.num_bytes / 1e6:,.1f} MB in {result.seconds:.2f} s, of which the run "
                 f"waited {result.seconds_held_up:.2f} s"

@@ -1,7 +1,7 @@
 """Kill a run again and again, with all its processes, and let it go on: `python tests/faults/kill_anywhere.py`.
 
-At random moments, and on purpose inside a save and inside a resume. In the end its model, its metrics (but for times and
-memory) and its last state must be those of a run that nobody killed, and nothing of the killed ones may be left: no
+At random moments, and on purpose inside a save and inside a resume. In the end its model, its metrics (but for times
+and memory) and its last state must be those of a run that nobody killed, and nothing of the killed ones may be left: no
 process, no segment of shared memory, no lock, no half-written folder. The last line is JSON; exit code 0 where all of
 that holds.
 """

@@ -50,6 +50,7 @@ _EXTRA_BYTES = 2**16
 class Saved:
     """A state that is on the disk whole."""
 
+    step: int
     folder: Path
     num_bytes: int  # of all ranks
     seconds: float  # from its snapshot to its name
@@ -197,6 +198,7 @@ class StateWriter:
         now = time.perf_counter()
         num_bytes = sum(record.num_bytes for record in files.values())
         return Saved(
+            step=save.step,
             folder=target,
             num_bytes=num_bytes,
             seconds=now - save.began,
