@@ -25,6 +25,7 @@ from typing import Any
 from xrl.config import SettingsError
 from xrl.config.printable import shortened
 from xrl.launch.children import child_environment, module_command
+from xrl.launch.hearing import unblock_signals
 from xrl.launch.signals import stop_with_parent
 from xrl.launch.start import forgive_warnings_of_others
 
@@ -170,6 +171,7 @@ def bound_memory(question: Question) -> None:
 
 
 def main() -> None:
+    unblock_signals()
     # The answer alone goes to stdout: whatever a library prints there would spoil it.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from xrl.experience.asking import Asking, Need
 from xrl.experience.partial import GroupInProgress
 from xrl.launch.progress import Progress
+from xrl.launch.stop import LOOK_S, StopAsked
 from xrl.rewards import JudgePool
 from xrl.rollout.dispatch import NoneReady, RolloutCounts
 from xrl.rollout.fleet import Fleet
@@ -108,6 +109,7 @@ class Collector:
         description: str,
         first_ordinal: int = 0,
         enough: int | None = None,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> Asking[Collected]:
         """Draw `num_samples` answers to every prompt and judge them.
 
@@ -119,9 +121,12 @@ class Collector:
             first_ordinal: of the first prompt's group in the stream; the others follow.
             enough: stop when so many groups are whole, the carried ones first among them. The others are carried into
                 the next such call, and go on there from the tokens they have.
+            while_waiting: called again and again, for answers and for verdicts. What it raises ends the rollout, of
+                which nothing is kept: what was carried into it still is as it was.
         """
         start = time.perf_counter()
         counts = RolloutCounts()
+        before = [each.copy() for each in self._carried]
         carried = self._take_carried() if enough is not None else []
         new = [GroupInProgress(prompt=each, ordinal=ordinal) for ordinal, each in enumerate(prompts, first_ordinal)]
         places = [_Place(group=group) for group in (*carried, *new)]
@@ -135,10 +140,19 @@ class Collector:
             self._judge_all(place)
         if _num_judged(places) == enough:
             asked = []
-        yield from self._answers(places, asked, counts, description, enough)
+        try:
+            yield from self._answers(places, asked, counts, description, enough, while_waiting)
+            groups = [
+                self._judged(place, sampling.temperature, while_waiting)
+                for place in places
+                if place.judging is not None
+            ]
+            while_waiting()  # a judge that was told to end together with the run has given no verdicts worth the name
+        except StopAsked:
+            self._carried = before
+            raise
         if enough is not None:
             self._carried = [place.group for place in places if place.judging is None and not place.has_failed]
-        groups = [self._judged(place, sampling.temperature) for place in places if place.judging is not None]
         _log_counts(description, counts)
         return Collected(
             groups=groups,
@@ -154,10 +168,12 @@ class Collector:
         counts: RolloutCounts,
         description: str,
         enough: int | None,
+        while_waiting: Callable[[], None],
     ) -> Asking[None]:
         """Give every place its answers as they come, and judge those that are whole, until there are `enough`."""
         with self._progress(len(asked), description) as advance:
-            for found in self.fleet.generate([each.request for each in asked], counts, updates=True):
+            requests = [each.request for each in asked]
+            for found in self.fleet.generate(requests, counts, updates=True, while_waiting=while_waiting):
                 if isinstance(found, NoneReady):
                     yield Need.WEIGHTS
                     continue
@@ -203,10 +219,15 @@ class Collector:
         response = str(self.tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True))
         return _Judging(completion=completion, response=response, verdict=self.judge.submit(response, prompt))
 
-    def _judged(self, place: _Place, temperature: float) -> Group:
+    def _judged(self, place: _Place, temperature: float, while_waiting: Callable[[], None]) -> Group:
         """Wait for the verdicts on a place's answers."""
         prompt, judging = place.group.prompt, place.judging or []
-        episodes = [_episode(prompt, each, temperature=temperature) for each in self.progress.through(judging)]
+        episodes = []
+        for each in self.progress.through(judging):
+            while not each.verdict.done():  # a judge has a time-out for each answer, and fails it then
+                while_waiting()
+                wait([each.verdict], timeout=LOOK_S)
+            episodes.append(_episode(prompt, each, temperature=temperature))
         return Group(episodes=tuple(episodes))
 
 
@@ -216,7 +237,7 @@ def _num_judged(places: Sequence[_Place]) -> int:
 
 
 def _episode(prompt: Prompt, judging: _Judging, *, temperature: float) -> Episode:
-    verdict = judging.verdict.result()  # Unbounded: a judge has a time-out for each answer, and fails it then.
+    verdict = judging.verdict.result(timeout=0)
     return Episode.of_answer(prompt, judging.completion, judging.response, verdict, temperature=temperature)
 
 

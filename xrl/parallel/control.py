@@ -36,6 +36,12 @@ class Control:
         dist.broadcast(agreed, group_src=0, group=self.group)
         return type(choice)(int(agreed))
 
+    def any(self, is_so: bool) -> bool:
+        """Whether it is so on at least one rank. Collective."""
+        agreed = torch.tensor([int(is_so)])
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(agreed)
+
     def meet(self) -> None:
         """Wait until every rank is here. Collective."""
         dist.barrier(self.group)
