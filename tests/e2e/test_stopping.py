@@ -131,9 +131,18 @@ def test_plain_torchrun_that_is_told_to_end_lets_the_run_stop(model: Path, tmp_p
         assert own_lines(run)[-1].startswith("xrl: stopped by SIGTERM after rollout ")
 
 
-@pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["1 rank", "2 ranks"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-@pytest.mark.parametrize("seconds", [0.1, 0.5, 1.0, 2.0, 4.0])
+@RANKS
+@pytest.mark.parametrize(
+    ("seconds", "number"),
+    [
+        (0.1, signal.SIGTERM),
+        (0.5, signal.SIGUSR1),
+        (1.0, signal.SIGTERM),
+        (2.0, signal.SIGUSR2),
+        (4.0, signal.SIGINT),
+        (8.0, signal.SIGUSR1),
+    ],
+)
 def test_signal_during_the_start_never_ends_in_a_traceback(
     model: Path, tmp_path: Path, ranks: tuple[str, ...], number: signal.Signals, seconds: float
 ) -> None:
