@@ -71,7 +71,7 @@ class Stopping:
             sentence = f"stopped by {cause} {how_far(step, trainer.num_steps)}; {self._what_is_left(step, place)}"
             self._journal.finish()
         self._control.meet()  # the first rank to end lets the others be ended
-        raise RunStopped(sentence)
+        raise RunStopped(sentence, loses_nothing=not step or place is not None)
 
     def _what_is_left(self, step: int, place: Path | None) -> str:
         assert self._journal is not None

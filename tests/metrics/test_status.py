@@ -26,6 +26,7 @@ from xrl.metrics.status import State, Status, status_at_end
             "saved",
             "stopped by SIGUSR1 after rollout 3 of 9; ...",
         ),
+        (RunStopped("the state was not saved", loses_nothing=False), "failed", "the state was not saved"),
         (early_end(signal.SIGTERM), "saved", "stopped by SIGTERM after rollout 3 of 9"),
         (Stopped(signal.SIGTERM), "failed", "stopped by SIGTERM after rollout 3 of 9"),
         (SettingsError("--lr must be >= 0, got -1"), "bad-settings", "--lr must be >= 0, got -1"),

@@ -47,13 +47,15 @@ class RunEnded(SystemExit):
 class RunStopped(SystemExit):
     """The run was asked to stop and has done so, on every rank alike: exit code 75 and a sentence."""
 
-    def __init__(self, sentence: str = "") -> None:
+    def __init__(self, sentence: str = "", *, loses_nothing: bool = True) -> None:
         """
         Args:
             sentence: by what, how far it came and where its state is, on the rank that knows.
+            loses_nothing: whether its state is saved, or there was nothing to save yet.
         """
         super().__init__(EXIT_STOPPED)
         self.sentence = sentence
+        self.loses_nothing = loses_nothing
 
 
 class RunFailed(RuntimeError):

@@ -27,8 +27,8 @@ from xrl.launch.signals import Stopped
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 # Between looks at the file.
 LOOK_S = 1.0
-# Between looks for ranks that have been started.
-PASS_S = 0.1
+# Between looks for ranks that have been started: at first, and later on.
+PASS_S, LAST_PASS_S = 0.1, 2.0
 SLURM_START = "SLURM_JOB_START_TIME"
 _CAUSE_FILE = "xrl-asked-to-stop"
 
@@ -283,13 +283,15 @@ class PassedOn:
 
     def _pass_on(self) -> None:
         """To each rank once, also to those that are still being started."""
+        pause_s = PASS_S
         while not self._is_over.is_set():
             for child in self._children():
                 if child not in self._asked:
                     self._asked.add(child)
                     with contextlib.suppress(OSError):
                         os.kill(child, signal.SIGUSR1)
-            self._is_over.wait(PASS_S)
+            self._is_over.wait(pause_s)
+            pause_s = min(2 * pause_s, LAST_PASS_S)
 
 
 def early_end(number: signal.Signals) -> Stopped:

@@ -59,7 +59,7 @@ def status_at_end(error: BaseException | None, *, step: int, words: str = "") ->
     state: State = "failed"
     if isinstance(error, SettingsError):
         state = "bad-settings"
-    elif isinstance(error, RunStopped) or exit_code(error) == EXIT_STOPPED:
+    elif exit_code(error) == EXIT_STOPPED and not (isinstance(error, RunStopped) and not error.loses_nothing):
         state = "saved"
     said = describe(error, words).rstrip()
     # Of a traceback the last line says what happened.
