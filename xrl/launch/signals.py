@@ -22,7 +22,7 @@ PARENT_POLL_S = 1.0
 FIRST_S = 1.0
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# From a thread of ours to the main thread (xrl/launch/hearing.py). Nothing happens by default, and nobody else sends it.
+# From a thread of ours to the main thread (xrl/launch/hearing.py); nothing happens by default, and nobody else sends it
 WAKE = signal.SIGURG
 
 
