@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from torch.distributed import ProcessGroup
@@ -67,14 +67,14 @@ def ask_at(run: Run, line: str) -> None:
 def test_asked_during_an_update_it_ends_the_step_first(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run()
     ask_at(run, "learn from 4")
-    assert stopped(run) == f"stopped by SIGUSR1 after rollout 1 of 9; state saved in {tmp_path / 'step-1'}"
+    assert stopped(run) == f"stopped by SIGUSR1 after rollout 1 of 9; state saved in {tmp_path / 'state' / 'step-1'}"
     assert run.log == [*published(0), *step(1), "save the state after 1", "finish"]
 
 
 def test_asked_during_a_rollout_it_throws_the_rollout_away(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run()
     ask_at(run, "take 2")
-    assert stopped(run) == f"stopped by SIGUSR1 after rollout 1 of 9; state saved in {tmp_path / 'step-1'}"
+    assert stopped(run) == f"stopped by SIGUSR1 after rollout 1 of 9; state saved in {tmp_path / 'state' / 'step-1'}"
     assert run.log == [
         *(*published(0), *step(1)),
         *("take 2", "prompts from 7", "save the state after 1", "finish"),
@@ -88,18 +88,21 @@ def test_before_the_first_rollout_is_learned_from_there_is_nothing_to_save(make_
     assert run.log == [*published(0), "finish"]
 
 
-def test_a_run_that_can_save_nothing_says_so(make_run: MakeRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("first_step", "left"), [(0, "; the state was not saved"), (1, "")], ids=["a new run", "one that goes on"]
+)
+def test_without_a_save_only_what_this_attempt_has_learned_is_lost(
+    make_run: MakeRun, tmp_path: Path, first_step: int, left: str
+) -> None:
     run = make_run()
     ask_at(run, "learn from 4")
-    trainer = run.trainer(9)
-    journal: Any = run.journal
-    trainer.stopping = Stopping(run.stop, journal, Control.of(run.groups))
-    trainer.hooks = (*trainer.hooks[:-1], trainer.stopping)
+    trainer, journal = run.trainer(9), cast(Any, run.journal)
+    stopping = Stopping(run.stop, journal, Control.of(run.groups), first_step=first_step)
+    trainer.hooks, trainer.stopping = (*trainer.hooks[:-1], stopping), stopping
     with pytest.raises(RunStopped) as caught:
         trainer.train()
-    assert caught.value.sentence == (
-        f"stopped by SIGUSR1 after rollout 1 of 9; run folder {tmp_path}; the state was not saved"
-    )
+    assert caught.value.sentence == f"stopped by SIGUSR1 after rollout 1 of 9; run folder {tmp_path}{left}"
+    assert caught.value.loses_nothing == (not left)
 
 
 def test_after_the_last_rollout_there_is_nothing_to_stop(make_run: MakeRun) -> None:
@@ -146,7 +149,7 @@ def test_a_request_to_any_rank_ends_all_and_rank_0_says_why(tmp_path: Path) -> N
             ask_at(run, "learn")
 
     lead, other = train_on_ranks(tmp_path, ask)
-    saved = tmp_path / "step-1"
+    saved = tmp_path / "state" / "step-1"
     assert lead.sentence == f"stopped by a signal to another rank after rollout 1 of 9; state saved in {saved}"
     assert other.sentence == ""
     assert "save the state after 1" in lead.run.log and "save the state after 1" in other.run.log

@@ -271,12 +271,11 @@ class Checkpoints:
 class Saves:
     """Who saves the state."""
 
-    def __init__(self, log: list[str], folder: Path) -> None:
-        self.log, self.folder = log, folder
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
 
-    def save_now(self, trainer: Trainer, step: int) -> Path:
+    def save_now(self, step: int) -> None:
         self.log.append(f"save the state after {step}")
-        return self.folder / f"step-{step}"
 
 
 class Run:
@@ -326,7 +325,7 @@ class Run:
             load_state_dict=lambda state: self.log.append(f"prompts from {state['position']}"),
         )
         self.stop = StopRequest()
-        self.saves = Saves(self.log, folder)
+        self.saves = Saves(self.log)
         self.stream = Stream(self.log)
         self.canary = Canary(self.log)
         self.judge_mismatch: Callable[[float], None] = lambda value: None

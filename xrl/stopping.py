@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import NoReturn, Protocol
 
 from xrl.launch.exit import RunStopped
@@ -17,11 +16,8 @@ from xrl.trainer import Trainer
 class Saves(Protocol):
     """Who writes everything that a run needs to go on."""
 
-    def save_now(self, trainer: Trainer, step: int) -> Path | None:
-        """Save the state after `step`, and wait until all of it is on the disk. Collective.
-
-        Returns:
-            Where it is, on rank 0.
+    def save_now(self, step: int) -> None:
+        """Save the state after `step`, if it is not saved yet, and wait until it is. Collective.
 
         Raises:
             RunEnded: it could not be saved, on every rank; rank 0 says why.
@@ -33,15 +29,23 @@ class Stopping:
     """Ends the run where it is asked to, on any rank; the last of the hooks."""
 
     def __init__(
-        self, stop: StopRequest, journal: Journal | None, control: Control, saves: Saves | None = None
+        self,
+        stop: StopRequest,
+        journal: Journal | None,
+        control: Control,
+        saves: Saves | None = None,
+        *,
+        first_step: int = 0,
     ) -> None:
         """
         Args:
             stop: this rank's; rank 0's knows of the file and of the time, too.
             journal: on rank 0, None on the others.
             saves: default: nothing is saved.
+            first_step: rollouts that an earlier attempt has learned from, and whose state is saved.
         """
         self._stop, self._journal, self._control, self._saves = stop, journal, control, saves
+        self._first_step = first_step
 
     def __call__(self, trainer: Trainer, step: int) -> None:
         """End the run here, where it is asked to. After the last step there is nothing to stop. Collective.
@@ -61,21 +65,19 @@ class Stopping:
         Raises:
             RunStopped: on every rank; rank 0 says why.
         """
-        place = None
-        if step and self._saves is not None:
-            trainer.progress.enter(f"saving the state after rollout {step}")
-            place = self._saves.save_now(trainer, step)
+        has_learned = step > self._first_step
+        saves = self._saves if has_learned else None
+        if saves is not None:
+            trainer.progress.enter(f"saving the state of step {step}")
+            saves.save_now(step)
         sentence = ""
         if self._journal is not None:
             cause = self._stop.asked() or "a signal to another rank"
-            sentence = f"stopped by {cause} {how_far(step, trainer.num_steps)}; {self._what_is_left(step, place)}"
+            folder = self._journal.folder
+            left = f"run folder {folder.path}"
+            if has_learned:
+                left = f"state saved in {folder.state(step)}" if saves else f"{left}; the state was not saved"
+            sentence = f"stopped by {cause} {how_far(step, trainer.num_steps)}; {left}"
             self._journal.finish()
-        self._control.meet()  # the first rank to end lets the others be ended
-        raise RunStopped(sentence, loses_nothing=not step or place is not None)
-
-    def _what_is_left(self, step: int, place: Path | None) -> str:
-        assert self._journal is not None
-        if place is not None:
-            return f"state saved in {place}"
-        folder = f"run folder {self._journal.folder.path}"
-        return f"{folder}; the state was not saved" if step else folder
+        self._control.meet()  # the first rank that ends lets the launcher end the others
+        raise RunStopped(sentence, loses_nothing=saves is not None or not has_learned)

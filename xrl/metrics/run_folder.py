@@ -93,6 +93,10 @@ class RunFolder:
         """Every answer of one rollout, one JSON object per line."""
         return self.path / f"rollout_idx_{rollout_id}_trajectory.jsonl"
 
+    def state(self, step: int) -> Path:
+        """Folder of the state that was saved after a step."""
+        return self.path / "state" / f"step-{step}"
+
     def checkpoint(self, step: int) -> Path:
         """Hugging Face folder written during the run."""
         return self.path / f"hf-{step}"
