@@ -27,6 +27,7 @@ from xrl.experience.turns import DeviceTurns, TurnTakingLearner, TurnTakingPubli
 from xrl.files.disk import NotWritten
 from xrl.hooks import Checkpointing, Ending, Evaluation
 from xrl.launch.progress import Progress
+from xrl.launch.stop import StopRequest
 from xrl.metrics.learning import LearningWatch
 from xrl.metrics.mean import Mean
 from xrl.metrics.run_folder import RunFolder
@@ -36,6 +37,7 @@ from xrl.rollout.dispatch import RolloutCounts
 from xrl.rollout.process import WorkerGone
 from xrl.rollout.publish import NoneUpdated, PublishReport
 from xrl.rollout.publisher import CheckedPublisher, PersistentPublisher, Publisher, WeightPublisher
+from xrl.stopping import Stopping
 from xrl.trainer import Trainer
 from xrl.types import Group, Prompt, Sample, SamplingParams, UpdateReport
 
@@ -147,6 +149,7 @@ class Collector:
     def collect(self, prompts: Sequence[Prompt], **call: Any) -> Asking[Collected]:
         self.calls.append((list(prompts), call))
         self.log.append(f"take {len(self.calls)}")
+        call["while_waiting"]()
         for _ in range(self.num_lost(len(self.calls))):
             yield Need.WEIGHTS
         return Collected(groups=self.groups(len(self.calls)), counts=self.counts, seconds=4.0, num_tokens=8)
@@ -265,6 +268,16 @@ class Checkpoints:
         return f"{fault}; there is no checkpoint"
 
 
+class Saves:
+    """Who saves the state."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def save_now(self, step: int) -> None:
+        self.log.append(f"save the state after {step}")
+
+
 class Run:
     """A run of one rank, or one rank's side of a run of several: its parts, and the log that they write."""
 
@@ -305,8 +318,14 @@ class Run:
         self.collector = Collector(self.log)
         self.fleet = self.collector.fleet
         self.prompts = SimpleNamespace(
-            epoch=2, num_taken=7, next_batch=lambda count: [prompt(5, id=n) for n in range(count)]
+            epoch=2,
+            num_taken=7,
+            next_batch=lambda count: [prompt(5, id=n) for n in range(count)],
+            state_dict=lambda: {"position": 7},
+            load_state_dict=lambda state: self.log.append(f"prompts from {state['position']}"),
         )
+        self.stop = StopRequest()
+        self.saves = Saves(self.log)
         self.stream = Stream(self.log)
         self.canary = Canary(self.log)
         self.judge_mismatch: Callable[[float], None] = lambda value: None
@@ -323,6 +342,8 @@ class Run:
         keeper: Any = (
             SimpleNamespace(journal=self.journal, checkpoints=self.checkpoints, watch=self.learning) if leads else None
         )
+        journal: Any = self.journal if leads else None
+        stopping = Stopping(self.stop, journal, control, self.saves)
         return Trainer(
             Experience(self._source() if leads else None, control),
             actor if turns is None else TurnTakingLearner(actor, turns),
@@ -339,7 +360,9 @@ class Run:
                     interval=self.eval_interval,
                 ),
                 Ending(keeper, control),
+                stopping,
             ],
+            stopping=stopping,
             progress=self.progress,
         )
 
@@ -363,6 +386,7 @@ class Run:
             num_samples=2,
             num_in_flight=self.num_in_flight,
             enough=self.enough,
+            check_stop=self.stop.check,
         )
 
     def _publisher(self, control: Control, turns: DeviceTurns | None, *, leads: bool) -> Publisher:

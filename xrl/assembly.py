@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -31,6 +33,7 @@ from xrl.files.disk import NotWritten
 from xrl.files.whole import write_whole
 from xrl.hooks import Checkpointing, Ending, Evaluation, Keeper
 from xrl.launch.progress import Progress
+from xrl.launch.stop import StopRequest, TimeLimit, job_start
 from xrl.metrics.ending import Ending as HowItEnds
 from xrl.metrics.environment import write_environment
 from xrl.metrics.journal import Journal
@@ -52,6 +55,7 @@ from xrl.rollout.publish import WeightStream
 from xrl.rollout.publisher import CheckedPublisher, PersistentPublisher, Publisher, WeightPublisher
 from xrl.run_state import RunState, put_later_states_aside
 from xrl.state_saving import StateKeeper, StateSaving
+from xrl.stopping import Stopping
 from xrl.trainer import Hook
 from xrl.types import SamplingParams
 from xrl.weights.checkpoints import Checkpoints
@@ -245,8 +249,19 @@ def _evaluator(
     return Evaluator(collector, held_out.all(), settings.evaluation, sampling)
 
 
-def build_experience(settings: Settings, groups: ParallelGroups, algorithm: Algorithm, lead: Lead | None) -> Experience:
-    """Rollouts of the settings' prompts."""
+def build_experience(
+    settings: Settings,
+    groups: ParallelGroups,
+    algorithm: Algorithm,
+    lead: Lead | None,
+    *,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Experience:
+    """Rollouts of the settings' prompts.
+
+    Args:
+        check_stop: raises StopAsked where the run is asked to stop.
+    """
     source = None
     if lead:
         source = SampledRollouts(
@@ -258,6 +273,7 @@ def build_experience(settings: Settings, groups: ParallelGroups, algorithm: Algo
             num_in_flight=settings.prompts_in_flight,
             enough=settings.data.rollout_batch_size if settings.rollout.partial_rollout else None,
             most_tokens=settings.rollout.partial_rollout_tokens,
+            check_stop=check_stop,
         )
     return Experience(source, Control.of(groups))
 
@@ -384,6 +400,30 @@ def build_hooks(
         state_saving,  # behind the evaluation, which then does not run again when the run goes on from here
         Ending(keeper, control),
     ]
+
+
+def build_stopping(
+    settings: Settings,
+    groups: ParallelGroups,
+    lead: Lead | None,
+    stop: StopRequest,
+    state_saving: StateSaving,
+    *,
+    first_step: int,
+) -> Stopping:
+    """What ends a run that is asked to stop: every rank hears of signals, rank 0 looks for file and time.
+
+    Raises:
+        SettingsError: Slurm's variable for the start of the job holds no time.
+    """
+    if lead:
+        stop.watch_file(lead.journal.folder.stop_request)
+        if settings.run.exit_before is not None:
+            start = job_start(os.environ, psutil.Process().create_time())
+            limit = TimeLimit(flag=settings.run.exit_before, seconds=settings.run.exit_before_s, start=start)
+            stop.watch_time(limit)
+    journal = lead.journal if lead else None
+    return Stopping(stop, journal, Control.of(groups), state_saving, first_step=first_step)
 
 
 def start_workers(settings: Settings, groups: ParallelGroups, folder: RunFolder) -> Fleet:

@@ -17,9 +17,11 @@ from xrl.config.printable import one_line, shown
 from xrl.config.sentence_parser import SentenceParser
 from xrl.launch.children import module_command
 from xrl.launch.exit import EXIT_BAD_SETTINGS, run_main
+from xrl.launch.hearing import RUN_SIGNALS, block_signals, hearing
 from xrl.launch.memory import restart_with_large_pages
 from xrl.launch.signals import Stopped, raise_on_signals
 from xrl.launch.start import prepare_process, without_collections
+from xrl.launch.stop import RunSignals, StopRequest
 from xrl.launch.terminal import say
 from xrl.launch.threads import set_thread_waiting
 from xrl.launch.variables import drop_rank_variables
@@ -49,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = arguments.pop(0) if arguments else "help"
     command = SPELLINGS.get(command, command)
     if command == "train" and argv is None and not asks_for_help(arguments):
+        block_signals()
         restart_with_large_pages()
     if command in WRITERS and argv is None:
         raise_on_signals()
@@ -68,22 +71,33 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(arguments: list[str]) -> None:
     """Check everything here, once, then start the ranks."""
-    from xrl.preflight import preflight
+    with hearing(RUN_SIGNALS) as heard:
+        stop = StopRequest()
+        heard.react = RunSignals(stop, heard.end, say=say).hear
+        from xrl.preflight import preflight
 
-    num_ranks, arguments = _take_number(arguments, "--nproc-per-node")
-    settings = parse_settings(arguments)
-    drop_rank_variables(os.environ)  # of a launcher above us: this is a world of its own
-    preflight(settings, world_size=num_ranks)
-    if num_ranks == 1:
-        # A world of one needs no torchrun; training in this process shows its errors by itself.
-        set_thread_waiting(os.environ)
-        from xrl.train import train as train_here
+        num_ranks, arguments = _take_number(arguments, "--nproc-per-node")
+        settings = parse_settings(arguments)
+        drop_rank_variables(os.environ)  # of a launcher above us: this is a world of its own
+        preflight(settings, world_size=num_ranks)
+        if num_ranks == 1:
+            # A world of one needs no torchrun; training in this process shows its errors by itself.
+            set_thread_waiting(os.environ)
+            from xrl.train import train as train_here
 
-        run_main(lambda: train_here(settings))
-    from xrl.launch.torchrun import run_ranks
-    from xrl.metrics.ending import words_of_ranks
+            run_main(lambda: train_here(settings, stop), heard)
+        from xrl.launch.torchrun import run_ranks
+        from xrl.metrics.ending import note_end_of_ranks, words_of_ranks
 
-    sys.exit(run_ranks(arguments, num_ranks=num_ranks, words_of_ranks=words_of_ranks))
+        sys.exit(
+            run_ranks(
+                arguments,
+                num_ranks=num_ranks,
+                words_of_ranks=words_of_ranks,
+                note_end_of_ranks=note_end_of_ranks,
+                heard=heard,
+            )
+        )
 
 
 def gsm8k(arguments: list[str]) -> None:

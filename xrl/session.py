@@ -28,6 +28,7 @@ from xrl.assembly import (  # noqa: E402
     build_publisher,
     build_reporter,
     build_state_saving,
+    build_stopping,
     build_turns,
     lead_parts,
     share_rollout_count,
@@ -41,6 +42,7 @@ from xrl.hooks import Evaluation  # noqa: E402
 from xrl.kernels.threads import use_threads  # noqa: E402
 from xrl.launch.exit import announce_errors  # noqa: E402
 from xrl.launch.progress import Progress  # noqa: E402
+from xrl.launch.stop import StopRequest  # noqa: E402
 from xrl.metrics.ending import Ending  # noqa: E402
 from xrl.metrics.run_folder import RunFolder  # noqa: E402
 from xrl.parallel.control import Control  # noqa: E402
@@ -93,6 +95,7 @@ class Session:
         judge: Judge | None = None,
         algorithm: Algorithm | None = None,
         ending: Ending | None = None,
+        stop: StopRequest | None = None,
         groups: ParallelGroups | None = None,
     ) -> None:
         """
@@ -101,12 +104,14 @@ class Session:
                 behind its bounds.
             algorithm: default: the one that --algorithm names.
             ending: is told how far the run comes, and announces errors: for a process that ends with the run.
+            stop: ends the trainer's loop, with a saved state, when it is asked.
             groups: made before by `xrl.parallel.megatron.initialize`, and left as they are; default: made here.
         """
         self.settings = settings
         self.algorithm = algorithm or create_algorithm(settings.algorithm)
         self.progress = Progress()
         self._judge, self._ending, self._given_groups = judge, ending or Ending(), groups
+        self._stop = stop or StopRequest()
         self._announces = ending is not None
         self._stack = contextlib.ExitStack()
         self._lead: Lead | None = None
@@ -114,7 +119,8 @@ class Session:
         self._version = 0  # of the weights that the workers have
 
     def __enter__(self) -> Session:
-        announced = announce_errors(self._ending.words_about) if self._announces else contextlib.nullcontext()
+        words_about, stop = self._ending.words_about, self._stop
+        announced = announce_errors(words_about, stop) if self._announces else contextlib.nullcontext()
         with contextlib.ExitStack() as stack, announced:
             self._build(stack)
             self._stack = stack.pop_all()
@@ -123,6 +129,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ending.end(error)
         self._stack.__exit__(kind, error, trace)
 
     @property
@@ -159,6 +166,9 @@ class Session:
             kind: `Trainer`, or a subclass with a step of its own.
         """
         learner = self.actor if self._turns is None else TurnTakingLearner(self.actor, self._turns)
+        stopping = build_stopping(
+            self.settings, self.groups, self._lead, self._stop, self.state_saving, first_step=self.first_step
+        )
         return kind(
             self.experience,
             learner,
@@ -170,7 +180,9 @@ class Session:
             hooks=[
                 *build_hooks(self.settings, self.groups, self.actor, self._lead, self.progress, self.state_saving),
                 *hooks,
+                stopping,
             ],
+            stopping=stopping,
             progress=self.progress,
         )
 
@@ -209,7 +221,7 @@ class Session:
             keeps_reference=bool(algorithm.kl_coef),
             progress=self.progress,
         )
-        self.experience = build_experience(settings, self.groups, self.algorithm, lead)
+        self.experience = build_experience(settings, self.groups, self.algorithm, lead, check_stop=self._stop.check)
         self.reporter = build_reporter(settings, self.groups, self.actor, lead)
         self._go_on()
         self._turns = build_turns(settings, self.groups, self.actor, lead)

@@ -61,10 +61,10 @@ class StateSaving:
         is_last = step == trainer.num_steps
         is_due = is_last or step % self._interval == 0
         if self._writer.is_writing:
-            self._progress.enter(f"saving the state of step {step}")
+            self._progress.enter(f"saving the state of step {step}", "save")
             self._tell(self._writer.settle(wait=is_due))
         if is_due:
-            self._progress.enter(f"saving the state of step {step}")
+            self._progress.enter(f"saving the state of step {step}", "save")
             self._tell(self._begin(step))
             if is_last:
                 self._tell(self._writer.settle(wait=True))
@@ -75,7 +75,7 @@ class StateSaving:
         Raises:
             RunEnded: it cannot be saved; on every rank, and rank 0 says why.
         """
-        self._progress.enter(f"saving the state of step {step}")
+        self._progress.enter(f"saving the state of step {step}", "save")
         self._tell(self._writer.settle(wait=True))
         if self._control.agree(self._saved_step == step):
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 from xrl.algorithms import Algorithm
 from xrl.experience.asking import Need
@@ -27,7 +27,10 @@ class Takes(Protocol):
     """Where experience comes from."""
 
     def take(self, step: int) -> Batch | Need:
-        """What is learned from in a step, or Need.WEIGHTS: then the weights are published once more. Collective."""
+        """What is learned from in a step. Collective.
+
+        Need.WEIGHTS: the weights are published once more. Need.STOP: the run is asked to stop.
+        """
         ...
 
 
@@ -62,6 +65,14 @@ class Reports(Protocol):
     def published(self, step: int, published: Published, *, phases: Mapping[str, float], seconds: float) -> None: ...
 
 
+class Stops(Protocol):
+    """Who ends a run that is asked to stop."""
+
+    def end(self, trainer: Trainer, step: int) -> NoReturn:
+        """Save what is there after `step`, and end the run. Collective."""
+        ...
+
+
 class Trainer:
     """Takes experience, learns from it, publishes the weights and reports, again and again."""
 
@@ -76,6 +87,7 @@ class Trainer:
         num_steps: int,
         first_step: int = 0,
         hooks: Sequence[Hook] = (),
+        stopping: Stops | None = None,
         progress: Progress | None = None,
     ) -> None:
         """
@@ -83,6 +95,7 @@ class Trainer:
             num_steps: rollouts to learn from.
             first_step: those of them that were learned from before, by an attempt that this one goes on from.
             hooks: called after the first publication (step 0) and after each step, in order, on every rank.
+            stopping: ends a run whose experience says Need.STOP.
             progress: is told what this rank is at.
         """
         self.experience = experience
@@ -93,8 +106,10 @@ class Trainer:
         self.num_steps = num_steps
         self.first_step = first_step
         self.hooks = tuple(hooks)
+        self.stopping = stopping
         self.progress = progress or Progress()
         self.version = 0  # of the weights that the engines have
+        self.taken_at: float | None = None  # when the last rollout was there, in seconds of `time.perf_counter`
 
     def train(self) -> None:
         """Train from the first rollout to the last. Collective, as are all methods."""
@@ -113,6 +128,7 @@ class Trainer:
         start = time.perf_counter()
         self.progress.enter(f"rollout {step}", "rollout")
         batch = self.take(step)
+        self.taken_at = time.perf_counter()
         self.reporter.taken(step, batch)
         self.progress.enter(f"update {step}", "update")
         updates = self.learner.learn(batch.samples, self.algorithm)
@@ -133,8 +149,15 @@ class Trainer:
         return self.publisher.publish(version=version)
 
     def asked(self, ask: Callable[[], T | Need]) -> T:
-        """What `ask` comes to; as often as it needs the weights, they are published once more."""
+        """What `ask` comes to; as often as it needs the weights, they are published once more.
+
+        Raises:
+            RunStopped: on every rank, where it was cut off as the run is asked to stop.
+        """
         while isinstance(found := ask(), Need):
+            if found is Need.STOP:
+                assert self.stopping is not None
+                self.stopping.end(self, self.version)
             logger.warning("no rollout worker is ready: weights version %d are published once more", self.version)
             self.publish(version=self.version)
         return found

@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 
 from tests.ranks import on_ranks, world_of_one
 from xrl.experience.asking import Asked, Asking, Need
+from xrl.launch.stop import StopAsked
 from xrl.parallel.control import Control
 
 
@@ -58,3 +59,15 @@ def test_an_error_is_rank_0_s_and_ends_the_question(world: ProcessGroup) -> None
     assert asked.go_on(fails) is Need.WEIGHTS
     with pytest.raises(ValueError, match="no worker is left"):
         asked.go_on(fails)
+
+
+def test_what_is_cut_off_ends_on_every_rank_and_the_next_question_begins_anew() -> None:
+    def cut_off() -> Asking[str]:
+        yield Need.WEIGHTS
+        raise StopAsked("SIGUSR1")
+
+    def play(rank: int, group: ProcessGroup) -> list[str | Need]:
+        asked: Asked[str] = Asked(Control(group, leads=rank == 0))
+        return [asked.go_on(cut_off), asked.go_on(cut_off), asked.go_on(lambda: needing_weights(0, "done"))]
+
+    assert on_ranks(2, play) == [[Need.WEIGHTS, Need.STOP, "done"], [Need.WEIGHTS, Need.STOP, Need.NOTHING]]

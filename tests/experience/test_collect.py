@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -18,6 +19,7 @@ from xrl.experience.collect import Collected, Collector
 from xrl.experience.experience import refuse_useless
 from xrl.launch.exit import RunEnded
 from xrl.launch.progress import Progress
+from xrl.launch.stop import StopAsked, StopRequest
 from xrl.rewards.judge import InlineJudge
 from xrl.rollout.dispatch import RolloutCounts
 from xrl.types import Completion, GenerateRequest, Prompt, SamplingParams, Verdict
@@ -303,6 +305,54 @@ def test_where_no_worker_is_ready_weights_are_asked_for_and_the_rollout_goes_on(
     assert [next(asking), next(asking)] == [Need.WEIGHTS] * 2
     assert first_tokens(finished(asking)) == [11, 12]
     assert len(workers.asked) == 1
+
+
+def cut_off_at(times: int) -> Callable[[], None]:
+    """Asks to stop at the `times`-th look."""
+    looks = iter(range(1, times + 1))
+
+    def look() -> None:
+        if next(looks) == times:
+            raise StopAsked("SIGUSR1")
+
+    return look
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_rollout_that_is_cut_off_is_asked_again_just_as_it_was(times: int) -> None:
+    def with_carried() -> tuple[ScriptedWorkers, Collector]:
+        workers = ScriptedWorkers(echo, after_cut=cut_off)
+        one = collector(workers)
+        take(one, prompts(11, 12, 13), enough=1)
+        workers.answers = lambda request: [answer(50, version=1)] * request.num_samples
+        return workers, one
+
+    workers, one = with_carried()
+    call: dict[str, Any] = {"sampling": SAMPLING, "num_samples": 2, "description": "samples", "first_ordinal": 3}
+    with pytest.raises(StopAsked):
+        finished(one.collect(prompts(21), **call, enough=3, while_waiting=cut_off_at(times)))
+    again = finished(one.collect(prompts(21), **call, enough=3))
+    untouched_workers, untouched = with_carried()
+    expected = finished(untouched.collect(prompts(21), **call, enough=3))
+    assert [each.episodes for each in again.groups] == [each.episodes for each in expected.groups]
+    asked, expected_asked = workers.asked[-1], untouched_workers.asked[-1]
+    assert [dataclasses.replace(each, id="") for each in asked] == [
+        dataclasses.replace(each, id="") for each in expected_asked
+    ]
+
+
+def test_verdicts_that_come_while_the_run_is_asked_to_stop_are_thrown_away() -> None:
+    stop = StopRequest()
+
+    def judge(response: str, _: Prompt) -> float:
+        stop.ask("SIGTERM")
+        raise RuntimeError("ended by SIGTERM")
+
+    one = collector(ScriptedWorkers(echo), judge)
+    with pytest.raises(StopAsked):
+        finished(
+            one.collect(prompts(11), sampling=SAMPLING, num_samples=1, description="samples", while_waiting=stop.check)
+        )
 
 
 def score(found: Collected) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,7 @@ from xrl.experience.asking import Asking, Need
 from xrl.experience.collect import Collected
 from xrl.experience.experience import Batch, Experience, SampledRollouts, refuse_useless
 from xrl.launch.exit import RunEnded
+from xrl.launch.stop import StopAsked, StopRequest
 from xrl.parallel.control import Control
 from xrl.rollout.dispatch import RolloutCounts
 from xrl.types import Group, Prompt, SamplingParams
@@ -46,8 +47,32 @@ class Answers:
         return Collected(groups=self.groups, counts=RolloutCounts(), seconds=2.0, num_tokens=8)
 
 
+class Stream:
+    """Prompts without an end."""
+
+    epoch = 0.5
+
+    def __init__(self) -> None:
+        self.num_taken = 0
+
+    def next_batch(self, size: int) -> list[Prompt]:
+        self.num_taken += size
+        return [prompt(5, id=self.num_taken - size + place) for place in range(size)]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.num_taken}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.num_taken = state["position"]
+
+
 def rollouts(answers: Answers, *, num_in_flight: int = 2, enough: int | None = None) -> SampledRollouts:
-    prompts = SimpleNamespace(epoch=0.5, num_taken=12, next_batch=lambda count: [prompt(5, id=n) for n in range(count)])
+    prompts = SimpleNamespace(
+        epoch=0.5,
+        num_taken=12,
+        next_batch=lambda count: [prompt(5, id=n) for n in range(count)],
+        state_dict=lambda: {"position": 12},
+    )
     return SampledRollouts(
         prompts, answers, ALGORITHM.score, SAMPLING, num_samples=2, num_in_flight=num_in_flight, enough=enough
     )
@@ -69,6 +94,30 @@ def test_what_is_carried_takes_the_place_of_new_prompts(num_carried: int, num_pr
     answers = Answers(group(1.0, 0.0), num_carried=num_carried)
     finished(rollouts(answers, num_in_flight=5, enough=4).take(1))
     assert [(count, call["enough"]) for count, call in answers.calls] == [(num_prompts, 4)]
+
+
+def test_a_rollout_that_is_cut_off_leaves_prompts_where_they_were() -> None:
+    class CutOff(Answers):
+        def collect(self, prompts: Sequence[Prompt], **call: Any) -> Asking[Collected]:
+            call["while_waiting"]()
+            return super().collect(prompts, **call)
+
+    dataset = Stream()
+    stop = StopRequest()
+    source = SampledRollouts(
+        dataset,
+        CutOff(group(1.0, 0.0)),
+        ALGORITHM.score,
+        SAMPLING,
+        num_samples=2,
+        num_in_flight=3,
+        check_stop=stop.check,
+    )
+    finished(source.take(1))
+    stop.ask("SIGUSR1")
+    with pytest.raises(StopAsked):
+        finished(source.take(2))
+    assert dataset.num_taken == 3
 
 
 def test_other_ranks_know_of_a_batch_and_hold_nothing_of_it() -> None:

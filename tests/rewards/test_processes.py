@@ -1,6 +1,8 @@
 """Judges in processes: bounded, replaced when they die, gone when the pool is."""
 
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -102,6 +104,16 @@ def test_each_kind_of_failure_is_logged_once(pool: ProcessJudges, caplog: pytest
 def test_judge_process_has_neither_torch_nor_the_caller_s_main(pool: ProcessJudges) -> None:
     assert verdict_on(pool, "torch?").reward == 0
     assert verdict_on(pool, "main").reward == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_judge_leaves_signals_that_ask_a_run_to_stop_to_the_run(pool: ProcessJudges, number: signal.Signals) -> None:
+    judge = int(verdict_on(pool, "pid").reward or 0)
+    found = read_process(judge)
+    assert found is not None
+    for process in (found.parent, judge):  # the keeper, too
+        os.kill(process, number)
+    assert verdict_on(pool, "pid").reward == judge
 
 
 def test_hung_judge_is_killed_with_what_it_started(tmp_path: Path) -> None:

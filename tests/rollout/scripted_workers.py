@@ -34,12 +34,18 @@ class ScriptedWorkers:
         self._is_cut = False
 
     def generate(
-        self, requests: Sequence[GenerateRequest], counts: RolloutCounts, *, updates: bool = False
+        self,
+        requests: Sequence[GenerateRequest],
+        counts: RolloutCounts,
+        *,
+        updates: bool = False,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, list[Completion] | None] | NoneReady]:
         self.asked.append(list(requests))
         self._is_cut = False
         counts.sent += len(requests)
         for place in self.order(len(requests)):
+            while_waiting()
             for _ in range(self.num_lost(requests[place])):
                 yield NoneReady()
             found = (self.after_cut if self._is_cut else self.answers)(requests[place])

@@ -431,6 +431,22 @@ def test_a_rollout_that_nobody_waits_for_any_more_ends_what_runs(make_fleet: Mak
     assert sorted(held.cancelled) == ["r0", "r1"]
 
 
+def test_whoever_waits_for_answers_can_look_at_something_else_meanwhile(make_fleet: MakeFleet) -> None:
+    class Enough(Exception):
+        pass
+
+    looks = iter(range(3))
+
+    def look() -> None:
+        if next(looks) == 2:
+            raise Enough
+
+    dispatch, _, running = make_fleet(1, Held()).begin(ask(0))
+    with pytest.raises(Enough):
+        dispatch.next_result(look)
+    running.cancel()
+
+
 def test_a_rollout_that_ends_without_an_answer_is_an_error(
     make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

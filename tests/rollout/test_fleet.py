@@ -204,6 +204,16 @@ def test_closing_ends_workers_at_once_even_while_they_generate(make_fleet: MakeF
     assert not any(worker.is_alive for worker in fleet.workers)
 
 
+@pytest.mark.parametrize("name", ["INT", "TERM", "USR1", "USR2"])
+def test_what_a_terminal_or_a_scheduler_sends_to_all_processes_does_not_end_a_worker(
+    make_fleet: MakeFleet, name: str
+) -> None:
+    fleet = make_fleet(1)
+    subprocess.run(["kill", f"-{name}", str(fleet.workers[0]._process.pid)], check=True, timeout=60)
+    results, counts = generate(fleet, [request(0)])
+    assert results[0] and counts.retried == 0
+
+
 def test_worker_gets_no_more_requests_at_once_than_it_takes(
     make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

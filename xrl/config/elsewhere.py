@@ -59,6 +59,8 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "output_dir": "--work-dir",
         "default_local_dir": "--work-dir",
         "save_steps": "--save-interval (rollouts)",
+        "exit_duration_in_mins": "--exit-before (55m, say)",
+        "exit_signal_handler": "there is none: a run always stops by SIGTERM, SIGUSR1, SIGUSR2 or the file stop",
         "save_freq": "--save-interval (rollouts)",
         "save_total_limit": "--save-keep",
         "max_actor_ckpt_to_keep": "--save-keep",

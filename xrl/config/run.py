@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from xrl.config.data import MOST_SAMPLES
+from xrl.config.durations import duration_s
 from xrl.config.errors import SettingsError
-from xrl.config.numbers import check_at_most
+from xrl.config.numbers import LONGEST_S, check_at_most
+from xrl.config.printable import shown
 from xrl.config.rollout import TEMPERATURES
 
 # Every wait of a run has an end.
@@ -54,6 +57,9 @@ class RunConfig:
     resume: str = "auto"
     """auto: go on from the newest whole state in --run-dir, if there is one; never: refuse to where there is one; or
     the path of a state, or of a run's folder."""
+    exit_before: str | None = None
+    """Stop, with a saved state and exit code 75, before the job is that old (55m, 1h30m, 3300s), the save included:
+    counted from SLURM_JOB_START_TIME where Slurm sets it, else from the start of xrl; default: no limit."""
 
     tensorboard: bool = True
     """Write TensorBoard events."""
@@ -90,6 +96,17 @@ class RunConfig:
         low, high = HANG_LIMIT_SCALES
         if not low <= self.hang_limit_scale <= high:
             raise SettingsError(f"--hang-limit-scale must be in [{low:g}, {high:g}], got {self.hang_limit_scale:g}")
+        if self.exit_before is not None and not 0 < (duration_s(self.exit_before) or 0) <= LONGEST_S:
+            raise SettingsError(
+                f"--exit-before needs a time such as 55m, 1h30m or 3300s, at most {LONGEST_S:,} s, found "
+                f"{shown(self.exit_before)}"
+            )
+
+    @property
+    def exit_before_s(self) -> float:
+        """`exit_before` in seconds; infinity where there is no limit."""
+        seconds = None if self.exit_before is None else duration_s(self.exit_before)
+        return math.inf if seconds is None else float(seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Callable, Generator
 from typing import Generic, TypeVar
 
+from xrl.launch.stop import StopAsked
 from xrl.parallel.control import Control
 
 T = TypeVar("T")
@@ -16,6 +17,7 @@ class Need(enum.IntEnum):
 
     NOTHING = 0
     WEIGHTS = 1  # no worker is ready, and one may be with the current weights, published once more
+    STOP = 2  # nothing: the run is asked to stop, and what was under way is thrown away
 
 
 Asking = Generator[Need, None, T]
@@ -36,8 +38,8 @@ class Asked(Generic[T]):
             begin: called on rank 0 alone.
 
         Returns:
-            Need.WEIGHTS, on every rank: publish them, and call this again. Otherwise what it came to, on rank 0, and
-            Need.NOTHING on the others.
+            Need.WEIGHTS, on every rank: publish them, and call this again. Need.STOP, on every rank: it was cut off.
+            Otherwise what it came to, on rank 0, and Need.NOTHING on the others.
         """
         if not self._control.leads:
             return self._control.agree(Need.NOTHING)
@@ -50,4 +52,7 @@ class Asked(Generic[T]):
             self._control.agree(Need.NOTHING)
             found: T = end.value
             return found
+        except StopAsked:
+            self._running = None
+            return self._control.agree(Need.STOP)
         return self._control.agree(need)

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from xrl.experience.asking import Asking, Need
 from xrl.experience.partial import GroupInProgress, groups_of_state, groups_state
 from xrl.launch.progress import Progress
+from xrl.launch.stop import LOOK_S, StopAsked
 from xrl.rewards import JudgePool
 from xrl.rollout.dispatch import NoneReady, RolloutCounts
 from xrl.rollout.fleet import Fleet
@@ -124,6 +125,7 @@ class Collector:
         first_ordinal: int = 0,
         enough: int | None = None,
         most_tokens: int | None = None,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> Asking[Collected]:
         """Draw `num_samples` answers to every prompt and judge them.
 
@@ -138,34 +140,48 @@ class Collector:
             most_tokens: by which each answer grows before it is looked at which groups are whole, and again as long as
                 these are not enough: which ones they are depends on nothing but the draws. Default: the first to end
                 are taken, whichever these are.
+            while_waiting: called again and again, for answers and for verdicts. What it raises ends the rollout, of
+                which nothing is kept: what was carried into it still is as it was.
         """
         start = time.perf_counter()
         counts = RolloutCounts()
+        before = [each.copy() for each in self._carried]
         carried = self._take_carried() if enough is not None else []
         new = [GroupInProgress(prompt=each, ordinal=ordinal) for ordinal, each in enumerate(prompts, first_ordinal)]
         places = [_Place(group=group) for group in (*carried, *new)]
         self._num_rollouts += 1
         self._judge_first(places, enough)
         longest = None if most_tokens is None else sampling.max_new_tokens
-        while _num_judged(places) != enough and (
-            asked := [
-                each
-                for number, place in enumerate(places)
-                if place.judging is None and not place.has_failed
-                for each in place.requests(
-                    sampling, num_samples, f"{self._num_rollouts}-{number}", most_tokens=most_tokens
-                )
-            ]
-        ):
-            with self.progress.waiting(self.fleet.waits_for):
-                yield from self._answers(places, asked, counts, description, enough, longest=longest)
-            self._judge_first(places, enough)
+        try:
+            while _num_judged(places) != enough and (
+                asked := [
+                    each
+                    for number, place in enumerate(places)
+                    if place.judging is None and not place.has_failed
+                    for each in place.requests(
+                        sampling, num_samples, f"{self._num_rollouts}-{number}", most_tokens=most_tokens
+                    )
+                ]
+            ):
+                with self.progress.waiting(self.fleet.waits_for):
+                    yield from self._answers(
+                        places, asked, counts, description, enough, longest=longest, while_waiting=while_waiting
+                    )
+                self._judge_first(places, enough)
+            with self.progress.waiting(lambda: _verdicts_awaited(places)):
+                groups = [
+                    self._judged(place, sampling.temperature, while_waiting)
+                    for place in places
+                    if place.judging is not None
+                ]
+            while_waiting()  # a judge that was told to end together with the run has given no verdicts worth the name
+        except StopAsked:
+            self._carried = before
+            raise
         if enough is not None:
             self._carried = [place.group for place in places if place.judging is None and not place.has_failed]
         if most_tokens is not None:
             counts.unfinished = sum(not group.is_whole for group in self._carried)
-        with self.progress.waiting(lambda: _verdicts_awaited(places)):
-            groups = [self._judged(place, sampling.temperature) for place in places if place.judging is not None]
         _log_counts(description, counts)
         return Collected(
             groups=groups,
@@ -183,6 +199,7 @@ class Collector:
         enough: int | None,
         *,
         longest: int | None,
+        while_waiting: Callable[[], None],
     ) -> Asking[None]:
         """Give every place its answers as they come, and judge those that are whole, until there are `enough`.
 
@@ -190,7 +207,8 @@ class Collector:
             longest: of an answer, where less is asked for now: then all are waited for, and none is judged yet.
         """
         with self._progress(len(asked), description) as advance:
-            for found in self.fleet.generate([each.request for each in asked], counts, updates=True):
+            requests = [each.request for each in asked]
+            for found in self.fleet.generate(requests, counts, updates=True, while_waiting=while_waiting):
                 if isinstance(found, NoneReady):
                     yield Need.WEIGHTS
                     continue
@@ -247,10 +265,15 @@ class Collector:
             completion=completion, response=response, verdict=self.judge.submit(response, prompt), since=since
         )
 
-    def _judged(self, place: _Place, temperature: float) -> Group:
+    def _judged(self, place: _Place, temperature: float, while_waiting: Callable[[], None]) -> Group:
         """Wait for the verdicts on a place's answers."""
         prompt, judging = place.group.prompt, place.judging or []
-        episodes = [_episode(prompt, each, temperature=temperature) for each in self.progress.through(judging)]
+        episodes = []
+        for each in self.progress.through(judging):
+            while not each.verdict.done():  # a judge has a time-out for each answer, and fails it then
+                while_waiting()
+                wait([each.verdict], timeout=LOOK_S)
+            episodes.append(_episode(prompt, each, temperature=temperature))
         return Group(episodes=tuple(episodes))
 
 
@@ -266,7 +289,7 @@ def _verdicts_awaited(places: Sequence[_Place]) -> str:
 
 
 def _episode(prompt: Prompt, judging: _Judging, *, temperature: float) -> Episode:
-    verdict = judging.verdict.result()  # Unbounded: a judge has a time-out for each answer, and fails it then.
+    verdict = judging.verdict.result(timeout=0)
     return Episode.of_answer(prompt, judging.completion, judging.response, verdict, temperature=temperature)
 
 

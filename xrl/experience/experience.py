@@ -11,6 +11,7 @@ from xrl.algorithms.scored import Scored
 from xrl.experience.asking import Asked, Asking, Need
 from xrl.experience.collect import Collected
 from xrl.launch.exit import RunEnded
+from xrl.launch.stop import StopAsked
 from xrl.parallel.control import Control
 from xrl.types import Group, Prompt, Sample, SamplingParams
 
@@ -71,7 +72,8 @@ class Experience:
     def take(self, step: int) -> Batch | Need:
         """The batch of a step. Collective.
 
-        Need.WEIGHTS, on every rank: publish the weights once more, and take again.
+        Need.WEIGHTS, on every rank: publish the weights once more, and take again. Need.STOP, on every rank: the run is
+        asked to stop; prompts and carried answers are as before the call.
 
         Raises:
             RunEnded: nothing can be learned from what came. On rank 0.
@@ -105,6 +107,7 @@ class Collects(Protocol):
         first_ordinal: int = 0,
         enough: int | None = None,
         most_tokens: int | None = None,
+        while_waiting: Callable[[], None] = ...,
     ) -> Asking[Collected]: ...
 
 
@@ -140,6 +143,7 @@ class SampledRollouts:
         num_in_flight: int,
         enough: int | None = None,
         most_tokens: int | None = None,
+        check_stop: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -149,11 +153,13 @@ class SampledRollouts:
             num_in_flight: prompts that are asked in each rollout, those that are carried among them.
             enough: groups that end a rollout; the others are carried into the next. None: all.
             most_tokens: as the collector takes it.
+            check_stop: called again and again; raises StopAsked where the run is asked to stop.
         """
         self._prompts, self._collector, self._score = prompts, collector, score
         self._sampling = sampling
         self._num_samples, self._num_in_flight = num_samples, num_in_flight
         self._enough, self._most_tokens = enough, most_tokens
+        self._check_stop = check_stop
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the next rollout begins, and what is carried into it."""
@@ -173,23 +179,35 @@ class SampledRollouts:
 
         Raises:
             RunEnded: as `refuse_useless` does.
+            StopAsked: the run is asked to stop. The next call would ask the same again.
         """
-        first_ordinal = self._prompts.num_taken
-        collected = yield from self._collector.collect(
-            self._prompts.next_batch(max(0, self._num_in_flight - self._collector.num_carried)),
-            # Every group draws anew, the same run draws the same again, and evaluations, whose seed is the run's, draw
-            # otherwise.
-            sampling=dataclasses.replace(self._sampling, seed=self._sampling.seed + 1),
-            num_samples=self._num_samples,
-            description="training samples",
-            first_ordinal=first_ordinal,
-            enough=self._enough,
-            most_tokens=self._most_tokens,
-        )
+        before = self._prompts.state_dict()
+        try:
+            collected = yield from self._collect()
+        except StopAsked:
+            self._prompts.load_state_dict(before)
+            raise
         refuse_useless(step, collected)
         scored = self._score(collected.groups)
         metrics = {**scored.metrics, **_sampling_metrics(collected), "epoch": float(self._prompts.epoch)}
         return Batch(groups=collected.groups, scored=scored, metrics=metrics)
+
+    def _collect(self) -> Asking[Collected]:
+        first_ordinal = self._prompts.num_taken
+        return (
+            yield from self._collector.collect(
+                self._prompts.next_batch(max(0, self._num_in_flight - self._collector.num_carried)),
+                # Every group draws anew, the same run draws the same again, and evaluations, whose seed is the run's,
+                # draw otherwise.
+                sampling=dataclasses.replace(self._sampling, seed=self._sampling.seed + 1),
+                num_samples=self._num_samples,
+                description="training samples",
+                first_ordinal=first_ordinal,
+                enough=self._enough,
+                most_tokens=self._most_tokens,
+                while_waiting=self._check_stop,
+            )
+        )
 
 
 def refuse_useless(step: int, collected: Collected) -> None:

@@ -27,6 +27,10 @@ class GroupInProgress:
     def is_whole(self) -> bool:
         return bool(self.answers) and all(answer.is_whole for answer in self.answers)
 
+    def copy(self) -> GroupInProgress:
+        """The same as it is now; what becomes of one of the two does not change the other."""
+        return GroupInProgress(prompt=self.prompt, ordinal=self.ordinal, answers=list(self.answers))
+
     def requests(
         self, sampling: SamplingParams, num_samples: int, name: str, *, most_tokens: int | None = None
     ) -> list[GenerateRequest]:

@@ -15,7 +15,9 @@ from typing import NoReturn
 
 from xrl.config.errors import SettingsError
 from xrl.launch.address import on_one_host
-from xrl.launch.signals import GRACE_S, Stopped, end_after, ignore_signals, raise_on_signals, stop_with_parent
+from xrl.launch.hearing import Hearing, hearing
+from xrl.launch.signals import GRACE_S, Stopped, end_after, ignore_signals, stop_with_parent
+from xrl.launch.stop import EXIT_STOPPED, StopRequest
 from xrl.launch.temporary import remove_abandoned
 from xrl.launch.terminal import one_line, printable, quoted
 
@@ -58,6 +60,20 @@ class RunHung(RunEnded):
         self.code = EXIT_STOPPED
 
 
+class RunStopped(SystemExit):
+    """The run was asked to stop and has done so, on every rank alike: exit code 75 and a sentence."""
+
+    def __init__(self, sentence: str = "", *, loses_nothing: bool = True) -> None:
+        """
+        Args:
+            sentence: by what, how far it came and where its state is, on the rank that knows.
+            loses_nothing: whether its state is saved, or there was nothing to save yet.
+        """
+        super().__init__(EXIT_STOPPED)
+        self.sentence = sentence
+        self.loses_nothing = loses_nothing
+
+
 class RunFailed(RuntimeError):
     """Something outside this process, a rollout worker say, makes the run impossible: exit code 1, no traceback.
 
@@ -65,17 +81,25 @@ class RunFailed(RuntimeError):
     """
 
 
-def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run a process's main function and exit: 0, 2 for bad settings, 128 + n for signal n, 1 for any other error."""
-    raise_on_signals()
-    if is_rank_of_torchrun():
-        stop_with_parent(first=_tidy_up_after_agent)
-    try:
-        with announce_errors():
-            main()
-    except BaseException as error:
-        exit_now(exit_code(error))
-    exit_now(0)
+def run_main(main: Callable[[], None], heard: Hearing | None = None) -> NoReturn:
+    """Run a process's main function and exit.
+
+    0, 2 for bad settings, 75 for a run that was asked to stop, 128 + n for signal n, 1 for any other error.
+
+    Args:
+        heard: hears this process's signals; default: each of them ends it at once.
+    """
+    with contextlib.ExitStack() as stack:
+        if heard is None:
+            stack.enter_context(hearing())
+        if is_rank_of_torchrun():
+            stop_with_parent(first=_tidy_up_after_agent)
+        try:
+            with announce_errors():
+                main()
+        except BaseException as error:
+            exit_now(exit_code(error))
+        exit_now(0)
 
 
 def _no_words(error: BaseException) -> str:
@@ -83,7 +107,9 @@ def _no_words(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def announce_errors(words_about: Callable[[BaseException], str] = _no_words) -> Iterator[None]:
+def announce_errors(
+    words_about: Callable[[BaseException], str] = _no_words, stop: StopRequest | None = None
+) -> Iterator[None]:
     """Show an error where it happens, before clean-up around this block starts, and give that clean-up GRACE_S.
 
     Of all ranks of a run only the first to fail speaks, and it speaks once, however many such blocks it leaves. A rank
@@ -91,12 +117,13 @@ def announce_errors(words_about: Callable[[BaseException], str] = _no_words) -> 
 
     Args:
         words_about: what is to be said beside an error: "after rollout 3 of 9; ...". Empty: nothing.
+        stop: no longer makes a signal wait for the end of a step.
     """
     try:
         yield
     except BaseException as error:
         if not _was_announced(error):
-            end = _outlived_echo(error)
+            end = _outlived_echo(error, stop)
             ignore_signals()
             error.__dict__["xrl_announced"] = True
             end_after(GRACE_S, exit_code(error))
@@ -123,6 +150,8 @@ def describe(error: BaseException, words: str = "") -> str:
         sentence = error.sentence if isinstance(error, RunEnded) else str(error)
         message = f"xrl: error: {quoted(sentence)}" if sentence else ""
         return f"{message}\nxrl: ended {words}" if message and words else message
+    if isinstance(error, RunStopped):
+        return f"xrl: {one_line(error.sentence)}" if error.sentence else ""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, str) else ""
     first_line = (str(error).splitlines() or [""])[0]
@@ -191,11 +220,15 @@ def _tidy_up_after_agent() -> None:
         remove_abandoned(file.parent)
 
 
-def _outlived_echo(error: BaseException) -> BaseException:
+def _outlived_echo(error: BaseException, stop: StopRequest | None) -> BaseException:
     """What ended this rank: where that is another rank's end, wait for torchrun to say so by its signal."""
+    if stop is not None:
+        stop.fails = True
     is_news = isinstance(error, RunFailed)  # a worker's broken connection is no rank's
     is_echo = isinstance(error, RuntimeError | OSError) and not is_news and _ECHO.search(str(error))
     if is_rank_of_torchrun() and (is_echo or (isinstance(error, RunEnded) and not error.sentence)):
+        if stop is not None and stop.signal is not None:  # it has said so already
+            return Stopped(stop.signal)
         try:
             time.sleep(_ECHO_WAIT_S)
         except Stopped as stopped:

@@ -22,13 +22,19 @@ PARENT_POLL_S = 1.0
 FIRST_S = 1.0
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# From a thread of ours to the main thread (xrl/launch/hearing.py); nothing happens by default, and nobody else sends it
+WAKE = signal.SIGURG
 
 
 class Stopped(SystemExit):
-    """SIGINT, SIGTERM or SIGHUP arrived. A SystemExit, so that code which survives errors does not survive this."""
+    """A signal ends this process. A SystemExit, so that code which survives errors does not survive this."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
+    def __init__(self, number: int, code: int | None = None) -> None:
+        """
+        Args:
+            code: the exit code; default: 128 + number.
+        """
+        super().__init__(128 + number if code is None else code)
         self.signal = signal.Signals(number)
 
 
@@ -54,7 +60,7 @@ def ignores_hang_up() -> bool:
 def ignore_signals() -> None:
     """Clean-up has begun and ends in time by itself; a second Ctrl-C must not leave it half done."""
     if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:
+        for number in (*STOP_SIGNALS, WAKE):
             signal.signal(number, signal.SIG_IGN)
 
 

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from xrl.config import SettingsError
 from xrl.config.numbers import numbered
-from xrl.launch.exit import RunEnded, agents_file
+from xrl.files.disk import NotWritten
+from xrl.launch.exit import RunEnded, RunStopped, agents_file
 from xrl.metrics.run_folder import RunFolder
 from xrl.metrics.sinks import read_rows
+from xrl.metrics.status import Status, status_at_end
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -26,11 +31,13 @@ class Ending:
     folder: RunFolder | None = None
     num_rollouts: int | None = None
     num_learned: int = 0
+    _has_ended: bool = field(default=False, init=False)
 
     def begin(self, folder: RunFolder) -> None:
         """The run has a folder."""
         self.folder = folder
         self._tell_agent()
+        self._write(Status(state="running", step=self.num_learned, sentence=""))
 
     def expect(self, num_rollouts: int) -> None:
         """The run has so many rollouts to make."""
@@ -43,14 +50,34 @@ class Ending:
         self._tell_agent()
 
     def words_about(self, error: BaseException) -> str:
-        """What to say beside the error that ends the run; empty where that says it all, or another process says it."""
+        """What to say beside the error that ends the run; empty where that says it all, or another process says it.
+
+        It is written down as the run's end, too: before clean-up, which may hang.
+        """
+        self.end(error)
         file = agents_file()
-        if isinstance(error, SettingsError) or (isinstance(error, RunEnded) and error.says_where):
+        if isinstance(error, SettingsError | RunStopped) or (isinstance(error, RunEnded) and error.says_where):
             _leave(file, "")  # nor has the command above anything to add
             return ""
         if file is not None or self.folder is None:
             return ""
         return where_things_are(self.folder, self.num_rollouts, num_learned=self.num_learned)
+
+    def end(self, error: BaseException | None) -> None:
+        """The run ends, with `error` or without one; what is said first holds."""
+        if self.folder is None or self._has_ended:
+            return
+        self._has_ended = True
+        words = where_things_are(self.folder, self.num_rollouts, num_learned=self.num_learned) if error else ""
+        step = max(rollouts_done(self.folder), self.num_learned)
+        self._write(status_at_end(error, step=step, words=words))
+
+    def _write(self, status: Status) -> None:
+        assert self.folder is not None
+        try:
+            status.write(self.folder.status)
+        except NotWritten as error:  # a full disk: no reason to end a run, nor to end it otherwise
+            logger.warning("%s", error)
 
     def _tell_agent(self) -> None:
         if self.folder is not None:
@@ -64,6 +91,23 @@ def words_of_ranks(file: Path) -> str:
     except (OSError, ValueError):  # nothing is left there, or not all of it
         return ""
     return where_things_are(RunFolder(Path(folder)), num_rollouts, num_learned=num_learned)
+
+
+def note_end_of_ranks(file: Path, sentence: str, is_news: bool) -> None:
+    """The ranks have ended by an error: where rank 0 could not write that into the run's folder, do it now.
+
+    Args:
+        file: their agent's, in which they left where that folder is.
+        is_news: no rank knows that error: a rank was killed, and what rank 0 wrote was that it was stopped.
+    """
+    try:
+        folder = RunFolder(Path(json.loads(file.read_text())[0]))
+    except (OSError, ValueError):  # they said it themselves
+        return
+    status = Status.read(folder.status)
+    if status is not None and (status.state == "running" or (status.state == "failed" and is_news)):
+        with contextlib.suppress(NotWritten):
+            Status(state="failed", step=rollouts_done(folder), sentence=sentence).write(folder.status)
 
 
 def _leave(file: Path | None, text: str) -> None:
@@ -82,9 +126,13 @@ def where_things_are(folder: RunFolder, num_rollouts: int | None, *, num_learned
         num_learned: rollouts that were learned from, where the folder may know of fewer.
     """
     done = max(rollouts_done(folder), num_learned)
+    return f"{how_far(done, num_rollouts)}; run folder {folder.path}; {saved_models(folder)}"
+
+
+def how_far(num_learned: int, num_rollouts: int | None) -> str:
+    """How far a run came, to go after "stopped" or "ended"."""
     of = f" of {num_rollouts:,}" if num_rollouts else ""
-    how_far = f"after rollout {done:,}{of}" if done else "before the first rollout was learned from"
-    return f"{how_far}; run folder {folder.path}; {saved_models(folder)}"
+    return f"after rollout {num_learned:,}{of}" if num_learned else "before the first rollout was learned from"
 
 
 def rollouts_done(folder: RunFolder) -> int:

@@ -134,6 +134,16 @@ class RunFolder:
         """Plot of the reward over the run."""
         return self.path / "reward_curve.png"
 
+    @property
+    def status(self) -> Path:
+        """How the run is, for scripts: one JSON object (xrl/metrics/status.py)."""
+        return self.path / "status.json"
+
+    @property
+    def stop_request(self) -> Path:
+        """Whoever makes this file asks the run to stop."""
+        return self.path / "stop"
+
     def trajectory(self, rollout_id: int) -> Path:
         """Every answer of one rollout, one JSON object per line."""
         return self.path / f"rollout_idx_{rollout_id}_trajectory.jsonl"

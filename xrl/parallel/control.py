@@ -51,6 +51,12 @@ class Control:
         """What every rank passes, on every rank, in their order. Collective; see `gather`."""
         return gather(value, self.group)
 
+    def any(self, is_so: bool) -> bool:
+        """Whether it is so on at least one rank. Collective."""
+        agreed = torch.tensor([int(is_so)])
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(agreed)
+
     def meet(self) -> None:
         """Wait until every rank is here. Collective."""
         dist.barrier(self.group)

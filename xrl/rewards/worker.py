@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 
 from xrl.config import SettingsError
+from xrl.launch.hearing import leave_requests_to_others
 from xrl.launch.streams import prepare_streams
 from xrl.rewards import framing
 from xrl.rewards.judge import ANSWERS, Judge, ask
@@ -42,6 +43,7 @@ class Order:
 
 def main() -> None:
     """Serve one judge until the pool closes its socket. Arguments: sys.path (not ours), the order."""
+    leave_requests_to_others()  # the run stops, and then ends us
     order = Order.from_json(sys.argv[2])
     prepare_streams()  # a judge that prints must not fail because nobody reads
     questions, control = socket.socket(fileno=order.questions), socket.socket(fileno=order.control)

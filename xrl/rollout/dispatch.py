@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -33,6 +33,8 @@ ABORT_TIMEOUT_S = 5.0
 ABORT_AGAIN_S = 0.1
 # Between looks at whether those that are to answer are still at it.
 LOOK_S = 30.0
+# Between calls of what the caller does meanwhile.
+WAIT_S = 0.5
 
 
 @dataclass
@@ -99,10 +101,13 @@ class Dispatch:
         self._is_waiting = False  # for weights; looked at by the client's thread
         self._has_asked = False  # for weights, of the caller; looked at by the caller's thread
 
-    def next_result(self) -> Answered | NoneReady:
+    def next_result(self, while_waiting: Callable[[], None] = lambda: None) -> Answered | NoneReady:
         """Wait for the next request to finish: its place, and its completions or None.
 
         NoneReady where no worker is ready: with the next call the requests go on.
+
+        Args:
+            while_waiting: called once at least, and again and again while nothing comes.
 
         Raises:
             WorkerGone: no worker is left.
@@ -111,7 +116,7 @@ class Dispatch:
         if self._has_asked:
             self._has_asked = False
             self.client.wait_for(self._go_on(), timeout_s=0.0, doing="going on with the rollout")
-        result = self._next()
+        result = self._next(while_waiting)
         if isinstance(result, BaseException):
             raise result
         self._has_asked = isinstance(result, NoneReady)
@@ -131,15 +136,20 @@ class Dispatch:
         ]
         return "; ".join(said)
 
-    def _next(self) -> Answered | NoneReady | BaseException:
+    def _next(self, while_waiting: Callable[[], None]) -> Answered | NoneReady | BaseException:
         """What comes next. That something comes is bounded by the requests' own time-outs, in the client's thread.
 
         How soon is not: each of thousands may wait for its turn. So it is the thread that is looked after.
         """
+        last_look = time.monotonic()
         while True:
+            while_waiting()
             try:
-                return self._results.get(timeout=LOOK_S)
+                return self._results.get(timeout=min(WAIT_S, LOOK_S))
             except queue.Empty:
+                if time.monotonic() - last_look < LOOK_S:
+                    continue
+                last_look = time.monotonic()
                 has_ended = self.client.wait_for(self._is_over(), timeout_s=0.0, doing="waiting for answers")
                 if has_ended and self._results.empty():
                     raise RunFailed("the rollout has ended without an answer to each of its requests") from None

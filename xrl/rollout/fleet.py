@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, overload
@@ -176,16 +176,31 @@ class Fleet:
 
     @overload
     def generate(
-        self, requests: Sequence[GenerateRequest], counts: RolloutCounts, *, updates: Literal[False] = False
+        self,
+        requests: Sequence[GenerateRequest],
+        counts: RolloutCounts,
+        *,
+        updates: Literal[False] = False,
+        while_waiting: Callable[[], None] = ...,
     ) -> Iterator[Answered]: ...
 
     @overload
     def generate(
-        self, requests: Sequence[GenerateRequest], counts: RolloutCounts, *, updates: bool
+        self,
+        requests: Sequence[GenerateRequest],
+        counts: RolloutCounts,
+        *,
+        updates: bool,
+        while_waiting: Callable[[], None] = ...,
     ) -> Iterator[Answered | NoneReady]: ...
 
     def generate(
-        self, requests: Sequence[GenerateRequest], counts: RolloutCounts, *, updates: bool = False
+        self,
+        requests: Sequence[GenerateRequest],
+        counts: RolloutCounts,
+        *,
+        updates: bool = False,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> Iterator[Answered | NoneReady]:
         """Yield each request's place and completions as they finish; None for one whose tries are spent.
 
@@ -196,6 +211,7 @@ class Fleet:
                 worker is ready and one that is started again, or has other weights, could be with those of an update.
                 The rollout goes on with the call for the next value: publish before that. Without it, the loss of the
                 last ready worker is the end.
+            while_waiting: called again and again; what it raises ends the rollout, and is raised here.
 
         Raises:
             WorkerGone: the last worker died.
@@ -206,7 +222,7 @@ class Fleet:
         num_left = len(requests)
         try:
             while num_left:
-                result = dispatch.next_result()
+                result = dispatch.next_result(while_waiting)
                 num_left -= not isinstance(result, NoneReady)
                 yield result
         finally:

@@ -21,7 +21,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from xrl.launch.hearing import REQUEST_SIGNALS, block_signals, hearing, unblock_signals
 from xrl.launch.start import prepare_process, without_collections
+
+if __name__ == "__main__":  # libraries start threads, which must not take signals either
+    block_signals()
 
 with without_collections():
     import torch
@@ -30,6 +34,7 @@ with without_collections():
 from xrl.config import SettingsError
 from xrl.config.rollout import SAMPLES_PER_PLACE
 from xrl.launch.exit import EXIT_BAD_SETTINGS
+from xrl.launch.signals import WAKE, Stopped
 from xrl.launch.terminal import say
 from xrl.rollout import create_engine
 from xrl.rollout.access import shared_key, take_key_from
@@ -138,12 +143,43 @@ def main() -> None:
     if arguments.parent_pid is None:
         # Started by hand, so Ctrl-C ends it; behind a shell's & too, where it starts with SIGINT ignored.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        unblock_signals()
         stop_signals.append(signal.SIGINT)
         announce = _and_in_words(announce, arguments)
-    else:
-        # Ctrl-C reaches the whole process group: the trainer decides when its workers end.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        host(arguments, key, announce, stop_signals)
+        return
+    with hearing(REQUEST_SIGNALS) as heard:
+        heard.react = TrainersSignals(heard.end, arguments.parent_pid).hear
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         threading.Thread(target=_end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
+        host(arguments, key, announce, [WAKE])
+
+
+class TrainersSignals:
+    """What signals mean to a worker that a trainer has started: only the trainer ends it.
+
+    A scheduler sends SIGTERM to all processes of a job, a terminal its Ctrl-C. The trainer then stops where nothing is
+    lost, and needs its workers until then.
+    """
+
+    def __init__(self, end: Callable[[SystemExit], None], trainer: int) -> None:
+        """
+        Args:
+            end: wakes the main thread; as long as nobody there waits for that, it raises.
+            trainer: its process id.
+        """
+        self._end, self._trainer = end, trainer
+
+    def hear(self, number: signal.Signals, sender: int) -> None:
+        """React to one signal, in the thread that hears them."""
+        if number == signal.SIGTERM and sender == self._trainer:
+            self._end(Stopped(number))
+
+
+def host(
+    arguments: argparse.Namespace, key: str, announce: Callable[..., None], stop_signals: Sequence[signal.Signals]
+) -> None:
+    """Make the engine, and serve it until a signal or `/xrl/v1/shutdown`."""
     torch.set_num_threads(arguments.num_threads)
     try:
         engine = create_engine(

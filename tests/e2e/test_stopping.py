@@ -1,0 +1,174 @@
+"""A run that is asked to stop, by whatever and wherever, ends with exit code 75 and says so in status.json."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.test_shutdown import TWO_RANKS, own_lines, process_of, training
+from tests.launch.processes import Run, started
+from tests.small_runs import run_flags, write_rows
+from tests.tiny_models import make_checkpoint
+from xrl.launch.stop import EXIT_STOPPED
+from xrl.metrics.status import Status
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.distributed]
+
+TRAIN = ("-m", "xrl.cli", "train")
+RANKS = pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["1 rank", "2 ranks"])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def folder_of(folder: Path) -> Path:
+    (found,) = (folder / "work").iterdir()
+    return found
+
+
+def status_of(folder: Path) -> Status:
+    found = Status.read(folder_of(folder) / "status.json")
+    assert found is not None
+    return found
+
+
+def temporary_folder(run: Run) -> Path:
+    """Of the command above two ranks."""
+    error_file = Path(process_of(run, "xrl.train", RANK="0").environ()["TORCHELASTIC_ERROR_FILE"])
+    return error_file.parents[3]
+
+
+def has_stopped(run: Run, folder: Path, cause: str) -> None:
+    """It ended as a run that is asked to stop does, and told everybody."""
+    assert "Traceback" not in run.stderr and "torch" not in run.stderr
+    *_, line = own_lines(run)
+    assert line.startswith(f"xrl: stopped by {cause} after rollout ")
+    status = status_of(folder)
+    assert status.state == ("saved" if "; state saved in " in line else "failed")
+    assert f"xrl: {status.sentence}" == line
+    assert status.step >= 1 and f" after rollout {status.step:,} of 100,000; " in line
+
+
+@RANKS
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_command_stops_the_run(
+    model: Path, tmp_path: Path, number: signal.Signals, ranks: tuple[str, ...]
+) -> None:
+    with training(model, tmp_path, *TRAIN, *ranks) as run:
+        assert status_of(tmp_path).state == "running"
+        assert run.end(run.process.pid, number) == EXIT_STOPPED
+        has_stopped(run, tmp_path, number.name)
+        assert (number == signal.SIGINT) == ("xrl: stopping at the end of this step; Ctrl-C again" in run.stderr)
+
+
+@pytest.mark.parametrize(("rank", "number"), [("0", signal.SIGUSR1), ("1", signal.SIGUSR1), ("1", signal.SIGTERM)])
+def test_signal_to_any_rank_stops_the_run(model: Path, tmp_path: Path, rank: str, number: signal.Signals) -> None:
+    with training(model, tmp_path, *TRAIN, *TWO_RANKS) as run:
+        assert run.end(process_of(run, "xrl.train", RANK=rank).pid, number) == EXIT_STOPPED
+        has_stopped(run, tmp_path, number.name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_to_every_process_as_a_scheduler_sends_it_stops_the_run(
+    model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    with training(model, tmp_path, *TRAIN, *TWO_RANKS) as run:
+        for process in run.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        assert run.end(run.process.pid, number) == EXIT_STOPPED
+        has_stopped(run, tmp_path, number.name)
+
+
+def test_signal_to_a_worker_is_no_news_and_the_run_goes_on(model: Path, tmp_path: Path) -> None:
+    with training(model, tmp_path, *TRAIN) as run:
+        worker = process_of(run, "xrl.rollout.worker")
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            worker.send_signal(number)
+        seen = len(list(folder_of(tmp_path).glob("rollout_idx_*")))
+        run.wait_for(lambda: len(list(folder_of(tmp_path).glob("rollout_idx_*"))) > seen + 1)
+        assert worker.is_running() and "rollout worker" not in run.stderr
+        assert run.end(run.process.pid, signal.SIGUSR1) == EXIT_STOPPED
+
+
+@RANKS
+def test_a_file_in_the_run_folder_stops_the_run(model: Path, tmp_path: Path, ranks: tuple[str, ...]) -> None:
+    with training(model, tmp_path, *TRAIN, *ranks) as run:
+        file = folder_of(tmp_path) / "stop"
+        file.touch()
+        assert run.process.wait(60) == EXIT_STOPPED
+        has_stopped(run, tmp_path, f"the file {file}")
+
+
+def test_a_run_whose_time_is_over_stops_by_itself(model: Path, tmp_path: Path) -> None:
+    with training(model, tmp_path, *TRAIN, "--exit-before", "30s") as run:
+        assert run.process.wait(60) == EXIT_STOPPED
+        has_stopped(run, tmp_path, "--exit-before 30s")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_second_signal_ends_everything_at_once(model: Path, tmp_path: Path, number: signal.Signals) -> None:
+    with training(model, tmp_path, *TRAIN, *TWO_RANKS) as run:
+        process_of(run, "xrl.train", RANK="1").suspend()  # no step ends any more
+        run.process.send_signal(number)
+        run.wait_for((temporary_folder(run) / "xrl-asked-to-stop").exists)
+        assert run.end(run.process.pid, number) == 128 + number
+        assert own_lines(run)[-1].startswith(f"xrl: stopped by {number.name} after rollout ")
+        assert status_of(tmp_path).state in ("running", "failed")
+
+
+def test_plain_torchrun_that_is_told_to_end_lets_the_run_stop(model: Path, tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "xrl.train")
+    with training(model, tmp_path, *torchrun, "--tensor-model-parallel-size", "2") as run:
+        run.end(run.process.pid, signal.SIGTERM)
+        (line,) = own_lines(run)
+        assert line.startswith("xrl: stopped by SIGTERM after rollout ") and status_of(tmp_path).sentence in line
+
+
+@RANKS
+@pytest.mark.parametrize(
+    ("seconds", "number"),
+    [
+        (0.1, signal.SIGTERM),
+        (0.5, signal.SIGUSR1),
+        (1.0, signal.SIGTERM),
+        (2.0, signal.SIGUSR2),
+        (4.0, signal.SIGINT),
+        (8.0, signal.SIGUSR1),
+    ],
+)
+def test_signal_during_the_start_never_ends_in_a_traceback(
+    model: Path, tmp_path: Path, ranks: tuple[str, ...], number: signal.Signals, seconds: float
+) -> None:
+    data = write_rows(tmp_path / "train.jsonl", [{"prompt": "1+1=?", "ground_truth": "2"}] * 8)
+    flags = [*run_flags(model, data, tmp_path), "--num-rollouts", "100000", "--on-nothing-learned", "warn"]
+    with started(tmp_path / "output", *TRAIN, *ranks, *flags, "--no-tensorboard") as run:
+        time.sleep(seconds)
+        code = run.end(run.process.pid, number)
+        assert code in (EXIT_STOPPED, 128 + number, -number)
+        assert "Traceback" not in run.stderr
+        for status in tmp_path.glob("work/*/status.json"):
+            found = Status.read(status)
+            assert found is not None and (found.state == "saved") == (code == EXIT_STOPPED)
+
+
+def test_a_run_that_comes_to_its_end_says_so(model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "train.jsonl", [{"prompt": "1+1=?", "ground_truth": "2"}] * 8)
+    flags = [*run_flags(model, data, tmp_path), "--num-rollouts", "1", "--no-tensorboard"]
+    with started(tmp_path / "output", *TRAIN, *flags) as run:
+        assert run.process.wait(120) == 0, run.stderr
+    assert status_of(tmp_path) == Status(state="done", step=1, sentence="")
+
+
+def test_a_rank_that_is_killed_is_named_in_the_status(model: Path, tmp_path: Path) -> None:
+    with training(model, tmp_path, *TRAIN, *TWO_RANKS) as run:
+        assert run.end(process_of(run, "xrl.train", RANK="0").pid, signal.SIGKILL) == 1
+        status = status_of(tmp_path)
+        assert status.state == "failed" and status.sentence.startswith("rank 0 was ended by SIGKILL")
