@@ -23,8 +23,6 @@ from xrl.launch.terminal import one_line, printable, quoted
 
 EXIT_ERROR = 1
 EXIT_BAD_SETTINGS = 2
-# Not this run's fault, as far as anybody can tell: it may be started again as it is (EX_TEMPFAIL of sysexits.h).
-EXIT_STOPPED = 75
 
 # What collectives and the store say when another rank has gone: its end is the news, not ours.
 _ECHO = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|store->|tcpstore", re.IGNORECASE)
