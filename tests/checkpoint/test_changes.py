@@ -61,7 +61,7 @@ def test_other_data_another_tokenizer_and_another_model_are_refused(flags: list[
     with pytest.raises(Unusable, match="--data has other content"):
         refuse_another_run(found_identity(flags), found_identity(flags, "--data", str(data)), Path("step-3"))
     model = make_checkpoint(tmp_path / "model", num_hidden_layers=3)
-    with pytest.raises(Unusable, match="its model has num_layers 2, --model has 3"):
+    with pytest.raises(Unusable, match="its model has num_layers 4, --model has 3"):
         refuse_another_run(found_identity(flags), found_identity(flags, "--model", str(model)), Path("step-3"))
     now = found_identity(flags)
     with pytest.raises(Unusable, match=r"tokenizer.json has other content"):

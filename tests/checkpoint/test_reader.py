@@ -81,9 +81,9 @@ def write_state(folder: Path, planned: Plan, source: dict[str, Tensor], *, is_sh
 
 
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["whole", "sharded"])
-@pytest.mark.parametrize("family", ["qwen2", "llama with biases", "qwen3_moe", "qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe", "deepseek_v3"])
 def test_what_one_layout_wrote_another_reads(family: str, is_sharded: bool, tmp_path: Path) -> None:
-    shape = with_layers(SHAPES[family], 5, tied=family == "qwen2")
+    shape = with_layers(SHAPES[family], 4, tied=family == "qwen2")
     source = random_tensors(shape)
     layouts = DENSE + (WITH_EXPERTS if shape.experts else [])
     # transformer-engine's layers hold some of DeepSeek's matrices whole, ours cut them: every second one is theirs.
@@ -94,7 +94,8 @@ def test_what_one_layout_wrote_another_reads(family: str, is_sharded: bool, tmp_
         manifest = write_state(folder, old, source, is_sharded=is_sharded)
         with StateReader(folder, manifest, old) as state:
             for new in plans:
-                for place in all_places(new):
+                ranks = all_places(new)
+                for place in {ranks[0], ranks[len(ranks) // 2], ranks[-1]}:
                     [expected] = load(new, place, reader(source))
                     for parameter in new.parameters(place):
                         wanted = expected[parameter.names[0]].reshape(-1)

@@ -32,11 +32,6 @@ def key(name: str, kind: str, start: int) -> str:
     return f"{name}/{kind}/{start}"
 
 
-def is_dense(plan: Plan, parameter: ParameterPlan, place: Place) -> bool:
-    """Whether every expert rank holds the same of a parameter: it is no expert's."""
-    return _first_expert_rank_s(plan, parameter, place) is not None
-
-
 def writers(plan: Plan, place: Place) -> dict[str, bool]:
     """The parameters that the rank at `place` has to write, by their names in its model.
 
@@ -52,10 +47,9 @@ def writers(plan: Plan, place: Place) -> dict[str, bool]:
     load: Counter[tuple[int, int, bool]] = Counter()
     found = {}
     for parameter in plan.parameters(place):
-        first = _first_expert_rank_s(plan, parameter, place)
-        dense = first is not None
-        if not (parameter if first is None else first).is_exported:
+        if not exported_at(plan, parameter, place):
             continue  # the first tensor rank writes it, or it is a copy
+        dense = not parameter.is_expert
         holders = [(one.data, one.context, dense) for one in replicas if dense or one.expert == place.expert]
         writer = min(holders, key=load.__getitem__)  # the first of the least loaded: the same on all of them
         load[writer] += math.prod(parameter.shape)
@@ -77,9 +71,9 @@ def pieces_to_write(held: Iterable[HeldParameter], writers: Mapping[str, bool]) 
     }
 
 
-def _first_expert_rank_s(plan: Plan, parameter: ParameterPlan, place: Place) -> ParameterPlan | None:
-    """What the first expert rank has of the same parameter; None where it has another of that name: an expert's."""
-    for other in plan.part_parameters(parameter.part, replace(place, expert=0)):
-        if other.names == parameter.names:
-            return other if other.tensors == parameter.tensors else None
-    return None
+def exported_at(plan: Plan, parameter: ParameterPlan, place: Place) -> bool:
+    """Whether a parameter is the one of those that hold the same at other tensor ranks, and no copy of another."""
+    if parameter.is_expert or place.expert == 0:
+        return parameter.is_exported
+    first = plan.part_parameters(parameter.part, replace(place, expert=0))
+    return any(other.names == parameter.names and other.is_exported for other in first)

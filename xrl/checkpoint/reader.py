@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xrl.checkpoint.manifest import Manifest, Unusable, rank_file
-from xrl.checkpoint.pieces import is_dense
 from xrl.parallel.layout import Place
 from xrl.weights.plan import ParameterPlan, Plan, Slice
 from xrl.weights.reshard import intersect
@@ -66,8 +65,7 @@ class StateReader:
 
     def _holder(self, parameter: ParameterPlan, place: Place) -> Place | None:
         """Where the same parameter was held by the one who wrote it; None for a copy of another parameter."""
-        dense = is_dense(self.plan, parameter, place)
-        candidate = replace(place, expert=0) if dense else place
+        candidate = place if parameter.is_expert else replace(place, expert=0)
         for tensor in (place.tensor, 0):
             at = replace(candidate, tensor=tensor)
             for other in self.plan.part_parameters(parameter.part, at):
@@ -128,13 +126,12 @@ class StateReader:
 
     def _files_of(self, holder: Place, parameter: ParameterPlan) -> list[str]:
         layout = self.plan.layout
-        dense = is_dense(self.plan, parameter, holder)
         places = (
             layout.place(layout.rank(tensor=holder.tensor, pipeline=holder.pipeline, data=data, context=context))
             for data in range(layout.data_size)
             for context in range(layout.context_size)
         )
-        names = [rank_file(place) for place in places if dense or place.expert == holder.expert]
+        names = [rank_file(place) for place in places if not parameter.is_expert or place.expert == holder.expert]
         return [name for name in names if name in self.manifest.files]
 
     def _index(self, file: str) -> dict[str, list[tuple[int, int, str]]]:

@@ -57,6 +57,7 @@ class ParameterPlan:
     tensors: tuple[str, ...]  # Hugging Face tensors it is made of, also where its rank has padding only
     shape: TensorShape  # of this rank's part
     slices: tuple[Slice, ...]
+    is_expert: bool  # an expert's: other expert ranks have another under the same name
     is_exported: bool  # False where another parameter or rank holds the same and exports it
     keeps_dtype: bool  # stays in its own number format on export
 
@@ -210,6 +211,7 @@ class Plan:
                     tensors=tuple(source_prefix + name.format(expert=expert) for name in mapping.tensors),
                     shape=shape,
                     slices=slices,
+                    is_expert=expert is not None,
                     is_exported=is_first and not mapping.is_copy,
                     keeps_dtype=mapping.keeps_dtype,
                 )
