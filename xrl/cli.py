@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and sys.argv[1:2] == ["train"]:  # kept until somebody hears them: importing takes a while
+    from xrl.launch.hearing import block_signals
+
+    block_signals()
+
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -71,9 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(arguments: list[str]) -> None:
     """Check everything here, once, then start the ranks."""
-    with hearing(RUN_SIGNALS) as heard:
-        stop = StopRequest()
-        heard.react = RunSignals(stop, heard.end, say=say).hear
+    stop = StopRequest()
+    with hearing(RUN_SIGNALS, lambda heard: RunSignals(stop, heard.end, say=say).hear) as heard:
         from xrl.preflight import preflight
 
         num_ranks, arguments = _take_number(arguments, "--nproc-per-node")

@@ -24,7 +24,7 @@ from xrl.config import Settings
 from xrl.config.parse import parse_settings
 from xrl.launch.address import meet_at_loopback
 from xrl.launch.exit import agents_file, announce_errors, is_rank_of_torchrun, run_main
-from xrl.launch.hearing import RUN_SIGNALS, hearing, uninterrupted
+from xrl.launch.hearing import RUN_SIGNALS, Hearing, Reaction, hearing, uninterrupted
 from xrl.launch.start import prepare_process, without_collections
 from xrl.launch.stop import CauseFile, RunSignals, StopRequest
 from xrl.launch.terminal import say
@@ -60,17 +60,14 @@ def train(settings: Settings, stop: StopRequest | None = None) -> None:
 
 def _run_as_rank(arguments: Sequence[str]) -> None:
     """Run as one rank of torchrun, or alone."""
-    with hearing(RUN_SIGNALS) as heard:
-        stop = StopRequest()
-        file = agents_file()
-        signals = RunSignals(
-            stop,
-            heard.end,
-            launcher=os.getppid() if is_rank_of_torchrun() else None,
-            causes=None if file is None else CauseFile(file.parent),
-            say=say,
-        )
-        heard.react = signals.hear
+    stop, file = StopRequest(), agents_file()
+    launcher = os.getppid() if is_rank_of_torchrun() else None
+    causes = None if file is None else CauseFile(file.parent)
+
+    def reaction(heard: Hearing) -> Reaction:
+        return RunSignals(stop, heard.end, launcher=launcher, causes=causes, say=say).hear
+
+    with hearing(RUN_SIGNALS, reaction) as heard:
         run_main(lambda: main(arguments, stop), heard)
 
 

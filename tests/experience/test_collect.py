@@ -72,14 +72,6 @@ def take(
     )
 
 
-def contents_of(found: Collected) -> list[Any]:
-    return [
-        (episode.prompt, episode.verdict, contents(episode.turns[0].completion))
-        for group in found.groups
-        for episode in group.episodes
-    ]
-
-
 def first_tokens(found: Collected) -> list[int]:
     """Of the groups' prompts, which tell them apart."""
     return [group.episodes[0].prompt.token_ids[0] for group in found.groups]
@@ -321,6 +313,10 @@ def test_where_no_worker_is_ready_weights_are_asked_for_and_the_rollout_goes_on(
     assert len(workers.asked) == 1
 
 
+def answers_of(found: Collected) -> list[list[dict[str, Any]]]:
+    return [[contents(completion_of(each)) for each in group.episodes] for group in found.groups]
+
+
 def cut_off_at(times: int) -> Callable[[], None]:
     """Asks to stop at the `times`-th look."""
     looks = iter(range(1, times + 1))
@@ -348,7 +344,7 @@ def test_a_rollout_that_is_cut_off_is_asked_again_just_as_it_was(times: int) -> 
     again = finished(one.collect(prompts(21), **call, enough=3))
     untouched_workers, untouched = with_carried()
     expected = finished(untouched.collect(prompts(21), **call, enough=3))
-    assert contents_of(again) == contents_of(expected)
+    assert answers_of(again) == answers_of(expected)
     asked, expected_asked = workers.asked[-1], untouched_workers.asked[-1]
     assert [dataclasses.replace(each, id="") for each in asked] == [
         dataclasses.replace(each, id="") for each in expected_asked

@@ -5,14 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import pytest
-
 from tests.launch.processes import started
-from xrl.launch.hearing import hearing, uninterrupted
-from xrl.launch.signals import Stopped
+from xrl.launch.hearing import hearing
 
 ROOT = Path(__file__).resolve().parents[2]
 SENDS = """
@@ -34,8 +30,8 @@ def test_a_signal_that_comes_before_anybody_listens_is_kept() -> None:
     assert run(
         "block_signals(); send('SIGUSR1'); send('SIGTERM')\n"
         "heard = []\n"
-        "with hearing(RUN_SIGNALS) as thread:\n"
-        "    thread.react = lambda number, sender: heard.append((number.name, sender == os.getpid()))\n"
+        "react = lambda number, sender: heard.append((number.name, sender == os.getpid()))\n"
+        "with hearing(RUN_SIGNALS, lambda thread: react):\n"
         "    while len(heard) < 2: time.sleep(0.01)\n"
         "print(sorted(heard))"
     ) == (0, "[('SIGTERM', True), ('SIGUSR1', True)]\n", "")
@@ -56,24 +52,34 @@ def test_a_judge_leaves_requests_to_others_and_its_end_to_who_ends_it() -> None:
 
 
 def test_by_default_a_signal_raises_in_the_main_thread_whatever_that_waits_for() -> None:
-    with pytest.raises(Stopped) as caught, hearing([signal.SIGUSR2]):
-        signal.raise_signal(signal.SIGUSR2)
-        time.sleep(60)
-    assert caught.value.signal == signal.SIGUSR2 and caught.value.code == 128 + signal.SIGUSR2
+    assert run(
+        "try:\n"
+        "    with hearing(): send('SIGTERM'); time.sleep(60)\n"
+        "except SystemExit as end: print(type(end).__name__, end.signal.name, end.code)"
+    ) == (0, f"Stopped SIGTERM {128 + signal.SIGTERM}\n", "")
 
 
 def test_an_import_is_not_interrupted_but_what_comes_after_it_is() -> None:
-    seen = []
-    with pytest.raises(Stopped), hearing([signal.SIGUSR2]) as thread:
-        react = thread.react
-        thread.react = lambda number, sender: (react(number, sender), seen.append("heard"))  # type: ignore[assignment, func-returns-value]
-        with uninterrupted():
-            signal.raise_signal(signal.SIGUSR2)
-            while not seen:
-                time.sleep(0.001)
-            seen.append("imported")
-        time.sleep(60)
-    assert seen == ["heard", "imported"]
+    assert run(
+        "heard = []\n"
+        "def reaction(thread):\n"
+        "    return lambda number, sender: (thread.end_by(number, sender), heard.append(number))\n"
+        "with hearing(RUN_SIGNALS, reaction):\n"
+        "    with uninterrupted():\n"
+        "        send('SIGUSR2')\n"
+        "        while not heard: time.sleep(0.001)\n"
+        "        print('imported', flush=True)\n"
+        "    print('never')"
+    ) == (128 + signal.SIGUSR2, "imported\n", "")
+
+
+def test_a_main_thread_that_is_stuck_is_not_waited_for_for_ever() -> None:
+    assert run(
+        "def reaction(thread):\n"
+        "    return lambda number, sender: thread.end(SystemExit(9), within_s=0.1)\n"
+        "with hearing(RUN_SIGNALS, reaction), uninterrupted():\n"
+        "    send('SIGUSR2'); time.sleep(60)"
+    ) == (9, "", "")
 
 
 def test_afterwards_signals_are_as_they_were() -> None:

@@ -302,9 +302,8 @@ def main():
     print(stop.asked(), flush=True)
     time.sleep(60)
 
-with hearing(RUN_SIGNALS) as heard:
-    stop = StopRequest()
-    heard.react = RunSignals(stop, heard.end, say=say).hear
+stop = StopRequest()
+with hearing(RUN_SIGNALS, lambda heard: RunSignals(stop, heard.end, say=say).hear) as heard:
     run_main(main, heard)
 """
 

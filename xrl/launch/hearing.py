@@ -105,16 +105,21 @@ class Hearing:
 
 
 @contextlib.contextmanager
-def hearing(numbers: Iterable[signal.Signals] = STOP_SIGNALS) -> Iterator[Hearing]:
-    """Hear signals in such a block, in the main thread; at first each of them ends the process at once.
+def hearing(
+    numbers: Iterable[signal.Signals] = STOP_SIGNALS, reaction: Callable[[Hearing], Reaction] | None = None
+) -> Iterator[Hearing]:
+    """Hear signals in such a block, in the main thread.
 
     Args:
         numbers: the signals; a SIGHUP that is ignored is not among them: `nohup` means it.
+        reaction: makes what is done about them, from the first one on; default: each ends the process at once.
     """
     heard = _heard(numbers)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
     handler = signal.getsignal(WAKE)
     found = Hearing(heard)
+    if reaction is not None:
+        found.react = reaction(found)
     found.begin()
     try:
         yield found

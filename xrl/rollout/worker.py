@@ -148,8 +148,7 @@ def main() -> None:
         announce = _and_in_words(announce, arguments)
         host(arguments, key, announce, stop_signals)
         return
-    with hearing(REQUEST_SIGNALS) as heard:
-        heard.react = TrainersSignals(heard.end, arguments.parent_pid).hear
+    with hearing(REQUEST_SIGNALS, lambda heard: TrainersSignals(heard.end, arguments.parent_pid).hear):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         threading.Thread(target=_end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
         host(arguments, key, announce, [WAKE])
