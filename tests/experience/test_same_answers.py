@@ -160,7 +160,7 @@ def test_prompts_reversed_split_cut_off_and_lost_get_the_answers_that_they_get_i
     found = completions(first, rest)
     assert answers(found) == expected(dtype)
     continued = [each for samples in found.values() for each in samples if len(each.parts) > 1]
-    assert len(continued) >= HALF // 4
+    assert len(continued) >= HALF // 2
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def test_a_packed_answer_is_not_unpacked() -> None:
 
 
 def test_what_a_worker_says_of_its_use_is_shown_short_and_as_text() -> None:
-    answer = {"type": "WorkerInUse", "error": "in use by \x1b[2J" + "x" * 1000}
+    answer: dict[str, object] = {"type": "WorkerInUse", "error": "in use by \x1b[2J" + "x" * 1000}
     with pytest.raises(SettingsError) as caught:
         check_answer(0, "http://a:1", 409, answer)
     assert r"is in use by \x1b[2J" in str(caught.value) and len(str(caught.value)) < 600

@@ -76,9 +76,9 @@ def test_bounds_are_the_worker_s() -> None:
     assert len(read(body, max_samples=9, max_prompt_length=11).token_ids) == 11
 
 
-def test_no_stop_tokens_may_be_said_in_two_ways() -> None:
-    for none in ([], None):
-        assert read({"input_ids": [5], "stop_token_ids": none}).sampling.stop_token_ids == ()
+@pytest.mark.parametrize("none", [[], None])
+def test_no_stop_tokens_may_be_said_in_two_ways(none: list[int] | None) -> None:
+    assert read({"input_ids": [5], "stop_token_ids": none}).sampling.stop_token_ids == ()
 
 
 def test_an_answer_as_lmdeploy_returns_it() -> None:

@@ -41,7 +41,7 @@ class Late:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.comes = threading.Event()
-        self.receivers: list[Closed] = []
+        self.receivers: list[Any] = []
         monkeypatch.setattr(receivers, "create_receiver", self._create)
         monkeypatch.setattr(receivers, "CONNECT_GRACE_S", 0.0)
 

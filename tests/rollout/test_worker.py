@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.rollout.fleets import ENGINE, ROOT, MakeFleet, generate, request
-from tests.rollout.scripted_engine import HANG
+from tests.rollout.scripted_engine import SLOW
 from tests.tiny_models import make_checkpoint
 from xrl.rollout import protocol
 from xrl.rollout.access import Access
@@ -113,7 +113,7 @@ def call(fleet: Fleet, path: str) -> int:
 @pytest.mark.parametrize("how", ["a call", "a signal"])
 def test_a_worker_that_is_told_to_end_does_so_even_while_it_generates(make_fleet: MakeFleet, how: str) -> None:
     fleet = make_fleet(1, rollout_max_restarts=0)
-    stream = fleet.generate([request(0), request(1, HANG)], RolloutCounts())
+    stream = fleet.generate([request(0), request(1, SLOW)], RolloutCounts())
     next(stream)
     process = fleet.workers[0]._process
     if how == "a call":

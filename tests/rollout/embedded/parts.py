@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -21,7 +22,7 @@ MAX_MODEL_LEN = 128
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    return checked_shape(config, "config.json")
+    return checked_shape(config, Path("config.json"))
 
 
 def decoder_of(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Decoder:

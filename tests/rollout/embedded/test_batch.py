@@ -99,7 +99,7 @@ def test_the_next_step_goes_on_from_there() -> None:
     cache = KVCache(SHAPES["qwen3"], torch.float32, CPU)
     rows = rows_of_two_jobs(cache)
     batch = DecodeBatch(rows, CPU)
-    _, _, before, _ = batch.prepare(cache)
+    before = batch.prepare(cache)[2].tolist()  # in place: the next step changes it
     drawn_at = batch.uniforms()
     assert drawn_at.tolist() == batch.sampling.uniforms(np.array([1, 2, 17])).tolist()
     for row in rows:
@@ -108,7 +108,7 @@ def test_the_next_step_goes_on_from_there() -> None:
     tokens, positions, slots, context = batch.prepare(cache)
     assert tokens.tolist() == [90, 90, 90, 0]
     assert positions.tolist() == [4, 5, 37, 0]
-    assert slots.tolist() == [*(before[:3] + 1).tolist(), -1]
+    assert slots.tolist() == [*(slot + 1 for slot in before[:3]), -1]
     assert context.row_lengths.tolist() == [2, 3, 18, 0]
     assert [len(row.blocks) for row in rows] == [1, 1, 2]
 

@@ -62,7 +62,7 @@ def expected(shape: ExpertShape, router: Tensor, experts: list[Plain], h: Tensor
         chosen = probabilities.argsort(descending=True)[: shape.experts_per_token].tolist()
         total = sum(probabilities[each] for each in chosen) if shape.normalize_top_k else 1.0
         rows.append(sum(probabilities[each] / total * experts[each](token[None])[0] for each in chosen))
-    return torch.stack(rows)  # type: ignore[arg-type]
+    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

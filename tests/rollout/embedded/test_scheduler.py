@@ -122,9 +122,9 @@ def test_an_aborted_job_comes_back_with_what_each_of_its_samples_has() -> None:
     assert scheduler.drop_aborted(9) == [waiting, running]
     assert [len(waiting.completions[sample].token_ids) for sample in range(2)] == [0, 0]
     assert [len(running.completions[sample].token_ids) for sample in range(3)] == [5, 5, 0]
-    for each in (*waiting.completions.values(), *running.completions.values()):
-        assert (each.finish_reason, each.weights_version) == ("abort", 9)
-        assert len(each.token_ids) == len(each.logprobs)
+    for completion in (*waiting.completions.values(), *running.completions.values()):
+        assert (completion.finish_reason, completion.weights_version) == ("abort", 9)
+        assert len(completion.token_ids) == len(completion.logprobs)
     assert scheduler.drop_aborted(9) == []
     while scheduler.step(0) == []:
         pass
