@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import psutil
@@ -52,7 +53,7 @@ def watch_ranks(settings: Settings, groups: ParallelGroups, progress: Progress, 
         limits=Limits.of(settings),
         tell=lambda hang: tell_hung(hang, ending),
         end=lambda: exit_now(EXIT_STOPPED),
-        overdue_s=overdue_s,
+        overdue_s=partial(overdue_s, limit_s=60.0 * settings.parallel.distributed_timeout_minutes),
     )
 
 

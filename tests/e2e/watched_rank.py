@@ -19,7 +19,7 @@ from xrl.launch.limits import MORE_S, Limits
 from xrl.launch.progress import Progress
 from xrl.launch.watch import Self, Watch
 from xrl.metrics.ending import Ending
-from xrl.parallel.recorder import overdue_s, pending_collectives, switch_on
+from xrl.parallel.recorder import pending_collectives, switch_on
 from xrl.parallel.store import connect_to_store
 from xrl.watching import tell_hung
 
@@ -38,7 +38,6 @@ Watch(
     limits=Limits(silence_s=SILENCE_S, phases=dict.fromkeys(MORE_S, PHASE_S)),
     tell=lambda hang: tell_hung(hang, Ending()),
     end=lambda: exit_now(EXIT_STOPPED),
-    overdue_s=overdue_s,
     beat_interval_s=1.0,
 )
 while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from xrl.launch.hang import Pending
 from xrl.parallel.recorder import BUFFER_SIZE, TORCH_GRACE_S, VARIABLES, overdue_s, pending_in, switch_on
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +21,7 @@ NOW_S = 1_000_000.0
 RANK = """
 import json, os, sys, threading, time
 from dataclasses import asdict
+from xrl.launch.hang import Pending
 from xrl.parallel.recorder import pending_collectives, switch_on
 switch_on(os.environ)
 import torch, torch.distributed as dist
@@ -85,17 +88,27 @@ def test_nothing_recorded_is_nothing_pending() -> None:
     assert pending_in({"pg_config": {}}, now_s=NOW_S) == []
 
 
-def test_a_collective_is_overdue_before_torch_ends_it() -> None:
-    timeout_s = 600.0 + TORCH_GRACE_S
+@pytest.mark.parametrize("rounded_up_s", [0.0, 59.0])
+def test_a_collective_is_overdue_before_torch_ends_it(rounded_up_s: float) -> None:
+    timeout_s = 600.0 + TORCH_GRACE_S + rounded_up_s
     for waited_s, expected in ((599.0, 0.0), (601.0, 601.0)):
-        created = int((NOW_S - waited_s) * 1e9)
-        (found,) = pending_in(trace(entry(time_created_ns=created, timeout_ms=1e3 * timeout_s)), now_s=NOW_S)
-        assert overdue_s(found) == pytest.approx(expected)
+        assert overdue_s(waiting(waited_s, timeout_s), limit_s=600.0) == pytest.approx(expected)
 
 
-def test_a_group_with_a_short_time_out_of_its_own_is_not_overdue_at_once() -> None:
-    (found,) = pending_in(trace(entry(timeout_ms=30_000)), now_s=NOW_S)
-    assert overdue_s(found) == 0.0
+@pytest.mark.parametrize("timeout_s", [120.0, 365 * 86400.0])
+def test_a_group_with_a_time_out_of_another_kind_is_never_overdue(timeout_s: float) -> None:
+    assert overdue_s(waiting(601.0, timeout_s), limit_s=600.0) == 0.0
+
+
+def test_a_group_that_torch_does_not_know_is_never_overdue() -> None:
+    found = dataclasses.replace(waiting(601.0, 600.0 + TORCH_GRACE_S), ranks="[]")
+    assert overdue_s(found, limit_s=600.0) == 0.0
+
+
+def waiting(waited_s: float, timeout_s: float) -> Pending:
+    created = int((NOW_S - waited_s) * 1e9)
+    (found,) = pending_in(trace(entry(time_created_ns=created, timeout_ms=1e3 * timeout_s)), now_s=NOW_S)
+    return found
 
 
 def test_whoever_has_set_the_recorder_is_left_alone() -> None:

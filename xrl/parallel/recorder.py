@@ -23,6 +23,8 @@ VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 # Torch ends a collective so much later than --distributed-timeout-minutes: until then the watch has ended the run, and
 # said who waits for whom, which torch does not.
 TORCH_GRACE_S = 90.0
+# Of a group that torch does not know: that of a rank and a rollout worker.
+NO_RANKS = ("", "[]")
 # gloo and NCCL have a recorder each.
 _DUMPS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
 # torch names groups of which it was not told what they are for so.
@@ -61,10 +63,16 @@ def pending_in(trace: Mapping[str, Any], *, now_s: float) -> list[Pending]:
     return sorted(found, key=lambda pending: -pending.waited_s)
 
 
-def overdue_s(pending: Pending) -> float:
-    """How long it has waited where that is longer than --distributed-timeout-minutes; else 0."""
-    limit_s = max(pending.timeout_s - TORCH_GRACE_S, 0.9 * pending.timeout_s)  # some groups are not ours
-    return pending.waited_s if pending.waited_s > limit_s else 0.0
+def overdue_s(pending: Pending, *, limit_s: float) -> float:
+    """How long a collective of one of our groups has waited, where that is longer than it may; else 0.
+
+    Args:
+        limit_s: --distributed-timeout-minutes, in seconds.
+    """
+    # Groups of a rank and a rollout worker, and the control group, have time-outs of other kinds; megatron-core rounds
+    # ours up to whole minutes.
+    is_limited = limit_s < pending.timeout_s < limit_s + TORCH_GRACE_S + 61.0
+    return pending.waited_s if is_limited and pending.ranks not in NO_RANKS and pending.waited_s > limit_s else 0.0
 
 
 def _is_pending(entry: Mapping[str, Any]) -> bool:
