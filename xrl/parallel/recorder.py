@@ -39,11 +39,12 @@ def switch_on(environment: MutableMapping[str, str]) -> None:
 def pending_collectives() -> list[Pending]:
     """Of this process, the oldest first; none where torch records none."""
     found: list[Pending] = []
+    groups = _ranks_of_groups()
     for name in _DUMPS:
         dump: Callable[..., str] | None = getattr(_distributed_c10d, name, None)
         if dump is not None:
             with contextlib.suppress(RuntimeError, ValueError, KeyError, TypeError):  # of another torch
-                found += pending_in(json.loads(dump(True, True)), _ranks_of_groups(), now_s=time.time())
+                found += pending_in(json.loads(dump(True, True)), groups, now_s=time.time())
     return sorted(found, key=lambda pending: -pending.waited_s)
 
 
@@ -76,7 +77,7 @@ def overdue_s(pending: Pending, *, limit_s: float) -> float:
 def _ranks_of_groups() -> dict[str, str]:
     """Not of those between a rank and a rollout worker, of which torch keeps no list."""
     world = distributed_c10d._world
-    return {world.pg_names[group]: str(sorted(ranks)) for group, ranks in world.pg_group_ranks.items()}
+    return {name: str(sorted(world.pg_group_ranks.get(group, ()))) for group, name in world.pg_names.items()}
 
 
 def _is_pending(entry: Mapping[str, Any]) -> bool:
