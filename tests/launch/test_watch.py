@@ -53,7 +53,7 @@ def start(store: dist.TCPStore, ends: Ends) -> Iterator[Start]:
             "world_size": 2,
             "limits": Limits(silence_s=silence_s, phases=dict.fromkeys(MORE_S, phase_s)),
             "tell": lambda hang: ends.put((rank, hang)),
-            "end": lambda: ends.put((rank, None)),
+            "end": lambda hang: ends.put((rank, None)),
             "beat_interval_s": 0.02,
             **options,
         }

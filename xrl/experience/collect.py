@@ -136,8 +136,7 @@ class Collector:
             self._judge_all(place)
         if _num_judged(places) == enough:
             asked = []
-        with self.progress.waiting(self.fleet.waits_for):
-            yield from self._answers(places, asked, counts, description, enough)
+        yield from self._answers(places, asked, counts, description, enough)
         if enough is not None:
             self._carried = [place.group for place in places if place.judging is None and not place.has_failed]
         with self.progress.waiting(lambda: _verdicts_awaited(places)):
