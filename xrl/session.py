@@ -206,6 +206,7 @@ class Session:
             lead = build_lead(settings, self.groups, stack, self._ending, self.progress, judge=self._judge)
             if is_watched:
                 write_whereabouts(lead.journal.folder, world_size=self.groups.layout.world_size)
+            self.progress.waits_for = lead.fleet.waits_for
         self._lead = lead
         self.fleet = lead.fleet if lead else None
         self.num_steps = share_rollout_count(lead, self.groups)

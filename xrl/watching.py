@@ -10,7 +10,8 @@ import socket
 import threading
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import psutil
 
@@ -51,8 +52,8 @@ def watch_ranks(settings: Settings, groups: ParallelGroups, progress: Progress, 
         world_size=groups.layout.world_size,
         limits=Limits.of(settings),
         tell=lambda hang: tell_hung(hang, ending),
-        end=lambda: exit_now(EXIT_STOPPED),
-        overdue_s=overdue_s,
+        end=end_hung,
+        overdue_s=partial(overdue_s, limit_s=60.0 * settings.parallel.distributed_timeout_minutes),
     )
 
 
@@ -85,6 +86,21 @@ def tell_hung(hang: Hang, ending: Ending) -> None:
         return ending.words_about(error)
 
     announce_end(error, _within(DISK_LIMIT_S, note))
+
+
+def end_hung(hang: Hang | None) -> NoReturn:
+    """End this process, and silent ranks of this host: torchrun would wait for one that is stopped for half a minute."""
+    for report in hang.ranks if hang else ():
+        if report.silent_s is not None and report.beat is not None and report.beat.host == socket.gethostname():
+            _kill_sibling(report.beat.pid)
+    exit_now(EXIT_STOPPED)
+
+
+def _kill_sibling(pid: int) -> None:
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if process.ppid() == os.getppid():  # else it is no rank of ours any more
+            process.kill()
 
 
 def write_down(folder: RunFolder, hang: Hang) -> None:

@@ -141,8 +141,11 @@ def test_a_rollout_worker_that_is_stopped_is_what_rank_0_waits_for(model: Path, 
         process_of(run, "xrl.rollout.worker").send_signal(signal.SIGSTOP)
         sentence, line = reported(run)
     assert sentence.startswith("rank 0 has got nothing done for ")
-    assert "waits for " in line and " answers of rollout worker 0 (127.0.0.1:" in line
-    assert "; at xrl/rollout/dispatch.py:" in line
+    # Whatever it was asked for just then.
+    assert re.search(
+        r"; waits for \d+ answers to /\S+ of rollout worker 0 \(127\.0\.0\.1:\d+\), the longest for ", line
+    )
+    assert "; at xrl/rollout/" in line
 
 
 def test_a_judge_that_hangs_is_what_rank_0_waits_for(model: Path, tmp_path: Path) -> None:
@@ -203,7 +206,8 @@ def test_a_link_that_is_cut_ends_both_sides_and_each_names_the_other(
             process.wait(10)
     assert [process.returncode for process in ranks] == [75, 75]
     for rank, other in ((0, 1), (1, 0)):
-        first, silent, own = said[rank].splitlines()
+        lines = said[rank].splitlines()
+        first, silent, own = (line for line in lines if line.startswith(("xrl: ", "  rank ")))
         assert re.match(rf"xrl: error: rank {other} has not been heard of for [5-7] s \(update 1\)", first)
         assert silent.startswith(f"  rank {other} on node{other} ")
         assert own.startswith(f"  rank {rank} on node{rank} ") and "; at tests/e2e/watched_rank.py:" in own

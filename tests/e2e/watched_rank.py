@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from xrl.launch.exit import EXIT_STOPPED, exit_now
 from xrl.launch.limits import MORE_S, Limits
 from xrl.launch.progress import Progress
 from xrl.launch.watch import Self, Watch
 from xrl.metrics.ending import Ending
-from xrl.parallel.recorder import overdue_s, pending_collectives, switch_on
+from xrl.parallel.recorder import pending_collectives, switch_on
 from xrl.parallel.store import connect_to_store
-from xrl.watching import tell_hung
+from xrl.watching import end_hung, tell_hung
 
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 SILENCE_S, PHASE_S = 5.0, 600.0
+SETTLED = 40  # broadcasts, after which the ranks have heard of each other
 
 switch_on(os.environ)
 dist.init_process_group("gloo")
@@ -37,12 +37,12 @@ Watch(
     world_size=2,
     limits=Limits(silence_s=SILENCE_S, phases=dict.fromkeys(MORE_S, PHASE_S)),
     tell=lambda hang: tell_hung(hang, Ending()),
-    end=lambda: exit_now(EXIT_STOPPED),
-    overdue_s=overdue_s,
+    end=end_hung,
     beat_interval_s=1.0,
 )
 while True:
     dist.broadcast(torch.zeros(3), src=0, group=group)
     progress.advance()
-    (FOLDER / f"beats-{RANK}").touch()
+    if progress.pieces > SETTLED:
+        (FOLDER / f"beats-{RANK}").touch()
     time.sleep(0.1)

@@ -148,15 +148,10 @@ def test_every_request_that_ends_and_every_verdict_is_progress() -> None:
     assert progress.pieces == 3 + 4
 
 
-def test_it_can_be_told_for_whom_a_rollout_waits() -> None:
+def test_it_can_be_told_for_how_many_verdicts_a_rollout_waits() -> None:
     told: list[str] = []
     lates: list[Late] = []
     progress = Progress()
-
-    class Looking(ScriptedWorkers):
-        def generate(self, *arguments: Any, **options: Any) -> Any:
-            told.append(progress.waits_for())
-            yield from super().generate(*arguments, **options)
 
     class Slow(InlineJudge):
         """Has the verdict on the first of two answers when it is asked for it."""
@@ -181,13 +176,13 @@ def test_it_can_be_told_for_whom_a_rollout_waits() -> None:
             told.append(progress.waits_for())
             next(late for late in lates if not late.is_there).is_there = True
 
-    one = Collector(Looking(echo), Words(), Slow(reward), progress)  # type: ignore[arg-type]
+    one = Collector(ScriptedWorkers(echo), Words(), Slow(reward), progress)  # type: ignore[arg-type]
     finished(
         one.collect(
             prompts(11, 12), sampling=SAMPLING, num_samples=2, description="training samples", while_waiting=look
         )
     )
-    assert told == ["answers", "2 verdicts, the longest for 0 s", "1 verdicts, the longest for 0 s"]
+    assert told == ["2 verdicts, the longest for 0 s", "1 verdicts, the longest for 0 s"]
     assert progress.waits_for() == ""
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
+import xrl
 from xrl.launch.beats import Beat, Trouble
-from xrl.launch.hang import MOST_LINES, Hang, Pending, RankReport
+from xrl.launch.hang import MESSAGE_FILES, MOST_LINES, Hang, Pending, RankReport
 
 STILL = Trouble(sentence="no rank has got anything done for 601 s")
 
@@ -61,12 +64,29 @@ def test_numbers_are_compared_within_a_group() -> None:
 
 def test_messages_between_two_ranks_have_numbers_of_their_own() -> None:
     message = collective(2, is_message=True)
-    assert order(report(0, collective(56)), report(1, collective(55)), report(2, message)) == [1, 2, 0]
+    assert order(report(0, collective(56)), report(1, collective(55)), report(2, message)) == [1, 0, 2]
 
 
 def test_where_all_wait_in_the_same_collective_the_sentence_says_so() -> None:
     hang = Hang.of(STILL, [report(1, collective(5)), report(0, collective(5))])
-    assert hang.sentence == f"{STILL.sentence}; all wait in collectives, rank 0 in the earliest"
+    assert hang.sentence == f"{STILL.sentence}; all wait for each other, rank 0 in the earliest"
+
+
+def test_a_rank_that_waits_for_a_message_is_not_taken_for_one_at_fault() -> None:
+    in_message = RankReport(rank=0, beat=beat(), own_frame="xrl/a.py:1 f", frame="torch/distributed/x.py:7 recv")
+    hang = Hang.of(STILL, [in_message, report(1)])
+    assert [found.rank for found in hang.ranks] == [1, 0]
+    assert hang.sentence.endswith("rank 1 is in no collective, and the others wait for it")
+    assert hang.lines()[1].endswith("(torch/distributed/x.py:7 recv); in a message to or from another rank")
+    assert Hang.of(STILL, [in_message]).ranks[0].waits
+
+
+def test_files_in_which_ranks_wait_for_messages_are_there() -> None:
+    for file in MESSAGE_FILES:
+        if file.startswith("xrl/"):
+            assert (Path(xrl.__file__).parents[1] / file).is_file()
+        else:
+            assert any((Path(folder) / file).exists() for folder in sys.path)
 
 
 def test_without_any_collective_nobody_is_blamed() -> None:

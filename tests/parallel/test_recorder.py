@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from xrl.parallel.recorder import BUFFER_SIZE, TORCH_GRACE_S, VARIABLES, overdue_s, pending_in, switch_on
+from xrl.launch.hang import Pending
+from xrl.parallel.recorder import BUFFER_SIZE, OLDER_VARIABLE, TORCH_GRACE_S, VARIABLE, overdue_s, pending_in, switch_on
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW_S = 1_000_000.0
@@ -19,6 +21,7 @@ NOW_S = 1_000_000.0
 RANK = """
 import json, os, sys, threading, time
 from dataclasses import asdict
+from xrl.launch.hang import Pending
 from xrl.parallel.recorder import pending_collectives, switch_on
 switch_on(os.environ)
 import torch, torch.distributed as dist
@@ -58,13 +61,13 @@ def entry(**changes: Any) -> dict[str, Any]:
     }
 
 
-def trace(*entries: dict[str, Any]) -> dict[str, Any]:
-    return {"pg_config": {"12": {"name": "12", "desc": "control", "ranks": "[0, 1]"}}, "entries": list(entries)}
+def pending(*entries: dict[str, Any]) -> list[Pending]:
+    return pending_in({"entries": list(entries)}, {"12": "[0, 1]"}, now_s=NOW_S)
 
 
 def test_what_has_ended_is_left_out_and_the_oldest_comes_first() -> None:
     newer = entry(collective_seq_id=57, time_created_ns=int(NOW_S * 1e9))
-    found = pending_in(trace(newer, entry(), entry(retired=True), entry(state="completed")), now_s=NOW_S)
+    found = pending(newer, entry(), entry(retired=True), entry(state="completed"))
     assert [each.number for each in found] == [56, 57]
     first = found[0]
     assert (first.group, first.ranks, first.shapes, first.dtypes) == ("12 (control)", "[0, 1]", ((4, 2),), ("Float",))
@@ -72,40 +75,53 @@ def test_what_has_ended_is_left_out_and_the_oldest_comes_first() -> None:
 
 
 def test_a_message_between_two_ranks_has_a_number_of_its_own() -> None:
-    (found,) = pending_in(trace(entry(is_p2p=True)), now_s=NOW_S)
+    (found,) = pending(entry(is_p2p=True))
     assert found.is_message and found.number == 3
 
 
 def test_a_group_without_a_purpose_is_named_alone() -> None:
-    (found,) = pending_in(trace(entry(process_group=["9", "undefined"])), now_s=NOW_S)
+    (found,) = pending(entry(process_group=["9", "undefined"]))
     assert (found.group, found.ranks) == ("9", "")
 
 
 def test_nothing_recorded_is_nothing_pending() -> None:
-    assert pending_in({"pg_config": {}}, now_s=NOW_S) == []
+    assert pending_in({"pg_config": {}}, {}, now_s=NOW_S) == []
 
 
-def test_a_collective_is_overdue_before_torch_ends_it() -> None:
-    timeout_s = 600.0 + TORCH_GRACE_S
+@pytest.mark.parametrize("rounded_up_s", [0.0, 59.0])
+def test_a_collective_is_overdue_before_torch_ends_it(rounded_up_s: float) -> None:
+    timeout_s = 600.0 + TORCH_GRACE_S + rounded_up_s
     for waited_s, expected in ((599.0, 0.0), (601.0, 601.0)):
-        created = int((NOW_S - waited_s) * 1e9)
-        (found,) = pending_in(trace(entry(time_created_ns=created, timeout_ms=1e3 * timeout_s)), now_s=NOW_S)
-        assert overdue_s(found) == pytest.approx(expected)
+        assert overdue_s(waiting(waited_s, timeout_s), limit_s=600.0) == pytest.approx(expected)
 
 
-def test_a_group_with_a_short_time_out_of_its_own_is_not_overdue_at_once() -> None:
-    (found,) = pending_in(trace(entry(timeout_ms=30_000)), now_s=NOW_S)
-    assert overdue_s(found) == 0.0
+@pytest.mark.parametrize("timeout_s", [120.0, 365 * 86400.0])
+def test_a_group_with_a_time_out_of_another_kind_is_never_overdue(timeout_s: float) -> None:
+    assert overdue_s(waiting(601.0, timeout_s), limit_s=600.0) == 0.0
 
 
-def test_whoever_has_set_the_recorder_is_left_alone() -> None:
-    for name in VARIABLES:
-        environment = {name: "7"}
-        switch_on(environment)
-        assert environment == {name: "7"}
-    environment = {}
+def test_a_group_that_torch_does_not_know_is_never_overdue() -> None:
+    found = dataclasses.replace(waiting(601.0, 600.0 + TORCH_GRACE_S), ranks="")
+    assert overdue_s(found, limit_s=600.0) == 0.0
+
+
+def waiting(waited_s: float, timeout_s: float) -> Pending:
+    created = int((NOW_S - waited_s) * 1e9)
+    (found,) = pending(entry(time_created_ns=created, timeout_ms=1e3 * timeout_s))
+    return found
+
+
+@pytest.mark.parametrize("name", [VARIABLE, OLDER_VARIABLE])
+def test_whoever_has_set_the_recorder_is_left_alone(name: str) -> None:
+    environment = {name: "7"}
     switch_on(environment)
-    assert set(environment.values()) == {str(BUFFER_SIZE)}
+    assert environment == {name: "7"}
+
+
+def test_the_recorder_is_switched_on() -> None:
+    environment: dict[str, str] = {}
+    switch_on(environment)
+    assert environment == {VARIABLE: str(BUFFER_SIZE)}
 
 
 @pytest.mark.slow

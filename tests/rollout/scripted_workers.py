@@ -58,9 +58,6 @@ class ScriptedWorkers:
                 counts.unfinished += 1
             yield place, None if found is None else list(found)
 
-    def waits_for(self) -> str:
-        return "answers"
-
     def cut_short(self) -> None:
         self.num_cuts += 1
         self._is_cut = True

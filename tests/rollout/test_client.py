@@ -93,6 +93,23 @@ def test_every_call_shows_who_we_are_and_wants_nothing_packed(client: Client, se
     assert seen[0]["Accept-Encoding"] == "identity"
 
 
+def test_it_can_be_told_which_calls_are_not_answered_yet(client: Client, serve: Any) -> None:
+    told: list[str] = []
+
+    async def look(_: web.Request, asked: GenerateRequest) -> web.StreamResponse:
+        told.append(client.waits_for())
+        return web.json_response(good_answer(asked))
+
+    _, one = serve(look)
+    ask(client, one)
+    address = one.url.removeprefix("http://")
+    assert told == [f"1 answers to /generate of rollout worker 1 ({address}), the longest for 0 s"]
+    assert client.waits_for() == ""
+    with pytest.raises(WorkerGone):
+        ask(client, worker(1))
+    assert client.waits_for() == ""
+
+
 def test_a_worker_that_cannot_is_named_with_what_it_says(client: Client, serve: Any) -> None:
     _, one = serve(refuses("EngineError"))
     with pytest.raises(WorkerRefused, match=r"rollout worker 1 \(127.0.0.1:\d+\): EngineError: no room"):

@@ -241,21 +241,6 @@ def test_a_request_that_is_only_cut_off_fails_by_that(make_fleet: MakeFleet) -> 
     )
 
 
-def test_it_can_be_told_whose_answers_are_under_way(make_fleet: MakeFleet) -> None:
-    held = Held()
-    fleet = make_fleet(2, held, rollout_max_batch_size=2)
-    dispatch, _, _ = fleet.begin(ask(0, num_samples=2), ask(1), ask(2, num_samples=2))
-    assert dispatch.waits_for() == (
-        "2 answers of rollout worker 0 (10.0.0.0:80), the longest for 0 s; "
-        "1 answers of rollout worker 1 (10.0.0.1:80), the longest for 0 s"
-    )
-    held.let_go("r1")
-    fleet.settle()
-    held.let_go("r0", "r2")
-    fleet.settle()
-    assert dispatch.waits_for() == ""
-
-
 def test_a_rollout_cut_short_comes_back_as_it_is(make_fleet: MakeFleet) -> None:
     held = Held()
     fleet = make_fleet(2, held, rollout_max_batch_size=1)

@@ -163,10 +163,9 @@ class Collector:
                     )
                 ]
             ):
-                with self.progress.waiting(self.fleet.waits_for):
-                    yield from self._answers(
-                        places, asked, counts, description, enough, longest=longest, while_waiting=while_waiting
-                    )
+                yield from self._answers(
+                    places, asked, counts, description, enough, longest=longest, while_waiting=while_waiting
+                )
                 self._judge_first(places, enough)
             with self.progress.waiting(lambda: _verdicts_awaited(places)):
                 groups = [

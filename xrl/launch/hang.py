@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,15 @@ from xrl.launch.beats import Beat, Trouble, numbers
 # One line a rank that matters: in a hang of hundreds, the first few say it all.
 MOST_LINES = 8
 MOST_GROUP_CHARS = 48
+# torch does not record gloo's messages between two ranks: a rank whose main thread is in one of these files waits for
+# another one all the same.
+MESSAGE_FILES = (
+    "torch/distributed/",
+    "megatron/core/pipeline_parallel/p2p_communication.py",
+    "xrl/actor/broadcast.py",
+    "xrl/weights/export.py",
+    "xrl/weights/shared_export.py",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +95,16 @@ class RankReport:
         except (TypeError, KeyError) as error:
             raise ValueError(f"no report of a rank: {error}") from error
 
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for other ranks, in a collective or for a message."""
+        return bool(self.pending) or self.frame.startswith(MESSAGE_FILES)
+
     def line(self, *, others_wait: bool) -> str:
         """What people read of it.
 
         Args:
-            others_wait: whether any rank waits in a collective: then it is news that this one does not.
+            others_wait: whether any rank waits for others: then it is news that this one does not.
         """
         said = [f"rank {self.rank}"]
         if self.beat is not None:
@@ -106,6 +121,8 @@ class RankReport:
             said.append(f"waits for {self.waits_for}")
         if self.pending:
             said.append(f"in {self.pending[0]}")
+        elif self.waits:
+            said.append("in a message to or from another rank")
         elif others_wait and self.silent_s is None:
             said.append("in no collective")
         return "; ".join(said)
@@ -133,7 +150,7 @@ class Hang:
 
     def lines(self, *, most: int = MOST_LINES) -> list[str]:
         """One a rank that matters."""
-        others_wait = any(report.pending for report in self.ranks)
+        others_wait = any(report.waits for report in self.ranks)
         shown = [report.line(others_wait=others_wait) for report in self.ranks[:most]]
         left = self.ranks[most:]
         more = f"and {len(left)} more: ranks {numbers(sorted(report.rank for report in left))}"
@@ -173,22 +190,23 @@ def at_fault_first(reports: Sequence[RankReport]) -> list[RankReport]:
     def order(report: RankReport) -> tuple[float, ...]:
         if report.silent_s is not None:
             return 0, -report.silent_s, report.rank
-        if not report.pending:
+        if not report.waits:
             return 1, report.rank
         collectives = [pending for pending in report.pending if not pending.is_message]
         behind = max((latest[pending.group] - pending.number for pending in collectives), default=0)
-        return 2, -behind, min((pending.number for pending in collectives), default=0), report.rank
+        return 2, -behind, min((pending.number for pending in collectives), default=math.inf), report.rank
 
     return sorted(reports, key=order)
 
 
 def _blame(ranks: Sequence[RankReport]) -> str:
     """Who holds up the others, of those at fault first; empty where that cannot be told."""
-    if not any(report.pending for report in ranks):
+    if not any(report.waits for report in ranks):
         return ""
-    outside = sorted(report.rank for report in ranks if report.silent_s is None and not report.pending)
+    outside = sorted(report.rank for report in ranks if report.silent_s is None and not report.waits)
     if not outside:
-        return f"all wait in collectives, rank {ranks[0].rank} in the earliest"
+        earliest = f", rank {ranks[0].rank} in the earliest" if ranks[0].pending else ""
+        return f"all wait for each other{earliest}"
     return f"{_subject(outside, 'is', 'are')} in no collective, and the others wait for {_it(outside)}"
 
 

@@ -130,7 +130,7 @@ class Watch:
         world_size: int,
         limits: Limits,
         tell: Callable[[Hang], None],
-        end: Callable[[], None],
+        end: Callable[[Hang | None], None],
         overdue_s: Callable[[Pending], float] = lambda pending: 0.0,
         beat_interval_s: float = BEAT_INTERVAL_S,
     ) -> None:
@@ -139,7 +139,7 @@ class Watch:
             connect: makes a client of the store, of which nobody else makes use.
             me: this rank.
             tell: is told of a hang, once, in a thread of the watch, before the others are told that the run ends.
-            end: ends the process, in a thread of the watch.
+            end: ends the process, in a thread of the watch, when that is done; with None, rank 0 has told of the hang.
             overdue_s: how long a collective has waited where that is longer than it may, else 0.
         """
         self._connect, self._me, self._overdue_s = connect, me, overdue_s
@@ -200,7 +200,7 @@ class Watch:
             talk.end(self._last_words)
             self._has_said_end.set()
         if not self._leads and talk.has_ended and not self._stopping.is_set():
-            self._end()
+            self._end(None)
 
     def _hear(self, rank: int, beat: Beat) -> None:
         with self._lock:
@@ -220,7 +220,7 @@ class Watch:
                 hang = self._examined(trouble)
                 self._tell(hang)
                 self._say_end(hang)
-                self._end()
+                self._end(hang)
                 return
 
     def _examined(self, trouble: Trouble) -> Hang:

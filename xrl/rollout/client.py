@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import threading
+import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from typing import TypeVar
 
 import aiohttp
@@ -44,6 +47,15 @@ SLACK_S = 60.0
 COSTS_THE_WORKER = frozenset(kind.__name__ for kind in (TransportError, AccessDenied, WorkerInUse))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A call that is not answered yet."""
+
+    worker: str
+    path: str
+    since: float
+
+
 class Client:
     """Calls workers. Coroutines run in its thread: `start` and `wait_for` bring them there."""
 
@@ -65,6 +77,8 @@ class Client:
         # As many connections as may be open at once, shared out: a connection is kept for a while after its request.
         self._connections_per_worker: int | None = None
         self._has_said_bound = False
+        self._calls: dict[int, _Call] = {}  # that are not answered yet; read by any thread
+        self._call_numbers = itertools.count()
 
     def stop_keeping(self) -> None:
         """Say no more to workers that `keep` tells that we are there."""
@@ -171,6 +185,8 @@ class Client:
             WorkerRefused: it cannot do that.
         """
         name = name_of(worker)
+        call = next(self._call_numbers)
+        self._calls[call] = _Call(worker=name, path=path, since=time.monotonic())
         try:
             async with self._http().post(
                 worker.url + path, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s), allow_redirects=False
@@ -182,6 +198,8 @@ class Client:
             raise WorkerFault(name, f"{path}: the answer is no HTTP: {shown(error.message)}") from error
         except (aiohttp.ClientError, OSError) as error:
             raise WorkerGone(f"{path}: {error or type(error).__name__}") from error
+        finally:
+            del self._calls[call]
         if response.status != 200:
             kind, sentence = checked_refusal(answer, worker=name)
             # What breaks between the two costs the worker, not the run.
@@ -189,6 +207,18 @@ class Client:
                 raise WorkerGone(f"{kind}: {sentence}")
             raise WorkerRefused(name, f"{kind}: {sentence}")
         return answer
+
+    def waits_for(self) -> str:
+        """Which calls are not answered yet and for how long, "32 answers to /generate of rollout worker 1
+        (10.0.0.2:7000), the longest for 40 s": for people, from any thread."""
+        since: dict[str, list[float]] = {}
+        for call in list(self._calls.values()):
+            since.setdefault(f"to {call.path} of {call.worker}", []).append(call.since)
+        now = time.monotonic()
+        return "; ".join(
+            f"{len(times)} answers {which}, the longest for {now - min(times):.0f} s"
+            for which, times in sorted(since.items())
+        )
 
     async def is_well(self, worker: WorkerHandle) -> bool:
         """Whether a worker says that it is well."""

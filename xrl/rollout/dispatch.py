@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import queue
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -64,15 +63,6 @@ class _Load:
     tokens: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class _UnderWay:
-    """A request that a worker has."""
-
-    worker: str
-    num_answers: int
-    since: float
-
-
 class Dispatch:
     """One rollout. `run` in the client's thread, `next_result` in the caller's."""
 
@@ -94,7 +84,6 @@ class Dispatch:
         self.updates = updates
         self._results: queue.Queue[Answered | NoneReady | BaseException] = queue.Queue()
         self._loads: dict[int, _Load] = {}
-        self._under_way: dict[int, _UnderWay] = {}  # by place; read by any thread
         self._changed = asyncio.Condition()
         self._turn = asyncio.Lock()  # of the request that is next: thousands would all wake up for each that ends
         self._is_cut_short = self._has_ended = False
@@ -121,20 +110,6 @@ class Dispatch:
             raise result
         self._has_asked = isinstance(result, NoneReady)
         return result
-
-    def waits_for(self) -> str:
-        """Whose answers are under way and for how long, "32 answers of rollout worker 1 (10.0.0.2:7000), ...": for
-        people, from any thread."""
-        now = time.monotonic()
-        by_worker: dict[str, list[_UnderWay]] = {}
-        for each in list(self._under_way.values()):
-            by_worker.setdefault(each.worker, []).append(each)
-        said = [
-            f"{sum(each.num_answers for each in asked)} answers of {worker}, the longest for "
-            f"{now - min(each.since for each in asked):.0f} s"
-            for worker, asked in sorted(by_worker.items())
-        ]
-        return "; ".join(said)
 
     def _next(self, while_waiting: Callable[[], None]) -> Answered | NoneReady | BaseException:
         """What comes next. That something comes is bounded by the requests' own time-outs, in the client's thread.
@@ -196,7 +171,6 @@ class Dispatch:
             generation, name = self.roster.generation(worker), name_of(worker)
             # A name of its own for each try: the engine may not be rid of the last one yet.
             this_try = dataclasses.replace(request, id=f"{request.id}.{attempt}") if attempt else request
-            self._under_way[place] = _UnderWay(worker=name, num_answers=request.num_samples, since=time.monotonic())
             try:
                 completions = await self._ask(worker, this_try)
                 if all(completion.is_whole for completion in completions):
@@ -226,7 +200,6 @@ class Dispatch:
             except StaleAnswer as error:
                 why = f"{name}: {error}"
             finally:
-                del self._under_way[place]
                 await self._give_back(worker, request)
             logger.warning("request %s: %s", request.id, why)
             avoid = worker.number

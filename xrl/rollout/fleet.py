@@ -229,8 +229,8 @@ class Fleet:
             running.cancel()
 
     def waits_for(self) -> str:
-        """Whose answers `generate` waits for, and for how long: for people, from any thread."""
-        return "" if self._dispatch is None else self._dispatch.waits_for()
+        """Which workers have not answered yet and for how long: for people, from any thread."""
+        return self.client.waits_for()
 
     def cut_short(self) -> None:
         """End the rollout that `generate` is at: what is left of it comes back at once, as it is."""
