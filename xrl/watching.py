@@ -19,11 +19,12 @@ from xrl.config import Settings
 from xrl.files.disk import NotWritten
 from xrl.files.notes import Notes
 from xrl.files.whole import write_whole
-from xrl.launch.exit import EXIT_STOPPED, RunHung, announce_end, exit_now
+from xrl.launch.exit import RunHung, announce_end, exit_now
 from xrl.launch.hang import Hang
 from xrl.launch.limits import Limits
 from xrl.launch.progress import Progress
 from xrl.launch.signals import end_after
+from xrl.launch.stop import EXIT_STOPPED
 from xrl.launch.watch import Self, Store, Watch
 from xrl.metrics.ending import Ending
 from xrl.metrics.run_folder import RunFolder
@@ -89,7 +90,7 @@ def tell_hung(hang: Hang, ending: Ending) -> None:
 
 
 def end_hung(hang: Hang | None) -> NoReturn:
-    """End this process, and silent ranks of this host: torchrun would wait for one that is stopped for half a minute."""
+    """End this process, and silent ranks of this host: torchrun would wait half a minute for one that is stopped."""
     for report in hang.ranks if hang else ():
         if report.silent_s is not None and report.beat is not None and report.beat.host == socket.gethostname():
             _kill_sibling(report.beat.pid)

@@ -32,14 +32,16 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--ep", type=int, default=1)
+    parser.add_argument("--sp", action="store_true")
     parser.add_argument("--distributed-optimizer", action="store_true")
     arguments = parser.parse_args()
-    arguments.sp, arguments.recompute, arguments.backend, arguments.updates = False, None, "auto", 9
+    arguments.recompute, arguments.backend, arguments.updates = None, "auto", 9
     torch.set_num_threads(1)
     parallel = ParallelConfig(
         tensor_model_parallel_size=arguments.tp,
         pipeline_model_parallel_size=arguments.pp,
         expert_model_parallel_size=arguments.ep,
+        sequence_parallel=arguments.sp,
     )
     groups = initialize(parallel, seed=1)
     actor = make_actor(arguments, groups, PackingConfig(max_tokens_per_microbatch=400), linear=False)

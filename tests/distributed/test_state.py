@@ -23,7 +23,7 @@ DENSE = {
 EXPERTS = {
     "1 rank": (1,),
     "ep2": (2, "--ep=2"),
-    "tp2ep2-distributed-optimizer": (4, "--tp=2", "--ep=2", "--distributed-optimizer"),
+    "tp2ep2-distributed-optimizer": (4, "--tp=2", "--ep=2", "--sp", "--distributed-optimizer"),
 }
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

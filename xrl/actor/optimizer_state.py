@@ -80,7 +80,7 @@ class TrainedParameter:
 
 def trained_parameters(model: nn.Module, optimizer: MegatronOptimizer) -> dict[str, TrainedParameter]:
     """Everything that this rank trains, by its name in the model."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     found = {}
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
         if inner.optimizer is None:  # this rank's share is empty

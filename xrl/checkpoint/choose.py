@@ -61,7 +61,7 @@ def state_to_resume(run: RunConfig, *, without: Collection[Path] = ()) -> Choice
             f"--resume never, but --run-dir {run.run_dir} has a saved state ({step_folder(state_dir, steps[0]).name}): "
             f"use another --run-dir, or --resume auto to go on from it"
         )
-    damaged = []
+    damaged: list[tuple[Path, str]] = []
     for step in steps:
         folder = step_folder(state_dir, step)
         if folder in without:

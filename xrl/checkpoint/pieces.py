@@ -45,7 +45,7 @@ def writers(plan: Plan, place: Place) -> dict[str, bool]:
         for context in range(layout.context_size)
     ]
     load: Counter[tuple[int, int, bool]] = Counter()
-    found = {}
+    found: dict[str, bool] = {}
     for parameter in plan.parameters(place):
         if not exported_at(plan, parameter, place):
             continue  # the first tensor rank writes it, or it is a copy

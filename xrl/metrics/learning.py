@@ -147,11 +147,7 @@ class LearningWatch:
         """Go on counting."""
         self.has_moved, self._has_learned = state["has_moved"], state["has_learned"]
         self._num_seen, self._num_idle = state["num_seen"], state["num_idle"]
-        nan = dict.fromkeys(("truncated_fraction", "reward_mean", "reward_std"), math.nan)
-        self._idle = [
-            RolloutRecord(**{name: nan.get(name) if value is None else value for name, value in record.items()})
-            for record in state["idle"]
-        ]
+        self._idle = [_record(said) for said in state["idle"]]
         self._odd = Counter(state["odd"])
 
     def see(self, record: RolloutRecord) -> list[str]:
@@ -197,6 +193,12 @@ class LearningWatch:
             if self._odd[oddity] == WARN_AFTER:
                 warnings.append(self._words.odd(oddity, WARN_AFTER, record))
         return warnings
+
+
+def _record(said: Mapping[str, Any]) -> RolloutRecord:
+    """What `state_dict` told of one."""
+    nan = {name: math.nan for name in ("truncated_fraction", "reward_mean", "reward_std") if said[name] is None}
+    return RolloutRecord(**{**said, **nan})
 
 
 def _json(value: Any) -> Any:

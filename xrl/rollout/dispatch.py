@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import queue
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
