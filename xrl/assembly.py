@@ -101,7 +101,6 @@ def build_lead(
         progress: advances with what the engines answer and the judge says.
         judge: a function of this process; default: the judge of the settings, behind its bounds.
     """
-    # Before anything is started: it is here that a tokenizer, a chat template or too long prompts are refused.
     data = _load_data(settings)
     folder = _open_run_folder(settings, stack, ending)
     fleet = _claim_workers(settings, groups, folder, stack)
@@ -139,6 +138,7 @@ class _LeadData:
 
 
 def _load_data(settings: Settings) -> _LeadData:
+    """Before anything is started: it is here that a tokenizer, a chat template or too long prompts are refused."""
     tokenizer = load_tokenizer(settings.model.model)
     prompts = PromptDataset(
         settings.data.data,
