@@ -118,6 +118,7 @@ def test_each_rollout_asks_for_a_batch_of_prompts_that_follow_in_the_stream(make
             "description": "training samples",
             "first_ordinal": 7,
             "enough": None,
+            "most_tokens": None,
             "while_waiting": run.stop.check,
         }
 

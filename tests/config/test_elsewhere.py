@@ -48,7 +48,7 @@ def test_word_of_another_project_is_translated(flag: str, ours: str) -> None:
 
 
 def test_what_there_is_not_is_said_to_be_missing() -> None:
-    assert "; runs cannot be resumed" in refusal("--resume")
+    assert "--resume, with --run-dir" in refusal("--resume-from-checkpoint", "x")
     assert "metrics.jsonl" in refusal("--report-to", "wandb")
 
 

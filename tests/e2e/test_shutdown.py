@@ -55,7 +55,7 @@ def own_lines(run: Run) -> list[str]:
 def says_what_is_left(line: str, folder: Path) -> bool:
     """Whether the line names the run's folder, and says that no checkpoint is in it."""
     (run_folder,) = (folder / "work").iterdir()
-    return f" of 100,000; run folder {run_folder}; no checkpoint yet (--save-interval" in line or (
+    return f" of 100,000; run folder {run_folder}; no checkpoint yet (--state-interval" in line or (
         f"before the first rollout was learned from; run folder {run_folder}; no checkpoint yet" in line
     )
 

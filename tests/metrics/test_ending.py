@@ -34,7 +34,7 @@ def rank_below_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def test_a_run_that_has_just_begun_has_nothing_saved(tmp_path: Path) -> None:
     assert where_things_are(RunFolder(tmp_path), None) == (
         f"before the first rollout was learned from; run folder {tmp_path}; "
-        f"no checkpoint yet (--save-interval N writes one every N rollouts)"
+        f"no checkpoint yet (--state-interval N saves the run's state every N rollouts, --save-interval N its model)"
     )
 
 

@@ -18,7 +18,7 @@ from xrl.rollout import protocol, receivers
 from xrl.rollout.engine import EngineNotReady
 from xrl.rollout.receivers import Receivers
 from xrl.types import WeightBucket
-from xrl.weights.checksum import layer_checksum
+from xrl.weights.checksum import bucket_checksum
 from xrl.weights.transport import Manifest, TransportError
 from xrl.weights.transport.shared_memory import Sender
 
@@ -58,9 +58,9 @@ def test_layers_are_received_through_what_a_run_has_connected() -> None:
         return found
 
     found, sender = asyncio.run(connect()), Sender()
-    bucket = WeightBucket(version=4, layer="layers.0", tensors={"w": torch.arange(3.0)})
-    manifest = Manifest.of(bucket, where=sender.put(bucket), checksum=layer_checksum(bucket.tensors))
-    tensors = found.of("a-run", layer="layers.0").receive(manifest)
+    bucket = WeightBucket(version=4, part="layers.0", tensors={"w": torch.arange(3.0)})
+    manifest = Manifest.of(bucket, where=sender.put(bucket), checksum=bucket_checksum(bucket.tensors))
+    tensors = found.of("a-run", part="layers.0").receive(manifest)
     assert tensors["w"].tolist() == [0.0, 1.0, 2.0]
     del tensors
     sender.close()
@@ -70,9 +70,9 @@ def test_who_has_not_connected_is_told_so_whoever_else_has() -> None:
     found = Receivers(CPU)
     for run_id in ("a-run", "another"):
         with pytest.raises(TransportError, match=r"no trainer of this run has connected before it sent layers\.0"):
-            found.of(run_id, layer="layers.0")
+            found.of(run_id, part="layers.0")
         found.install(Closed(), "a-run")  # type: ignore[arg-type]
-    assert isinstance(found.of("a-run", layer="layers.0"), Closed)
+    assert isinstance(found.of("a-run", part="layers.0"), Closed)
 
 
 def test_a_new_receiver_takes_the_place_of_the_last_which_is_closed() -> None:
@@ -81,9 +81,9 @@ def test_a_new_receiver_takes_the_place_of_the_last_which_is_closed() -> None:
     assert not first.closed.is_set()
     found.install(second, "another")  # type: ignore[arg-type]
     assert first.closed.is_set() and not second.closed.is_set()
-    assert found.of("another", layer="final") is second  # type: ignore[comparison-overlap]
+    assert found.of("another", part="final") is second  # type: ignore[comparison-overlap]
     with pytest.raises(TransportError):
-        found.of("a-run", layer="final")
+        found.of("a-run", part="final")
 
 
 def test_an_invitation_that_cannot_be_right_is_refused_as_often_as_it_comes() -> None:

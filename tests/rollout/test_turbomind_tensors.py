@@ -59,8 +59,8 @@ def test_expected_tensors_are_those_of_transformers(tmp_path: Path, family: str,
     make_checkpoint(tmp_path, family=family, tied=tied, with_tokenizer=False)
     parts = expected_parts(read_model_shape(tmp_path))
     for bucket in buckets(AutoModelForCausalLM.from_pretrained(tmp_path)):
-        check_part(bucket.layer, bucket.tensors, parts)
-        assert bucket.tensors.keys() == parts.pop(bucket.layer).keys()
+        check_part(bucket.part, bucket.tensors, parts)
+        assert bucket.tensors.keys() == parts.pop(bucket.part).keys()
     assert not parts
 
 

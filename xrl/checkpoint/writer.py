@@ -159,7 +159,7 @@ class StateWriter:
             return None
         start = time.perf_counter()
         if wait:
-            save.thread.join()
+            save.thread.join()  # Unbounded: it writes to a disk, and ends with it; the watch looks after this rank.
         results = self._control.gather({} if save.thread.is_alive() else save.result)
         if not all(results):
             save.held_up += time.perf_counter() - start

@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-_NO_RESUME = (
-    "runs cannot be resumed: optimizer state and data order are not saved; start a new run from an hf-<step> folder "
-    "with --model"
-)
+_RESUME = "--resume, with --run-dir and --state-interval"
 _NO_TRACKER = "there is none: metrics go to metrics.jsonl and, with --tensorboard, to TensorBoard events in the run"
 _MICRO_BATCH = "--max-tokens-per-microbatch (tokens, packed) or --micro-batch-size (samples, padded)"
 _UPDATE_BATCH = "--rollout-batch-size (prompts) times --samples-per-prompt, over --updates-per-rollout"
@@ -40,10 +37,9 @@ _PARTIAL = "--partial-rollout, with --oversampling"
 ELSEWHERE: Mapping[str, str] = MappingProxyType(
     {
         # Where a run starts, and what it leaves.
-        "resume": _NO_RESUME,
-        "resume_from": _NO_RESUME,
-        "resume_from_checkpoint": _NO_RESUME,
-        "resume_mode": _NO_RESUME,
+        "resume_from": _RESUME,
+        "resume_from_checkpoint": _RESUME,
+        "resume_mode": _RESUME,
         "load": "--model",
         "model.path": "--model",
         "model.name": "--model",
@@ -71,7 +67,7 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "wandb_run_name": _NO_TRACKER,
         "report_to": _NO_TRACKER,
         "trainer.logger": _NO_TRACKER,
-        "run_name": "--work-dir: each run makes a folder of its own in it, named by the time it starts",
+        "run_name": "--run-dir, or --work-dir: each run then makes a folder of its own in it, named by the time it starts",
         "logging_steps": "--log-interval (rollouts)",
         "log_completions": "there is none: every answer is in rollout_idx_<n>_trajectory.jsonl of the run",
         "eval_steps": "--eval-interval (rollouts)",

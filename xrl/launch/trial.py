@@ -16,6 +16,7 @@ from typing import Any
 
 from xrl.config.errors import SettingsError
 from xrl.launch.children import module_command
+from xrl.launch.hearing import unblock_signals
 from xrl.launch.signals import stop_with_parent
 from xrl.launch.start import forgive_warnings_of_others
 
@@ -80,6 +81,7 @@ class TrialProcess:
 
 def answer_once(answer_to: Callable[[str], Mapping[str, Any]]) -> None:
     """The process's side: answer the question that it was started with, and end with all that was started for it."""
+    unblock_signals()
     # The answer alone goes to stdout: whatever a library prints there would spoil it.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

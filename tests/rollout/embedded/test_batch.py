@@ -12,7 +12,7 @@ from tests.samples import answer
 from tests.tiny_models import make_model
 from tests.weights.shapes import SHAPES
 from xrl.rollout.embedded import BLOCK_SIZE, num_blocks
-from xrl.rollout.embedded.batch import DecodeBatch, Row, SamplingArrays, replay_arrays
+from xrl.rollout.embedded.batch import DecodeBatch, SamplingArrays, SequenceState, replay_arrays
 from xrl.rollout.embedded.cache import KVCache
 from xrl.rollout.embedded.sampler import uniforms
 from xrl.rollout.embedded.scheduler import Scheduler
@@ -21,11 +21,11 @@ from xrl.rollout.embedded.scheduler import Scheduler
 def test_a_job_tells_its_prompt_from_what_was_drawn() -> None:
     going_on = job(5, 6, 7, 21, 22, num_drawn=2, num_samples=3)
     assert (list(going_on.prompt), going_on.prompt_length) == ([5, 6, 7], 3)
-    row = going_on.new_row(1)
+    row = going_on.new_sequence(1)
     assert (row.sample, row.token_ids, row.logprobs, row.blocks) == (1, [21, 22], [], [])
     row.token_ids.append(23)
-    assert going_on.new_row(2).token_ids == [21, 22]
-    assert job(5, 6).new_row(0).token_ids == []
+    assert going_on.new_sequence(2).token_ids == [21, 22]
+    assert job(5, 6).new_sequence(0).token_ids == []
 
 
 def test_a_job_is_done_with_its_last_sample_and_knows_nothing_after_a_restart() -> None:
@@ -41,7 +41,7 @@ def test_a_job_is_done_with_its_last_sample_and_knows_nothing_after_a_restart() 
 
 
 def test_a_row_needs_a_block_with_its_first_token_and_then_after_each_full_one() -> None:
-    row = job(5).new_row(0)
+    row = job(5).new_sequence(0)
     needing = []
     for length in range(1, 2 * BLOCK_SIZE + 2):
         row.token_ids.append(0)
@@ -53,7 +53,7 @@ def test_a_row_needs_a_block_with_its_first_token_and_then_after_each_full_one()
 def test_each_row_samples_by_its_own_request() -> None:
     first = job(5, num_samples=2, temperature=0.5, top_k=3, seed=-7)
     second = job(6, top_p=0.25, seed=9, first_sample=40)
-    rows = [first.new_row(0), first.new_row(1), second.new_row(0)]
+    rows = [first.new_sequence(0), first.new_sequence(1), second.new_sequence(0)]
     arrays = SamplingArrays(rows, CPU)
     assert arrays.temperatures.tolist() == [0.5, 0.5, 1.0]
     assert arrays.top_k.tolist() == [3, 3, 0]
@@ -63,15 +63,15 @@ def test_each_row_samples_by_its_own_request() -> None:
     assert arrays.uniforms(places).tolist() == expected.tolist()
 
 
-def rows_of_two_jobs(cache: KVCache) -> list[Row]:
+def rows_of_two_jobs(cache: KVCache) -> list[SequenceState]:
     """Two rows of a prompt of 3 tokens, with 1 and 2 tokens drawn; one of a prompt of 20, with 17."""
     short = job(5, 6, 7, num_samples=2)
     long = job(*range(60, 80), max_new_tokens=40)
     short.prompt_blocks, long.prompt_blocks = cache.allocate(1), cache.allocate(2)
     return [
-        Row(job=short, sample=0, token_ids=[31]),
-        Row(job=short, sample=1, token_ids=[32, 33], blocks=cache.allocate(1)),
-        Row(job=long, sample=0, token_ids=list(range(40, 57)), blocks=cache.allocate(1)),
+        SequenceState(job=short, sample=0, token_ids=[31]),
+        SequenceState(job=short, sample=1, token_ids=[32, 33], blocks=cache.allocate(1)),
+        SequenceState(job=long, sample=0, token_ids=list(range(40, 57)), blocks=cache.allocate(1)),
     ]
 
 
@@ -129,8 +129,8 @@ def test_what_was_drawn_is_replayed_a_token_a_row_each_behind_those_before_it() 
     two = job(8)
     two.prompt_blocks = cache.allocate(1)
     rows = [
-        Row(job=one, sample=0, token_ids=[31, 32, 33], blocks=cache.allocate(1)),
-        Row(job=two, sample=0, token_ids=list(range(40, 59)), blocks=cache.allocate(2)),
+        SequenceState(job=one, sample=0, token_ids=[31, 32, 33], blocks=cache.allocate(1)),
+        SequenceState(job=two, sample=0, token_ids=list(range(40, 59)), blocks=cache.allocate(2)),
     ]
     tokens, positions, slots, context = replay_arrays(rows, CPU)
     assert tokens.tolist() == [31, 32, *range(40, 58), *[0] * 12]
@@ -152,7 +152,7 @@ def test_replayed_keys_and_values_are_those_of_the_steps_to_the_bit(dtype: torch
     scheduler.add(job(*range(5, 25), num_samples=3, max_new_tokens=40, seed=1))
     scheduler.add(job(7, max_new_tokens=40, seed=2))
 
-    def written(row: Row) -> list[Tensor]:
+    def written(row: SequenceState) -> list[Tensor]:
         """[tokens but the newest, heads, D] of keys and values of each layer."""
         return [
             part[row.blocks].transpose(1, 2).flatten(0, 1)[: len(row.token_ids) - 1].clone()

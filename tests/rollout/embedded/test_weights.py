@@ -163,13 +163,13 @@ def test_a_finished_update_counts_for_no_other_of_the_same_version() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embeddings_that_are_written_where_they_stay_are_not_copied(dtype: torch.dtype) -> None:
     found, tensors = weights(TIED, dtype), parts(TIED, dtype=dtype)
-    assert found.room("layers.0") == found.room("final") == {}
-    room = found.room("embeddings")
-    assert list(room) == [EMBEDDING] and room[EMBEDDING].dtype == dtype
-    room[EMBEDDING].copy_(tensors["embeddings"][EMBEDDING])
-    load(found, {**tensors, "embeddings": room})
-    assert found.embedding.data_ptr() == room[EMBEDDING].data_ptr()
-    assert found.room("embeddings")[EMBEDDING].data_ptr() == found.embedding.data_ptr()
+    assert found.destinations("layers.0") == found.destinations("final") == {}
+    destinations = found.destinations("embeddings")
+    assert list(destinations) == [EMBEDDING] and destinations[EMBEDDING].dtype == dtype
+    destinations[EMBEDDING].copy_(tensors["embeddings"][EMBEDDING])
+    load(found, {**tensors, "embeddings": destinations})
+    assert found.embedding.data_ptr() == destinations[EMBEDDING].data_ptr()
+    assert found.destinations("embeddings")[EMBEDDING].data_ptr() == found.embedding.data_ptr()
     # Those that come in memory of their own go elsewhere, as ever.
     load(found, tensors, version=1)
     assert found.embedding.data_ptr() != tensors["embeddings"][EMBEDDING].data_ptr()
