@@ -67,7 +67,7 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "wandb_run_name": _NO_TRACKER,
         "report_to": _NO_TRACKER,
         "trainer.logger": _NO_TRACKER,
-        "run_name": "--run-dir, or --work-dir: each run then makes a folder of its own in it, named by the time it starts",
+        "run_name": "--run-dir; else each run makes a folder of its own in --work-dir, named by the time it starts",
         "logging_steps": "--log-interval (rollouts)",
         "log_completions": "there is none: every answer is in rollout_idx_<n>_trajectory.jsonl of the run",
         "eval_steps": "--eval-interval (rollouts)",
