@@ -89,7 +89,7 @@ def tell_hung(hang: Hang, ending: Ending) -> None:
 
 
 def end_hung(hang: Hang | None) -> NoReturn:
-    """End this process, and silent ranks of this host: torchrun would wait for one that is stopped for half a minute."""
+    """End this process, and silent ranks of this host: torchrun would wait half a minute for one that is stopped."""
     for report in hang.ranks if hang else ():
         if report.silent_s is not None and report.beat is not None and report.beat.host == socket.gethostname():
             _kill_sibling(report.beat.pid)
