@@ -12,7 +12,7 @@ import pytest
 from xrl.launch.beats import Beat, Trouble
 from xrl.launch.hang import Hang, RankReport
 from xrl.metrics.run_folder import RunFolder
-from xrl.watching import write_down, write_whereabouts
+from xrl.watching import _kill_sibling, write_down, write_whereabouts
 
 ROOT = Path(__file__).resolve().parents[1]
 HANG = Hang.of(
@@ -84,6 +84,14 @@ def test_a_full_disk_is_no_reason_to_end(tmp_path: Path) -> None:
 def test_a_hang_that_is_written_down_is_read_again(folder: RunFolder) -> None:
     write_down(folder, HANG)
     assert Hang.from_fields(json.loads(folder.hang.read_text())) == HANG
+
+
+def test_a_process_that_is_no_rank_beside_this_one_is_not_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as child:
+        _kill_sibling(child.pid)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(0.2)
+        child.kill()
 
 
 @pytest.mark.slow

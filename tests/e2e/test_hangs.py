@@ -30,7 +30,8 @@ SHORT = (
     *("--weight-sync-timeout-s", "30", "--judge-timeout-s", "30", "--distributed-timeout-minutes", "1"),
     *("--save-retry-minutes", "0"),
 )
-LIMIT_S = 20.0
+# Collectives are looked at after 30 s.
+LIMIT_S = 35.0
 # From the limit to the end of the last process.
 END_LIMIT_S = 30.0
 NEED_NAMESPACES = "XRL_TESTS_NEED_NAMESPACES"
@@ -124,11 +125,22 @@ def test_rank_0_that_is_stopped_is_named_by_the_others(model: Path, tmp_path: Pa
     assert "; in gloo:" in waiting
 
 
-def test_a_rank_in_an_endless_loop_is_named_with_the_line(model: Path, tmp_path: Path) -> None:
-    with training(model, tmp_path, *TWO_RANKS, "--algorithm", own("endless_algorithm.py:Endless")) as run:
+@pytest.mark.parametrize(
+    ("flags", "seen"),
+    [
+        ((), "no rank has got anything done for "),
+        (("--hang-limit-scale", "1", "--distributed-timeout-minutes", "0.1"), "a collective has waited for "),
+    ],
+    ids=["standstill", "collective"],
+)
+def test_a_rank_in_an_endless_loop_is_named_with_the_line(
+    model: Path, tmp_path: Path, flags: tuple[str, ...], seen: str
+) -> None:
+    endless = ("--algorithm", own("endless_algorithm.py:Endless"))
+    with training(model, tmp_path, *TWO_RANKS, *endless, *flags) as run:
         run.wait_for(lambda: any((tmp_path / "work").glob("*/rollout_idx_1_trajectory.jsonl")))
         sentence, looping, waiting = reported(run)
-    assert sentence.startswith("no rank has got anything done for ")
+    assert sentence.startswith(seen)
     assert sentence.endswith("; rank 1 is in no collective, and the others wait for it")
     assert looping.startswith("rank 1 on ") and ": update 1 for " in looping and looping.endswith("in no collective")
     assert re.search(r"; at tests/e2e/endless_algorithm\.py:1[34] loss", looping)

@@ -38,8 +38,8 @@ FAST_INTERVAL_S = 0.25
 FAST_S = 30.0
 # A rank that gets nothing done looks so often at its collectives.
 LOOK_INTERVAL_S = 30.0
-# From a hang that was seen to the end of rank 0: the reports, and the word of the end. What then is left of a rank that
-# is stopped is killed by torchrun within 10 s more, so that the run ends within 30 s.
+# From a hang that was seen to the end of rank 0: the reports, and the word of the end. With the time to see one, to say
+# it and write it down, and to end, that is less than 30 s.
 REPORTS_LIMIT_S = 10.0
 END_LIMIT_S = 2.0
 
