@@ -364,9 +364,19 @@ def begin_behind(lead: Lead, step: int, *, is_shared: bool) -> None:
 
 
 def build_state_saving(
-    settings: Settings, groups: ParallelGroups, state: RunState, lead: Lead | None, progress: Progress
+    settings: Settings,
+    groups: ParallelGroups,
+    state: RunState,
+    lead: Lead | None,
+    progress: Progress,
+    *,
+    saved: Callable[[float], None],
 ) -> StateSaving:
-    """Saves the run's state. Collective: rank 0 knows the folder."""
+    """Saves the run's state. Collective: rank 0 knows the folder.
+
+    Args:
+        saved: is told on rank 0 how long each save took, in seconds.
+    """
     control = Control.of(groups)
     state_dir = control.gather(str(lead.journal.folder.state) if lead else "")[0]
     shape = read_model_shape(settings.model.model)
@@ -379,7 +389,8 @@ def build_state_saving(
         reserve_bytes=reserve,
     )
     keeper = StateKeeper(journal=lead.journal, lead_part=state.lead_part) if lead else None
-    return StateSaving(state, writer, keeper, control, progress, interval=settings.run.state_interval)
+    interval = settings.run.state_interval
+    return StateSaving(state, writer, keeper, control, progress, interval=interval, saved=saved)
 
 
 def build_hooks(

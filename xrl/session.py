@@ -251,7 +251,9 @@ class Session:
         self.first_step = saved.manifest.step if saved else 0
         if lead:
             begin_behind(lead, self.first_step, is_shared=self.settings.run.run_dir is not None)
-        self.state_saving = build_state_saving(self.settings, self.groups, state, lead, self.progress)
+        self.state_saving = build_state_saving(
+            self.settings, self.groups, state, lead, self.progress, saved=self._stop.saved
+        )
 
     def _publish_again(self) -> None:
         logger.warning("no rollout worker is ready: weights version %d are published once more", self._version)

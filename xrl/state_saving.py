@@ -43,14 +43,17 @@ class StateSaving:
         progress: Progress,
         *,
         interval: int | None,
+        saved: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         """
         Args:
             keeper: on rank 0, None on the others.
             interval: in steps; None: only when asked to.
+            saved: is told on rank 0 how long each save took, in seconds.
         """
         self._model, self._writer, self._keeper = model, writer, keeper
         self._control, self._progress, self._interval = control, progress, interval
+        self._saved = saved
         self._said: str | None = None  # why the last save failed, once the user knows
         self._saved_step: int | None = None  # of the newest state that is whole, on rank 0
 
@@ -96,6 +99,7 @@ class StateSaving:
             return
         if isinstance(result, Saved):
             self._said, self._saved_step = None, result.step
+            self._saved(result.seconds)
             self._keeper.journal.say(
                 f"saved {result.folder}: {result.num_bytes / 1e6:,.1f} MB in {result.seconds:.2f} s, of which the run "
                 f"waited {result.seconds_held_up:.2f} s"

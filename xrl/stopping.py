@@ -69,7 +69,6 @@ class Stopping:
         has_learned = step > self._first_step
         saves = self._saves if has_learned else None
         if saves is not None:
-            trainer.progress.enter(f"saving the state of step {step}", "save")
             saves.save_now(step)
         sentence = ""
         if self._journal is not None:

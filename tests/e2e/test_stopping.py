@@ -28,6 +28,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("model"))
 
 
+def endless(model: Path, folder: Path) -> list[str]:
+    """The flags of a run that would train for hours."""
+    data = write_rows(folder / "train.jsonl", [{"prompt": "1+1=?", "ground_truth": "2"}] * 8)
+    flags = [*run_flags(model, data, folder), "--num-rollouts", "100000", "--on-nothing-learned", "warn"]
+    return [*flags, "--no-tensorboard"]
+
+
 def folder_of(folder: Path) -> Path:
     (found,) = (folder / "work").iterdir()
     return found
@@ -51,8 +58,9 @@ def has_stopped(run: Run, folder: Path, cause: str) -> None:
     *_, line = own_lines(run)
     assert line.startswith(f"xrl: stopped by {cause} after rollout ")
     status = status_of(folder)
-    assert status.state == ("saved" if "; state saved in " in line else "failed")
-    assert f"xrl: {status.sentence}" == line
+    assert status.state == "saved" and f"xrl: {status.sentence}" == line
+    state = folder_of(folder) / "state" / f"step-{status.step}"
+    assert line.endswith(f"; state saved in {state}") and (state / "manifest.json").is_file()
     assert status.step >= 1 and f" after rollout {status.step:,} of 100,000; " in line
 
 
@@ -108,9 +116,10 @@ def test_a_file_in_the_run_folder_stops_the_run(model: Path, tmp_path: Path, ran
 
 
 def test_a_run_whose_time_is_over_stops_by_itself(model: Path, tmp_path: Path) -> None:
-    with training(model, tmp_path, *TRAIN, "--exit-before", "30s") as run:
-        assert run.process.wait(60) == EXIT_STOPPED
-        has_stopped(run, tmp_path, "--exit-before 30s")
+    with started(tmp_path / "output", *TRAIN, *endless(model, tmp_path), "--exit-before", "20s") as run:
+        assert run.process.wait(120) == EXIT_STOPPED
+        assert own_lines(run)[-1].startswith("xrl: stopped by --exit-before 20s ")
+        assert status_of(tmp_path).state == "saved"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -120,7 +129,7 @@ def test_the_second_signal_ends_everything_at_once(model: Path, tmp_path: Path, 
         run.process.send_signal(number)
         run.wait_for((temporary_folder(run) / "xrl-asked-to-stop").exists)
         assert run.end(run.process.pid, number) == 128 + number
-        assert own_lines(run)[-1].startswith(f"xrl: stopped by {number.name} after rollout ")
+        assert own_lines(run)[-1].startswith(f"xrl: stopped by {number.name} ")
         assert status_of(tmp_path).state in ("running", "failed")
 
 
@@ -129,7 +138,8 @@ def test_plain_torchrun_that_is_told_to_end_lets_the_run_stop(model: Path, tmp_p
     with training(model, tmp_path, *torchrun, "--tensor-model-parallel-size", "2") as run:
         run.end(run.process.pid, signal.SIGTERM)
         (line,) = own_lines(run)
-        assert line.startswith("xrl: stopped by SIGTERM after rollout ") and status_of(tmp_path).sentence in line
+        assert line.startswith("xrl: stopped by SIGTERM after rollout ")
+        assert status_of(tmp_path).state == "saved" and status_of(tmp_path).sentence in line
 
 
 @RANKS
@@ -147,9 +157,7 @@ def test_plain_torchrun_that_is_told_to_end_lets_the_run_stop(model: Path, tmp_p
 def test_signal_during_the_start_never_ends_in_a_traceback(
     model: Path, tmp_path: Path, ranks: tuple[str, ...], number: signal.Signals, seconds: float
 ) -> None:
-    data = write_rows(tmp_path / "train.jsonl", [{"prompt": "1+1=?", "ground_truth": "2"}] * 8)
-    flags = [*run_flags(model, data, tmp_path), "--num-rollouts", "100000", "--on-nothing-learned", "warn"]
-    with started(tmp_path / "output", *TRAIN, *ranks, *flags, "--no-tensorboard") as run:
+    with started(tmp_path / "output", *TRAIN, *ranks, *endless(model, tmp_path)) as run:
         time.sleep(seconds)
         code = run.end(run.process.pid, number)
         assert code in (EXIT_STOPPED, 128 + number, -number)

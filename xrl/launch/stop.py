@@ -213,6 +213,8 @@ class RunSignals:
         elif self._stop.has_begun:
             self._ask(number, sender)
         else:
+            if self._causes is not None:
+                self._causes.note(number.name)
             self._end(early_end(number))
 
     def _ask(self, number: signal.Signals, sender: int) -> None:
