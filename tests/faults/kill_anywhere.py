@@ -107,11 +107,17 @@ def saved(run_dir: Path) -> set[str]:
     return {path.name for path in (run_dir / "state").glob("step-*")}
 
 
-def wait_for_moment(kind: str, rng: random.Random, process: subprocess.Popen[bytes], run_dir: Path, log: Path) -> bool:
-    """Wait until it is time to kill; False where the run ended before."""
+def wait_for_moment(
+    kind: str, rng: random.Random, process: subprocess.Popen[bytes], run_dir: Path, log: Path, *, longest_s: float
+) -> bool:
+    """Wait until it is time to kill; False where the run ended before.
+
+    Args:
+        longest_s: what a whole run takes.
+    """
     deadline = time.monotonic() + LIMIT_S
     if kind == "any":
-        end = time.monotonic() + rng.uniform(0.0, 25.0)
+        end = time.monotonic() + rng.uniform(0.0, longest_s)
         while time.monotonic() < end and process.poll() is None:
             time.sleep(0.01)
         return process.poll() is None
@@ -165,44 +171,43 @@ def kinds_of(num_kills: int, rng: random.Random) -> list[str]:
 
 
 def run(seed: int, num_kills: int, flags: Sequence[str], folder: Path) -> Tally:
-    """Kill so many times, and compare."""
+    """Kill so many times, in as many runs as that takes, and compare each with the one that nobody killed."""
     rng, tally = random.Random(seed), Tally()
-    straight, broken, log = folder / "straight", folder / "broken", folder / "log"
-    segments = shared_segments()
+    straight, log = folder / "straight", folder / "log"
+    segments, begun = shared_segments(), time.monotonic()
     if start(straight, flags, log).wait(LIMIT_S):
         sys.exit(f"the run that nobody kills failed:\n{log.read_text()[-4000:]}")
-    for kind in kinds_of(num_kills, rng):
-        process = start(broken, flags, log)
-        if kind == "resume" and not saved(broken):
-            kind = "save"
-        is_time = wait_for_moment(kind, rng, process, broken, log)
-        in_a_save = is_saving(broken)
-        if not is_time:
-            if process.wait():
-                tally.faults.append(f"an attempt failed:\n{log.read_text()[-3000:]}")
-                return tally
-            break  # it has come to its end: nothing is left to kill
-        kill_all(process, tally)
-        tally.kills += 1
-        tally.in_a_save += in_a_save
-        tally.in_a_resume += kind == "resume"
-        print(f"kill {tally.kills} of {num_kills}, {kind}; states: {sorted(saved(broken))}", flush=True)
-        if len(saved(broken)) and max(int(name[5:]) for name in saved(broken)) >= NUM_ROLLOUTS - 1:
-            # Kill on in a run of its own: this one must come to its end as it is.
-            finish(broken, straight, flags, log, tally)
-            if tally.faults:
-                return tally
-            broken = folder / f"broken-{tally.kills}"
-    finish(broken, straight, flags, log, tally)
+    longest_s = time.monotonic() - begun
+    kinds, number = kinds_of(num_kills, rng), 0
+    while tally.kills < num_kills and not tally.faults:
+        broken, number = folder / f"broken-{number}", number + 1
+        while tally.kills < num_kills and not is_nearly_done(broken):
+            kind = kinds[tally.kills]
+            process = start(broken, flags, log)
+            if kind == "resume" and not saved(broken):
+                kind = "save"  # there is nothing to resume yet
+            if not wait_for_moment(kind, rng, process, broken, log, longest_s=longest_s):
+                break  # it has come to its end, or failed: which of the two is seen below
+            tally.in_a_save += is_saving(broken)
+            tally.in_a_resume += kind == "resume"
+            tally.kills += 1
+            kill_all(process, tally)
+            print(f"kill {tally.kills} of {num_kills}, {kind}; states: {sorted(saved(broken))}", flush=True)
+        finish(broken, straight, flags, log, tally)
     for name in sorted(shared_segments() - segments):
         tally.faults.append(f"/dev/shm/{name} is left")
     return tally
 
 
+def is_nearly_done(run_dir: Path) -> bool:
+    """Whether the next attempt has little left to do: it is to come to its end, and the next kill takes another run."""
+    return max((int(name.removeprefix("step-")) for name in saved(run_dir)), default=0) >= NUM_ROLLOUTS - 1
+
+
 def finish(broken: Path, straight: Path, flags: Sequence[str], log: Path, tally: Tally) -> None:
     """Let a run come to its end, and compare it."""
     if start(broken, flags, log).wait(LIMIT_S):
-        tally.faults.append(f"the last attempt failed:\n{log.read_text()[-3000:]}")
+        tally.faults.append(f"an attempt failed:\n{log.read_text()[-3000:]}")
     else:
         compare(straight, broken, tally)
 
