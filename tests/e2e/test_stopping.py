@@ -19,6 +19,7 @@ from xrl.metrics.status import Status
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.distributed]
 
+DIGITS = Path(__file__).with_name("digits_judge.py")
 TRAIN = ("-m", "xrl.cli", "train")
 RANKS = pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["1 rank", "2 ranks"])
 
@@ -180,3 +181,29 @@ def test_a_rank_that_is_killed_is_named_in_the_status(model: Path, tmp_path: Pat
         assert run.end(process_of(run, "xrl.train", RANK="0").pid, signal.SIGKILL) == 1
         status = status_of(tmp_path)
         assert status.state == "failed" and status.sentence.startswith("rank 0 was ended by SIGKILL")
+
+
+def test_a_run_that_was_stopped_again_and_again_ends_with_the_same_model(model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "train.jsonl", [{"prompt": f"{n}+1=?", "ground_truth": f"{n + 1}"} for n in range(8)])
+    flags = [*run_flags(model, data, tmp_path), "--num-rollouts", "30", "--on-nothing-learned", "warn"]
+    flags += ["--lr", "0.01", "--no-tensorboard", "--judge", f"{DIGITS}:reward"]
+
+    def attempt(folder: Path, *, stops_after: int | None) -> int:
+        """An attempt at the run, asked to stop when that rollout is sampled; its exit code."""
+        with started(tmp_path / "output", *TRAIN, *flags, "--run-dir", str(folder)) as run:
+            if stops_after is not None:
+                run.wait_for((folder / f"rollout_idx_{stops_after}_trajectory.jsonl").exists)
+                run.process.send_signal(signal.SIGUSR1)
+            code = run.process.wait(240)
+            assert "Traceback" not in run.stderr
+            return code
+
+    def final(folder: Path) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in (folder / "hf-final").glob("*.safetensors")}
+
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert attempt(straight, stops_after=None) == 0
+    assert [attempt(stopped, stops_after=after) for after in (3, 12)] == [EXIT_STOPPED] * 2
+    assert attempt(stopped, stops_after=None) == 0
+    assert final(straight) and final(stopped) == final(straight)
+    assert Status.read(stopped / "status.json") == Status(state="done", step=30, sentence="")
