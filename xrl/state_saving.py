@@ -68,7 +68,7 @@ class StateSaving:
             self._tell(self._writer.settle(wait=is_due))
         if is_due:
             self._progress.enter(f"saving the state of step {step}", "save")
-            self._tell(self._begin(step))
+            self._tell(self._begin(step, is_last=is_last))
             if is_last:
                 self._tell(self._writer.settle(wait=True))
 
@@ -90,9 +90,9 @@ class StateSaving:
         if self._control.agree(fault is not None):
             raise RunEnded(f"the run's state cannot be saved: {fault}" if fault else "")
 
-    def _begin(self, step: int) -> NotWritten | None:
+    def _begin(self, step: int, *, is_last: bool = False) -> NotWritten | None:
         lead = self._keeper.lead_part(step) if self._keeper else None
-        return self._writer.begin(step, self._model.pieces(), lead)
+        return self._writer.begin(step, self._model.pieces(), lead, is_last=is_last)
 
     def _tell(self, result: Saved | NotWritten | None) -> None:
         if self._keeper is None or result is None:

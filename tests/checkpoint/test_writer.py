@@ -137,6 +137,15 @@ def test_room_is_asked_for_before_anything_is_written(
     assert isinstance(save(state_writer(tmp_path / "state", 0, world), 0, 1), Saved)
 
 
+def test_behind_the_last_state_no_room_need_be_left(
+    tmp_path: Path, world: ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "free_bytes", lambda path: 200_000)
+    writer = state_writer(tmp_path, 0, world, reserve_bytes=199_000)
+    assert writer.begin(1, {"w/main/0": torch.ones(4)}, lead_part(1), is_last=True) is None
+    assert isinstance(writer.settle(wait=True), Saved)
+
+
 def test_a_folder_that_is_there_already_is_not_touched(tmp_path: Path, world: ProcessGroup) -> None:
     (tmp_path / "step-1").mkdir()
     (tmp_path / "step-1" / "somebody's").write_text("file")

@@ -92,7 +92,7 @@ class StateWriter:
             reserve_bytes: of the disk, for what comes at the end: no state takes them.
         """
         self.state_dir = state_dir
-        self._control, self._file_name, self._keep, self._reserve = control, file_name, keep, reserve_bytes
+        self._control, self._file_name, self._keep, self._reserve_bytes = control, file_name, keep, reserve_bytes
         self._under_way: _UnderWay | None = None
 
     @property
@@ -100,12 +100,15 @@ class StateWriter:
         """Whether a save has begun and has not been settled: the same on every rank."""
         return self._under_way is not None
 
-    def begin(self, step: int, pieces: Mapping[str, Tensor], lead: LeadPart | None) -> NotWritten | None:
+    def begin(
+        self, step: int, pieces: Mapping[str, Tensor], lead: LeadPart | None, *, is_last: bool = False
+    ) -> NotWritten | None:
         """Take a copy of a state and begin to write it.
 
         Args:
             pieces: this rank's, by their names in its file; read before this returns, and not afterwards.
             lead: on rank 0, None on the others.
+            is_last: nothing comes behind it, so that no room need be left.
 
         Returns:
             why it cannot be written, on rank 0; None on the others, and where it can.
@@ -119,7 +122,7 @@ class StateWriter:
         if lead is not None:
             num_bytes += sum(tensor.nbytes for tensor in lead.arrays.values())
             try:
-                partial = self._opened(folder, target, num_bytes)
+                partial = self._opened(folder, target, num_bytes, 0 if is_last else self._reserve_bytes)
             except OSError as error:
                 fault = error if isinstance(error, NotWritten) else NotWritten(target, error, num_bytes=num_bytes)
         said = self._control.gather("" if partial is None else str(partial))[0]
@@ -171,10 +174,11 @@ class StateWriter:
         self._control.meet()  # where it has its name, no rank is behind
         return found
 
-    def _opened(self, folder: contextlib.ExitStack, target: Path, num_bytes: int) -> Path:
-        free, needed = free_bytes(self.state_dir), num_bytes + self._reserve
+    def _opened(self, folder: contextlib.ExitStack, target: Path, num_bytes: int, reserve_bytes: int) -> Path:
+        free, needed = free_bytes(self.state_dir), num_bytes + reserve_bytes
         if free is not None and free < needed:
-            why = OSError(errno.ENOSPC, f"with room left for hf-final, {os.strerror(errno.ENOSPC).lower()}")
+            leaving = "with room left for hf-final, " if reserve_bytes else ""
+            why = OSError(errno.ENOSPC, f"{leaving}{os.strerror(errno.ENOSPC).lower()}")
             raise NotWritten(target, why, num_bytes=needed)
         self.state_dir.mkdir(parents=True, exist_ok=True)
         return folder.enter_context(atomic_folder(target))
