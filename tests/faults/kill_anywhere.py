@@ -165,8 +165,6 @@ def kinds_of(num_kills: int, rng: random.Random) -> list[str]:
     kinds = ["save"] * -(-num_kills // 4) + ["resume"] * -(-3 * num_kills // 20)
     kinds += ["any"] * (num_kills - len(kinds))
     rng.shuffle(kinds)
-    if kinds and kinds[0] == "resume":  # there is nothing to resume yet
-        kinds = [*kinds[1:], kinds[0]]
     return kinds[:num_kills]
 
 
@@ -182,10 +180,8 @@ def run(seed: int, num_kills: int, flags: Sequence[str], folder: Path) -> Tally:
     while tally.kills < num_kills and not tally.faults:
         broken, number = folder / f"broken-{number}", number + 1
         while tally.kills < num_kills and not is_nearly_done(broken):
-            kind = kinds[tally.kills]
+            kind = next_kind(kinds, tally.kills, can_resume=bool(saved(broken)))
             process = start(broken, flags, log)
-            if kind == "resume" and not saved(broken):
-                kind = "save"  # there is nothing to resume yet
             if not wait_for_moment(kind, rng, process, broken, log, longest_s=longest_s):
                 break  # it has come to its end, or failed: which of the two is seen below
             tally.in_a_save += is_saving(broken)
@@ -197,6 +193,14 @@ def run(seed: int, num_kills: int, flags: Sequence[str], folder: Path) -> Tally:
     for name in sorted(shared_segments() - segments):
         tally.faults.append(f"/dev/shm/{name} is left")
     return tally
+
+
+def next_kind(kinds: list[str], number: int, *, can_resume: bool) -> str:
+    """The kind of the next kill; one inside a resume waits until there is something to resume."""
+    if kinds[number] == "resume" and not can_resume:
+        later = next((index for index in range(number, len(kinds)) if kinds[index] != "resume"), number)
+        kinds[number], kinds[later] = kinds[later], kinds[number]
+    return kinds[number] if can_resume or kinds[number] != "resume" else "save"
 
 
 def is_nearly_done(run_dir: Path) -> bool:
