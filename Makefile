@@ -47,7 +47,7 @@ test-slow: setup
 	$(PARALLEL) -m "slow and not alone and not gpu and not cluster and not fuzz"
 	$(ALONE) -m "slow and alone and not gpu and not cluster and not fuzz"
 
-test-cluster: setup ## hosts with odd names and little shared memory; as root, hosts are namespaces
+test-cluster: setup ## hosts with odd names and little shared memory (as root), and many runs killed, stopped and hung
 	$(PYTEST) -m cluster
 
 # The package once more, with csrc built to end the process at the first access to memory that is wrong.

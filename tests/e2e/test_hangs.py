@@ -113,6 +113,7 @@ def test_a_rank_that_is_stopped_is_named_and_the_doctor_says_the_same_before_and
     assert json.loads((run_folder(tmp_path) / "logs" / "hang.json").read_text())["sentence"] == sentence
 
 
+@pytest.mark.cluster  # more of the same: `make test-cluster` has the time for it
 def test_rank_0_that_is_stopped_is_named_by_the_others(model: Path, tmp_path: Path) -> None:
     with training(model, tmp_path, *TWO_RANKS) as run:
         run.wait_for(lambda: has_learned(tmp_path))
@@ -129,7 +130,11 @@ def test_rank_0_that_is_stopped_is_named_by_the_others(model: Path, tmp_path: Pa
     ("flags", "seen"),
     [
         ((), "no rank has got anything done for "),
-        (("--hang-limit-scale", "1", "--distributed-timeout-minutes", "0.1"), "a collective has waited for "),
+        pytest.param(
+            ("--hang-limit-scale", "1", "--distributed-timeout-minutes", "0.1"),
+            "a collective has waited for ",
+            marks=pytest.mark.cluster,
+        ),
     ],
     ids=["standstill", "collective"],
 )
@@ -147,6 +152,7 @@ def test_a_rank_in_an_endless_loop_is_named_with_the_line(
     assert waiting.startswith("rank 0 on ") and "; in gloo:" in waiting
 
 
+@pytest.mark.cluster  # more of the same: `make test-cluster` has the time for it
 def test_a_rollout_worker_that_is_stopped_is_what_rank_0_waits_for(model: Path, tmp_path: Path) -> None:
     with training(model, tmp_path) as run:
         run.wait_for(lambda: has_learned(tmp_path))

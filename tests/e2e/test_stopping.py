@@ -21,7 +21,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.distributed]
 
 DIGITS = Path(__file__).with_name("digits_judge.py")
 TRAIN = ("-m", "xrl.cli", "train")
-RANKS = pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["1 rank", "2 ranks"])
+MORE = pytest.mark.cluster  # more of the same: `make test-cluster` has the time for it
+MOMENTS = (
+    (0.1, signal.SIGTERM),
+    (0.5, signal.SIGUSR1),
+    (1.0, signal.SIGTERM),
+    (2.0, signal.SIGUSR2),
+    (4.0, signal.SIGINT),
+    (8.0, signal.SIGUSR1),
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +73,15 @@ def has_stopped(run: Run, folder: Path, cause: str) -> None:
     assert status.step >= 1 and f" after rollout {status.step:,} of 100,000; " in line
 
 
-@RANKS
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "ranks"),
+    [
+        (signal.SIGUSR1, TWO_RANKS),
+        (signal.SIGINT, ()),
+        *(pytest.param(number, (), marks=MORE) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)),
+        *(pytest.param(number, TWO_RANKS, marks=MORE) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)),
+    ],
+)
 def test_signal_to_the_command_stops_the_run(
     model: Path, tmp_path: Path, number: signal.Signals, ranks: tuple[str, ...]
 ) -> None:
@@ -77,14 +92,21 @@ def test_signal_to_the_command_stops_the_run(
         assert (number == signal.SIGINT) == ("xrl: stopping at the end of this step; Ctrl-C again" in run.stderr)
 
 
-@pytest.mark.parametrize(("rank", "number"), [("0", signal.SIGUSR1), ("1", signal.SIGUSR1), ("1", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [
+        ("1", signal.SIGUSR1),
+        pytest.param("0", signal.SIGUSR1, marks=MORE),
+        pytest.param("1", signal.SIGTERM, marks=MORE),
+    ],
+)
 def test_signal_to_any_rank_stops_the_run(model: Path, tmp_path: Path, rank: str, number: signal.Signals) -> None:
     with training(model, tmp_path, *TRAIN, *TWO_RANKS) as run:
         assert run.end(process_of(run, "xrl.train", RANK=rank).pid, number) == EXIT_STOPPED
         has_stopped(run, tmp_path, number.name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=MORE)])
 def test_signal_to_every_process_as_a_scheduler_sends_it_stops_the_run(
     model: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -107,7 +129,7 @@ def test_signal_to_a_worker_is_no_news_and_the_run_goes_on(model: Path, tmp_path
         assert run.end(run.process.pid, signal.SIGUSR1) == EXIT_STOPPED
 
 
-@RANKS
+@pytest.mark.parametrize("ranks", [TWO_RANKS, pytest.param((), marks=MORE)], ids=["2 ranks", "1 rank"])
 def test_a_file_in_the_run_folder_stops_the_run(model: Path, tmp_path: Path, ranks: tuple[str, ...]) -> None:
     with training(model, tmp_path, *TRAIN, *ranks) as run:
         file = folder_of(tmp_path) / "stop"
@@ -123,7 +145,7 @@ def test_a_run_whose_time_is_over_stops_by_itself(model: Path, tmp_path: Path) -
         assert status_of(tmp_path).state == "saved"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=MORE)])
 def test_the_second_signal_ends_everything_at_once(model: Path, tmp_path: Path, number: signal.Signals) -> None:
     with training(model, tmp_path, *TRAIN, *TWO_RANKS) as run:
         process_of(run, "xrl.train", RANK="1").suspend()  # no step ends any more
@@ -143,16 +165,12 @@ def test_plain_torchrun_that_is_told_to_end_lets_the_run_stop(model: Path, tmp_p
         assert status_of(tmp_path).state == "saved" and status_of(tmp_path).sentence in line
 
 
-@RANKS
 @pytest.mark.parametrize(
-    ("seconds", "number"),
+    ("seconds", "number", "ranks"),
     [
-        (0.1, signal.SIGTERM),
-        (0.5, signal.SIGUSR1),
-        (1.0, signal.SIGTERM),
-        (2.0, signal.SIGUSR2),
-        (4.0, signal.SIGINT),
-        (8.0, signal.SIGUSR1),
+        (0.1, signal.SIGTERM, ()),
+        (2.0, signal.SIGUSR2, TWO_RANKS),
+        *(pytest.param(seconds, number, ranks, marks=MORE) for seconds, number in MOMENTS for ranks in ((), TWO_RANKS)),
     ],
 )
 def test_signal_during_the_start_never_ends_in_a_traceback(
