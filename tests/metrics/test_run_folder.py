@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -89,3 +90,27 @@ def test_what_killed_runs_left_goes_at_the_next_start_and_nothing_else_does(tmp_
     for run in (theirs, without_config):
         assert (run.path / ".hf-3.deleted" / "file").is_file()
     remove_leftovers_of_runs(tmp_path / "absent")
+
+
+def test_attempts_at_a_run_share_its_folder_and_only_one_of_them_is_live(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "first"
+    with contextlib.ExitStack() as live:
+        folder = RunFolder.open(path, live)
+        assert folder.path == path and folder.logs.is_dir()
+        with contextlib.ExitStack() as second, pytest.raises(SettingsError, match="another run is live in it"):
+            RunFolder.open(path, second)
+    with contextlib.ExitStack() as later:
+        assert RunFolder.open(path, later) == folder
+
+
+def test_a_folder_with_something_else_in_it_is_no_run_s(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with contextlib.ExitStack() as stack, pytest.raises(SettingsError, match=r"found thesis.tex in it"):
+        RunFolder.open(tmp_path, stack)
+    assert [each.name for each in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_a_run_leaves_that_is_killed_at_once_is_known_as_a_run_s(tmp_path: Path) -> None:
+    (tmp_path / ".xrl-runs-here").write_text("")
+    with contextlib.ExitStack() as stack:
+        RunFolder.open(tmp_path, stack)

@@ -67,8 +67,9 @@ class RunFolder:
         check_run_dir(path)
         check_writable(path, flag="--run-dir")
         try:
-            (path / "logs").mkdir(parents=True, exist_ok=True)
+            # First, so that whoever is killed here leaves a folder that is known as a run's.
             lock = stack.enter_context((path / _LOCK_FILE).open("a"))
+            (path / "logs").mkdir(exist_ok=True)
         except OSError as error:
             raise SettingsError(str(NotWritten(path, error, num_bytes=0))) from error
         try:
