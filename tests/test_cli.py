@@ -35,7 +35,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str], arguments:
 
 
 def test_unknown_command_gets_the_nearest_and_all(capsys: pytest.CaptureFixture[str]) -> None:
-    known = "known are: train, gsm8k, convert, worker, doctor, version, help"
+    known = "known are: train, gsm8k, convert, worker, replay, doctor, version, help"
     assert refusal(capsys, "trian").endswith(f"unknown command 'trian'; the nearest is train, {known}")
     assert refusal(capsys, "help", "convrt").endswith(f"unknown command 'convrt'; the nearest is convert, {known}")
     assert refusal(capsys, "zzzz").endswith(f"unknown command 'zzzz', {known}")

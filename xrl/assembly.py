@@ -321,6 +321,7 @@ def build_reporter(settings: Settings, groups: ParallelGroups, actor: Actor, lea
             journal=lead.journal,
             watch=lead.watch,
             mismatch=lead.mismatch,
+            records_samples=settings.run.record_samples,
             takes_norm=settings.optimizer.clip_grad > 0,
             sees_every_change=actor.dtype == torch.float32,
         )

@@ -38,6 +38,7 @@ USAGE = """usage: xrl COMMAND [ARGUMENTS]
   gsm8k    convert GSM8K to training rows     xrl gsm8k --input-dir DIR --out-dir DIR [--overwrite]
   convert  Hugging Face <-> Megatron          xrl convert --from DIR --to DIR [--check] [LAYOUT FLAGS]
   worker   host one rollout engine            xrl worker --model DIR --max-model-len N
+  replay   train a recorded step again        xrl replay RUN_DIR --step N
   doctor   say what a run's ranks are at      xrl doctor RUN_DIR
   version  print the version                  xrl --version
   help     explain a command                  xrl help train
@@ -187,6 +188,14 @@ def doctor(arguments: list[str]) -> None:
         print(one_line(line))
 
 
+def replay(arguments: list[str]) -> None:
+    """Train a recorded step again, and compare."""
+    from xrl.replay import main as replay_here
+
+    drop_rank_variables(os.environ)
+    replay_here(arguments)
+
+
 def version(arguments: list[str]) -> None:
     """Print the version."""
     print(xrl.__version__)
@@ -207,6 +216,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "gsm8k": gsm8k,
     "convert": convert,
     "worker": worker,
+    "replay": replay,
     "doctor": doctor,
     "version": version,
     "help": help_,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from xrl.checkpoint.samples import write_samples
 from xrl.experience.experience import Batch
 from xrl.metrics.journal import Journal
 from xrl.metrics.learning import LearningWatch, record_of
@@ -32,6 +34,7 @@ class Listeners:
     journal: Journal
     watch: LearningWatch
     mismatch: Bounds
+    records_samples: bool = False  # what each step learns from is written down
     takes_norm: bool = True  # gradients are clipped; otherwise grad_norm is 0 and means nothing
     sees_every_change: bool = True  # engines see each change of a weight: in bf16 the main weights have smaller ones
 
@@ -65,6 +68,9 @@ class Reporter:
         scored = batch.scored
         self._listeners.journal.rollout(step, batch.groups, scored.advantages, len(scored.samples), scored.metrics)
         self._metrics = dict(batch.metrics)
+        if self._listeners.records_samples:
+            path = self._listeners.journal.folder.samples(step)
+            self._listeners.journal.record("samples", path, partial(write_samples, path, scored.samples))
 
     def learned(self, step: int, updates: Sequence[UpdateReport]) -> None:
         """Take note of what a rollout's updates did.
@@ -91,7 +97,7 @@ class Reporter:
         row = {
             **self._metrics,
             **published.metrics,
-            **_update_metrics(updates),
+            **update_metrics(updates),
             **memory,
             **{f"seconds/{phase}": value for phase, value in phases.items()},
             "step_seconds": seconds,
@@ -134,7 +140,7 @@ def peak_memory(group: ProcessGroup) -> dict[str, float]:
     return {**memory, "cuda_memory_gb": on_cuda.item() / 1e9} if on_cuda.item() else memory
 
 
-def _update_metrics(updates: Sequence[UpdateReport]) -> dict[str, float]:
+def update_metrics(updates: Sequence[UpdateReport]) -> dict[str, float]:
     """Of all updates of a rollout together."""
     metrics: Mapping[str, Mean] = {}
     for update in updates:

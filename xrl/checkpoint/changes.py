@@ -22,7 +22,7 @@ _WITHOUT_EFFECT = frozenset(
     {
         *("model", "data", "eval_data"),
         *("work_dir", "run_dir", "resume", "state_interval", "state_keep", "exit_before"),
-        *("save_interval", "save_keep", "save_retry_minutes", "log_interval", "tensorboard"),
+        *("save_interval", "save_keep", "save_retry_minutes", "log_interval", "tensorboard", "record_samples"),
         *("rollout_num_workers", "rollout_worker_urls", "rollout_num_threads", "rollout_kv_cache_gb"),
         *("rollout_timeout_s", "rollout_max_retries", "rollout_max_restarts", "rollout_max_batch_size"),
         *("rollout_worker_key_file", "rollout_python", "on_lost_worker"),

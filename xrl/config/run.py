@@ -61,6 +61,9 @@ class RunConfig:
     """Stop, with a saved state and exit code 75, before the job is that old (55m, 1h30m, 3300s), the save included:
     counted from SLURM_JOB_START_TIME where Slurm sets it, else from the start of xrl; default: no limit."""
 
+    record_samples: bool = False
+    """Write down what each step learns from (samples/step-<N>.safetensors), for `xrl replay`."""
+
     tensorboard: bool = True
     """Write TensorBoard events."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from xrl.launch.terminal import one_line
@@ -56,7 +57,7 @@ class Journal:
         """How far metrics.jsonl is written, and the evaluation that later ones are compared with."""
         self._metrics.flush()
         first = None if self._first_evaluation is None else dict(self._first_evaluation)
-        return {"metrics_bytes": self._metrics.num_bytes, "first_evaluation": first}
+        return {"metrics_bytes": self._metrics.num_bytes, "first_evaluation": first, "num_rollouts": self.num_rollouts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on behind the state: what an interrupted attempt wrote behind it is written anew.
@@ -78,6 +79,14 @@ class Journal:
     def begin_behind(self, step: int) -> None:
         """Tell TensorBoard that steps behind this one come anew."""
         self._metrics.begin_behind(step)
+
+    def record(self, log: str, path: Path, write: Callable[[], None]) -> None:
+        """Write another file of the run's, or do without it where nothing can be written.
+
+        Args:
+            log: which of the run's logs it is part of.
+        """
+        self._gaps.try_to(write, log, path)
 
     def say(self, line: str) -> None:
         """Print one line on the console."""

@@ -149,6 +149,10 @@ class RunFolder:
         """Every answer of one rollout, one JSON object per line."""
         return self.path / f"rollout_idx_{rollout_id}_trajectory.jsonl"
 
+    def samples(self, step: int) -> Path:
+        """What a step learned from, with --record-samples."""
+        return self.path / "samples" / f"step-{step}.safetensors"
+
     def checkpoint(self, step: int) -> Path:
         """Hugging Face folder written during the run."""
         return self.path / f"hf-{step}"
