@@ -26,9 +26,9 @@ class LeaveOneOut(xrl.GRPO):
 
 settings = xrl.load_settings("--config", "configs/demo_single.yaml", "--num-rollouts", "80", *sys.argv[1:])
 with xrl.Session(settings, judge=judge, algorithm=LeaveOneOut(settings.algorithm)) as run:
-    run.publish(version=0)
+    run.publish(version=run.first_step)
     before = run.evaluate()
-    for step in range(1, run.num_steps + 1):
+    for step in range(run.first_step + 1, run.num_steps + 1):
         batch = run.take(step)
         run.actor.learn(batch.samples, run.algorithm)
         run.publish(version=step)

@@ -104,6 +104,7 @@ def test_where_no_state_is_whole_none_is_put_aside_and_the_run_is_refused(run_di
         flip_a_bit(run_dir / "state" / f"step-{step}" / "t0-p0-d0.safetensors")
     (lead,) = chosen(RunConfig(run_dir=run_dir), num_ranks=1)
     assert isinstance(lead, Unusable)
+    assert "step-3/t0-p0-d0.safetensors, written by rank 0, has checksum" in str(lead)
     assert "has no other whole state" in str(lead)
     assert sorted(path.name for path in (run_dir / "state").iterdir()) == ["step-1", "step-2", "step-3"]
 

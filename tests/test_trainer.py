@@ -67,6 +67,21 @@ def test_a_run_takes_learns_publishes_and_reports_and_evaluates_and_saves_in_bet
     assert run.journal.said == [f"saved {run.journal.folder.path / name}" for name in ("hf-1", "hf-3", "hf-final")]
 
 
+def test_a_run_goes_on_behind_the_step_that_an_earlier_attempt_has_come_to(make_run: MakeRun) -> None:
+    run = make_run(eval_interval=2)
+    run.rates = {"eval/pass@1": 0.5}
+    run.train(4, first_step=2)
+    expected = [*published(2), *step(3), *step(4), *saved("hf-final", num_rollouts=4), "evaluate", "finish"]
+    # The collector here counts by itself how often it is asked.
+    assert [line for line in run.log if "take" not in line] == [line for line in expected if "take" not in line]
+
+
+def test_a_run_that_has_learned_from_all_its_rollouts_and_has_no_model_yet_saves_it(make_run: MakeRun) -> None:
+    run = make_run()
+    run.train(4, first_step=4)
+    assert run.log == [*published(4), *saved("hf-final", num_rollouts=4), "finish"]
+
+
 @pytest.mark.parametrize(
     ("interval", "num_rollouts", "expected"), [(None, 3, [0, 3]), (2, 5, [0, 2, 4, 5]), (1, 2, [0, 1, 2])]
 )

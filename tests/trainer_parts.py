@@ -334,7 +334,7 @@ class Run:
         self.checkpoints = Checkpoints(self.log)
         self.learning = LearningWatch(WORDS, stops=stops)
 
-    def trainer(self, num_steps: int = 1, *, leads: bool = True) -> Trainer:
+    def trainer(self, num_steps: int = 1, *, leads: bool = True, first_step: int = 0) -> Trainer:
         """What xrl.assembly puts together, of these parts."""
         control = Control.of(self.groups)
         actor: Any = self.actor
@@ -351,6 +351,7 @@ class Run:
             self._publisher(control, turns, leads=leads),
             Reporter(self._listeners() if leads else None, self.groups.control),
             num_steps=num_steps,
+            first_step=first_step,
             hooks=[
                 Checkpointing(actor, keeper, control, self.progress),
                 Evaluation(
@@ -366,8 +367,8 @@ class Run:
             progress=self.progress,
         )
 
-    def train(self, num_steps: int = 1) -> Trainer:
-        trainer = self.trainer(num_steps)
+    def train(self, num_steps: int = 1, **options: Any) -> Trainer:
+        trainer = self.trainer(num_steps, **options)
         trainer.train()
         return trainer
 
@@ -404,6 +405,7 @@ class Run:
             journal=self.journal,
             watch=self.learning,
             mismatch=SimpleNamespace(judge=self._judge_mismatch),
+            records_samples=False,
             takes_norm=self.takes_norm,
             sees_every_change=self.actor.dtype == torch.float32,
         )

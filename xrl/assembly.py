@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -16,9 +15,6 @@ import torch.distributed as dist
 
 from xrl.actor.actor import Actor
 from xrl.algorithms import Algorithm
-from xrl.checkpoint.manifest import STEP_NAME
-from xrl.checkpoint.parts import Stateful
-from xrl.checkpoint.writer import StateWriter
 from xrl.config import Settings, SettingsError
 from xrl.config.parse import dump_settings
 from xrl.config.paths import absolute_paths
@@ -28,7 +24,6 @@ from xrl.experience.collect import Collector
 from xrl.experience.evaluate import Evaluator
 from xrl.experience.experience import Experience, SampledRollouts
 from xrl.experience.turns import DeviceTurns, TurnTakingPublisher
-from xrl.files.atomic_folder import remove_leftovers
 from xrl.files.disk import NotWritten
 from xrl.files.whole import write_whole
 from xrl.hooks import Checkpointing, Ending, Evaluation, Keeper
@@ -40,7 +35,7 @@ from xrl.metrics.journal import Journal
 from xrl.metrics.learning import LearningWatch
 from xrl.metrics.learning_words import LearningWords, no_stop_token
 from xrl.metrics.report import start_lines
-from xrl.metrics.run_folder import CHECKPOINT_NAME, RunFolder
+from xrl.metrics.run_folder import RunFolder
 from xrl.models.build import train_dtype
 from xrl.models.choice import layer_lines
 from xrl.models.shape import read_model_shape
@@ -53,13 +48,11 @@ from xrl.rollout.fleet import Fleet
 from xrl.rollout.mismatch import MismatchBounds
 from xrl.rollout.publish import WeightStream
 from xrl.rollout.publisher import CheckedPublisher, PersistentPublisher, Publisher, WeightPublisher
-from xrl.run_state import RunState, put_later_states_aside
-from xrl.state_saving import StateKeeper, StateSaving
+from xrl.state_saving import StateSaving
 from xrl.stopping import Stopping
 from xrl.trainer import Hook
 from xrl.types import SamplingParams
 from xrl.weights.checkpoints import Checkpoints
-from xrl.weights.plan import num_parameters
 from xrl.weights.source import WeightSource
 
 if TYPE_CHECKING:
@@ -159,7 +152,13 @@ def _load_data(settings: Settings) -> _LeadData:
 def _open_run_folder(settings: Settings, stack: contextlib.ExitStack, ending: HowItEnds | None) -> RunFolder:
     """The run's folder, a new one or that of its earlier attempts, with its settings and environment in it."""
     run = settings.run
-    folder = RunFolder.create(run.work_dir) if run.run_dir is None else RunFolder.open(run.run_dir, stack)
+    if run.run_dir is None:
+        folder = RunFolder.create(run.work_dir)
+        folder.hold(stack)  # its name, too, may be given as --run-dir
+    else:
+        folder = RunFolder.open(run.run_dir, stack)
+    with contextlib.suppress(OSError):
+        folder.stop_request.unlink(missing_ok=True)  # it asked an earlier attempt
     if ending is not None:
         ending.begin(folder)
     logger.info("run folder: %s", folder.path)
@@ -328,72 +327,6 @@ def build_reporter(settings: Settings, groups: ParallelGroups, actor: Actor, lea
     return Reporter(listeners, groups.control)
 
 
-def stateful_algorithm(algorithm: Algorithm) -> dict[str, Stateful]:
-    """The algorithm, where it has a state: one of a user's own, say, with a coefficient that adapts."""
-    has_state = hasattr(algorithm, "state_dict") and hasattr(algorithm, "load_state_dict")
-    return {"algorithm": cast(Stateful, algorithm)} if has_state else {}
-
-
-def lead_parts(lead: Lead, experience: Experience, reporter: Reporter) -> dict[str, Stateful]:
-    """What of rank 0's goes on where it was."""
-    return {
-        "experience": experience,
-        "learning": lead.watch,
-        "journal": lead.journal,
-        "checkpoints": lead.checkpoints,
-        "reporter": reporter,
-    }
-
-
-def begin_behind(lead: Lead, step: int, *, is_shared: bool) -> None:
-    """Make room in the run's folder for what comes behind a step: an earlier attempt may have come further.
-
-    Args:
-        is_shared: attempts at the run share its folder.
-    """
-    if not is_shared:
-        return
-    folder = lead.journal.folder
-    remove_leftovers(folder.path, CHECKPOINT_NAME)
-    remove_leftovers(folder.state, STEP_NAME)
-    lead.checkpoints.goes_on = True
-    if step == 0:
-        lead.journal.begin_anew()
-    if step or any(folder.tensorboard.glob("events.*")):
-        lead.journal.begin_behind(step)
-    put_later_states_aside(folder.state, step)
-
-
-def build_state_saving(
-    settings: Settings,
-    groups: ParallelGroups,
-    state: RunState,
-    lead: Lead | None,
-    progress: Progress,
-    *,
-    saved: Callable[[float], None],
-) -> StateSaving:
-    """Saves the run's state. Collective: rank 0 knows the folder.
-
-    Args:
-        saved: is told on rank 0 how long each save took, in seconds.
-    """
-    control = Control.of(groups)
-    state_dir = control.gather(str(lead.journal.folder.state) if lead else "")[0]
-    shape = read_model_shape(settings.model.model)
-    reserve = num_parameters(shape) * train_dtype(settings.model).itemsize
-    writer = StateWriter(
-        Path(state_dir),
-        control,
-        file_name=state.actor.file_name,
-        keep=settings.run.state_keep,
-        reserve_bytes=reserve,
-    )
-    keeper = StateKeeper(journal=lead.journal, lead_part=state.lead_part) if lead else None
-    interval = settings.run.state_interval
-    return StateSaving(state, writer, keeper, control, progress, interval=interval, saved=saved)
-
-
 def build_hooks(
     settings: Settings,
     groups: ParallelGroups,
@@ -401,14 +334,21 @@ def build_hooks(
     lead: Lead | None,
     progress: Progress,
     state_saving: StateSaving,
+    *,
+    own: Sequence[Hook] = (),
 ) -> list[Hook]:
-    """Checkpoints, evaluation, saved states, and the end of a run that learns nothing."""
+    """Checkpoints, evaluation, saved states, and the end of a run that learns nothing.
+
+    Args:
+        own: hooks of a user's: what they change is in the state.
+    """
     control = Control.of(groups)
     keeper = Keeper(journal=lead.journal, checkpoints=lead.checkpoints, watch=lead.watch) if lead else None
     evaluator, journal = (lead.evaluator, lead.journal) if lead else (None, None)
     return [
         Checkpointing(actor, keeper, control, progress),
         Evaluation(evaluator, journal, control, interval=settings.evaluation.eval_interval),
+        *own,
         state_saving,  # behind the evaluation, which then does not run again when the run goes on from here
         Ending(keeper, control),
     ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from xrl.collaborators import Weights
 from xrl.experience.asking import Asked, Asking, Need
 from xrl.files.disk import NotWritten
 from xrl.launch.exit import RunEnded
@@ -15,7 +16,7 @@ from xrl.metrics.journal import Journal
 from xrl.metrics.learning import LearningWatch
 from xrl.metrics.learning_words import what_is_left
 from xrl.parallel.control import Control
-from xrl.trainer import Trainer, Weights
+from xrl.trainer import Trainer
 from xrl.weights.checkpoints import Checkpoints
 
 

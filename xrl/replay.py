@@ -136,7 +136,7 @@ def _learn_again(settings: Settings, samples: Path, state: SavedState | None) ->
         from xrl.actor.actor import Actor
         from xrl.actor.state import ActorState
         from xrl.algorithms import create_algorithm
-        from xrl.assembly import stateful_algorithm
+        from xrl.attempts import stateful_algorithm
         from xrl.checkpoint.parts import give_states
         from xrl.checkpoint.samples import read_samples
         from xrl.kernels.threads import use_threads

@@ -57,8 +57,7 @@ class RunState:
         self._settings, self._control = settings, control
         self._everywhere, self._on_lead = everywhere, on_lead
         self._identity = identity(settings, shape) if control.leads else {}
-        run = settings.run
-        if keeps_reference and (run.state_interval or run.run_dir or run.resume != "auto"):
+        if keeps_reference:
             self._identity["reference"] = _weights_checksums(settings.model.model, control)
 
     def pieces(self) -> Mapping[str, torch.Tensor]:

@@ -21,26 +21,23 @@ from xrl.actor.state import ActorState  # noqa: E402
 from xrl.algorithms import Algorithm, create_algorithm  # noqa: E402
 from xrl.assembly import (  # noqa: E402
     Lead,
-    begin_behind,
     build_experience,
     build_hooks,
     build_lead,
     build_publisher,
     build_reporter,
-    build_state_saving,
     build_stopping,
     build_turns,
-    lead_parts,
     share_rollout_count,
-    stateful_algorithm,
 )
-from xrl.config import Settings  # noqa: E402
+from xrl.attempts import begin_behind, build_state_saving, lead_parts, stateful_algorithm  # noqa: E402
+from xrl.config import Settings, SettingsError  # noqa: E402
 from xrl.experience.asking import Need  # noqa: E402
 from xrl.experience.experience import Batch, Experience  # noqa: E402
 from xrl.experience.turns import DeviceTurns, TurnTakingLearner  # noqa: E402
 from xrl.hooks import Evaluation  # noqa: E402
 from xrl.kernels.threads import use_threads  # noqa: E402
-from xrl.launch.exit import announce_errors  # noqa: E402
+from xrl.launch.exit import RunStopped, announce_errors  # noqa: E402
 from xrl.launch.progress import Progress  # noqa: E402
 from xrl.launch.stop import StopRequest  # noqa: E402
 from xrl.metrics.ending import Ending  # noqa: E402
@@ -50,7 +47,7 @@ from xrl.parallel.megatron import initialize, shutdown  # noqa: E402
 from xrl.rollout.fleet import Fleet  # noqa: E402
 from xrl.rollout.publisher import Published, Publisher  # noqa: E402
 from xrl.run_state import RunState, choose_state  # noqa: E402
-from xrl.state_saving import StateSaving  # noqa: E402
+from xrl.state_saving import SettlingExperience, StateSaving  # noqa: E402
 from xrl.trainer import Hook, Trainer  # noqa: E402
 from xrl.watching import watch_ranks, write_whereabouts  # noqa: E402
 
@@ -65,8 +62,8 @@ class Session:
     """This rank's parts of a run, built from settings on entry and ended on the way out. Every rank makes one.
 
     with xrl.Session(settings, judge=my_judge) as run:
-        run.publish(version=0)
-        for step in range(1, run.num_steps + 1):
+        run.publish(version=run.first_step)
+        for step in range(run.first_step + 1, run.num_steps + 1):
             run.actor.learn(run.take(step).samples, run.algorithm)
             run.publish(version=step)
     """
@@ -85,6 +82,8 @@ class Session:
     """Rollouts that the settings ask for."""
     first_step: int
     """Those of them that an earlier attempt has learned from: the next one is behind them."""
+    is_done: bool
+    """Whether that attempt came to the end, and left its last model."""
     state_saving: StateSaving
     """Saves the state of the run; a hook of `trainer`."""
 
@@ -148,6 +147,8 @@ class Session:
         Where actor and engines share devices, it is the actor's turn from here to the next `publish`.
         """
         while isinstance(batch := self.experience.take(step), Need):
+            if batch is Need.STOP:
+                raise RunStopped("stopped as it was asked to; the run's state was not saved", loses_nothing=False)
             self._publish_again()
         if self._turns is not None:
             self._turns.to_actor()
@@ -162,7 +163,7 @@ class Session:
         """The loop of `xrl train`.
 
         Args:
-            hooks: called after those of `xrl train` (checkpoints, evaluation), as `Trainer` says.
+            hooks: called as `Trainer` says: after checkpoints and evaluation, and before the run's state is saved.
             kind: `Trainer`, or a subclass with a step of its own.
         """
         learner = self.actor if self._turns is None else TurnTakingLearner(self.actor, self._turns)
@@ -170,7 +171,7 @@ class Session:
             self.settings, self.groups, self._lead, self._stop, self.state_saving, first_step=self.first_step
         )
         return kind(
-            self.experience,
+            SettlingExperience(self.experience, self.state_saving),
             learner,
             self.algorithm,
             self.publisher,
@@ -178,8 +179,9 @@ class Session:
             num_steps=self.num_steps,
             first_step=self.first_step,
             hooks=[
-                *build_hooks(self.settings, self.groups, self.actor, self._lead, self.progress, self.state_saving),
-                *hooks,
+                *build_hooks(
+                    self.settings, self.groups, self.actor, self._lead, self.progress, self.state_saving, own=hooks
+                ),
                 stopping,
             ],
             stopping=stopping,
@@ -246,11 +248,20 @@ class Session:
             keeps_reference=self.actor.reference is not None,
         )
         saved = choose_state(self.settings.run, control)
-        if saved is not None:
-            state.load(saved)
         self.first_step = saved.manifest.step if saved else 0
         if lead:
+            if self.first_step > self.num_steps:
+                raise SettingsError(
+                    f"{saved.folder if saved else ''} is of rollout {self.first_step}, which is more than the "
+                    f"{self.num_steps} of this run: raise --num-rollouts"
+                )
+            # Whatever stops this process in between: no later state is taken, whose metrics are cut already.
             begin_behind(lead, self.first_step, is_shared=self.settings.run.run_dir is not None)
+        if saved is not None:
+            state.load(saved)
+        self._ending.learned(self.first_step)
+        has_model = lead is not None and lead.journal.folder.final_checkpoint.is_dir()
+        self.is_done = control.agree(0 < self.num_steps <= self.first_step and has_model)
         self.state_saving = build_state_saving(
             self.settings, self.groups, state, lead, self.progress, saved=self._stop.saved
         )

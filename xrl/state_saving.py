@@ -9,6 +9,9 @@ from typing import Protocol
 from torch import Tensor
 
 from xrl.checkpoint.writer import LeadPart, Saved, StateWriter
+from xrl.collaborators import Takes
+from xrl.experience.asking import Need
+from xrl.experience.experience import Batch
 from xrl.files.disk import NotWritten
 from xrl.launch.exit import RunEnded
 from xrl.launch.progress import Progress
@@ -29,6 +32,19 @@ class StateKeeper:
 
     journal: Journal
     lead_part: Callable[[int], LeadPart]  # of a step
+
+
+class SettlingExperience:
+    """Settles, once a rollout is there, the state that was being written meanwhile."""
+
+    def __init__(self, inner: Takes, saving: StateSaving) -> None:
+        self._inner, self._saving = inner, saving
+
+    def take(self, step: int) -> Batch | Need:
+        """As the inner one's. Collective."""
+        found = self._inner.take(step)
+        self._saving.settle()
+        return found
 
 
 class StateSaving:
@@ -71,6 +87,11 @@ class StateSaving:
             self._tell(self._begin(step, is_last=is_last))
             if is_last:
                 self._tell(self._writer.settle(wait=True))
+
+    def settle(self) -> None:
+        """Give a state its name whose files are there by now; waits for none. Collective."""
+        if self._writer.is_writing:
+            self._tell(self._writer.settle())
 
     def save_now(self, step: int) -> None:
         """Save the state of this step before anything else happens.

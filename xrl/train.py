@@ -16,6 +16,7 @@ if __name__ == "__main__":  # `python -m` put the current folder first: before a
 
     block_signals()  # they wait for somebody who hears them
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ from xrl.launch.stop import CauseFile, RunSignals, StopRequest
 from xrl.launch.terminal import say
 from xrl.launch.variables import rank_number
 from xrl.preflight import preflight
+
+logger = logging.getLogger("xrl")
 
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> None:
@@ -55,7 +58,10 @@ def train(settings: Settings, stop: StopRequest | None = None) -> None:
     setup_logging(rank=rank_number(os.environ, "RANK", 0))
     ending = Ending()
     with Session(settings, ending=ending, stop=stop) as session, announce_errors(ending.words_about, stop):
-        session.trainer().train()
+        if session.is_done:
+            logger.info("nothing is left to do: all %d rollouts are learned from", session.num_steps)
+        else:
+            session.trainer().train()
 
 
 def _run_as_rank(arguments: Sequence[str]) -> None:

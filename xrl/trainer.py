@@ -8,69 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NoReturn, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from xrl.algorithms import Algorithm
+from xrl.collaborators import Learns, Reports, Stops, Takes
 from xrl.experience.asking import Need
 from xrl.experience.experience import Batch
 from xrl.launch.progress import Progress
 from xrl.metrics.memory import return_freed_memory
 from xrl.rollout.publisher import Published, Publisher
-from xrl.types import Sample, UpdateReport, WeightBucket
 
 logger = logging.getLogger("xrl")
 T = TypeVar("T")
-
-
-class Takes(Protocol):
-    """Where experience comes from."""
-
-    def take(self, step: int) -> Batch | Need:
-        """What is learned from in a step. Collective.
-
-        Need.WEIGHTS: the weights are published once more. Need.STOP: the run is asked to stop.
-        """
-        ...
-
-
-class Learns(Protocol):
-    """The model that is trained."""
-
-    @property
-    def seconds(self) -> Mapping[str, float]:
-        """Of the last call of `learn`, by phase."""
-        ...
-
-    def learn(self, samples: Sequence[Sample] | None, algorithm: Algorithm) -> list[UpdateReport]:
-        """Update the weights; `samples` are rank 0's, None on the others. Collective."""
-        ...
-
-
-class Weights(Protocol):
-    """Its weights, for those who keep them."""
-
-    def weights(self, *, version: int) -> Iterator[WeightBucket]: ...
-
-
-class Reports(Protocol):
-    """Who is told of each step. Its methods are collective."""
-
-    def taken(self, step: int, batch: Batch) -> None: ...
-
-    def learned(self, step: int, updates: Sequence[UpdateReport]) -> None:
-        """Before anybody gets to see the new weights: what it raises keeps them from everybody."""
-        ...
-
-    def published(self, step: int, published: Published, *, phases: Mapping[str, float], seconds: float) -> None: ...
-
-
-class Stops(Protocol):
-    """Who ends a run that is asked to stop."""
-
-    def end(self, trainer: Trainer, step: int) -> NoReturn:
-        """Save what is there after `step`, and end the run. Collective."""
-        ...
 
 
 class Trainer:
@@ -113,12 +63,9 @@ class Trainer:
 
     def train(self) -> None:
         """Train from the first rollout to the last. Collective, as are all methods."""
-        if 0 < self.num_steps <= self.first_step:
-            logger.info("nothing is left to do: rollout %d of %d is learned from", self.first_step, self.num_steps)
-            return
         self.publish(version=self.first_step)
-        if self.first_step == 0:
-            self.after(0)
+        if self.first_step in (0, self.num_steps):
+            self.after(self.first_step)
         for step in range(self.first_step + 1, self.num_steps + 1):
             self.step(step)
             self.after(step)

@@ -64,10 +64,19 @@ def test_other_data_another_tokenizer_and_another_model_are_refused(flags: list[
     with pytest.raises(Unusable, match="its model has num_layers 4, --model has 3"):
         refuse_another_run(found_identity(flags), found_identity(flags, "--model", str(model)), Path("step-3"))
     now = found_identity(flags)
-    with pytest.raises(Unusable, match=r"tokenizer.json has other content"):
-        refuse_another_run({**now, "tokenizer": "0"}, now, Path("step-3"))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        before = {**now["tokenizer"], name: "0"}
+        with pytest.raises(Unusable, match=rf"the tokenizer of --model has other content .* \({name}\)"):
+            refuse_another_run({**now, "tokenizer": before}, now, Path("step-3"))
     with pytest.raises(Unusable, match="--model has other content"):
         refuse_another_run({**now, "reference": {"model.safetensors": "0"}}, {**now, "reference": {}}, Path("step-3"))
+
+
+def test_a_tokenizer_may_be_of_other_files(flags: list[str], tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    (model / "tokenizer.json").rename(model / "vocab.json")
+    assert "tokenizer.json" not in found_identity(flags, "--model", str(model))["tokenizer"]
+    assert "vocab.json" in found_identity(flags, "--model", str(model))["tokenizer"]
 
 
 def test_changes_are_told_and_whether_the_bits_depend_on_them(flags: list[str]) -> None:

@@ -28,7 +28,7 @@ def test_the_newest_whole_state_is_taken_and_damaged_ones_are_told(tmp_path: Pat
     ((folder, why),) = choice.damaged
     assert folder.name == "step-10"
     assert "has 0 bytes" in why
-    without = state_to_resume(RunConfig(run_dir=tmp_path), without={tmp_path / "state" / "step-9"}).state
+    without = state_to_resume(RunConfig(run_dir=tmp_path), without={tmp_path / "state" / "step-9": "why"}).state
     assert without is not None
     assert without.manifest.step == 2
 
@@ -38,8 +38,8 @@ def test_states_of_which_none_is_whole_are_not_written_over(tmp_path: Path) -> N
     (folder / "manifest.json").write_text("{")
     with pytest.raises(Unusable, match="is no JSON.*has no other whole state"):
         state_to_resume(RunConfig(run_dir=tmp_path))
-    with pytest.raises(Unusable, match="step-2 is damaged, and .* has no other whole state"):
-        state_to_resume(RunConfig(run_dir=tmp_path), without={folder})
+    with pytest.raises(Unusable, match="a flipped bit, and .* has no other whole state"):
+        state_to_resume(RunConfig(run_dir=tmp_path), without={folder: "a flipped bit"})
 
 
 def test_never_means_that_there_is_none(tmp_path: Path) -> None:

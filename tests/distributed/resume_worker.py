@@ -27,7 +27,8 @@ def main() -> None:
             os._exit(0)  # as by SIGKILL: nothing is told, closed or written
 
     with Session(parse_settings(flags)) as session:
-        session.trainer(hooks=[end]).train()
+        if not session.is_done:
+            session.trainer(hooks=[end]).train()
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def test_rank_0_that_is_stopped_is_named_by_the_others(model: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "seen"),
     [
-        ((), "no rank has got anything done for "),
+        pytest.param((), "no rank has got anything done for ", marks=pytest.mark.cluster),
         pytest.param(
             ("--hang-limit-scale", "1", "--distributed-timeout-minutes", "0.1"),
             "a collective has waited for ",
@@ -166,6 +166,7 @@ def test_a_rollout_worker_that_is_stopped_is_what_rank_0_waits_for(model: Path, 
     assert "; at xrl/rollout/" in line
 
 
+@pytest.mark.cluster
 def test_a_judge_that_hangs_is_what_rank_0_waits_for(model: Path, tmp_path: Path) -> None:
     with training(model, tmp_path, "--judge", own("endless_judge.py:reward")) as run:
         run.wait_for(lambda: list((tmp_path / "work").glob("*/logs/ranks.json")))

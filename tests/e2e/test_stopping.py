@@ -77,7 +77,7 @@ def has_stopped(run: Run, folder: Path, cause: str) -> None:
     ("number", "ranks"),
     [
         (signal.SIGUSR1, TWO_RANKS),
-        (signal.SIGINT, ()),
+        pytest.param(signal.SIGINT, (), marks=MORE),
         *(pytest.param(number, (), marks=MORE) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)),
         *(pytest.param(number, TWO_RANKS, marks=MORE) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)),
     ],
@@ -95,7 +95,7 @@ def test_signal_to_the_command_stops_the_run(
 @pytest.mark.parametrize(
     ("rank", "number"),
     [
-        ("1", signal.SIGUSR1),
+        pytest.param("1", signal.SIGUSR1, marks=MORE),
         pytest.param("0", signal.SIGUSR1, marks=MORE),
         pytest.param("1", signal.SIGTERM, marks=MORE),
     ],
@@ -118,6 +118,7 @@ def test_signal_to_every_process_as_a_scheduler_sends_it_stops_the_run(
         has_stopped(run, tmp_path, number.name)
 
 
+@MORE
 def test_signal_to_a_worker_is_no_news_and_the_run_goes_on(model: Path, tmp_path: Path) -> None:
     with training(model, tmp_path, *TRAIN) as run:
         worker = process_of(run, "xrl.rollout.worker")
@@ -138,6 +139,7 @@ def test_a_file_in_the_run_folder_stops_the_run(model: Path, tmp_path: Path, ran
         has_stopped(run, tmp_path, f"the file {file}")
 
 
+@MORE
 def test_a_run_whose_time_is_over_stops_by_itself(model: Path, tmp_path: Path) -> None:
     with started(tmp_path / "output", *TRAIN, *endless(model, tmp_path), "--exit-before", "20s") as run:
         assert run.process.wait(120) == EXIT_STOPPED
@@ -186,6 +188,7 @@ def test_signal_during_the_start_never_ends_in_a_traceback(
             assert found is not None and (found.state == "saved") == (code == EXIT_STOPPED)
 
 
+@MORE
 def test_a_run_that_comes_to_its_end_says_so(model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "train.jsonl", [{"prompt": "1+1=?", "ground_truth": "2"}] * 8)
     flags = [*run_flags(model, data, tmp_path), "--num-rollouts", "1", "--no-tensorboard"]

@@ -127,7 +127,7 @@ def wait_for_moment(
         if kind == "save" and is_saving(run_dir) and len(saved(run_dir)) >= min(seen + has_saved, 2):
             time.sleep(rng.uniform(0.0, 0.02))
             return True
-        if kind == "resume" and b"goes on from" in log.read_bytes()[begun:]:
+        if kind == "resume" and b"run folder: " in log.read_bytes()[begun:]:
             time.sleep(rng.uniform(0.0, 1.0))
             return True
         time.sleep(0.0005 if kind == "save" else 0.02)
@@ -155,7 +155,7 @@ def compare(straight: Path, broken: Path, tally: Tally) -> None:
             tally.faults.append(f"{name} differs from that of the run that nobody killed")
     if repeatable(straight) != repeatable(broken):
         tally.faults.append("metrics.jsonl differs")
-    left = [path.name for path in (*broken.glob(".*partial"), *broken.glob("state/.*"))]
+    left = [path.name for path in (*broken.glob(".*partial"), *broken.glob("state/.*"), *broken.glob("state/*.*"))]
     if left:
         tally.faults.append(f"left in the run's folder: {left}")
 

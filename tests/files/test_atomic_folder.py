@@ -79,6 +79,29 @@ def test_a_folder_that_cannot_be_renamed_is_kept_and_named(tmp_path: Path, monke
     assert (tmp_path / ".target.partial" / "inner" / "file").read_text() == "whole"
 
 
+@pytest.mark.parametrize("does_rename", [False, True])
+def test_whoever_is_killed_at_the_last_step_leaves_nothing_that_is_in_the_way(
+    does_rename: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def killed(source: Path, target: Path) -> NoReturn:
+        if does_rename:
+            rename(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "hf-1")
+    monkeypatch.undo()
+    remove_leftovers(tmp_path, NAME)
+    if does_rename:
+        remove_folder(tmp_path / "hf-1")
+    write(tmp_path / "hf-1")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf-1"]
+    assert [path.name for path in (tmp_path / "hf-1").iterdir()] == ["inner"]
+
+
 NAME = re.compile(r"hf-[0-9]+")
 
 

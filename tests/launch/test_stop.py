@@ -58,13 +58,15 @@ def test_who_asks_first_is_named() -> None:
         stop.check()
 
 
-def test_a_file_of_an_earlier_attempt_asks_nothing_and_a_new_one_does(tmp_path: Path) -> None:
+def test_a_file_asks_also_one_that_was_made_while_the_run_began(tmp_path: Path) -> None:
     file = tmp_path / "stop"
-    file.touch()
     stop = StopRequest()
     stop.watch_file(file)
     assert stop.asked() is None
     file.touch()
+    other = StopRequest()
+    other.watch_file(file)
+    assert other.asked() == f"the file {file}"
     assert stop.asked() == f"the file {file}"
     file.unlink()
     assert stop.asked() == f"the file {file}", "asked is asked"

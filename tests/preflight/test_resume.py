@@ -21,7 +21,8 @@ def run_dir(model: Path, data: Path, tmp_path: Path) -> Path:
     said = identity(settings, read_model_shape(model))
     for step in (2, 4):
         write(folder / "state", step, identity=said)
-    (folder / "config.yaml").write_text("")
+    for name in ("config.yaml", "environment.json"):
+        (folder / name).write_text("")
     return folder
 
 
@@ -48,17 +49,24 @@ def test_the_state_before_a_damaged_one_will_do_and_a_named_one_must_be_whole(
 
 def test_two_runs_are_not_mixed_in_a_folder(refusal: Refusal, tmp_path: Path, run_dir: Path) -> None:
     other = tmp_path / "other"
-    other.mkdir()
+    write(other / "state", 1)
     (other / "config.yaml").write_text("")
+    (other / "environment.json").write_text("")
     sentence = refusal("--run-dir", str(other), "--resume", str(run_dir))
     assert "is of another run's folder" in sentence
 
 
 def test_a_finished_model_is_not_written_over(refusal: Refusal, tmp_path: Path) -> None:
     (tmp_path / "run" / "hf-final").mkdir(parents=True)
-    (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "run" / ".xrl-runs-here").write_text("")
     sentence = refusal("--run-dir", str(tmp_path / "run"))
-    assert "has a model (hf-final) and no saved state to go on from" in sentence
+    assert "has a finished model (hf-final) and no saved state to go on from" in sentence
+
+
+def test_a_run_that_was_killed_before_its_first_state_begins_again(model: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "hf-5").mkdir(parents=True)
+    (tmp_path / "run" / ".xrl-runs-here").write_text("")
+    check(model, data, tmp_path, "--run-dir", str(tmp_path / "run"))
 
 
 def test_a_folder_of_somebody_else_s_is_refused(refusal: Refusal, tmp_path: Path) -> None:

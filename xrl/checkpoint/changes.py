@@ -28,9 +28,14 @@ _WITHOUT_EFFECT = frozenset(
         *("rollout_worker_key_file", "rollout_python", "on_lost_worker"),
         *("weight_sync_timeout_s", "weight_transport", "distributed_timeout_minutes"),
         *("judge_num_workers", "judge_memory_gb", "judge_max_processes", "judge_max_file_gb", "on_nothing_learned"),
-        *("canary_tokens", "canary_warn", "canary_stop", "mismatch_warn", "mismatch_stop"),
+        *("hang_limit_scale", "canary_tokens", "canary_warn", "canary_stop", "mismatch_warn", "mismatch_stop"),
         *("eval_interval", "eval_samples_per_prompt", "eval_temperature", "eval_max_prompts"),
     }
+)
+# What prompts are made by, and where answers end.
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 _CHUNK_BYTES = 2**20
 
@@ -43,7 +48,11 @@ def identity(settings: Settings, shape: ModelShape) -> dict[str, Any]:
     """
     return {
         "data": _file_hash(settings.data.data),
-        "tokenizer": _file_hash(settings.model.model / "tokenizer.json"),
+        "tokenizer": {
+            name: _file_hash(settings.model.model / name)
+            for name in _TOKENIZER_FILES
+            if (settings.model.model / name).is_file()
+        },
         "model": _plain(dataclasses.asdict(shape)),
         "seed": settings.run.seed,
         "shuffle": settings.data.shuffle,
@@ -74,8 +83,11 @@ def refuse_another_run(saved: Mapping[str, Any], now: Mapping[str, Any], folder:
         if name not in saved or saved[name] == value:
             continue
         if name in ("data", "tokenizer", "reference"):
-            what = {"data": "--data has", "tokenizer": "the model's tokenizer.json has", "reference": "--model has"}
+            what = {"data": "--data has", "tokenizer": "the tokenizer of --model has", "reference": "--model has"}
             differs = f"{what[name]} other content than the run that saved it had"
+            if isinstance(value, Mapping):
+                keys = {*value, *saved[name]}
+                differs += f" ({', '.join(sorted(key for key in keys if value.get(key) != saved[name].get(key)))})"
         elif name == "model":
             inner = next(key for key in value if value[key] != saved[name].get(key))
             differs = f"its model has {inner} {saved[name].get(inner)}, --model has {value[inner]}"
@@ -102,8 +114,8 @@ def differences(
 
 
 def _has_effect(name: str, settings: Mapping[str, Any]) -> bool:
-    if name in ("num_rollouts", "num_epochs"):  # how long a schedule is that does not change
-        return settings.get("lr_decay_style") != "constant"
+    if name in ("num_rollouts", "num_epochs"):  # neither a constant rate nor one with a length of its own knows
+        return settings.get("lr_decay_style") != "constant" and settings.get("lr_decay_iters") is None
     return name not in _WITHOUT_EFFECT
 
 

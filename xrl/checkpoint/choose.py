@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from xrl.checkpoint.manifest import MANIFEST_FILE, Manifest, Unusable, check_files, saved_steps, step_folder
 from xrl.config import RunConfig, SettingsError
@@ -40,11 +41,11 @@ class Choice:
     damaged: tuple[tuple[Path, str], ...] = ()  # newer ones that cannot be used, and why
 
 
-def state_to_resume(run: RunConfig, *, without: Collection[Path] = ()) -> Choice:
+def state_to_resume(run: RunConfig, *, without: Mapping[Path, str] = MappingProxyType({})) -> Choice:
     """What the settings ask for.
 
     Args:
-        without: folders of states that are known to be damaged.
+        without: folders of states that are known to be damaged, and why.
 
     Raises:
         SettingsError: --resume never, and there is a state; or --resume PATH, and there is no whole one.
@@ -65,15 +66,16 @@ def state_to_resume(run: RunConfig, *, without: Collection[Path] = ()) -> Choice
     for step in steps:
         folder = step_folder(state_dir, step)
         if folder in without:
+            damaged.append((folder, without[folder]))
             continue
         try:
             return Choice(state=SavedState.at(folder), damaged=tuple(damaged))
         except Unusable as error:
             damaged.append((folder, str(error)))
     if steps:
-        why = damaged[0][1] if damaged else f"{step_folder(state_dir, steps[0])} is damaged"
         raise Unusable(
-            f"{why}, and --run-dir {run.run_dir} has no other whole state: use another --run-dir, or --resume PATH"
+            f"{damaged[0][1]}, and --run-dir {run.run_dir} has no other whole state: use another --run-dir, or "
+            f"--resume PATH"
         )
     return Choice(state=None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -57,8 +58,9 @@ class Manifest:
     parts: Mapping[str, Mapping[str, Any]]  # state_dict of everything else that has one; arrays are in LEAD_FILE
 
     def to_json(self) -> str:
-        """As a file."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        """As a file, with a checksum of itself."""
+        said = {"format": FORMAT, **asdict(self)}
+        return json.dumps({**said, "checksum": _checksum(said)}, indent=1)
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -77,10 +79,17 @@ class Manifest:
         found = said.get("format") if isinstance(said, dict) else None
         if found != FORMAT:
             raise Unusable(f"{file} has format {found!r}, this version of xrl reads {FORMAT}")
+        checksum = said.pop("checksum", None)
+        if checksum != _checksum(said):
+            raise Unusable(f"{file} is damaged: it has checksum {_checksum(said)}, it was written with {checksum}")
         try:
             return _manifest(said)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Unusable(f"{file} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _checksum(said: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _manifest(said: Mapping[str, Any]) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -23,13 +24,26 @@ class Stateful(Protocol):
 
 
 def take_states(parts: Mapping[str, Stateful]) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """The states of all parts: their values, and their arrays by `part.name`."""
+    """The states of all parts, as they are now: their values, and their arrays by `part.name`.
+
+    Raises:
+        RuntimeError: a part has values that JSON does not have.
+    """
     values: dict[str, dict[str, Any]] = {}
     arrays: dict[str, Tensor] = {}
     for name, part in parts.items():
         state = part.state_dict()
-        arrays |= {f"{name}.{key}": torch.from_numpy(each) for key, each in state.items() if _is_array(each)}
-        values[name] = {key: each for key, each in state.items() if not _is_array(each)}
+        # Copies: they are written later, and the part goes on meanwhile.
+        arrays |= {
+            f"{name}.{key}": torch.from_numpy(np.array(each, order="C"))
+            for key, each in state.items()
+            if _is_array(each)
+        }
+        try:
+            said = json.dumps({key: each for key, each in state.items() if not _is_array(each)})
+        except (TypeError, ValueError) as error:
+            raise RuntimeError(f"the state of {name} holds what JSON cannot say: {error}") from error
+        values[name] = json.loads(said)
     return values, arrays
 
 

@@ -53,7 +53,7 @@ class Saved:
     step: int
     folder: Path
     num_bytes: int  # of all ranks
-    seconds: float  # from its snapshot to its name
+    seconds: float  # of the snapshot, of the slowest rank's writing, and of its name; not those in which nobody looked
     seconds_held_up: float  # of these, the run waited
 
 
@@ -73,7 +73,7 @@ class _UnderWay:
     num_bytes: int
     thread: threading.Thread
     result: dict[str, Any]  # of this rank's file, once its thread has ended
-    began: float
+    snapshot_s: float
     held_up: float
     lead: LeadPart | None
     folder: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # on rank 0: gives it its name
@@ -140,7 +140,7 @@ class StateWriter:
             num_bytes=num_bytes,
             thread=thread,
             result=result,
-            began=start,
+            snapshot_s=time.perf_counter() - start,
             held_up=time.perf_counter() - start,
             lead=lead,
             folder=folder,
@@ -205,7 +205,7 @@ class StateWriter:
             step=save.step,
             folder=target,
             num_bytes=num_bytes,
-            seconds=now - save.began,
+            seconds=save.snapshot_s + max(result["seconds"] for result in results) + now - start,
             seconds_held_up=save.held_up + now - start,
         )
 
@@ -234,10 +234,12 @@ def _record(result: Mapping[str, Any], rank: int) -> tuple[str, FileRecord]:
 def _write(path: Path, tensors: Mapping[str, Tensor], result: dict[str, Any]) -> None:
     """Write a file to the disk; what it came to goes into `result`, at once."""
     found: dict[str, Any]
+    start = time.perf_counter()
     try:
         save_file(dict(tensors), path)
         flush_to_disk(path)
         found = {"file": path.name, "num_bytes": path.stat().st_size, "checksum": file_checksum(path)}
+        found["seconds"] = time.perf_counter() - start
     except (OSError, SafetensorError) as error:
         why = NotWritten(path, error, num_bytes=0)
         found = {"errno": why.errno, "error": why.strerror}

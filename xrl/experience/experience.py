@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from xrl.launch.exit import RunEnded
 from xrl.launch.stop import StopAsked
 from xrl.parallel.control import Control
 from xrl.types import Group, Prompt, Sample, SamplingParams
+
+logger = logging.getLogger("xrl")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -172,6 +175,12 @@ class SampledRollouts:
             SettingsError: the state is of other data.
         """
         self._prompts.load_state_dict(state["prompts"])
+        if self._enough is None and state["groups"]:
+            logger.warning(
+                "%d groups that were in progress are dropped, as this run has no --partial-rollout",
+                len(state["groups"]),
+            )
+            return
         self._collector.load_carried(state, self._prompts.at)
 
     def take(self, step: int) -> Asking[Batch]:

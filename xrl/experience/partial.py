@@ -45,6 +45,7 @@ class GroupInProgress:
         # and wherever it goes on, a group draws what it would have drawn at once.
         sampling = dataclasses.replace(sampling, seed=(sampling.seed * _SEED_STEP + self.ordinal) % 2**63)
         longest = sampling.max_new_tokens
+        self.answers = [_ended_at(answer, longest) for answer in self.answers]
 
         def growing(num_drawn: int) -> SamplingParams:
             left = longest - num_drawn
@@ -145,6 +146,13 @@ def joined(first: Completion, second: Completion) -> Completion:
         weights_version=second.weights_version,
         parts=tuple(part for part in parts if part[1]),
     )
+
+
+def _ended_at(answer: Completion, longest: int) -> Completion:
+    """A cut-off answer that has its whole length already: a run that goes on may have a shorter one."""
+    if answer.is_whole or len(answer.token_ids) < longest:
+        return answer
+    return dataclasses.replace(answer, finish_reason="length")
 
 
 def _still_growing(answer: Completion, longest: int) -> Completion:

@@ -55,7 +55,6 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             yield partial
             for path in partial.rglob("*"):
                 flush_to_disk(path)
-            lock.unlink()
             flush_to_disk(partial)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -63,11 +62,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 _empty(partial, but=lock)
                 shutil.rmtree(partial)
             raise
+        # The lock goes along, and goes last: what a killed process leaves is either known as such or has its name.
         try:
             os.rename(partial, target)
         except OSError as error:
-            # Not removed: it is whole, and its lock is gone, so that no other try takes it for leftovers.
+            with contextlib.suppress(OSError):  # it is whole: without a lock no other try takes it for leftovers
+                lock.unlink()
             raise NotRenamed(partial, target, error) from error
+        with contextlib.suppress(OSError):
+            (target / _LOCK_FILE).unlink()
     with contextlib.suppress(OSError):  # it is there, and only a power cut could still take it away
         flush_to_disk(target.parent)
 

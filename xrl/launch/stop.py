@@ -69,9 +69,7 @@ class StopRequest:
         self.has_begun = True
 
     def watch_file(self, file: Path) -> None:
-        """Take this file for a request. One that is there asked an earlier attempt, and is removed."""
-        with contextlib.suppress(OSError):
-            file.unlink(missing_ok=True)
+        """Take this file for a request. Whoever begins a run removes one that asked an earlier attempt."""
         self._file = file
 
     def watch_time(self, limit: TimeLimit) -> None:

@@ -55,7 +55,7 @@ class Journal:
 
     def state_dict(self) -> dict[str, Any]:
         """How far metrics.jsonl is written, and the evaluation that later ones are compared with."""
-        self._metrics.flush()
+        self._metrics.flush(to_disk=True)
         first = None if self._first_evaluation is None else dict(self._first_evaluation)
         return {"metrics_bytes": self._metrics.num_bytes, "first_evaluation": first, "num_rollouts": self.num_rollouts}
 
@@ -66,6 +66,11 @@ class Journal:
             NotWritten: the file cannot be cut.
         """
         self._first_evaluation = state["first_evaluation"]
+        found = self._metrics.num_bytes
+        if 0 < found < state["metrics_bytes"]:
+            self.warn(
+                f"{self.folder.metrics} is shorter than when the state was saved: some of its last rows are missing"
+            )
         self._metrics.cut(state["metrics_bytes"])
 
     def begin_anew(self) -> None:

@@ -66,24 +66,36 @@ class RunFolder:
         """
         check_run_dir(path)
         check_writable(path, flag="--run-dir")
+        folder = cls(path)
+        folder.hold(stack)
         try:
-            # First, so that whoever is killed here leaves a folder that is known as a run's.
-            lock = stack.enter_context((path / _LOCK_FILE).open("a"))
-            (path / "logs").mkdir(exist_ok=True)
+            folder.logs.mkdir(exist_ok=True)
         except OSError as error:
             raise SettingsError(str(NotWritten(path, error, num_bytes=0))) from error
+        return folder
+
+    def hold(self, stack: contextlib.ExitStack) -> None:
+        """Keep other runs out of the folder until the stack ends; it is known as a run's from now on.
+
+        Raises:
+            SettingsError: another run lives in it, or nothing can be written there.
+        """
+        try:
+            lock = stack.enter_context((self.path / _LOCK_FILE).open("a"))
+        except OSError as error:
+            raise SettingsError(str(NotWritten(self.path, error, num_bytes=0))) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise SettingsError(
-                f"--run-dir {path}: another run is live in it, and two would write over each other: end that one first"
+                f"--run-dir {self.path}: another run is live in it, and two would write over each other: end that one "
+                f"first"
             ) from error
         except OSError as error:
             logger.warning(
                 "%s: its file system has no locks (%s), so no second run in it would be noticed",
-                *(path, error.strerror),
+                *(self.path, error.strerror),
             )
-        return cls(path)
 
     @property
     def state(self) -> Path:
@@ -184,10 +196,10 @@ def check_run_dir(path: Path) -> None:
     if not path.is_dir():
         raise SettingsError(f"--run-dir {path} must be a folder, found a file")
     names = {entry.name for entry in path.iterdir()}
-    if names and not names & {"config.yaml", _LOCK_FILE}:
+    if names and _LOCK_FILE not in names and not {"config.yaml", "environment.json"} <= names:
         raise SettingsError(
             f"--run-dir {path} must be a run's folder, or empty, or not there yet: found {sorted(names)[0]} in it, and "
-            f"no config.yaml"
+            f"no run has written there"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from xrl.files.disk import NotWritten
-from xrl.files.whole import WholeRecords
+from xrl.files.whole import WholeRecords, flush_to_disk
 from xrl.metrics.gaps import LogGaps
 from xrl.metrics.run_folder import RunFolder
 
@@ -60,11 +61,18 @@ class JsonLinesSink:
         Raises:
             NotWritten: it cannot be.
         """
-        if self.num_bytes > num_bytes:
-            try:
-                os.truncate(self.path, num_bytes)
-            except OSError as error:
-                raise NotWritten(self.path, error, num_bytes=0) from error
+        if not self.num_bytes:
+            return
+        try:
+            kept = self.path.read_bytes()[:num_bytes]
+            os.truncate(self.path, kept.rfind(b"\n") + 1)  # of a line that a crash has torn, too
+        except OSError as error:
+            raise NotWritten(self.path, error, num_bytes=0) from error
+
+    def flush_to_disk(self) -> None:
+        """Wait until it is there."""
+        with contextlib.suppress(OSError):
+            flush_to_disk(self.path)
 
     def close(self) -> None:
         self._lines.flush()
@@ -147,8 +155,14 @@ class MetricsLog:
         for sink in self._sinks:
             self._gaps.try_to(partial(sink.write, step, metrics), sink.path.name, sink.path)
 
-    def flush(self) -> None:
-        """Write what could not be written before, as far as it can be now."""
+    def flush(self, *, to_disk: bool = False) -> None:
+        """Write what could not be written before, as far as it can be now.
+
+        Args:
+            to_disk: and wait until metrics.jsonl is on the disk, whatever happens to the machine.
+        """
+        if to_disk:
+            self._lines.flush_to_disk()
         for sink in self._sinks:
             self._gaps.try_to(sink.close, sink.path.name, sink.path)
 

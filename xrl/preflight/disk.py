@@ -8,6 +8,7 @@ import os
 
 from xrl.config import Settings, SettingsError
 from xrl.files.disk import check_file_size, check_space, is_read_only
+from xrl.metrics.run_folder import CHECKPOINT_NAME
 from xrl.models.shape import ModelShape
 from xrl.preflight.machine import has_cuda_driver
 from xrl.weights.other_files import find_other_files
@@ -34,6 +35,9 @@ def check_disk(settings: Settings, shape: ModelShape, *, num_rows: int) -> None:
     num_saves = _num_saves(settings, num_rows)
     # One more than are kept: the oldest is removed when the newest is whole.
     num_folders = 1 + (num_saves if run.save_keep is None else min(num_saves, run.save_keep))
+    if run.run_dir is not None:  # those of earlier attempts are there already
+        num_there = sum(CHECKPOINT_NAME.fullmatch(path.name) is not None for path in run.run_dir.glob("hf-*"))
+        num_folders = max(1, num_folders - num_there)
     weight_bytes, others = _weight_bytes(settings, shape), find_other_files(folder, target=run.output_dir)
     num_files = len(others.copied) + 2 + weight_bytes // MAX_SHARD_BYTES  # the folder, weights
     what = f"{run.output_flag} (for {num_folders:,} Hugging Face checkpoint{'s' if num_folders > 1 else ''})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xrl.checkpoint.changes import identity, refuse_another_run
 from xrl.checkpoint.choose import state_to_resume
+from xrl.checkpoint.manifest import saved_steps
 from xrl.config import Settings, SettingsError
 from xrl.metrics.run_folder import RunFolder, check_run_dir
 from xrl.models.shape import ModelShape
@@ -20,18 +21,18 @@ def check_resume(settings: Settings, shape: ModelShape) -> None:
         check_run_dir(run.run_dir)
     state = state_to_resume(run).state
     if state is not None and run.run_dir is not None and RunFolder(run.run_dir).config.is_file():
-        is_own = state.folder.parent.absolute() == RunFolder(run.run_dir).state.absolute()
-        if not is_own:
+        own = RunFolder(run.run_dir).state
+        is_own = state.folder.parent.resolve() == own.resolve()
+        if not is_own and saved_steps(own):
             raise SettingsError(
-                f"--resume {run.resume} is of another run's folder, and --run-dir {run.run_dir} has a run in it "
-                f"already: use a new folder, or --resume auto to go on with that one"
+                f"--resume {run.resume} is of another run's folder, and --run-dir {run.run_dir} has states of its own: "
+                f"use a new folder, or --resume auto to go on from those"
             )
     if state is not None:
         refuse_another_run(state.manifest.identity, identity(settings, shape), state.folder)
         return
-    newest = None if run.run_dir is None else RunFolder(run.run_dir).newest_checkpoint
-    if newest is not None:
+    if run.run_dir is not None and RunFolder(run.run_dir).final_checkpoint.is_dir():
         raise SettingsError(
-            f"--run-dir {run.run_dir} has a model ({newest.name}) and no saved state to go on from: a run would write "
-            f"over it: use another --run-dir, and --state-interval to save states"
+            f"--run-dir {run.run_dir} has a finished model (hf-final) and no saved state to go on from: a run would "
+            f"write over it: use another --run-dir, and --state-interval to save states"
         )
