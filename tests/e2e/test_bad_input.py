@@ -129,8 +129,9 @@ def test_folders_that_hold_pipes_are_answered_by_every_command(flags: list[str],
 @pytest.mark.slow
 def test_what_a_rank_refuses_is_bad_input_of_the_whole_command(flags: list[str]) -> None:
     program = (
-        "import sys; from xrl.launch.torchrun import run_ranks; from xrl.metrics.ending import words_of_ranks; "
-        "sys.exit(run_ranks(sys.argv[1:], num_ranks=2, words_of_ranks=words_of_ranks))"
+        "import sys; from xrl.launch.torchrun import run_ranks; "
+        "from xrl.metrics.ending import note_end_of_ranks as note, words_of_ranks as words; "
+        "sys.exit(run_ranks(sys.argv[1:], num_ranks=2, words_of_ranks=words, note_end_of_ranks=note))"
     )
     found = run("-c", program, *flags, "--lr", "-1")
     assert_refused(found, "--lr and --min-lr need 0 <= min-lr <= lr, got lr -1")
