@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.distributed]
 
 DIGITS = Path(__file__).with_name("digits_judge.py")
 TRAIN = ("-m", "xrl.cli", "train")
+RANKS = pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["1 rank", "2 ranks"])
 MORE = pytest.mark.cluster  # more of the same: `make test-cluster` has the time for it
 MOMENTS = (
     (0.1, signal.SIGTERM),
@@ -106,7 +107,8 @@ def test_signal_to_any_rank_stops_the_run(model: Path, tmp_path: Path, rank: str
         has_stopped(run, tmp_path, number.name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=MORE)])
+@MORE
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_to_every_process_as_a_scheduler_sends_it_stops_the_run(
     model: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -130,7 +132,8 @@ def test_signal_to_a_worker_is_no_news_and_the_run_goes_on(model: Path, tmp_path
         assert run.end(run.process.pid, signal.SIGUSR1) == EXIT_STOPPED
 
 
-@pytest.mark.parametrize("ranks", [TWO_RANKS, pytest.param((), marks=MORE)], ids=["2 ranks", "1 rank"])
+@MORE
+@RANKS
 def test_a_file_in_the_run_folder_stops_the_run(model: Path, tmp_path: Path, ranks: tuple[str, ...]) -> None:
     with training(model, tmp_path, *TRAIN, *ranks) as run:
         file = folder_of(tmp_path) / "stop"
@@ -197,6 +200,7 @@ def test_a_run_that_comes_to_its_end_says_so(model: Path, tmp_path: Path) -> Non
     assert status_of(tmp_path) == Status(state="done", step=1, sentence="")
 
 
+@MORE
 def test_a_rank_that_is_killed_is_named_in_the_status(model: Path, tmp_path: Path) -> None:
     with training(model, tmp_path, *TRAIN, *TWO_RANKS) as run:
         assert run.end(process_of(run, "xrl.train", RANK="0").pid, signal.SIGKILL) == 1
@@ -204,6 +208,7 @@ def test_a_rank_that_is_killed_is_named_in_the_status(model: Path, tmp_path: Pat
         assert status.state == "failed" and status.sentence.startswith("rank 0 was ended by SIGKILL")
 
 
+@MORE
 def test_a_run_that_was_stopped_again_and_again_ends_with_the_same_model(model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "train.jsonl", [{"prompt": f"{n}+1=?", "ground_truth": f"{n + 1}"} for n in range(8)])
     flags = [*run_flags(model, data, tmp_path), "--num-rollouts", "30", "--on-nothing-learned", "warn"]

@@ -133,7 +133,15 @@ def kill(fleet: Fleet, number: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_workers", "dtype"), [(1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")]
+    ("num_workers", "dtype"),
+    [
+        (2, "float32"),
+        (3, "float32"),
+        (1, "bfloat16"),
+        # More of the same: `make test-cluster` has the time for it.
+        pytest.param(1, "float32", marks=pytest.mark.cluster),
+        pytest.param(3, "bfloat16", marks=pytest.mark.cluster),
+    ],
 )
 def test_prompts_reversed_split_cut_off_and_lost_get_the_answers_that_they_get_in_order(
     workers: Workers, expected: Callable[[str], Answers], num_workers: int, dtype: str
