@@ -75,7 +75,7 @@ def weights(actor: Actor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_the_update_behind_a_saved_state_is_the_one_that_would_have_come(
     family: str, bf16: bool, models: dict[str, Path], groups: ParallelGroups, tmp_path: Path
 ) -> None:

@@ -81,7 +81,10 @@ def write_state(folder: Path, planned: Plan, source: dict[str, Tensor], *, is_sh
 
 
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["whole", "sharded"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2_moe", "deepseek_v3"))],
+)
 def test_what_one_layout_wrote_another_reads(family: str, is_sharded: bool, tmp_path: Path) -> None:
     shape = with_layers(SHAPES[family], 4, tied=family == "qwen2")
     source = random_tensors(shape)
