@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -19,8 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
+from random_samples import random_samples
 from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -28,7 +27,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from xrl.actor.actor import Actor
 from xrl.algorithms.grpo import GRPO
-from xrl.algorithms.sample import sample_of
 from xrl.config import (
     AlgorithmConfig,
     ModelConfig,
@@ -37,7 +35,7 @@ from xrl.config import (
     ParallelConfig,
 )
 from xrl.parallel.megatron import initialize, shutdown
-from xrl.types import Completion, Sample
+from xrl.types import Sample
 
 VOCAB_SIZE = 151_936
 NUM_GROUPS, NUM_SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 8, 8, 16, 64
@@ -61,24 +59,13 @@ def write_model(folder: Path) -> None:
 
 
 def make_samples() -> list[Sample]:
-    rng = random.Random(0)
-    samples: list[Sample] = []
-    for group_id in range(NUM_GROUPS):
-        prompt = [rng.randrange(VOCAB_SIZE) for _ in range(PROMPT_TOKENS)]
-        for _ in range(NUM_SAMPLES):
-            response = np.array([rng.randrange(VOCAB_SIZE) for _ in range(RESPONSE_TOKENS)], np.int32)
-            logprobs = np.array([-12.0 - 0.1 * rng.random() for _ in response], np.float32)
-            samples.append(
-                sample_of(
-                    prompt,
-                    Completion(token_ids=response, logprobs=logprobs, finish_reason="stop", weights_version=0),
-                    advantage=rng.gauss(0, 1),
-                    group_id=group_id,
-                    episode_id=len(samples),
-                    temperature=1.0,
-                )
-            )
-    return samples
+    return random_samples(
+        vocab_size=VOCAB_SIZE,
+        num_groups=NUM_GROUPS,
+        num_samples=NUM_SAMPLES,
+        prompt_tokens=PROMPT_TOKENS,
+        response_tokens=RESPONSE_TOKENS,
+    )
 
 
 def update(options: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -20,8 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
+from random_samples import random_samples
 from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -30,14 +29,13 @@ from transformers.utils.logging import disable_progress_bar
 from xrl.actor.actor import Actor
 from xrl.actor.state import ActorState
 from xrl.algorithms.grpo import GRPO
-from xrl.algorithms.sample import sample_of
 from xrl.checkpoint.manifest import Manifest
 from xrl.checkpoint.writer import LeadPart, Saved, StateWriter
 from xrl.config import AlgorithmConfig, ModelConfig, OptimizerConfig, PackingConfig, ParallelConfig
 from xrl.files.whole import flush_to_disk
 from xrl.parallel.control import Control
 from xrl.parallel.megatron import initialize, shutdown
-from xrl.types import Completion, Sample
+from xrl.types import Sample
 
 WAYS = ("nothing", "state", "torch.save")
 VOCAB_SIZE = 151_936
@@ -62,24 +60,13 @@ def write_model(folder: Path, num_layers: int) -> None:
 
 
 def make_samples() -> list[Sample]:
-    rng = random.Random(0)
-    samples: list[Sample] = []
-    for group_id in range(NUM_GROUPS):
-        prompt = [rng.randrange(VOCAB_SIZE) for _ in range(PROMPT_TOKENS)]
-        for _ in range(NUM_SAMPLES):
-            response = np.array([rng.randrange(VOCAB_SIZE) for _ in range(RESPONSE_TOKENS)], np.int32)
-            logprobs = np.full(RESPONSE_TOKENS, -12.0, np.float32)
-            samples.append(
-                sample_of(
-                    prompt,
-                    Completion(token_ids=response, logprobs=logprobs, finish_reason="stop", weights_version=0),
-                    advantage=rng.gauss(0, 1),
-                    group_id=group_id,
-                    episode_id=len(samples),
-                    temperature=1.0,
-                )
-            )
-    return samples
+    return random_samples(
+        vocab_size=VOCAB_SIZE,
+        num_groups=NUM_GROUPS,
+        num_samples=NUM_SAMPLES,
+        prompt_tokens=PROMPT_TOKENS,
+        response_tokens=RESPONSE_TOKENS,
+    )
 
 
 def lead_part(state: ActorState) -> LeadPart:
